@@ -1,0 +1,233 @@
+"""One sketching operator over all trainable parameters of a model."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sketch.sketches import AFFD, QK, Sketch
+from hf_sketch.sketches.operator import accumulation_dtype, next_power_of_two
+
+LAYOUTS = ("blocked", "factored")
+_BLOCK_SIZE = 2**16
+_PROBED_ELEMENTS = 2**12
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a ModelSketch covers.
+
+    Args:
+        parameters: names of the parameters that are sketched.
+        elements: how many numbers they hold.
+        frozen: names of the parameters left out because they do not train.
+    """
+
+    parameters: tuple[str, ...]
+    elements: int
+    frozen: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelSketch:
+    """A sketch of a model's whole gradient: the sum of one sketch per parameter.
+
+    Parameters have independent operators, drawn from (seed, parameter name), whose
+    results add up in the same R^out_size; nothing of the model's size is ever built.
+    Because the map is linear, gradients of parts (tied uses, micro-batches, shards) may
+    be sketched apart and summed.
+
+    Shapes:
+        sketch   mapping of name to gradient -> (out_size,)
+        adjoint  (out_size,) -> mapping of name to tensor of the parameter's shape
+
+    Args:
+        shapes: (name, shape) of every parameter that is sketched; see `from_model`.
+        out_size: length of the sketch, in [1, number of elements].
+        layout: "blocked" sketches each parameter by AFFD in blocks of 2**16 elements;
+            "factored" sketches each matrix by QK with one factor on its outputs and one
+            on its inputs, so that a per-example gradient is never formed, and all else
+            (vectors, and matrices with a side too short for its factor) as "blocked".
+        seed: the only source of randomness; equal fields, equal map.
+        frozen: names of the parameters left out, for `coverage`.
+
+    Raises:
+        ValueError: no parameters, `out_size` out of range, or an unknown layout.
+
+    Reference:
+        Schioppa 2024, arXiv:2402.03994, B.4 (independent sketches of the parts, summed)
+        and eq. (6), (8) for the parts.
+    """
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    out_size: int
+    layout: str = "blocked"
+    seed: int = 0
+    frozen: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.shapes:
+            raise ValueError(
+                "a sketch needs at least one trainable parameter, got none: "
+                "call requires_grad_(True) on those that train."
+            )
+        check_layout(self.layout)
+        elements = self.in_size
+        if not 1 <= self.out_size <= elements:
+            raise ValueError(
+                f"out_size must be in [1, {elements}], the model's number of trainable"
+                f" elements, got {self.out_size}: pass an out_size in that range."
+            )
+
+    @classmethod
+    def from_model(
+        cls, model: nn.Module, out_size: int, layout: str = "blocked", seed: int = 0
+    ) -> "ModelSketch":
+        """The sketch of all trainable parameters of `model`.
+
+        Tied parameters count once, under their first name; the name prefixes that
+        distributed and compiled wrappers add are dropped.
+        """
+        shapes: list[tuple[str, tuple[int, ...]]] = []
+        frozen: list[str] = []
+        for name, parameter in named_parameters(model).items():
+            if parameter.requires_grad:
+                shapes.append((name, tuple(parameter.shape)))
+            else:
+                frozen.append(name)
+        return cls(tuple(shapes), out_size, layout, seed, tuple(frozen))
+
+    @property
+    def in_size(self) -> int:
+        """Number of elements that are sketched."""
+        return sum(math.prod(shape) for _, shape in self.shapes)
+
+    @cached_property
+    def operators(self) -> dict[str, Sketch]:
+        """The operator of each parameter, by name."""
+        return {name: self._operator(name, shape) for name, shape in self.shapes}
+
+    def sketch(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Sketch a gradient, or a part of one: parameters not given count as zero.
+
+        Raises:
+            ValueError: a name is unknown, or a gradient has another shape.
+        """
+        shapes = dict(self.shapes)
+        total: Tensor | None = None
+        for name, gradient in gradients.items():
+            if shapes.get(name) != tuple(gradient.shape):
+                raise ValueError(
+                    f"the sketch holds {name!r} with shape {shapes.get(name)}, got "
+                    f"{tuple(gradient.shape)}: build it with ModelSketch.from_model on "
+                    "the model whose gradient this is."
+                )
+            flat = gradient.detach().reshape(1, -1)
+            flat = flat.to(accumulation_dtype(flat.dtype))
+            part = self.operators[name].apply_rows(flat).squeeze(0)
+            total = part if total is None else total + part
+        return torch.zeros(self.out_size) if total is None else total
+
+    def adjoint(self, vector: Tensor) -> dict[str, Tensor]:
+        """The transpose: a vector of R^out_size lifted to every parameter."""
+        return {
+            name: (self.operators[name].T @ vector).view(shape)
+            for name, shape in self.shapes
+        }
+
+    def coverage(self) -> Coverage:
+        """Which parameters are sketched, how many elements, and what is left out."""
+        names = tuple(name for name, _ in self.shapes)
+        return Coverage(names, self.in_size, self.frozen)
+
+    def parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The sketched parameters of `model`, by name.
+
+        Raises:
+            ValueError: the model's trainable parameters are not those of the sketch.
+        """
+        trainable = {
+            n: p for n, p in named_parameters(model).items() if p.requires_grad
+        }
+        theirs = {name: tuple(p.shape) for name, p in trainable.items()}
+        if theirs != dict(self.shapes):
+            name, ours, got = _first_difference(dict(self.shapes), theirs)
+            raise ValueError(
+                f"the sketch has {name!r} with shape {ours}, the model has {got} there:"
+                " pass the model that the sketch was made for, with the same parameters"
+                " trainable."
+            )
+        return trainable
+
+    def check_value(self) -> list[float]:
+        """The sketch of a fixed probe, which tells equal maps from others.
+
+        The probe is cos(0), cos(1), ... on the first elements of the first, the last,
+        the largest and the smallest parameter, and zero elsewhere.
+        """
+        by_size = sorted(self.shapes, key=lambda item: math.prod(item[1]))
+        probed = {self.shapes[0], self.shapes[-1], by_size[0], by_size[-1]}
+        total = torch.zeros(self.out_size)
+        for name, shape in sorted(probed):
+            probe = torch.zeros(1, math.prod(shape))
+            count = min(probe.numel(), _PROBED_ELEMENTS)
+            probe[0, :count] = torch.arange(count).cos()
+            total += self.operators[name].apply_rows(probe).squeeze(0)
+        return total[:16].tolist()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "ModelSketch":
+        """Rebuild from `to_dict`, also after a trip through JSON."""
+        shapes = tuple((name, tuple(shape)) for name, shape in fields["shapes"])
+        frozen = tuple(fields["frozen"])
+        return cls(**{**fields, "shapes": shapes, "frozen": frozen})
+
+    def _operator(self, name: str, shape: tuple[int, ...]) -> Sketch:
+        """The operator of one parameter."""
+        size = math.prod(shape)
+        if self.layout == "factored" and len(shape) == 2:
+            bits = (self.out_size - 1).bit_length()
+            sides = (2 ** (bits // 2), 2 ** (bits - bits // 2))
+            if shape[0] >= sides[0] and shape[1] >= sides[1]:
+                return QK(size, self.out_size, self.seed, shape, sides, name)
+        block = min(_BLOCK_SIZE, next_power_of_two(size))
+        block = max(block, next_power_of_two(self.out_size))
+        return AFFD(size, self.out_size, self.seed, block, name)
+
+
+def check_layout(layout: str) -> None:
+    """Raise unless `layout` is the name of one."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}.")
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by name, each once, without the prefixes of wrapping modules."""
+    return {_plain_name(name): p for name, p in model.named_parameters()}
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without the prefixes of DDP and torch.compile."""
+    for wrapper in _WRAPPERS:
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def _first_difference(
+    ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]
+) -> tuple[str, tuple[int, ...] | None, tuple[int, ...] | None]:
+    """The first name on which two mappings differ, with both values."""
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            return name, ours.get(name), theirs.get(name)
+    raise AssertionError("the mappings are equal")

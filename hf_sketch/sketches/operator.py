@@ -1,0 +1,138 @@
+"""The contract of every sketching operator."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Sketch(ABC):
+    """A seeded linear map from R^in_size to R^out_size that nearly keeps angles.
+
+    Every operator is a frozen dataclass of plain numbers: equal fields, equal matrix.
+    Inputs may have any floating-point dtype; results have at least float32.
+
+    Shapes:
+        S @ x       (in_size,) -> (out_size,), or (in_size, b) -> (out_size, b)
+        S.T @ y     the reverse
+        rows @ S.T  (b, in_size) -> (b, out_size)
+        rows @ S    (b, out_size) -> (b, in_size)
+
+    Raises:
+        ValueError: an argument's length does not fit.
+        TypeError: an argument is not a floating-point tensor.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """The matrix's shape: (out_size, in_size)."""
+
+    @property
+    def T(self) -> "Transposed":
+        """The exact transpose."""
+        return Transposed(self)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        return _on_columns(self.apply_rows, x, self.shape[1])
+
+    def __rmatmul__(self, rows: Tensor) -> Tensor:
+        return self.adjoint_rows(_checked(rows, self.shape[0]))
+
+    @abstractmethod
+    def apply_rows(self, rows: Tensor) -> Tensor:
+        """Sketch each row.
+
+        Shapes:
+            rows (b, in_size) -> (b, out_size)
+        """
+
+    @abstractmethod
+    def adjoint_rows(self, rows: Tensor) -> Tensor:
+        """Apply the transpose to each row.
+
+        Shapes:
+            rows (b, out_size) -> (b, in_size)
+        """
+
+    @abstractmethod
+    def apply_outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sketch sum_t left_t (x) right_t of each example, flattened row by row.
+
+        This is the per-example gradient of a weight whose inputs are `right` and whose
+        outputs have the gradients `left`; integer `left` stands for one-hot vectors
+        (an embedding's token ids).
+
+        Shapes:
+            left (b, t, m) or integer (b, t), right (b, t, n), m * n = in_size
+            returns (b, out_size)
+        """
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """The transpose of an operator, as `S.T` gives it."""
+
+    sketch: Sketch
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The transposed matrix's shape: (in_size, out_size)."""
+        return self.sketch.shape[::-1]
+
+    @property
+    def T(self) -> Sketch:
+        """The operator itself."""
+        return self.sketch
+
+    def __matmul__(self, y: Tensor) -> Tensor:
+        return _on_columns(self.sketch.adjoint_rows, y, self.shape[1])
+
+    def __rmatmul__(self, rows: Tensor) -> Tensor:
+        return self.sketch.apply_rows(_checked(rows, self.shape[0]))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are kept in: float32, or float64 for float64 input."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def next_power_of_two(size: int) -> int:
+    """The least power of two that is at least `size` >= 1."""
+    return 1 << (size - 1).bit_length()
+
+
+def check_sizes(in_size: int, out_size: int, largest: int) -> None:
+    """Raise unless 1 <= in_size and 1 <= out_size <= largest."""
+    if in_size < 1:
+        raise ValueError(f"in_size must be at least 1, got {in_size}: pass 1 or more.")
+    if not 1 <= out_size <= largest:
+        raise ValueError(
+            f"out_size must be in [1, {largest}] for in_size={in_size}, got {out_size}:"
+            f" pass an out_size of at most {largest}."
+        )
+
+
+def _on_columns(apply: Callable[[Tensor], Tensor], x: Tensor, length: int) -> Tensor:
+    """Apply a row operation to a vector or to the columns of a matrix."""
+    if x.dim() == 1:
+        return apply(_checked(x.unsqueeze(0), length)).squeeze(0)
+    return apply(_checked(x.transpose(-1, -2), length)).transpose(-1, -2)
+
+
+def _checked(rows: Tensor, length: int) -> Tensor:
+    """Check a batch of rows and raise its dtype to that of the sums."""
+    if not rows.is_floating_point():
+        raise TypeError(
+            f"a sketch takes a floating-point tensor, got {rows.dtype}: "
+            "call .float() on it."
+        )
+    if rows.dim() != 2 or rows.shape[-1] != length:
+        raise ValueError(
+            f"the vectors must have {length} elements, got {rows.shape[-1]} "
+            f"(a {rows.dim()}-dimensional argument): "
+            "pass the vector that the operator's shape names."
+        )
+    return rows.to(accumulation_dtype(rows.dtype))

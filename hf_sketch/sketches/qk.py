@@ -1,0 +1,169 @@
+"""QK: a Kronecker product of truncated random rotations."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hf_sketch.sketches.hadamard import apply_kronecker
+from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
+from hf_sketch.sketches.random import CounterRandom
+
+_LARGEST_FACTOR_BITS = 10
+
+
+@dataclass(frozen=True)
+class QK(Sketch):
+    """sqrt(N / D) Q_1 (x) ... (x) Q_k with Q_i the first rows of a random rotation.
+
+    Each Q_i (out_factors[i] x in_factors[i]) is the first rows of a Haar rotation;
+    N and D are the products of the factors. An x shorter than N is padded with zeros,
+    and of the D results the first `out_size` are kept. E|S x|^2 = |x|^2.
+
+    Inputs of low rank or with few non-zeros in the factors' directions concentrate
+    worse than under AFFD: for a rank-one input the variance of |S x|^2 / |x|^2 is
+    prod_i (1 + 2 (B_i - D_i) / (D_i (B_i + 2))) - 1, not 2 / D.
+
+    Shapes:
+        S @ x    (in_size,) -> (out_size,), or (in_size, b) -> (out_size, b)
+        S.T @ y  the reverse
+
+    Args:
+        in_size: number of parameters sketched.
+        out_size: length of the sketch.
+        seed: the only source of randomness; equal arguments, equal matrix.
+        in_factors: B_1, ..., B_k, product at least in_size; by default balanced powers
+            of two of at most 1024.
+        out_factors: D_1, ..., D_k with D_i <= B_i, product at least out_size; by
+            default balanced powers of two.
+        stream: a name that gives independent rotations under the same seed.
+
+    Raises:
+        ValueError: a size is out of range, or the factors do not fit the sizes.
+
+    Reference:
+        Schioppa 2024, arXiv:2402.03994, eq. (8) and C.5; the factors are balanced where
+        Listing 2 lets the leading one shrink to 1, and the columns of the QR
+        decomposition get the signs that make it Haar (up to the determinant's sign,
+        which no inner product sees).
+    """
+
+    in_size: int
+    out_size: int
+    seed: int
+    in_factors: tuple[int, ...] = ()
+    out_factors: tuple[int, ...] = ()
+    stream: str = ""
+
+    def __post_init__(self) -> None:
+        check_sizes(self.in_size, self.out_size, next_power_of_two(self.in_size))
+        into, out = self._sizes
+        fits = len(into) == len(out) and all(
+            0 < d <= b for d, b in zip(out, into, strict=True)
+        )
+        if not fits or math.prod(into) < self.in_size:
+            raise ValueError(
+                f"in_factors must have a product of at least in_size={self.in_size} and"
+                f" out_factors one entry for each, none larger, got {into} and {out}: "
+                "leave both out for balanced factors."
+            )
+        if math.prod(out) < self.out_size:
+            raise ValueError(
+                f"out_factors must have a product of at least out_size={self.out_size},"
+                f" got {out}: leave them out for balanced factors."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The matrix's shape: (out_size, in_size)."""
+        return self.out_size, self.in_size
+
+    def apply_rows(self, rows: Tensor) -> Tensor:
+        """Sketch each row: (b, in_size) -> (b, out_size)."""
+        missing = math.prod(self._sizes[0]) - self.in_size
+        if missing:
+            rows = torch.nn.functional.pad(rows, (0, missing))
+        factors = [factor.T.to(rows) for factor in self._rotations]
+        return apply_kronecker(rows, factors)[:, : self.out_size] * self._scale
+
+    def adjoint_rows(self, rows: Tensor) -> Tensor:
+        """Apply the transpose to each row: (b, out_size) -> (b, in_size)."""
+        missing = math.prod(self._sizes[1]) - self.out_size
+        padded = torch.nn.functional.pad(rows, (0, missing))
+        factors = [factor.to(rows) for factor in self._rotations]
+        return apply_kronecker(padded, factors)[:, : self.in_size] * self._scale
+
+    def apply_outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sketch sum_t left_t (x) right_t; the product is never formed if k = 2."""
+        height = self.in_size // right.shape[-1]
+        if self._sizes[0] != (height, right.shape[-1]):
+            return self.apply_rows(_outer(left, right, height))
+        first, second = (factor.to(right) for factor in self._rotations)
+        if left.is_floating_point():
+            small = left @ first
+        else:
+            small = torch.nn.functional.embedding(left, first)
+        product = torch.matmul(small.transpose(1, 2), right @ second)
+        return product.flatten(1)[:, : self.out_size] * self._scale
+
+    @property
+    def _scale(self) -> float:
+        into, out = self._sizes
+        return math.sqrt(math.prod(into) / math.prod(out))
+
+    @cached_property
+    def _sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(B_1, ..., B_k) and (D_1, ..., D_k), balanced where not given."""
+        into = self.in_factors or _balanced_in(self.in_size)
+        return into, self.out_factors or _balanced_out(self.out_size, into)
+
+    @cached_property
+    def _rotations(self) -> tuple[Tensor, ...]:
+        """Q_i transposed: (B_i, D_i) with orthonormal columns, float32 on the CPU."""
+        return tuple(
+            _haar(b, d, CounterRandom(self.seed, f"qk/{axis}/{self.stream}"))
+            for axis, (b, d) in enumerate(zip(*self._sizes, strict=True))
+        )
+
+
+def balanced_powers(bits: int, ceilings: Sequence[int]) -> tuple[int, ...] | None:
+    """Powers of two with product 2**bits, as equal as `ceilings` allow; None if none.
+
+    The later factors get the larger share.
+    """
+    exponents = [0] * len(ceilings)
+    for _ in range(bits):
+        free = [i for i, top in enumerate(ceilings) if 2 ** (exponents[i] + 1) <= top]
+        if not free:
+            return None
+        exponents[min(free, key=lambda i: (exponents[i], -i))] += 1
+    return tuple(2**exponent for exponent in exponents)
+
+
+def _balanced_in(in_size: int) -> tuple[int, ...]:
+    """Powers of two of at most 1024 whose product covers `in_size`."""
+    bits = (in_size - 1).bit_length()
+    count = max(1, -(-bits // _LARGEST_FACTOR_BITS))
+    return balanced_powers(bits, [2**_LARGEST_FACTOR_BITS] * count) or (1,)
+
+
+def _balanced_out(out_size: int, into: tuple[int, ...]) -> tuple[int, ...]:
+    """Powers of two below `into` whose product covers `out_size`; `into` if none."""
+    return balanced_powers((out_size - 1).bit_length(), into) or into
+
+
+def _haar(size: int, count: int, rng: CounterRandom) -> Tensor:
+    """Orthonormal columns (size, count) with the Haar distribution."""
+    gaussian = rng.normals(0, size * count).to(torch.float64).view(size, count)
+    q, r = torch.linalg.qr(gaussian)
+    return (q * r.diagonal().sign()).to(torch.float32)
+
+
+def _outer(left: Tensor, right: Tensor, height: int) -> Tensor:
+    """The flattened sum_t left_t (x) right_t of each example: (b, height * n)."""
+    if not left.is_floating_point():
+        left = torch.nn.functional.one_hot(left, height).to(right)
+    return torch.matmul(left.transpose(1, 2), right).flatten(1)

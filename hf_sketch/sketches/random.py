@@ -1,0 +1,103 @@
+"""The one source of random numbers: a function of (seed, role, index)."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+_WORD: Final = 1 << 32
+# Constants and shifts of the public-domain integer hash "triple32" (C. Wellons, 2018).
+_MIX: Final = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
+_LAST_SHIFT: Final = 14
+
+
+@dataclass(frozen=True)
+class CounterRandom:
+    """Random numbers that are a pure function of (seed, role, index).
+
+    Nothing is stored and no state advances: any slice can be drawn at any time, in any
+    process. `words` uses 32-bit integer tensor operations alone, so its bits are the
+    same on every device; `normals` and `permutation` are drawn on the CPU. The global
+    generator of torch is never touched.
+
+    Args:
+        seed: the user's seed.
+        role: what the numbers are for; another role gives independent numbers.
+
+    Reference:
+        Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (the idea of
+        counter-based generators); the mixing function is two keyed rounds of triple32.
+    """
+
+    seed: int
+    role: str
+
+    def words(
+        self, start: int, count: int, device: torch.device | None = None
+    ) -> Tensor:
+        """Uniform 32-bit words of the indices start, ..., start + count - 1.
+
+        Shapes:
+            returns (count,), int32, every bit a fair coin.
+        """
+        high, low = divmod(start, _WORD)
+        first = min(count, _WORD - low)
+        words = self._words_below(high, low, first, device)
+        if first == count:
+            return words
+        rest = self._words_below(high + 1, 0, count - first, device)
+        return torch.cat([words, rest])
+
+    def normals(self, start: int, count: int) -> Tensor:
+        """Standard normal numbers of the indices start, ..., start + count - 1.
+
+        Box-Muller in float64, rounded once, so that the last bit does not depend on
+        the vector unit that computed it.
+
+        Shapes:
+            returns (count,), float32, on the CPU.
+        """
+        words = self.words(2 * start, 2 * count).to(torch.float64)
+        uniform = ((words + (_WORD // 2 + 0.5)) / _WORD).view(count, 2)
+        radius = uniform[:, 0].log().mul(-2.0).sqrt()
+        return (radius * uniform[:, 1].mul(2.0 * math.pi).cos()).to(torch.float32)
+
+    def permutation(self, size: int) -> Tensor:
+        """A random order of 0, ..., size - 1.
+
+        Shapes:
+            returns (size,), int64, on the CPU.
+        """
+        return self.words(0, size).argsort(stable=True)
+
+    def _words_below(
+        self, high: int, low: int, count: int, device: torch.device | None
+    ) -> Tensor:
+        """Words of the indices high * 2**32 + low + (0, ..., count - 1)."""
+        text = f"{self.seed}/{self.role}".encode()
+        digest = hashlib.blake2b(text, digest_size=8).digest()
+        first_key = int.from_bytes(digest[:4], "little")
+        second_key = int.from_bytes(digest[4:], "little") ^ (high * 0x9E3779B1)
+        x = torch.arange(count, dtype=torch.int32, device=device)
+        x.add_(_signed(low)).bitwise_xor_(_signed(first_key))
+        return _mix(_mix(x).add_(_signed(second_key)))
+
+
+def _signed(value: int) -> int:
+    """The low 32 bits of `value`, read as a signed integer."""
+    return (value + _WORD // 2) % _WORD - _WORD // 2
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit words in which every input bit flips half the output."""
+    for shift, multiplier in _MIX:
+        x = _xor_shift(x, shift).mul_(_signed(multiplier))
+    return _xor_shift(x, _LAST_SHIFT)
+
+
+def _xor_shift(x: Tensor, shift: int) -> Tensor:
+    """X ^ (x >> shift) with the zeros of an unsigned shift."""
+    return x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))
