@@ -1,0 +1,272 @@
+"""The callback that sketches gradients while a Trainer trains."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hf_sketch.callbacks.example_rows import ExampleRecorder
+from hf_sketch.callbacks.moment import Moment
+from hf_sketch.callbacks.step_rows import StepRecorder
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from hf_sketch.model_sketch import ModelSketch, check_layout
+from hf_sketch.writer import SketchWriter
+
+_SUM_TOLERANCE = 1e-3
+_LOW_PRECISION_SUM_TOLERANCE = 5e-2
+
+
+class GradientSketchCallback(TrainerCallback):
+    """Sketches the gradients of training into `<output_dir>/sketches`.
+
+    Two kinds of rows, both out of the backward pass that training runs anyway:
+
+    - per step: the sketch of the gradient that the optimizer sees, with the factor by
+      which it was clipped;
+    - per example: the sketch of the gradient of the example's own loss, with the row
+      number of the example in `train_dataset` and the weight with which it entered the
+      step, so that the weighted sum of a step's rows is the step's gradient before
+      clipping. This is verified at the first step.
+
+    Training is bit for bit what it is without the callback. Rows are written before
+    each checkpoint; training that resumes from a checkpoint ends with the rows of
+    training that never stopped. Open them with `hf_sketch.load_sketches(output_dir)`.
+
+    Args:
+        out_size: numbers in a sketch.
+        layout: "factored" (cheap per-example rows) or "blocked" (more accurate, but
+            forms each example's weight gradients); see `ModelSketch`.
+        seed: of the sketch; by default the Trainer's own.
+        per_step: record a row for each step.
+        per_example: record a row for each example.
+        every_steps: record the steps whose number is a multiple of this.
+
+    Raises:
+        ValueError: a bad argument; in `on_train_begin` a model, a setting of the
+            Trainer or a store that does not fit, before any training time is spent.
+    """
+
+    def __init__(
+        self,
+        out_size: int = 4096,
+        *,
+        layout: str = "factored",
+        seed: int | None = None,
+        per_step: bool = True,
+        per_example: bool = True,
+        every_steps: int = 1,
+    ) -> None:
+        for name, value in (("out_size", out_size), ("every_steps", every_steps)):
+            if value < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {value}: pass 1 or more."
+                )
+        if not (per_step or per_example):
+            raise ValueError(
+                "per_step and per_example must not both be False, got False for both: "
+                "leave the callback out to record nothing."
+            )
+        check_layout(layout)
+        self.out_size = out_size
+        self.layout = layout
+        self.seed = seed
+        self.per_step = per_step
+        self.per_example = per_example
+        self.every_steps = every_steps
+        self._examples: ExampleRecorder | None = None
+        self._steps: StepRecorder | None = None
+        self._writer: SketchWriter | None = None
+        self._epoch = self._micro_step = self._skipped_batches = 0
+        self._verified = False
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        train_dataloader: DataLoader[Any],
+        **kwargs: Any,
+    ) -> None:
+        self._close()
+        _check_arguments(args, self.per_example)
+        seed = args.seed if self.seed is None else self.seed
+        sketch = ModelSketch.from_model(model, self.out_size, self.layout, seed)
+        if self.per_example:
+            self._examples = ExampleRecorder(model, sketch, train_dataloader)
+        if self.per_step:
+            self._steps = StepRecorder(model, sketch)
+        directory = Path(args.output_dir or ".") / "sketches"
+        self._writer = SketchWriter(directory, sketch, state.global_step)
+        self._verified = not (self.per_example and self.per_step)
+        per_update = args.gradient_accumulation_steps
+        updates = max(-(-len(train_dataloader) // per_update), 1)
+        self._epoch, done = divmod(state.global_step, updates)
+        self._epoch -= 1
+        self._skipped_batches = 0 if args.ignore_data_skip else done * per_update
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._epoch += 1
+        if self._examples is not None:
+            self._examples.start_epoch(self._skipped_batches)
+        self._skipped_batches = 0
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._micro_step = 0
+        recording = (state.global_step + 1) % self.every_steps == 0
+        for recorder in (self._examples, self._steps):
+            if recorder is not None:
+                recorder.start_step(recording)
+
+    def on_substep_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        optimizer: Optimizer,
+        **kwargs: Any,
+    ) -> None:
+        self._end_micro_batch(self._moment(state, optimizer))
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        optimizer: Optimizer,
+        **kwargs: Any,
+    ) -> None:
+        moment = self._moment(state, optimizer)
+        self._end_micro_batch(moment)
+        total = self._examples.end_step() if self._examples is not None else None
+        if self._steps is not None and self._writer is not None:
+            sketch = self._steps.end_step(moment, self._writer)
+            if not self._verified and sketch is not None and total is not None:
+                _check_sum(total, sketch, low_precision=args.bf16)
+                self._verified = True
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self._writer is not None:
+            self._writer.end_step()
+        if control.should_save:  # the rows must be there before the checkpoint is
+            self._flush()
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if control.should_save:
+            self._flush()
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._flush()  # save_strategy="best" decides only now
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._flush()
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._flush()
+        self._close()
+
+    def _moment(self, state: TrainerState, optimizer: Optimizer) -> Moment:
+        """The present micro-batch's place in training."""
+        rate = float(optimizer.param_groups[0]["lr"])
+        return Moment(self._epoch, state.global_step + 1, self._micro_step, rate)
+
+    def _end_micro_batch(self, moment: Moment) -> None:
+        """Write the examples of a micro-batch."""
+        if self._examples is not None and self._writer is not None:
+            self._examples.end_micro_batch(moment, self._writer)
+        self._micro_step += 1
+
+    def _flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+
+    def _close(self) -> None:
+        """Take all hooks off; rows that are not flushed are dropped."""
+        for recorder in (self._examples, self._steps):
+            if recorder is not None:
+                recorder.close()
+        self._examples = self._steps = self._writer = None
+
+
+def _check_arguments(args: TrainingArguments, per_example: bool) -> None:
+    """Raise if the Trainer's settings are not covered."""
+    refused = {
+        "several processes": args.world_size > 1,
+        "several GPUs in one process": args.n_gpu > 1,
+        "fp16=True": args.fp16,
+        "torch_compile=True": args.torch_compile,
+        "label_smoothing_factor": per_example and args.label_smoothing_factor > 0,
+    }
+    found = [name for name, present in refused.items() if present]
+    if found:
+        raise ValueError(
+            "GradientSketchCallback runs in one process, in float32 or bf16, uncompiled"
+            f" and with the model's own loss, got {', '.join(found)}: train without, or"
+            " take the callback out."
+        )
+
+
+def _check_sum(total: Tensor, sketch: Tensor, low_precision: bool) -> None:
+    """Raise unless the weighted sum of a step's rows is the step's own gradient."""
+    distance = float(torch.linalg.vector_norm(total - sketch))
+    norm = float(torch.linalg.vector_norm(sketch))
+    tolerance = _LOW_PRECISION_SUM_TOLERANCE if low_precision else _SUM_TOLERANCE
+    if distance > tolerance * norm:
+        raise RuntimeError(
+            "the per-example gradients must add up to the step's gradient within "
+            f"{tolerance:g} of its norm, got {distance / norm:.3g}: some part of the "
+            "model is not covered; pass per_example=False and report the model's class."
+        )

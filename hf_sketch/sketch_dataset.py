@@ -1,0 +1,141 @@
+"""Per-example gradient sketches of any dataset, after or without training."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from datasets.table import InMemoryTable
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+from tqdm.auto import tqdm
+
+from hf_sketch.collection import Sketches
+from hf_sketch.model_sketch import ModelSketch
+from hf_sketch.per_example import ExampleRows, PerExampleSketcher
+from hf_sketch.store import QUERY, arrow_table, features
+
+_LABELS = ("label", "label_ids", "labels")
+
+
+def sketch_dataset(
+    model: nn.Module,
+    dataset: Any,
+    model_sketch: ModelSketch,
+    *,
+    batch_size: int = 8,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    processing_class: Any = None,
+) -> Sketches:
+    """Sketch each example's gradient at the model's present weights.
+
+    The units are those of the rows that training records: a row is the gradient of the
+    example's own loss. The model runs in eval mode (no dropout) and is left as it was;
+    no parameter's `.grad` is touched.
+
+    Args:
+        model: the model, with the same parameters trainable as when `model_sketch` was
+            made.
+        dataset: tokenised examples, as for `Trainer(eval_dataset=...)`; columns that
+            the model does not take are passed over.
+        model_sketch: the map; for queries of a store, `store.model_sketch`.
+        batch_size: examples in one pass.
+        data_collator: makes a batch of a list of examples; by default they are padded
+            by `processing_class`, or stacked if there is none.
+        processing_class: a tokenizer, as for `Trainer`.
+
+    Returns:
+        the sketches, in memory, with the row numbers of `dataset` as example_id.
+
+    Raises:
+        ValueError: the sketch is of another model, or the model is not covered.
+    """
+    sketcher = PerExampleSketcher(model, model_sketch)
+    device = next(model.parameters()).device
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=_Collator(model, data_collator, processing_class),
+    )
+    tables: list[pa.Table] = []
+    with _eval_mode(model), sketcher:
+        for batch in tqdm(loader, desc="Sketching gradients", unit="batch"):
+            moved = {
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+            }
+            first = sum(table.num_rows for table in tables)
+            tables.append(_table(sketcher.sketch(moved), first))
+    schema = features(QUERY, model_sketch.out_size).arrow_schema
+    table = pa.concat_tables(tables) if tables else schema.empty_table()
+    return Sketches(model_sketch, Dataset(InMemoryTable(table)))
+
+
+class _Collator:
+    """Makes the model's inputs of a list of examples, as the Trainer does."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_collator: Callable[[list[Any]], Mapping[str, Any]] | None,
+        processing_class: Any,
+    ) -> None:
+        parameters = inspect.signature(model.forward).parameters
+        self._names = {*parameters, *_LABELS}
+        self._collate = data_collator or _padding(processing_class) or _stack
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        kept = [
+            {name: value for name, value in example.items() if name in self._names}
+            for example in examples
+        ]
+        batch = dict(self._collate(kept))
+        for name in _LABELS[:2]:
+            if name in batch:
+                batch["labels"] = batch.pop(name)
+        return batch
+
+
+def _padding(processing_class: Any) -> Callable[[list[Any]], Mapping[str, Any]] | None:
+    """The tokenizer's padding as a collator, or None without a tokenizer."""
+    if processing_class is None:
+        return None
+    return lambda examples: processing_class.pad(examples, return_tensors="pt")
+
+
+def _stack(examples: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Stack each column of examples of equal lengths."""
+    tensors = [
+        {name: torch.as_tensor(value) for name, value in example.items()}
+        for example in examples
+    ]
+    return default_collate(tensors)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, with every module's own mode restored."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _table(batch: ExampleRows, first: int) -> pa.Table:
+    """A batch's rows as a table; the ids count on from `first`."""
+    return arrow_table(
+        QUERY,
+        {
+            "example_id": torch.arange(first, first + len(batch.losses)),
+            "loss": batch.losses,
+            "gradient_norm": batch.rows.norm(dim=1),
+            "finite": batch.rows.isfinite().all(1),
+            "sketch": batch.rows,
+        },
+    )
