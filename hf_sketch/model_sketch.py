@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -120,7 +120,7 @@ class ModelSketch:
             ValueError: a name is unknown, or a gradient has another shape.
         """
         shapes = dict(self.shapes)
-        total: Tensor | None = None
+        rows: dict[str, Tensor] = {}
         for name, gradient in gradients.items():
             if shapes.get(name) != tuple(gradient.shape):
                 raise ValueError(
@@ -128,11 +128,28 @@ class ModelSketch:
                     f"{tuple(gradient.shape)}: build it with ModelSketch.from_model on "
                     "the model whose gradient this is."
                 )
-            flat = gradient.detach().reshape(1, -1)
-            flat = flat.to(accumulation_dtype(flat.dtype))
-            part = self.operators[name].apply_rows(flat).squeeze(0)
-            total = part if total is None else total + part
-        return torch.zeros(self.out_size) if total is None else total
+            rows[name] = gradient.detach().reshape(1, -1)
+        return self.sketch_rows(rows).squeeze(0) if rows else torch.zeros(self.out_size)
+
+    def sketch_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """Sketch a batch of gradients; small parameters share one transform.
+
+        Shapes:
+            rows name -> (b, number of the parameter's elements), at least one name
+            returns (b, out_size)
+        """
+        parts: list[Tensor] = []
+        small: dict[int | None, list[tuple[AFFD, Tensor]]] = {}
+        for name, gradients in rows.items():
+            gradients = gradients.to(accumulation_dtype(gradients.dtype))
+            operator = self.operators[name]
+            if isinstance(operator, AFFD) and operator.is_one_block:
+                group = small.setdefault(operator.block_size, [])
+                group.append((operator, gradients))
+            else:
+                parts.append(operator.apply_rows(gradients))
+        parts += [AFFD.apply_stacked(group) for group in small.values()]
+        return reduce(Tensor.add_, parts)
 
     def adjoint(self, vector: Tensor) -> dict[str, Tensor]:
         """The transpose: a vector of R^out_size lifted to every parameter."""

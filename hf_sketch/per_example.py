@@ -37,6 +37,7 @@ class _Batch:
 
     size: int
     rows: Tensor | None = None
+    vectors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     losses: ExampleLosses | None = None
     scale: Tensor | None = None
     outputs: list[Tensor] = field(default_factory=list[Tensor])
@@ -102,9 +103,7 @@ class PerExampleSketcher:
                 "model returns (a Trainer with compute_loss_func or label smoothing "
                 "does not: pass per_example=False)."
             )
-        rows = batch.rows
-        if rows is None:
-            rows = torch.zeros(batch.size, self.model_sketch.out_size)
+        rows = self._total(batch)
         weights = batch.losses.weights * batch.scale.to(batch.losses.weights)
         scaled = rows / weights.to(rows).unsqueeze(1)
         rows = torch.where(weights.unsqueeze(1) == 0, rows, scaled)
@@ -127,6 +126,14 @@ class PerExampleSketcher:
         outputs, self._batch.outputs = self._batch.outputs, []
         torch.autograd.grad(_field(output, "loss", 0), outputs, allow_unused=True)
         return self.take()
+
+    def _total(self, batch: _Batch) -> Tensor:
+        """The sketches of all contributions to a batch's gradients, summed."""
+        parts = [] if batch.rows is None else [batch.rows]
+        if batch.vectors:
+            parts.append(self.model_sketch.sketch_rows(batch.vectors))
+        zeros = torch.zeros(batch.size, self.model_sketch.out_size)
+        return sum(parts[1:], start=parts[0]) if parts else zeros
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -214,11 +221,13 @@ class PerExampleSketcher:
             name = watched.names.get(part.attribute)
             if name is None:
                 continue
-            operator = self.model_sketch.operators[name]
             if part.right is None:
-                rows = operator.apply_rows(part.left)
-            else:
-                rows = operator.apply_outer(part.left, part.right)
+                earlier = batch.vectors.get(name)
+                total = part.left if earlier is None else earlier + part.left
+                batch.vectors[name] = total
+                continue
+            operator = self.model_sketch.operators[name]
+            rows = operator.apply_outer(part.left, part.right)
             batch.rows = rows if batch.rows is None else batch.rows.add_(rows)
 
 

@@ -1,6 +1,6 @@
 """AFFD: signs, Hadamard, Gaussian, Hadamard, restrict."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -120,6 +120,36 @@ class AFFD(Sketch):
     def _blocks(self) -> int:
         return -(-self.in_size // self._block)
 
+    @classmethod
+    def apply_stacked(cls, pairs: Sequence[tuple["AFFD", Tensor]]) -> Tensor:
+        """Sum over (operator, rows) of operator.apply_rows(rows), many in one transform.
+
+        The operators must have one block each, and differ in `in_size` and `stream`
+        alone: then they share H1, |G| and H2.
+
+        Shapes:
+            rows (b, operator's in_size) each -> (b, out_size)
+        """
+        operator, rows = pairs[0]
+        batch, block = len(rows), operator._block
+        first, _, _ = operator._factors_like(rows)
+        total = rows.new_zeros(batch, block)
+        step = max(1, _CHUNK_ELEMENTS // max(1, batch * block))
+        for start in range(0, len(pairs), step):
+            some = pairs[start : start + step]
+            x = rows.new_zeros(batch, len(some), block)
+            for place, (_, part) in enumerate(some):
+                x[:, place, : part.shape[1]] = part
+            words = torch.stack([each._only_words for each, _ in some]).to(rows.device)
+            x = apply_kronecker(_flip(x, words).view(-1, block), first)
+            total += _flip(x.view(batch, len(some), block), words << 1).sum(1)
+        return operator._finish(total)
+
+    @property
+    def is_one_block(self) -> bool:
+        """Whether the whole input fits one block."""
+        return self.in_size <= self._block
+
     def _mix(self, rows: Tensor, first_block: int) -> Tensor:
         """Sum over the blocks in `rows` of (signs of G) H1 B, unscaled."""
         batch, length = rows.shape
@@ -150,7 +180,6 @@ class AFFD(Sketch):
         each of their blocks words (blocks, block) whose top bits are the signs of B
         and of G.
         """
-        rng = CounterRandom(self.seed, f"affd-signs/{self.stream}")
         step = max(1, _CHUNK_ELEMENTS // max(1, like.shape[0] * self._block))
         block = first_block
         end = first_block - (-length // self._block)
@@ -158,7 +187,7 @@ class AFFD(Sketch):
         while block < end:
             if group != block // _BLOCKS_PER_WORD:
                 group = block // _BLOCKS_PER_WORD
-                words = rng.words(group * self._block, self._block, like.device)
+                words = self._words(group, like.device)
             stop = min(block + step, end, (group + 1) * _BLOCKS_PER_WORD)
             shift = torch.arange(block, stop, device=like.device, dtype=torch.int32)
             shift = (2 * (shift % _BLOCKS_PER_WORD)).unsqueeze(1)
@@ -166,6 +195,19 @@ class AFFD(Sketch):
             high = min((stop - first_block) * self._block, length)
             yield low, high, words << shift, words << (shift + 1)
             block = stop
+
+    def _words(self, group: int, device: torch.device) -> Tensor:
+        """The sign bits of a group of blocks, two for each block: (block,), int32."""
+        if self.is_one_block:
+            return self._only_words.to(device)
+        rng = CounterRandom(self.seed, f"affd-signs/{self.stream}")
+        return rng.words(group * self._block, self._block, device)
+
+    @cached_property
+    def _only_words(self) -> Tensor:
+        """The sign bits of an operator of one block: kept, for small and frequent."""
+        rng = CounterRandom(self.seed, f"affd-signs/{self.stream}")
+        return rng.words(0, self._block)
 
     def _factors_like(self, like: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """H1's and H2's unscaled factors, and |G| with the whole scale, like `like`."""
