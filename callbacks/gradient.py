@@ -4,9 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hf_sketch.callbacks.example_rows import ExampleRecorder
-from hf_sketch.callbacks.moment import Moment
-from hf_sketch.callbacks.step_rows import StepRecorder
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -17,6 +14,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_sketch.callbacks.example_rows import ExampleRecorder
+from hf_sketch.callbacks.moment import Moment
+from hf_sketch.callbacks.step_rows import StepRecorder
 from hf_sketch.model_sketch import ModelSketch, check_layout
 from hf_sketch.writer import SketchWriter
 

@@ -1,0 +1,1 @@
+"""Recipes: complete runs on real data, each with a command line."""

@@ -122,7 +122,7 @@ class AFFD(Sketch):
 
     @classmethod
     def apply_stacked(cls, pairs: Sequence[tuple["AFFD", Tensor]]) -> Tensor:
-        """Sum over (operator, rows) of operator.apply_rows(rows), many in one transform.
+        """Sum of operator.apply_rows(rows) over all pairs, many in one transform.
 
         The operators must have one block each, and differ in `in_size` and `stream`
         alone: then they share H1, |G| and H2.
