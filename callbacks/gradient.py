@@ -108,11 +108,12 @@ class GradientSketchCallback(TrainerCallback):
         directory = Path(args.output_dir or ".") / "sketches"
         self._writer = SketchWriter(directory, sketch, state.global_step)
         self._verified = not (self.per_example and self.per_step)
-        per_update = args.gradient_accumulation_steps
-        updates = max(-(-len(train_dataloader) // per_update), 1)
-        self._epoch, done = divmod(state.global_step, updates)
-        self._epoch -= 1
-        self._skipped_batches = 0 if args.ignore_data_skip else done * per_update
+        self._epoch = int(state.epoch or 0) - 1
+        self._skipped_batches = 0
+        if self.per_example and not args.ignore_data_skip:
+            per_update = args.gradient_accumulation_steps
+            updates = max(-(-len(train_dataloader) // per_update), 1)
+            self._skipped_batches = state.global_step % updates * per_update
 
     def on_epoch_begin(
         self,

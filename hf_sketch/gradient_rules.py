@@ -28,7 +28,12 @@ def rule_for(module: nn.Module) -> Rule | None:
     """The rule that fits the module's forward pass, or None.
 
     A subclass that overrides `forward` has no rule: what it computes is unknown.
+
+    Raises:
+        ValueError: an Embedding's gradients depend on the whole batch.
     """
+    if isinstance(module, nn.Embedding):
+        _check_embedding(module)
     return _RULES.get(type(module).forward)
 
 
@@ -44,6 +49,14 @@ def _embedding(
 ) -> Iterator[Contribution]:
     """Embedding: y = W[ids]; the padding row gets no gradient."""
     assert isinstance(module, nn.Embedding)
+    ids, gradient = ids.flatten(1), _tokens(gradient)
+    if module.padding_idx is not None:
+        gradient = gradient * (ids != module.padding_idx).unsqueeze(-1)
+    yield Contribution("weight", ids, gradient)
+
+
+def _check_embedding(module: nn.Embedding) -> None:
+    """Raise if an example's gradient depends on its batch-mates."""
     if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         raise ValueError(
             "per-example gradients need an Embedding without max_norm, "
@@ -51,10 +64,6 @@ def _embedding(
             f"scale_grad_by_freq={module.scale_grad_by_freq}, sparse={module.sparse}: "
             "turn them off, or pass per_example=False."
         )
-    ids, gradient = ids.flatten(1), _tokens(gradient)
-    if module.padding_idx is not None:
-        gradient = gradient * (ids != module.padding_idx).unsqueeze(-1)
-    yield Contribution("weight", ids, gradient)
 
 
 def _layer_norm(

@@ -1,5 +1,6 @@
 """Adding rows to a store, step by step, and resuming it."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,13 +30,13 @@ class SketchWriter:
     Args:
         directory: the store, `<output_dir>/sketches`.
         model_sketch: the map that makes the rows.
-        resume_step: the optimizer step that training resumes after; 0 for a new run.
-            Rows of later steps are dropped, earlier ones are never touched.
+        resume_step: the optimizer step that training resumes after. Rows of later steps
+            are dropped, earlier ones are never touched. 0 for a new run: a store of an
+            earlier run is renamed to `sketches-before-<n>`, with a warning.
         buffer_bytes: rows are flushed at the end of a step once they fill this much.
 
     Raises:
-        ValueError: the store holds rows of another map, or of a run that is not
-            resumed.
+        ValueError: the store holds rows of another map.
         OSError: the directory cannot be written.
     """
 
@@ -107,15 +108,24 @@ def _open_shards(
     """The shards of the store that rows are to be added to; makes it if need be."""
     files = (directory / HEADER, directory / MANIFEST)
     shards = read_manifest(directory) if all(f.exists() for f in files) else []
+    if shards:
+        _check_settings(directory, model_sketch)
+    if shards and resume_step == 0:
+        last = max(shard.last_step for shard in shards)
+        aside = _set_aside(directory)
+        warnings.warn(
+            f"{directory} held rows up to step {last} of an earlier run that is not "
+            f"resumed: they are now in {aside}.",
+            stacklevel=2,
+        )
+        shards = []
     if not shards:
         create_store(directory, model_sketch)
-        return []
-    last = max(shard.last_step for shard in shards)
-    if resume_step == 0:
-        raise ValueError(
-            f"{directory} must be empty for a new run, got rows up to step {last}: call"
-            " trainer.train(resume_from_checkpoint=True), or give another output_dir."
-        )
+    return shards
+
+
+def _check_settings(directory: Path, model_sketch: ModelSketch) -> None:
+    """Raise if the store's rows were made by another map."""
     stored = read_header(directory)
     if stored != model_sketch:
         raise ValueError(
@@ -123,7 +133,14 @@ def _open_shards(
             f"{_settings(model_sketch)}: pass the store's settings, or another "
             "output_dir."
         )
-    return shards
+
+
+def _set_aside(directory: Path) -> Path:
+    """Rename the store to the first free name."""
+    number = 1
+    while (aside := directory.with_name(f"{directory.name}-before-{number}")).exists():
+        number += 1
+    return directory.rename(aside)
 
 
 def _settings(model_sketch: ModelSketch) -> str:

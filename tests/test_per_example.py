@@ -1,0 +1,201 @@
+import pytest
+import torch
+from torch import nn
+
+from hf_sketch import ModelSketch, PerExampleSketcher
+from tests.conftest import tiny_batch, tiny_bert
+
+
+@pytest.fixture(params=["blocked", "factored"])
+def layout(request):
+    return request.param
+
+
+def oracle(model, batch, sketch, index):
+    """The sketch of one example's gradient, from a backward pass of its own."""
+    model.zero_grad()
+    alone = {name: column[index : index + 1] for name, column in batch.items()}
+    loss = model(**alone).loss
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return sketch.sketch(gradients), float(loss.detach())
+
+
+def assert_rows_match(model, batch, layout, tolerance):
+    sketch = ModelSketch.from_model(model, 256, layout)
+    with PerExampleSketcher(model, sketch) as sketcher:
+        got = sketcher.sketch(batch)
+    for index in range(len(batch["labels"])):
+        row, loss = oracle(model, batch, sketch, index)
+        assert (got.rows[index] - row).norm() < tolerance * row.norm()
+        assert abs(float(got.losses[index]) - loss) < tolerance
+    return got
+
+
+def test_rows_are_those_of_single_example_passes_in_float64(layout):
+    assert_rows_match(tiny_bert().double().eval(), tiny_batch(), layout, 1e-9)
+
+
+def test_rows_are_those_of_single_example_passes_in_float32(layout):
+    assert_rows_match(tiny_bert().eval(), tiny_batch(), layout, 1e-4)
+
+
+def test_rows_do_not_depend_on_batch_mates(layout):
+    model = tiny_bert().double().eval()
+    sketch = ModelSketch.from_model(model, 256, layout)
+    batch = tiny_batch(6)
+    with PerExampleSketcher(model, sketch) as sketcher:
+        whole = sketcher.sketch(batch).rows
+        part = sketcher.sketch({n: c[[4, 1]] for n, c in batch.items()}).rows
+    torch.testing.assert_close(part, whole[[4, 1]], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_other_classification_losses(kind, layout):
+    model = tiny_bert(problem_type=kind).double().eval()
+    batch = tiny_batch()
+    batch["labels"] = torch.rand(5, 3, dtype=torch.float64)
+    assert_rows_match(model, batch, layout, 1e-9)
+
+
+def test_regression_with_one_output(layout):
+    model = tiny_bert(num_labels=1).double().eval()
+    batch = tiny_batch()
+    batch["labels"] = torch.rand(5, dtype=torch.float64)
+    # A batch of one is squeezed to a scalar by the model, which is the same loss.
+    assert_rows_match(model, batch, layout, 1e-9)
+
+
+def test_examples_without_a_label_weigh_nothing():
+    model = tiny_bert().double().eval()
+    batch = tiny_batch()
+    batch["labels"][2] = -100
+    sketch = ModelSketch.from_model(model, 256)
+    with PerExampleSketcher(model, sketch) as sketcher:
+        got = sketcher.sketch(batch)
+    assert got.weights.tolist() == [0.25, 0.25, 0.0, 0.25, 0.25]
+    assert not got.rows[2].any()
+    assert got.losses[2] == 0
+
+
+def test_the_weighted_sum_is_the_batch_gradient_with_dropout_and_scaling(layout):
+    model = tiny_bert().double().train()
+    sketch = ModelSketch.from_model(model, 256, layout)
+    with PerExampleSketcher(model, sketch) as sketcher:
+        loss = model(**tiny_batch()).loss
+        (loss * 7.0).backward()
+        got = sketcher.take()
+    whole = sketch.sketch({n: p.grad for n, p in model.named_parameters()})
+    torch.testing.assert_close(got.weights @ got.rows, whole, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(got.weights, torch.full((5,), 7 / 5).double())
+
+
+def test_the_backward_pass_is_bit_equal_with_and_without():
+    gradients = []
+    for watched in (False, True):
+        model = tiny_bert().train()
+        sketcher = PerExampleSketcher(model, ModelSketch.from_model(model, 256))
+        torch.manual_seed(5)
+        if watched:
+            with sketcher:
+                model(**tiny_batch()).loss.backward()
+        else:
+            model(**tiny_batch()).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_sketching_leaves_gradients_and_hooks_as_they_were():
+    model = tiny_bert().eval()
+    with PerExampleSketcher(model, ModelSketch.from_model(model, 256)) as sketcher:
+        sketcher.sketch(tiny_batch())
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_module_without_a_rule_is_named():
+    model = tiny_bert()
+    model.bert.extra = nn.Conv1d(3, 3, 1)
+    with pytest.raises(ValueError, match=r"Conv1d at 'bert.extra': freeze them"):
+        PerExampleSketcher(model, ModelSketch.from_model(model, 256))
+
+
+def test_a_subclass_with_its_own_forward_is_named():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = tiny_bert()
+    model.classifier = Doubled(32, 3)
+    with pytest.raises(ValueError, match="Doubled at 'classifier'"):
+        PerExampleSketcher(model, ModelSketch.from_model(model, 256))
+
+
+def test_an_embedding_that_depends_on_batch_mates_is_named():
+    model = tiny_bert()
+    model.bert.embeddings.word_embeddings.scale_grad_by_freq = True
+    with pytest.raises(ValueError, match="scale_grad_by_freq=True"):
+        PerExampleSketcher(model, ModelSketch.from_model(model, 256))
+
+
+def sketcher_for(model):
+    return PerExampleSketcher(model, ModelSketch.from_model(model, 256))
+
+
+def test_a_loss_that_is_no_mean_is_named():
+    model = tiny_bert()
+    plain = model.forward
+
+    def doubled(**inputs):
+        output = plain(**inputs)
+        output["loss"] = 2 * output["loss"]
+        return output
+
+    model.forward = doubled
+    with (
+        sketcher_for(model),
+        pytest.raises(ValueError, match="mean of the examples' own losses, here"),
+    ):
+        model(**tiny_batch())
+
+
+def test_a_call_without_labels_is_named():
+    model = tiny_bert()
+    batch = tiny_batch()
+    del batch["labels"]
+    with (
+        sketcher_for(model),
+        pytest.raises(
+            ValueError, match=r"labels=.*got \['attention_mask', 'input_ids'"
+        ),
+    ):
+        model(**batch)
+
+
+def test_token_labels_are_refused_for_now():
+    with pytest.raises(ValueError, match=r"logits \(2, 5, 9\) and labels \(2, 5\)"):
+        sketch_losses(torch.randn(2, 5, 9), torch.zeros(2, 5, dtype=torch.long))
+
+
+def sketch_losses(logits, labels):
+    from hf_sketch import example_losses
+
+    return example_losses(torch.tensor(0.0), logits, labels)
+
+
+def test_two_forward_passes_for_one_backward_are_named():
+    model = tiny_bert()
+    with sketcher_for(model):
+        model(**tiny_batch())
+        with pytest.raises(RuntimeError, match="once for each backward pass"):
+            model(**tiny_batch())
+
+
+def test_taking_without_a_backward_pass_is_named():
+    model = tiny_bert()
+    with sketcher_for(model) as sketcher:
+        model(**tiny_batch())
+        with pytest.raises(RuntimeError, match="a forward and a backward pass"):
+            sketcher.take()
+    with pytest.raises(RuntimeError, match="inside `with PerExampleSketcher"):
+        sketcher.sketch(tiny_batch())
