@@ -1,5 +1,5 @@
 """Callbacks for the Trainer of Transformers."""
 
-from hf_sketch.callbacks.gradient import GradientSketchCallback
+from .gradient import GradientSketchCallback
 
 __all__ = ["GradientSketchCallback"]

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 
 class ExampleIds:
@@ -24,13 +24,15 @@ class ExampleIds:
     def __init__(self, loader: DataLoader[Any]) -> None:
         batches = loader.batch_sampler
         sampler = getattr(batches, "sampler", None)
-        if sampler is None or not isinstance(batches, BatchSampler):
+        stream = isinstance(loader.dataset, IterableDataset)
+        if stream or sampler is None or not isinstance(batches, BatchSampler):
             raise ValueError(
                 "example ids need a dataset with row numbers and a BatchSampler, got "
                 f"{type(loader.dataset).__name__} with {type(batches).__name__}: pass a"
                 " map-style dataset, or per_example=False."
             )
         self._batches = batches
+        self._sampler: Sampler[int] | Iterable[int] = sampler
         self._drawn: deque[int] = deque()
         self._skip = 0
         self._batches.sampler = _Noting(sampler, self._drawn)
@@ -50,7 +52,7 @@ class ExampleIds:
 
     def close(self) -> None:
         """Give the loader its own sampler back."""
-        self._batches.sampler = self._batches.sampler.sampler
+        self._batches.sampler = self._sampler
 
 
 class _Noting(Sampler[int]):

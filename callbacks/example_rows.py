@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hf_sketch.callbacks.example_ids import ExampleIds
-from hf_sketch.callbacks.moment import Moment
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.per_example import ExampleRows, PerExampleSketcher
 from hf_sketch.store import PER_EXAMPLE
 from hf_sketch.writer import SketchWriter
+
+from .example_ids import ExampleIds
+from .moment import Moment
 
 
 class ExampleRecorder:

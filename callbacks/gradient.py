@@ -14,11 +14,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_sketch.callbacks.example_rows import ExampleRecorder
-from hf_sketch.callbacks.moment import Moment
-from hf_sketch.callbacks.step_rows import StepRecorder
 from hf_sketch.model_sketch import ModelSketch, check_layout
 from hf_sketch.writer import SketchWriter
+
+from .example_rows import ExampleRecorder
+from .moment import Moment
+from .step_rows import StepRecorder
 
 _SUM_TOLERANCE = 1e-3
 _LOW_PRECISION_SUM_TOLERANCE = 5e-2

@@ -6,10 +6,11 @@ import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
 
-from hf_sketch.callbacks.moment import Moment
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.store import PER_STEP
 from hf_sketch.writer import SketchWriter
+
+from .moment import Moment
 
 
 class StepRecorder:

@@ -85,9 +85,10 @@ def _chunks(dataset: Dataset) -> Iterator[tuple[int, Tensor]]:
     arrow = dataset.select_columns("sketch").with_format("arrow")
     start = 0
     out_size: int = dataset.features["sketch"].length
-    for table in arrow.iter(max(1, _CHUNK_ELEMENTS // out_size)):
-        yield start, _matrix(table["sketch"], out_size)
-        start += table.num_rows
+    chunk: Any
+    for chunk in arrow.iter(max(1, _CHUNK_ELEMENTS // out_size)):
+        yield start, _matrix(chunk["sketch"], out_size)
+        start += chunk.num_rows
 
 
 def _matrix(column: Any, out_size: int) -> Tensor:

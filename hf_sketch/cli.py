@@ -5,7 +5,11 @@ from collections.abc import Sequence
 
 from transformers import HfArgumentParser
 
-from hf_sketch.recipes.demo import DemoArguments, run_demo
+# The folder is mapped into the package when it is installed, which pyright cannot see.
+from hf_sketch.recipes.demo import (  # pyright: ignore[reportMissingImports]
+    DemoArguments,
+    run_demo,
+)
 
 _COMMANDS = {"demo": (DemoArguments, run_demo)}
 

@@ -95,7 +95,7 @@ class Sketches:
         count, kept = rows.shape
         chosen = self.dataset.select(rows.flatten().tolist()).with_format("numpy")
         ids = torch.as_tensor(queries.dataset["example_id"][:], dtype=torch.int64)
-        lines = {
+        lines: dict[str, Any] = {
             "query": torch.arange(count).repeat_interleave(kept).numpy(),
             "query_id": ids.repeat_interleave(kept).numpy(),
             "rank": torch.arange(kept).repeat(count).numpy(),

@@ -206,8 +206,8 @@ class ModelSketch:
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelSketch":
         """Rebuild from `to_dict`, also after a trip through JSON."""
         shapes = tuple((name, tuple(shape)) for name, shape in fields["shapes"])
-        frozen = tuple(fields["frozen"])
-        return cls(**{**fields, "shapes": shapes, "frozen": frozen})
+        changed: dict[str, Any] = {"shapes": shapes, "frozen": tuple(fields["frozen"])}
+        return cls(**{**fields, **changed})
 
     def _operator(self, name: str, shape: tuple[int, ...]) -> Sketch:
         """The operator of one parameter."""

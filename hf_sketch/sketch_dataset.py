@@ -1,7 +1,7 @@
 """Per-example gradient sketches of any dataset, after or without training."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,7 +106,7 @@ def _padding(processing_class: Any) -> Callable[[list[Any]], Mapping[str, Any]] 
     return lambda examples: processing_class.pad(examples, return_tensors="pt")
 
 
-def _stack(examples: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+def _stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Stack each column of examples of equal lengths."""
     tensors = [
         {name: torch.as_tensor(value) for name, value in example.items()}
@@ -116,7 +116,7 @@ def _stack(examples: list[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Generator[None]:
     """Eval mode, with every module's own mode restored."""
     training = {module: module.training for module in model.modules()}
     model.eval()

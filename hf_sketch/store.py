@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from datasets import Features, List, Value
 from torch import Tensor
@@ -173,13 +172,13 @@ def write_shard(directory: Path, kind: str, number: int, table: pa.Table) -> Sha
     data = memoryview(sink.getvalue())
     path = directory / f"{kind}-{number:06d}.arrow"
     _replace_file(path, data)
-    steps = pc.min_max(table["step"]).as_py()
+    steps = table["step"].to_numpy()
     return Shard(
         file=path.name,
         kind=kind,
         rows=table.num_rows,
-        first_step=steps["min"],
-        last_step=steps["max"],
+        first_step=int(steps.min()),
+        last_step=int(steps.max()),
         size_bytes=data.nbytes,
         sha256=hashlib.sha256(data).hexdigest(),
     )

