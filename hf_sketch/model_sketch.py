@@ -39,7 +39,8 @@ class ModelSketch:
     """A sketch of a model's whole gradient: the sum of one sketch per parameter.
 
     Parameters have independent operators, drawn from (seed, parameter name), whose
-    results add up in the same R^out_size; nothing of the model's size is ever built.
+    results add up in the same R^out_size; parameters of fewer than 2**16 elements are
+    laid end to end and share one operator. Nothing of the model's size is ever built.
     Because the map is linear, gradients of parts (tied uses, micro-batches, shards) may
     be sketched apart and summed.
 
@@ -110,8 +111,26 @@ class ModelSketch:
 
     @cached_property
     def operators(self) -> dict[str, Sketch]:
-        """The operator of each parameter, by name."""
-        return {name: self._operator(name, shape) for name, shape in self.shapes}
+        """The operator of each parameter that has one of its own, by name."""
+        own = {name: self._own_operator(name, shape) for name, shape in self.shapes}
+        return {name: sketch for name, sketch in own.items() if sketch is not None}
+
+    @cached_property
+    def packed(self) -> dict[str, slice]:
+        """Where each other parameter lies in the vector of those laid end to end."""
+        places: dict[str, slice] = {}
+        start = 0
+        for name, shape in self.shapes:
+            if name not in self.operators:
+                places[name] = slice(start, start + math.prod(shape))
+                start = places[name].stop
+        return places
+
+    @cached_property
+    def packed_operator(self) -> AFFD:
+        """The operator of the parameters laid end to end."""
+        size = max(place.stop for place in self.packed.values())
+        return self._blocked(size, "packed parameters")
 
     def sketch(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Sketch a gradient, or a part of one: parameters not given count as zero.
@@ -132,29 +151,34 @@ class ModelSketch:
         return self.sketch_rows(rows).squeeze(0) if rows else torch.zeros(self.out_size)
 
     def sketch_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
-        """Sketch a batch of gradients; small parameters share one transform.
+        """Sketch a batch of gradients, or of parts of them.
 
         Shapes:
             rows name -> (b, number of the parameter's elements), at least one name
             returns (b, out_size)
         """
-        parts: list[Tensor] = []
-        small: dict[int | None, list[tuple[AFFD, Tensor]]] = {}
-        for name, gradients in rows.items():
-            gradients = gradients.to(accumulation_dtype(gradients.dtype))
-            operator = self.operators[name]
-            if isinstance(operator, AFFD) and operator.is_one_block:
-                group = small.setdefault(operator.block_size, [])
-                group.append((operator, gradients))
-            else:
-                parts.append(operator.apply_rows(gradients))
-        parts += [AFFD.apply_stacked(group) for group in small.values()]
+        rows = {n: r.to(accumulation_dtype(r.dtype)) for n, r in rows.items()}
+        parts = [
+            self.operators[n].apply_rows(rows[n]) for n in rows.keys() - self.packed
+        ]
+        small = {name: part for name, part in rows.items() if name in self.packed}
+        if small:
+            like = next(iter(small.values()))
+            packed = like.new_zeros(len(like), self.packed_operator.in_size)
+            for name, part in small.items():
+                packed[:, self.packed[name]] = part
+            parts.append(self.packed_operator.apply_rows(packed))
         return reduce(Tensor.add_, parts)
 
     def adjoint(self, vector: Tensor) -> dict[str, Tensor]:
         """The transpose: a vector of R^out_size lifted to every parameter."""
+        packed = self.packed_operator.T @ vector if self.packed else vector
         return {
-            name: (self.operators[name].T @ vector).view(shape)
+            name: (
+                packed[self.packed[name]]
+                if name in self.packed
+                else self.operators[name].T @ vector
+            ).view(shape)
             for name, shape in self.shapes
         }
 
@@ -190,13 +214,11 @@ class ModelSketch:
         """
         by_size = sorted(self.shapes, key=lambda item: math.prod(item[1]))
         probed = {self.shapes[0], self.shapes[-1], by_size[0], by_size[-1]}
-        total = torch.zeros(self.out_size)
-        for name, shape in sorted(probed):
-            probe = torch.zeros(1, math.prod(shape))
-            count = min(probe.numel(), _PROBED_ELEMENTS)
-            probe[0, :count] = torch.arange(count).cos()
-            total += self.operators[name].apply_rows(probe).squeeze(0)
-        return total[:16].tolist()
+        probe = {name: torch.zeros(shape) for name, shape in sorted(probed)}
+        for part in probe.values():
+            count = min(part.numel(), _PROBED_ELEMENTS)
+            part.view(-1)[:count] = torch.arange(count).cos()
+        return self.sketch(probe)[:16].tolist()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
@@ -209,17 +231,21 @@ class ModelSketch:
         changed: dict[str, Any] = {"shapes": shapes, "frozen": tuple(fields["frozen"])}
         return cls(**{**fields, **changed})
 
-    def _operator(self, name: str, shape: tuple[int, ...]) -> Sketch:
-        """The operator of one parameter."""
+    def _own_operator(self, name: str, shape: tuple[int, ...]) -> Sketch | None:
+        """The operator of one parameter, or None if it is too small for its own."""
         size = math.prod(shape)
         if self.layout == "factored" and len(shape) == 2:
             bits = (self.out_size - 1).bit_length()
             sides = (2 ** (bits // 2), 2 ** (bits - bits // 2))
             if shape[0] >= sides[0] and shape[1] >= sides[1]:
                 return QK(size, self.out_size, self.seed, shape, sides, name)
+        return None if size < _BLOCK_SIZE else self._blocked(size, name)
+
+    def _blocked(self, size: int, stream: str) -> AFFD:
+        """AFFD in blocks of 2**16, smaller for short and larger for long sketches."""
         block = min(_BLOCK_SIZE, next_power_of_two(size))
         block = max(block, next_power_of_two(self.out_size))
-        return AFFD(size, self.out_size, self.seed, block, name)
+        return AFFD(size, self.out_size, self.seed, block, stream)
 
 
 def check_layout(layout: str) -> None:

@@ -13,6 +13,7 @@ from hf_sketch.example_losses import ExampleLosses, example_losses
 from hf_sketch.gradient_rules import Rule, rule_for
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.sketches.operator import accumulation_dtype
+from hf_sketch.sketches.outer import form_outer
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class _Batch:
 
     size: int
     rows: Tensor | None = None
-    vectors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    formed: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     losses: ExampleLosses | None = None
     scale: Tensor | None = None
     outputs: list[Tensor] = field(default_factory=list[Tensor])
@@ -130,8 +131,8 @@ class PerExampleSketcher:
     def _total(self, batch: _Batch) -> Tensor:
         """The sketches of all contributions to a batch's gradients, summed."""
         parts = [] if batch.rows is None else [batch.rows]
-        if batch.vectors:
-            parts.append(self.model_sketch.sketch_rows(batch.vectors))
+        if batch.formed:
+            parts.append(self.model_sketch.sketch_rows(batch.formed))
         zeros = torch.zeros(batch.size, self.model_sketch.out_size)
         return sum(parts[1:], start=parts[0]) if parts else zeros
 
@@ -221,14 +222,17 @@ class PerExampleSketcher:
             name = watched.names.get(part.attribute)
             if name is None:
                 continue
-            if part.right is None:
-                earlier = batch.vectors.get(name)
-                total = part.left if earlier is None else earlier + part.left
-                batch.vectors[name] = total
+            operator = self.model_sketch.operators.get(name)
+            if operator is not None and part.right is not None:
+                rows = operator.apply_outer(part.left, part.right)
+                batch.rows = rows if batch.rows is None else batch.rows.add_(rows)
                 continue
-            operator = self.model_sketch.operators[name]
-            rows = operator.apply_outer(part.left, part.right)
-            batch.rows = rows if batch.rows is None else batch.rows.add_(rows)
+            formed = part.left
+            if part.right is not None:
+                size = watched.module.get_parameter(part.attribute).numel()
+                formed = form_outer(part.left, part.right, 0, size)
+            earlier = batch.formed.get(name)
+            batch.formed[name] = formed if earlier is None else earlier + formed
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,16 @@ VOCABULARY = 97
 def tiny_bert(num_labels=CLASSES, seed=0, **config):
     """A BERT classifier of some 20,000 parameters, with dropout."""
     torch.manual_seed(seed)
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=48,
-            max_position_embeddings=20,
-            num_labels=num_labels,
-            **config,
-        )
-    )
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 20,
+        "num_labels": num_labels,
+    }
+    return BertForSequenceClassification(BertConfig(**{**settings, **config}))
 
 
 def tiny_batch(size=5, length=11, seed=1):

@@ -65,15 +65,6 @@ def test_streams_are_independent():
     assert abs(cosine) < 5 / 256
 
 
-def test_stacked_operators_add_up():
-    pairs = [
-        (AFFD(size, 256, 0, 256, f"{size}"), torch.randn(3, size).double())
-        for size in (1, 7, 200, 256)
-    ]
-    separately = sum(rows @ operator.T for operator, rows in pairs)
-    torch.testing.assert_close(AFFD.apply_stacked(pairs), separately)
-
-
 def test_a_block_that_is_no_power_of_two_is_refused():
     with pytest.raises(ValueError, match="power of two, got 100: pass 128"):
         AFFD(1000, 10, 0, block_size=100)

@@ -1,10 +1,13 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from hf_sketch import AFFD, QK, ModelSketch
+from hf_sketch import QK, ModelSketch
 from tests.conftest import tiny_bert
 
 
@@ -17,12 +20,24 @@ def gradients_of(model):
     return {name: torch.randn_like(p) for name, p in model.named_parameters()}
 
 
-def test_it_is_the_sum_of_the_parameters_own_sketches(layout):
+def test_it_is_the_sum_of_its_operators_sketches(layout):
     model = tiny_bert()
     sketch = ModelSketch.from_model(model, 64, layout)
     gradients = gradients_of(model)
-    expected = sum(sketch.operators[n] @ g.flatten() for n, g in gradients.items())
-    torch.testing.assert_close(sketch.sketch(gradients), expected)
+    own = sum(sketch.operators[n] @ gradients[n].flatten() for n in sketch.operators)
+    rest = [
+        gradients[n].flatten() for n, _ in sketch.shapes if n not in sketch.operators
+    ]
+    packed = sketch.packed_operator @ torch.cat(rest)
+    assert len(rest) + len(sketch.operators) == len(gradients)
+    torch.testing.assert_close(sketch.sketch(gradients), own + packed)
+
+
+def test_large_parameters_have_operators_of_their_own():
+    shapes = (("large", (2**16,)), ("small", (2**16 - 1,)), ("tall", (2**12, 20)))
+    sketch = ModelSketch(shapes, 64)
+    assert list(sketch.operators) == ["large", "tall"]
+    assert sketch.packed == {"small": slice(0, 2**16 - 1)}
 
 
 def test_parts_add_up(layout):
@@ -54,7 +69,30 @@ def test_matrices_are_factored_and_all_else_is_blocked():
     sketch = ModelSketch.from_model(tiny_bert(), 256, "factored")
     for name, shape in sketch.shapes:
         wide = len(shape) == 2 and min(shape) >= 16
-        assert isinstance(sketch.operators[name], QK if wide else AFFD), name
+        assert isinstance(sketch.operators.get(name), QK) == wide, name
+        assert (name in sketch.packed) == (not wide), name
+
+
+def test_another_process_computes_the_same_bits(layout):
+    script = (
+        "import torch\n"
+        "from hf_sketch import ModelSketch\n"
+        "from tests.conftest import tiny_bert\n"
+        "model = tiny_bert()\n"
+        f"sketch = ModelSketch.from_model(model, 64, {layout!r})\n"
+        "print(sketch.sketch(dict(model.named_parameters())).tolist())\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        check=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    model = tiny_bert()
+    sketch = ModelSketch.from_model(model, 64, layout)
+    ours = sketch.sketch(dict(model.named_parameters()))
+    assert run.stdout.strip() == str(ours.tolist())
 
 
 def test_parameters_have_independent_signs(layout):

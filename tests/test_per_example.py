@@ -36,6 +36,13 @@ def test_rows_are_those_of_single_example_passes_in_float64(layout):
     assert_rows_match(tiny_bert().double().eval(), tiny_batch(), layout, 1e-9)
 
 
+def test_rows_are_right_where_weights_have_operators_of_their_own(layout):
+    model = tiny_bert(vocab_size=2100, intermediate_size=2100).double().eval()
+    sketch = ModelSketch.from_model(model, 256, layout)
+    assert len(sketch.operators) > 4
+    assert_rows_match(model, tiny_batch(), layout, 1e-9)
+
+
 def test_rows_are_those_of_single_example_passes_in_float32(layout):
     assert_rows_match(tiny_bert().eval(), tiny_batch(), layout, 1e-4)
 

@@ -1,6 +1,6 @@
 """AFFD: signs, Hadamard, Gaussian, Hadamard, restrict."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,7 @@ from hf_sketch.sketches.hadamard import (
     leading_rows,
 )
 from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
+from hf_sketch.sketches.outer import form_outer, is_touched
 from hf_sketch.sketches.random import CounterRandom
 
 _BLOCKS_PER_WORD = 16  # two signs a block, 32 bits a word
@@ -103,13 +104,13 @@ class AFFD(Sketch):
     def apply_outer(self, left: Tensor, right: Tensor) -> Tensor:
         """Sketch sum_t left_t (x) right_t, a few blocks of it at a time."""
         total = right.new_zeros(right.shape[0], self._block)
+        width = right.shape[-1]
         step = max(1, _CHUNK_ELEMENTS // max(1, right.shape[0] * self._block))
         for block in range(0, self._blocks, step):
             low = block * self._block
             high = min(low + step * self._block, self.in_size)
-            part = _outer_slice(left, right, low, high)
-            if part is not None:
-                total += self._mix(part, block)
+            if is_touched(left, low // width, -(-high // width)):
+                total += self._mix(form_outer(left, right, low, high), block)
         return self._finish(total)
 
     @property
@@ -119,36 +120,6 @@ class AFFD(Sketch):
     @property
     def _blocks(self) -> int:
         return -(-self.in_size // self._block)
-
-    @classmethod
-    def apply_stacked(cls, pairs: Sequence[tuple["AFFD", Tensor]]) -> Tensor:
-        """Sum of operator.apply_rows(rows) over all pairs, many in one transform.
-
-        The operators must have one block each, and differ in `in_size` and `stream`
-        alone: then they share H1, |G| and H2.
-
-        Shapes:
-            rows (b, operator's in_size) each -> (b, out_size)
-        """
-        operator, rows = pairs[0]
-        batch, block = len(rows), operator._block
-        first, _, _ = operator._factors_like(rows)
-        total = rows.new_zeros(batch, block)
-        step = max(1, _CHUNK_ELEMENTS // max(1, batch * block))
-        for start in range(0, len(pairs), step):
-            some = pairs[start : start + step]
-            x = rows.new_zeros(batch, len(some), block)
-            for place, (_, part) in enumerate(some):
-                x[:, place, : part.shape[1]] = part
-            words = torch.stack([each._only_words for each, _ in some]).to(rows.device)
-            x = apply_kronecker(_flip(x, words).view(-1, block), first)
-            total += _flip(x.view(batch, len(some), block), words << 1).sum(1)
-        return operator._finish(total)
-
-    @property
-    def is_one_block(self) -> bool:
-        """Whether the whole input fits one block."""
-        return self.in_size <= self._block
 
     def _mix(self, rows: Tensor, first_block: int) -> Tensor:
         """Sum over the blocks in `rows` of (signs of G) H1 B, unscaled."""
@@ -180,6 +151,7 @@ class AFFD(Sketch):
         each of their blocks words (blocks, block) whose top bits are the signs of B
         and of G.
         """
+        rng = CounterRandom(self.seed, f"affd-signs/{self.stream}")
         step = max(1, _CHUNK_ELEMENTS // max(1, like.shape[0] * self._block))
         block = first_block
         end = first_block - (-length // self._block)
@@ -187,7 +159,7 @@ class AFFD(Sketch):
         while block < end:
             if group != block // _BLOCKS_PER_WORD:
                 group = block // _BLOCKS_PER_WORD
-                words = self._words(group, like.device)
+                words = rng.words(group * self._block, self._block, like.device)
             stop = min(block + step, end, (group + 1) * _BLOCKS_PER_WORD)
             shift = torch.arange(block, stop, device=like.device, dtype=torch.int32)
             shift = (2 * (shift % _BLOCKS_PER_WORD)).unsqueeze(1)
@@ -195,19 +167,6 @@ class AFFD(Sketch):
             high = min((stop - first_block) * self._block, length)
             yield low, high, words << shift, words << (shift + 1)
             block = stop
-
-    def _words(self, group: int, device: torch.device) -> Tensor:
-        """The sign bits of a group of blocks, two for each block: (block,), int32."""
-        if self.is_one_block:
-            return self._only_words.to(device)
-        rng = CounterRandom(self.seed, f"affd-signs/{self.stream}")
-        return rng.words(group * self._block, self._block, device)
-
-    @cached_property
-    def _only_words(self) -> Tensor:
-        """The sign bits of an operator of one block: kept, for small and frequent."""
-        rng = CounterRandom(self.seed, f"affd-signs/{self.stream}")
-        return rng.words(0, self._block)
 
     def _factors_like(self, like: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """H1's and H2's unscaled factors, and |G| with the whole scale, like `like`."""
@@ -240,21 +199,3 @@ def _flip(x: Tensor, words: Tensor) -> Tensor:
     if x.dtype == torch.float64:
         sign = sign.to(torch.int64) << 32
     return (x.contiguous().view(sign.dtype) ^ sign).view(x.dtype)
-
-
-def _outer_slice(left: Tensor, right: Tensor, low: int, high: int) -> Tensor | None:
-    """Elements [low, high) of the flattened sum_t left_t (x) right_t; None if zero."""
-    width = right.shape[-1]
-    first, last = low // width, -(-high // width)
-    if left.is_floating_point():
-        part = torch.matmul(left[:, :, first:last].transpose(1, 2), right)
-    else:
-        inside = (left >= first) & (left < last)
-        if not bool(inside.any()):
-            return None
-        example, token = inside.nonzero(as_tuple=True)
-        part = right.new_zeros(right.shape[0], last - first, width)
-        index = (example, left[example, token] - first)
-        part.index_put_(index, right[example, token], accumulate=True)
-    start = low - first * width
-    return part.flatten(1)[:, start : start + high - low]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_sketch.sketches.hadamard import apply_kronecker
 from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
+from hf_sketch.sketches.outer import form_outer
 from hf_sketch.sketches.random import CounterRandom
 
 _LARGEST_FACTOR_BITS = 10
@@ -100,7 +101,7 @@ class QK(Sketch):
         """Sketch sum_t left_t (x) right_t; the product is never formed if k = 2."""
         height = self.in_size // right.shape[-1]
         if self._sizes[0] != (height, right.shape[-1]):
-            return self.apply_rows(_outer(left, right, height))
+            return self.apply_rows(form_outer(left, right, 0, self.in_size))
         first, second = (factor.to(right) for factor in self._rotations)
         if left.is_floating_point():
             small = left @ first
@@ -160,10 +161,3 @@ def _haar(size: int, count: int, rng: CounterRandom) -> Tensor:
     gaussian = rng.normals(0, size * count).to(torch.float64).view(size, count)
     q, r = torch.linalg.qr(gaussian)
     return (q * r.diagonal().sign()).to(torch.float32)
-
-
-def _outer(left: Tensor, right: Tensor, height: int) -> Tensor:
-    """The flattened sum_t left_t (x) right_t of each example: (b, height * n)."""
-    if not left.is_floating_point():
-        left = torch.nn.functional.one_hot(left, height).to(right)
-    return torch.matmul(left.transpose(1, 2), right).flatten(1)
