@@ -158,10 +158,12 @@ class ModelSketch:
             returns (b, out_size)
         """
         rows = {n: r.to(accumulation_dtype(r.dtype)) for n, r in rows.items()}
-        parts = [
-            self.operators[n].apply_rows(rows[n]) for n in rows.keys() - self.packed
-        ]
         small = {name: part for name, part in rows.items() if name in self.packed}
+        parts = [
+            self.operators[name].apply_rows(part)
+            for name, part in rows.items()
+            if name not in small
+        ]
         if small:
             like = next(iter(small.values()))
             packed = like.new_zeros(len(like), self.packed_operator.in_size)

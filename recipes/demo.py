@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -69,14 +70,7 @@ def run_demo(arguments: DemoArguments) -> DemoResult:
         ValueError: the output directory already holds sketches.
     """
     set_seed(arguments.seed)
-    model_path = embedded_model_path()
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # the classifier's weights are new, as they should be
-    model = AutoModelForSequenceClassification.from_pretrained(
-        model_path, num_labels=len(LABELS)
-    )
-    logging.set_verbosity(level)
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
     train, validation = load_snli_sample("train"), load_snli_sample("validation")
     if arguments.tiny:
         train, validation = train.select(range(48)), validation.select(range(12))
@@ -84,20 +78,8 @@ def run_demo(arguments: DemoArguments) -> DemoResult:
     validation = tokenize(validation, tokenizer)
 
     trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            arguments.output_dir,
-            num_train_epochs=1 if arguments.tiny else arguments.num_train_epochs,
-            per_device_train_batch_size=16,
-            learning_rate=1e-4,
-            warmup_steps=20,
-            logging_steps=25,
-            save_strategy="epoch",
-            save_total_limit=1,
-            report_to=[],
-            dataloader_pin_memory=torch.accelerator.is_available(),
-            seed=arguments.seed,
-        ),
+        model=_new_model(),
+        args=_training_arguments(arguments),
         train_dataset=tokenize(flipped.dataset, tokenizer),
         processing_class=tokenizer,
         callbacks=[GradientSketchCallback(out_size=arguments.out_size)],
@@ -109,7 +91,7 @@ def run_demo(arguments: DemoArguments) -> DemoResult:
     store = load_sketches(arguments.output_dir)
     chosen = validation.select(range(arguments.num_queries))
     queries = sketch_dataset(
-        model, chosen, store.model_sketch, processing_class=tokenizer
+        trainer.model, chosen, store.model_sketch, processing_class=tokenizer
     )
     last_epoch = store.where(epoch=max(store.dataset["epoch"][:]))
     _print_attributions(last_epoch, queries, chosen, predicted, flipped)
@@ -141,6 +123,34 @@ def roc_auc(scores: Tensor, positive: Tensor) -> float:
     """
     above = scores[positive].unsqueeze(1) - scores[~positive].unsqueeze(0)
     return float((above.sign().double().mean() + 1) / 2)
+
+
+def _new_model() -> PreTrainedModel:
+    """The pretrained MiniLM with a new classifier on top."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # the classifier's weights are new, as they should be
+    model = AutoModelForSequenceClassification.from_pretrained(
+        embedded_model_path(), num_labels=len(LABELS)
+    )
+    logging.set_verbosity(level)
+    return model
+
+
+def _training_arguments(arguments: DemoArguments) -> TrainingArguments:
+    """The settings of the fine-tuning run."""
+    return TrainingArguments(
+        arguments.output_dir,
+        num_train_epochs=1 if arguments.tiny else arguments.num_train_epochs,
+        per_device_train_batch_size=16,
+        learning_rate=1e-4,
+        warmup_steps=20,
+        logging_steps=25,
+        save_strategy="epoch",
+        save_total_limit=1,
+        report_to=[],
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        seed=arguments.seed,
+    )
 
 
 def _print_attributions(

@@ -60,7 +60,6 @@ def tiny_trainer(output_dir, *callbacks, model=None, dataset=None, **arguments):
         "report_to": [],
         "disable_tqdm": True,
         "use_cpu": True,
-        "dataloader_pin_memory": False,
         "seed": 7,
     }
     return Trainer(
