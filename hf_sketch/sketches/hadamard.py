@@ -48,6 +48,8 @@ def apply_kronecker(rows: Tensor, factors: Sequence[Tensor]) -> Tensor:
         after //= factor.shape[1]
         if after == 1:
             rows = rows.reshape(before, factor.shape[1]) @ factor.T
+        elif before == 1:
+            rows = factor @ rows.reshape(factor.shape[1], after)
         else:
             rows = torch.matmul(factor, rows.reshape(before, factor.shape[1], after))
         before *= factor.shape[0]
