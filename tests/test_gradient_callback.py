@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_sketch import ModelSketch, load_sketches
+from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from tests.conftest import tiny_bert, tiny_dataset, tiny_trainer
 
@@ -294,11 +294,25 @@ def test_a_model_that_does_not_fit_is_refused_before_training(tmp_path):
     refused(tmp_path, "Conv1d at 'bert.extra'", model=model)
 
 
-def test_a_model_without_trainable_parameters_is_refused():
-    # The Trainer's optimizer refuses an empty parameter list itself, before us.
+def test_a_model_without_trainable_parameters_is_refused(tmp_path):
     model = tiny_bert().requires_grad_(False)
-    with pytest.raises(ValueError, match="at least one trainable parameter, got none"):
-        ModelSketch.from_model(model, SIZE)
+    refused(tmp_path, "at least one trainable parameter, got none", model=model)
+
+
+def test_step_rows_cover_modules_without_a_rule(tmp_path):
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, notes = tiny_bert(), GradientNotes()
+    model.classifier = Scaled(32, 3)
+    callback = GradientSketchCallback(SIZE, per_example=False)
+    trained(tmp_path, callback, notes, model=model)
+    store = load_sketches(tmp_path)
+    for row, gradients in zip(
+        columns(store.steps)["sketch"], notes.gradients, strict=True
+    ):
+        torch.testing.assert_close(row, store.model_sketch.sketch(gradients))
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,13 @@ def test_rows_are_those_of_single_example_passes_in_float32(layout):
     assert_rows_match(tiny_bert().eval(), tiny_batch(), layout, 1e-4)
 
 
+def test_padding_that_is_attended_to_gets_no_embedding_gradient(layout):
+    batch = tiny_batch()
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    assert (batch["input_ids"] == 0).any()
+    assert_rows_match(tiny_bert().double().eval(), batch, layout, 1e-9)
+
+
 def test_rows_do_not_depend_on_batch_mates(layout):
     model = tiny_bert().double().eval()
     sketch = ModelSketch.from_model(model, 256, layout)
