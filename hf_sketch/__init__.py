@@ -5,13 +5,30 @@ from hf_sketch.example_losses import ExampleLosses, example_losses
 from hf_sketch.model_sketch import Coverage, ModelSketch
 from hf_sketch.per_example import ExampleRows, PerExampleSketcher
 from hf_sketch.sketch_dataset import sketch_dataset
-from hf_sketch.sketches import AFFD, QK, CounterRandom, Sketch
+from hf_sketch.sketches import (
+    AFFD,
+    AFJL,
+    FFD,
+    FJL,
+    QK,
+    SRHT,
+    Composed,
+    CounterRandom,
+    Dense,
+    Sketch,
+)
 
 __all__ = [
     "AFFD",
+    "AFJL",
+    "FFD",
+    "FJL",
     "QK",
+    "SRHT",
+    "Composed",
     "CounterRandom",
     "Coverage",
+    "Dense",
     "ExampleLosses",
     "ExampleRows",
     "ModelSketch",

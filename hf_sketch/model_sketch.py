@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sketch.sketches import AFFD, QK, Sketch
-from hf_sketch.sketches.operator import accumulation_dtype, next_power_of_two
+from hf_sketch.operator_choice import check_operator, choose_operator
+from hf_sketch.sketches import QK, Sketch
+from hf_sketch.sketches.blocked import BlockedSketch
+from hf_sketch.sketches.operator import accumulation_dtype
 
 LAYOUTS = ("blocked", "factored")
-_BLOCK_SIZE = 2**16
+_OWN_SIZE = 2**16
 _PROBED_ELEMENTS = 2**12
 _WRAPPERS = ("module.", "_orig_mod.")
 
@@ -51,15 +53,18 @@ class ModelSketch:
     Args:
         shapes: (name, shape) of every parameter that is sketched; see `from_model`.
         out_size: length of the sketch, in [1, number of elements].
-        layout: "blocked" sketches each parameter by AFFD in blocks of 2**16 elements;
-            "factored" sketches each matrix by QK with one factor on its outputs and one
-            on its inputs, so that a per-example gradient is never formed, and all else
-            (vectors, and matrices with a side too short for its factor) as "blocked".
+        layout: "blocked" sketches each parameter by `operator`, in blocks where it has
+            them (2**16 elements, SRHT 2**12); "factored" sketches each matrix by QK
+            with one factor on its outputs and one on its inputs, so that a per-example
+            gradient is never formed, and all else (vectors, and matrices with a side
+            too short for its factor) as "blocked".
         seed: the only source of randomness; equal fields, equal map.
+        operator: "srht", "affd", "afjl" or "fjl" (in blocks), "dense", "ffd" or "qk".
         frozen: names of the parameters left out, for `coverage`.
 
     Raises:
-        ValueError: no parameters, `out_size` out of range, or an unknown layout.
+        ValueError: no parameters, `out_size` out of range, or an unknown layout or
+            operator.
 
     Reference:
         Schioppa 2024, arXiv:2402.03994, B.4 (independent sketches of the parts, summed)
@@ -70,6 +75,7 @@ class ModelSketch:
     out_size: int
     layout: str = "blocked"
     seed: int = 0
+    operator: str = "affd"
     frozen: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -79,6 +85,7 @@ class ModelSketch:
                 "call requires_grad_(True) on those that train."
             )
         check_layout(self.layout)
+        check_operator(self.operator)
         elements = self.in_size
         if not 1 <= self.out_size <= elements:
             raise ValueError(
@@ -88,7 +95,12 @@ class ModelSketch:
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, out_size: int, layout: str = "blocked", seed: int = 0
+        cls,
+        model: nn.Module,
+        out_size: int,
+        layout: str = "blocked",
+        seed: int = 0,
+        operator: str = "affd",
     ) -> "ModelSketch":
         """The sketch of all trainable parameters of `model`.
 
@@ -102,7 +114,7 @@ class ModelSketch:
                 shapes.append((name, tuple(parameter.shape)))
             else:
                 frozen.append(name)
-        return cls(tuple(shapes), out_size, layout, seed, tuple(frozen))
+        return cls(tuple(shapes), out_size, layout, seed, operator, tuple(frozen))
 
     @property
     def in_size(self) -> int:
@@ -127,10 +139,10 @@ class ModelSketch:
         return places
 
     @cached_property
-    def packed_operator(self) -> AFFD:
+    def packed_operator(self) -> Sketch:
         """The operator of the parameters laid end to end."""
         size = max(place.stop for place in self.packed.values())
-        return self._blocked(size, "packed parameters")
+        return self._plain_operator(size, "packed parameters")
 
     def sketch(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Sketch a gradient, or a part of one: parameters not given count as zero.
@@ -158,18 +170,17 @@ class ModelSketch:
             returns (b, out_size)
         """
         rows = {n: r.to(accumulation_dtype(r.dtype)) for n, r in rows.items()}
-        small = {name: part for name, part in rows.items() if name in self.packed}
-        parts = [
-            self.operators[name].apply_rows(part)
-            for name, part in rows.items()
-            if name not in small
-        ]
-        if small:
-            like = next(iter(small.values()))
-            packed = like.new_zeros(len(like), self.packed_operator.in_size)
-            for name, part in small.items():
-                packed[:, self.packed[name]] = part
-            parts.append(self.packed_operator.apply_rows(packed))
+        sums: dict[int, tuple[BlockedSketch, Tensor]] = {}
+        parts: list[Tensor] = []
+        for operator, part in self._by_operator(rows):
+            if isinstance(operator, BlockedSketch):
+                mixed = operator.accumulate(part)
+                if operator.block in sums:
+                    mixed += sums[operator.block][1]
+                sums[operator.block] = operator, mixed
+            else:
+                parts.append(operator.apply_rows(part))
+        parts += [operator.finish(mixed) for operator, mixed in sums.values()]
         return reduce(Tensor.add_, parts)
 
     def adjoint(self, vector: Tensor) -> dict[str, Tensor]:
@@ -199,13 +210,14 @@ class ModelSketch:
             n: p for n, p in named_parameters(model).items() if p.requires_grad
         }
         theirs = {name: tuple(p.shape) for name, p in trainable.items()}
-        if theirs != dict(self.shapes):
-            name, ours, got = _first_difference(dict(self.shapes), theirs)
-            raise ValueError(
-                f"the sketch has {name!r} with shape {ours}, the model has {got} there:"
-                " pass the model that the sketch was made for, with the same parameters"
-                " trainable."
-            )
+        ours = dict(self.shapes)
+        for name in [*ours, *theirs]:
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"the sketch has {name!r} with shape {ours.get(name)}, the model "
+                    f"has {theirs.get(name)} there: pass the model that the sketch was "
+                    "made for, with the same parameters trainable."
+                )
         return trainable
 
     def check_value(self) -> list[float]:
@@ -241,13 +253,27 @@ class ModelSketch:
             sides = (2 ** (bits // 2), 2 ** (bits - bits // 2))
             if shape[0] >= sides[0] and shape[1] >= sides[1]:
                 return QK(size, self.out_size, self.seed, shape, sides, name)
-        return None if size < _BLOCK_SIZE else self._blocked(size, name)
+        return None if size < _OWN_SIZE else self._plain_operator(size, name)
 
-    def _blocked(self, size: int, stream: str) -> AFFD:
-        """AFFD in blocks of 2**16, smaller for short and larger for long sketches."""
-        block = min(_BLOCK_SIZE, next_power_of_two(size))
-        block = max(block, next_power_of_two(self.out_size))
-        return AFFD(size, self.out_size, self.seed, block, stream)
+    def _plain_operator(self, size: int, stream: str) -> Sketch:
+        return choose_operator(self.operator, size, self.out_size, self.seed, stream)
+
+    def _by_operator(
+        self, rows: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Sketch, Tensor]]:
+        """Each operator with the rows it takes; small parameters laid end to end."""
+        small: dict[str, Tensor] = {}
+        for name, part in rows.items():
+            if name in self.packed:
+                small[name] = part
+            else:
+                yield self.operators[name], part
+        if small:
+            like = next(iter(small.values()))
+            packed = like.new_zeros(len(like), self.packed_operator.shape[1])
+            for name, part in small.items():
+                packed[:, self.packed[name]] = part
+            yield self.packed_operator, packed
 
 
 def check_layout(layout: str) -> None:
@@ -266,13 +292,3 @@ def _plain_name(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.removeprefix(wrapper)
     return name
-
-
-def _first_difference(
-    ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]
-) -> tuple[str, tuple[int, ...] | None, tuple[int, ...] | None]:
-    """The first name on which two mappings differ, with both values."""
-    for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
-            return name, ours.get(name), theirs.get(name)
-    raise AssertionError("the mappings are equal")

@@ -1,8 +1,25 @@
 """Sketching operators: seeded linear maps that nearly keep inner products."""
 
 from hf_sketch.sketches.affd import AFFD
-from hf_sketch.sketches.operator import Sketch, Transposed
+from hf_sketch.sketches.afjl import AFJL
+from hf_sketch.sketches.dense import Dense
+from hf_sketch.sketches.ffd import FFD
+from hf_sketch.sketches.fjl import FJL
+from hf_sketch.sketches.operator import Composed, Sketch, Transposed
 from hf_sketch.sketches.qk import QK
 from hf_sketch.sketches.random import CounterRandom
+from hf_sketch.sketches.srht import SRHT
 
-__all__ = ["AFFD", "QK", "CounterRandom", "Sketch", "Transposed"]
+__all__ = [
+    "AFFD",
+    "AFJL",
+    "FFD",
+    "FJL",
+    "QK",
+    "SRHT",
+    "Composed",
+    "CounterRandom",
+    "Dense",
+    "Sketch",
+    "Transposed",
+]

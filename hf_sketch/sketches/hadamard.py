@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LARGEST_FACTOR = 64
+LARGEST_FACTOR = 32
 
 
 def hadamard_matrix(size: int) -> Tensor:
@@ -36,12 +36,25 @@ def kronecker_sizes(size: int, largest: int = LARGEST_FACTOR) -> tuple[int, ...]
     return tuple(reversed(sizes)) or (1,)
 
 
-def apply_kronecker(rows: Tensor, factors: Sequence[Tensor]) -> Tensor:
+def apply_kronecker(
+    rows: Tensor, factors: Sequence[Tensor], scratch: Tensor | None = None
+) -> Tensor:
     """Multiply each row by factors[0] (x) factors[1] (x) ... (row-major).
 
-    Shapes:
-        rows (b, n_1 * ... * n_k), factors[i] (m_i, n_i) -> (b, m_1 * ... * m_k)
+    Memory that is asked of the system again for each product costs more than the
+    product; a caller with many small batches gives its own.
+
+    Args:
+        rows: (b, n_1 * ... * n_k).
+        factors: factors[i] is (m_i, n_i).
+        scratch: as many elements as `rows`, and no factor grows them; then it and
+            `rows` are overwritten, and the result lies in one of them.
+
+    Returns:
+        (b, m_1 * ... * m_k)
     """
+    if scratch is not None:
+        return _apply_in_place(rows, factors, scratch)
     before = rows.shape[0]
     after = math.prod(factor.shape[1] for factor in factors)
     for factor in factors:
@@ -54,6 +67,26 @@ def apply_kronecker(rows: Tensor, factors: Sequence[Tensor]) -> Tensor:
             rows = torch.matmul(factor, rows.reshape(before, factor.shape[1], after))
         before *= factor.shape[0]
     return rows.reshape(-1, math.prod(factor.shape[0] for factor in factors))
+
+
+def _apply_in_place(rows: Tensor, factors: Sequence[Tensor], scratch: Tensor) -> Tensor:
+    """`apply_kronecker` that moves between two buffers."""
+    batch = before = rows.shape[0]
+    after = rows.shape[1]
+    source, target = rows.view(-1), scratch.view(-1)
+    for factor in factors:
+        height, width = factor.shape
+        after //= width
+        x = source[: before * width * after]
+        y = target[: before * height * after]
+        if after == 1:
+            torch.mm(x.view(before, width), factor.T, out=y.view(before, height))
+        else:
+            out = y.view(before, height, after)
+            torch.matmul(factor, x.view(before, width, after), out=out)
+        before *= height
+        source, target = target, source
+    return source[:before].view(batch, before // max(batch, 1))
 
 
 def leading_rows(factors: Sequence[Tensor], count: int) -> list[Tensor]:

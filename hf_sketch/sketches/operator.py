@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -35,11 +36,19 @@ class Sketch(ABC):
         """The exact transpose."""
         return Transposed(self)
 
-    def __matmul__(self, x: Tensor) -> Tensor:
-        return _on_columns(self.apply_rows, x, self.shape[1])
+    @overload
+    def __matmul__(self, x: Tensor) -> Tensor: ...
+
+    @overload
+    def __matmul__(self, x: "Sketch") -> "Composed": ...
+
+    def __matmul__(self, x: "Tensor | Sketch") -> "Tensor | Composed":
+        if isinstance(x, Sketch):
+            return Composed(self, x)
+        return _on_columns(self.apply_rows, x, self.shape)
 
     def __rmatmul__(self, rows: Tensor) -> Tensor:
-        return self.adjoint_rows(_checked(rows, self.shape[0]))
+        return _on_rows(self.adjoint_rows, rows, self.T.shape)
 
     @abstractmethod
     def apply_rows(self, rows: Tensor) -> Tensor:
@@ -89,10 +98,51 @@ class Transposed:
         return self.sketch
 
     def __matmul__(self, y: Tensor) -> Tensor:
-        return _on_columns(self.sketch.adjoint_rows, y, self.shape[1])
+        return _on_columns(self.sketch.adjoint_rows, y, self.shape)
 
     def __rmatmul__(self, rows: Tensor) -> Tensor:
-        return self.sketch.apply_rows(_checked(rows, self.shape[0]))
+        return _on_rows(self.sketch.apply_rows, rows, self.sketch.shape)
+
+
+@dataclass(frozen=True)
+class Composed(Sketch):
+    """Two operators one after the other, as `outer @ inner` gives it.
+
+    Args:
+        outer: applied last.
+        inner: applied first; its out_size is outer's in_size.
+
+    Raises:
+        ValueError: the sizes do not meet.
+    """
+
+    outer: Sketch
+    inner: Sketch
+
+    def __post_init__(self) -> None:
+        wanted, given = self.outer.shape[1], self.inner.shape[0]
+        if wanted != given:
+            raise ValueError(
+                f"the inner operator must give {wanted} numbers, the outer's in_size, "
+                f"got {given}: build the outer one with in_size={given}."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The product's shape: (out_size of outer, in_size of inner)."""
+        return self.outer.shape[0], self.inner.shape[1]
+
+    def apply_rows(self, rows: Tensor) -> Tensor:
+        """Sketch each row: (b, in_size) -> (b, out_size)."""
+        return self.outer.apply_rows(self.inner.apply_rows(rows))
+
+    def adjoint_rows(self, rows: Tensor) -> Tensor:
+        """Apply the transpose to each row: (b, out_size) -> (b, in_size)."""
+        return self.inner.adjoint_rows(self.outer.adjoint_rows(rows))
+
+    def apply_outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sketch sum_t left_t (x) right_t the way the inner operator does."""
+        return self.outer.apply_rows(self.inner.apply_outer(left, right))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -116,15 +166,20 @@ def check_sizes(in_size: int, out_size: int, largest: int) -> None:
         )
 
 
-def _on_columns(apply: Callable[[Tensor], Tensor], x: Tensor, length: int) -> Tensor:
+def _on_columns(
+    apply: Callable[[Tensor], Tensor], x: Tensor, shape: tuple[int, int]
+) -> Tensor:
     """Apply a row operation to a vector or to the columns of a matrix."""
     if x.dim() == 1:
-        return apply(_checked(x.unsqueeze(0), length)).squeeze(0)
-    return apply(_checked(x.transpose(-1, -2), length)).transpose(-1, -2)
+        return _on_rows(apply, x.unsqueeze(0), shape).squeeze(0)
+    return _on_rows(apply, x.transpose(-1, -2), shape).transpose(-1, -2)
 
 
-def _checked(rows: Tensor, length: int) -> Tensor:
-    """Check a batch of rows and raise its dtype to that of the sums."""
+def _on_rows(
+    apply: Callable[[Tensor], Tensor], rows: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    """Check a batch of rows, raise its dtype to that of the sums, and apply."""
+    result_length, length = shape
     if not rows.is_floating_point():
         raise TypeError(
             f"a sketch takes a floating-point tensor, got {rows.dtype}: "
@@ -136,4 +191,5 @@ def _checked(rows: Tensor, length: int) -> Tensor:
             f"(a {rows.dim()}-dimensional argument): "
             "pass the vector that the operator's shape names."
         )
-    return rows.to(accumulation_dtype(rows.dtype))
+    rows = rows.to(accumulation_dtype(rows.dtype))
+    return apply(rows) if len(rows) else rows.new_empty(0, result_length)

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hf_sketch.sketches.haar import haar_columns
 from hf_sketch.sketches.hadamard import apply_kronecker
 from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
 from hf_sketch.sketches.outer import form_outer
@@ -125,7 +126,7 @@ class QK(Sketch):
     def _rotations(self) -> tuple[Tensor, ...]:
         """Q_i transposed: (B_i, D_i) with orthonormal columns, float32 on the CPU."""
         return tuple(
-            _haar(b, d, CounterRandom(self.seed, f"qk/{axis}/{self.stream}"))
+            haar_columns(b, d, CounterRandom(self.seed, f"qk/{axis}/{self.stream}"))
             for axis, (b, d) in enumerate(zip(*self._sizes, strict=True))
         )
 
@@ -154,10 +155,3 @@ def _balanced_in(in_size: int) -> tuple[int, ...]:
 def _balanced_out(out_size: int, into: tuple[int, ...]) -> tuple[int, ...]:
     """Powers of two below `into` whose product covers `out_size`; `into` if none."""
     return balanced_powers((out_size - 1).bit_length(), into) or into
-
-
-def _haar(size: int, count: int, rng: CounterRandom) -> Tensor:
-    """Orthonormal columns (size, count) with the Haar distribution."""
-    gaussian = rng.normals(0, size * count).to(torch.float64).view(size, count)
-    q, r = torch.linalg.qr(gaussian)
-    return (q * r.diagonal().sign()).to(torch.float32)

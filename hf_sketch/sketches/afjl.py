@@ -1,0 +1,87 @@
+"""AFJL: signs, Hadamard, Gaussian, restrict."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from hf_sketch.sketches.blocked import BlockedSketch
+from hf_sketch.sketches.mixing import (
+    Mixing,
+    check_mix,
+    mix_adjoint,
+    mix_rows,
+    mixing,
+)
+from hf_sketch.sketches.random import CounterRandom
+
+
+@dataclass(frozen=True)
+class AFJL(BlockedSketch):
+    """Signs, Hadamard, Gaussian diagonal; keep the first coordinates.
+
+    AFFD without its second transform: sqrt(n / out_size) R G H1 B on a block of n
+    elements. E|S x|^2 = |x|^2, but inner products of dense inputs have three times the
+    variance of AFFD's, and there are inputs for which it fails: the rows of H1 that are
+    kept repeat the same signs on coordinates one leading stride apart, so that two of
+    them cancel or double (tests/test_operator_limits.py).
+
+    Shapes:
+        S @ x    (in_size,) -> (out_size,), or (in_size, b) -> (out_size, b)
+        S.T @ y  the reverse
+
+    Args:
+        in_size: number of parameters sketched.
+        out_size: length of the sketch, in [1, block size].
+        seed: the only source of randomness; equal arguments, equal matrix.
+        block_size: a power of two; by default in_size rounded up to one.
+        stream: a name that gives independent signs under the same seed.
+        mix: as for AFFD.
+
+    Raises:
+        ValueError: a size is out of range, `block_size` is not a power of two, or `mix`
+            is unknown.
+
+    Reference:
+        Schioppa 2024, arXiv:2402.03994, eq. (7); blocks as for AFFD.
+    """
+
+    mix: str = "hadamard"
+
+    def __post_init__(self) -> None:
+        check_mix(self.mix)
+        super().__post_init__()
+
+    @property
+    def mixed_shape(self) -> tuple[int, int]:
+        """Only the kept coordinates are computed."""
+        return 1, self.out_size
+
+    def transform(self, blocks: Tensor, scratch: Tensor) -> Tensor:
+        """The kept rows of H1, unscaled."""
+        return mix_rows(blocks, self._mixing, self.out_size, scratch)
+
+    def transform_adjoint(self, blocks: Tensor) -> Tensor:
+        """The transpose."""
+        return mix_adjoint(blocks, self._mixing, self.block)
+
+    def finish(self, mixed: Tensor) -> Tensor:
+        """|G| and the scale: sqrt(n / D) and 1 / sqrt(n) cancel to 1 / sqrt(D)."""
+        return mixed * self._magnitude.to(mixed) * self.out_size**-0.5
+
+    def finish_adjoint(self, rows: Tensor) -> Tensor:
+        """The same."""
+        return self.finish(rows)
+
+    def _signs_before(self) -> bool:
+        """Random rotations need no signs (section 3 of the paper)."""
+        return self.mix != "kronecker"
+
+    @cached_property
+    def _mixing(self) -> Mixing:
+        return mixing(self.mix, self.block, self.seed, "rows")
+
+    @cached_property
+    def _magnitude(self) -> Tensor:
+        """|G| where it is kept."""
+        return CounterRandom(self.seed, "gaussian").normals(0, self.out_size).abs()

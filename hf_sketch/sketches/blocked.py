@@ -1,0 +1,230 @@
+"""Operators that transform blocks, flip signs before and after, and add them up."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
+from hf_sketch.sketches.outer import form_outer, is_touched
+from hf_sketch.sketches.random import CounterRandom
+from hf_sketch.sketches.signs import RUN, StreamSigns, flip, flip_, sign_masks
+
+_PIECE_ELEMENTS = 2**18  # 1 MiB in float32: stays in the cache between passes
+
+
+@dataclass(frozen=True)
+class BlockedSketch(Sketch):
+    """S x = finish(sum_b signs'_b * transform(signs_b * x_b)) over blocks x_b of x.
+
+    Both sign vectors are fresh for each block and stream; the transform and `finish`
+    are shared. Different blocks are then uncorrelated for every fixed transform and
+    finish, and `finish` is applied once to the sum.
+    """
+
+    in_size: int
+    out_size: int
+    seed: int
+    block_size: int | None = None
+    stream: str = ""
+
+    def __post_init__(self) -> None:
+        block = self.block_size
+        if block is not None and (block < 1 or block & (block - 1)):
+            raise ValueError(
+                f"block_size must be a power of two, got {block}: "
+                f"pass {next_power_of_two(max(block, 1))}."
+            )
+        check_sizes(self.in_size, self.out_size, self._largest_out_size())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The matrix's shape: (out_size, in_size)."""
+        return self.out_size, self.in_size
+
+    @property
+    def block(self) -> int:
+        """Number of elements in a block: `block_size`, or in_size rounded up."""
+        return self.block_size or next_power_of_two(max(self.in_size, 1))
+
+    @property
+    def mixed_shape(self) -> tuple[int, int]:
+        """How the sum over blocks is kept: (segments, elements of each)."""
+        return 1, self.block
+
+    @abstractmethod
+    def transform(self, blocks: Tensor, scratch: Tensor) -> Tensor:
+        """Transform each block: (k, block) -> (k, elements of a segment).
+
+        Both `blocks` and `scratch`, of the same size, may be overwritten.
+        """
+
+    @abstractmethod
+    def transform_adjoint(self, blocks: Tensor) -> Tensor:
+        """The transpose: (k, elements of a segment) -> (k, block)."""
+
+    @abstractmethod
+    def finish(self, mixed: Tensor) -> Tensor:
+        """From the sum over blocks to the sketch: (b, mixed) -> (b, out_size)."""
+
+    @abstractmethod
+    def finish_adjoint(self, rows: Tensor) -> Tensor:
+        """The transpose: (b, out_size) -> (b, mixed)."""
+
+    def apply_rows(self, rows: Tensor) -> Tensor:
+        """Sketch each row: (b, in_size) -> (b, out_size)."""
+        return self.finish(self.accumulate(rows))
+
+    def adjoint_rows(self, rows: Tensor) -> Tensor:
+        """Apply the transpose to each row: (b, out_size) -> (b, in_size)."""
+        batch, block = len(rows), self.block
+        segments, width = self.mixed_shape
+        mixed = self.finish_adjoint(rows).reshape(batch, segments, width)
+        result = rows.new_empty(batch, self.in_size)
+        for low, high, before, after, places in self._pieces(rows, 0, self.in_size):
+            blocks = after.shape[0]
+            x = flip(mixed[:, places], after[:, :width])
+            x = self.transform_adjoint(x.view(batch * blocks, width))
+            x = flip_(x.view(batch, blocks, block), before)
+            result[:, low:high] = x.view(batch, -1)[:, : high - low]
+        return result
+
+    def apply_outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sketch sum_t left_t (x) right_t, a few blocks of it at a time."""
+        segments, size = self.mixed_shape
+        total = right.new_zeros(len(right), segments * size)
+        width, block = right.shape[-1], self.block
+        step = self._step(len(right))
+        for first in range(0, -(-self.in_size // block), step):
+            low = first * block
+            high = min(low + step * block, self.in_size)
+            if is_touched(left, low // width, -(-high // width)):
+                total += self.accumulate(form_outer(left, right, low, high), first)
+        return self.finish(total)
+
+    def accumulate(self, rows: Tensor, first_block: int = 0) -> Tensor:
+        """The sum over blocks, before `finish`.
+
+        Operators that differ in `in_size` and `stream` alone may add these up and
+        finish once.
+
+        Shapes:
+            rows (b, length), the coordinates from block `first_block` on
+            returns (b, segments * elements of each)
+        """
+        batch, length = rows.shape
+        segments, width = self.mixed_shape
+        total = rows.new_zeros(batch, segments, width)
+        longest = min(self._step(batch) * self.block, length + self.block)
+        buffers = rows.new_empty(2, batch * longest)
+        for low, high, before, after, places in self._pieces(rows, first_block, length):
+            blocks = after.shape[0]
+            x = rows[:, low:high]
+            if high - low < blocks * self.block:
+                x = torch.nn.functional.pad(x, (0, blocks * self.block - high + low))
+            x = x.reshape(batch, blocks, self.block)
+            flipped, scratch = buffers[:, : x.numel()]
+            x = flip(x, before, out=flipped.view(x.shape))
+            x = self.transform(x.view(batch * blocks, self.block), scratch)
+            x = flip_(x.reshape(batch, blocks, width), after[:, :width])
+            if segments == 1:
+                total += x.sum(1, keepdim=True)
+            else:
+                for example, part in enumerate(x):
+                    total[example].index_add_(0, places, part)
+        return total.view(batch, segments * width)
+
+    def _largest_out_size(self) -> int:
+        """The longest sketch that one block can give."""
+        return self.block
+
+    def _signs_before(self) -> bool:
+        """Whether signs are flipped before the transform, too."""
+        return True
+
+    def _step(self, batch: int) -> int:
+        """How many blocks fit the working set."""
+        return max(1, _PIECE_ELEMENTS // max(1, batch * self.block))
+
+    def _pieces(
+        self, like: Tensor, first_block: int, length: int
+    ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
+        """Runs of blocks that fit the working set.
+
+        Yields (low, high, before, after, places): the elements [low, high) of
+        `length`, for their blocks the sign masks (blocks, block), and the segment that
+        each block is added to.
+        """
+        block = self.block
+        end = first_block - (-length // block)
+        step = self._step(len(like))
+        masks = _Masks(self, first_block, end, like.device)
+        places = self._places(first_block, end).to(like.device)
+        start = first_block
+        while start < end:
+            stop = min(start + step, end, masks.end_of_run(start))
+            low = (start - first_block) * block
+            high = min((stop - first_block) * block, length)
+            before, after = masks.before(start, stop), masks.after(start, stop)
+            if not self._signs_before():
+                before = torch.zeros_like(before)
+            mine = places[start - first_block : stop - first_block]
+            yield low, high, before, after, mine
+            start = stop
+
+    def _places(self, start: int, stop: int) -> Tensor:
+        """The segments that the blocks are added to: hashed from (stream, block)."""
+        segments = self.mixed_shape[0]
+        if segments == 1:
+            return torch.zeros(stop - start, dtype=torch.int64)
+        rng = CounterRandom(self.seed, f"segments/{self.stream}")
+        words = rng.words(start, stop - start).to(torch.int64) & (2**32 - 1)
+        return words * segments >> 32
+
+
+class _Masks:
+    """The sign masks of a range of blocks of an operator."""
+
+    def __init__(
+        self, operator: BlockedSketch, first: int, end: int, device: torch.device
+    ) -> None:
+        self._block = operator.block
+        self._device = device
+        self._run = max(RUN, self._block)
+        self._fresh = operator.block_size is None
+        self._roles = {
+            role: StreamSigns(operator.seed, role, operator.stream, self._run)
+            for role in ("before", "after")
+        }
+        self._first_run = first * self._block // self._run
+        runs = -(-end * self._block // self._run) - self._first_run
+        self._offsets = {
+            role: [] if self._fresh else signs.offsets(self._first_run, runs)
+            for role, signs in self._roles.items()
+        }
+
+    def end_of_run(self, block: int) -> int:
+        """The first block of the next run."""
+        per_run = self._run // self._block
+        return (block // per_run + 1) * per_run
+
+    def before(self, start: int, stop: int) -> Tensor:
+        """Signs before the transform: (stop - start, block)."""
+        return self._masks("before", start, stop)
+
+    def after(self, start: int, stop: int) -> Tensor:
+        """Signs after the transform: (stop - start, block)."""
+        return self._masks("after", start, stop)
+
+    def _masks(self, role: str, start: int, stop: int) -> Tensor:
+        low, count = start * self._block, (stop - start) * self._block
+        signs = self._roles[role]
+        if self._fresh:
+            rng = CounterRandom(signs.seed, f"fresh-{role}/{signs.stream}")
+            masks = sign_masks(rng, low, count).to(self._device)
+        else:
+            offset = self._offsets[role][low // self._run - self._first_run]
+            masks = signs.masks(offset, low % self._run, count, self._device)
+        return masks.view(stop - start, self._block)

@@ -1,0 +1,78 @@
+"""Dense: a Gaussian matrix, drawn piece by piece."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_sketch.sketches.operator import Sketch, check_sizes
+from hf_sketch.sketches.outer import form_outer
+from hf_sketch.sketches.random import CounterRandom
+
+_PIECE_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True)
+class Dense(Sketch):
+    """A matrix of independent normal entries of variance 1 / out_size.
+
+    The matrix is never held: pieces of 2**20 entries are drawn as they are needed, on
+    every use. The yardstick for the others; slow.
+
+    Shapes:
+        S @ x    (in_size,) -> (out_size,), or (in_size, b) -> (out_size, b)
+        S.T @ y  the reverse
+
+    Args:
+        in_size: number of parameters sketched.
+        out_size: length of the sketch, in [1, in_size].
+        seed: the only source of randomness; equal arguments, equal matrix.
+        stream: a name that gives independent entries under the same seed.
+
+    Raises:
+        ValueError: a size is out of range.
+
+    Reference:
+        Schioppa 2024, arXiv:2402.03994, section 3; the scale is ours.
+    """
+
+    in_size: int
+    out_size: int
+    seed: int
+    stream: str = ""
+
+    def __post_init__(self) -> None:
+        check_sizes(self.in_size, self.out_size, self.in_size)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The matrix's shape: (out_size, in_size)."""
+        return self.out_size, self.in_size
+
+    def apply_rows(self, rows: Tensor) -> Tensor:
+        """Sketch each row: (b, in_size) -> (b, out_size)."""
+        total = rows.new_zeros(len(rows), self.out_size)
+        for low, high in self._pieces():
+            total += rows[:, low:high] @ self._columns(low, high, rows)
+        return total
+
+    def adjoint_rows(self, rows: Tensor) -> Tensor:
+        """Apply the transpose to each row: (b, out_size) -> (b, in_size)."""
+        result = rows.new_empty(len(rows), self.in_size)
+        for low, high in self._pieces():
+            result[:, low:high] = rows @ self._columns(low, high, rows).T
+        return result
+
+    def apply_outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sketch sum_t left_t (x) right_t, formed first."""
+        return self.apply_rows(form_outer(left, right, 0, self.in_size))
+
+    def _pieces(self) -> list[tuple[int, int]]:
+        step = max(1, _PIECE_ELEMENTS // self.out_size)
+        starts = range(0, self.in_size, step)
+        return [(low, min(low + step, self.in_size)) for low in starts]
+
+    def _columns(self, low: int, high: int, like: Tensor) -> Tensor:
+        """Columns low, ..., high - 1 of the matrix, as rows."""
+        rng = CounterRandom(self.seed, f"dense/{self.stream}")
+        entries = rng.normals(low * self.out_size, (high - low) * self.out_size)
+        return entries.view(high - low, self.out_size).to(like) * self.out_size**-0.5

@@ -1,0 +1,123 @@
+"""FFD: Fastfood, transposed."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hf_sketch.sketches.hadamard import (
+    apply_kronecker,
+    hadamard_matrix,
+    kronecker_sizes,
+)
+from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
+from hf_sketch.sketches.outer import form_outer
+from hf_sketch.sketches.random import CounterRandom
+from hf_sketch.sketches.signs import flip, sign_masks
+
+
+@dataclass(frozen=True)
+class FFD(Sketch):
+    """Sum over blocks of B H P G H x_b, each block as long as the sketch.
+
+    Each block has its own Gaussian diagonal G, permutation P and signs B; H is the
+    orthogonal Hadamard transform. The blocks are out_size rounded up to a power of two,
+    and the first `out_size` sums are kept. E|S x|^2 = |x|^2, but there are inputs for
+    which it fails, because nothing spreads x before G: a block with H x_b = e_1 keeps
+    g_1^2 of its squared norm (theorem 3.1 of the paper).
+
+    Shapes:
+        S @ x    (in_size,) -> (out_size,), or (in_size, b) -> (out_size, b)
+        S.T @ y  the reverse
+
+    Args:
+        in_size: number of parameters sketched.
+        out_size: length of the sketch, at most in_size rounded up to a power of two.
+        seed: the only source of randomness; equal arguments, equal matrix.
+        stream: a name that gives independent blocks under the same seed.
+
+    Raises:
+        ValueError: a size is out of range.
+
+    Reference:
+        Le, Sarlos and Smola 2013; Schioppa 2024, arXiv:2402.03994, eq. (3) and (12),
+        with the scale 1 that its theorem C.1 needs.
+    """
+
+    in_size: int
+    out_size: int
+    seed: int
+    stream: str = ""
+
+    def __post_init__(self) -> None:
+        check_sizes(
+            self.in_size, self.out_size, next_power_of_two(max(self.in_size, 1))
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The matrix's shape: (out_size, in_size)."""
+        return self.out_size, self.in_size
+
+    def apply_rows(self, rows: Tensor) -> Tensor:
+        """Sketch each row: (b, in_size) -> (b, out_size)."""
+        total = rows.new_zeros(len(rows), self._block)
+        for number in range(self._blocks):
+            gaussian, order, masks = self._diagonals(number, rows)
+            x = rows[:, number * self._block : (number + 1) * self._block]
+            x = torch.nn.functional.pad(x, (0, self._block - x.shape[1]))
+            x = (apply_kronecker(x, self._hadamard(rows)) * gaussian)[:, order]
+            total += flip(apply_kronecker(x, self._hadamard(rows)), masks)
+        return total[:, : self.out_size] * self._scale
+
+    def adjoint_rows(self, rows: Tensor) -> Tensor:
+        """Apply the transpose to each row: (b, out_size) -> (b, in_size)."""
+        padded = torch.nn.functional.pad(rows, (0, self._block - self.out_size))
+        result = rows.new_empty(len(rows), self._blocks * self._block)
+        for number in range(self._blocks):
+            gaussian, order, masks = self._diagonals(number, rows)
+            y = apply_kronecker(flip(padded, masks), self._hadamard(rows))
+            y = torch.empty_like(y).index_copy_(1, order, y) * gaussian
+            low = number * self._block
+            y = apply_kronecker(y, self._hadamard(rows))
+            result[:, low : low + self._block] = y
+        return result[:, : self.in_size] * self._scale
+
+    def apply_outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sketch sum_t left_t (x) right_t, formed first."""
+        return self.apply_rows(form_outer(left, right, 0, self.in_size))
+
+    @property
+    def _block(self) -> int:
+        return next_power_of_two(self.out_size)
+
+    @property
+    def _blocks(self) -> int:
+        return -(-self.in_size // self._block)
+
+    @property
+    def _scale(self) -> float:
+        """1 / sqrt(n) of each transform, and the part that is kept."""
+        return (self._block / self.out_size) ** 0.5 / self._block
+
+    def _hadamard(self, like: Tensor) -> list[Tensor]:
+        return [factor.to(like) for factor in self._factors]
+
+    @cached_property
+    def _factors(self) -> list[Tensor]:
+        """Factors of the unscaled (symmetric) Hadamard transform."""
+        return [hadamard_matrix(size) for size in kronecker_sizes(self._block)]
+
+    def _diagonals(self, number: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """G, P and the sign masks of B of one block."""
+        low = number * self._block
+        name = f"{self.stream}/{number}"
+        gaussian = CounterRandom(self.seed, f"ffd-gaussian/{self.stream}")
+        order = CounterRandom(self.seed, f"ffd-order/{name}").permutation(self._block)
+        signs = CounterRandom(self.seed, f"ffd-signs/{self.stream}")
+        return (
+            gaussian.normals(low, self._block).to(like),
+            order.to(like.device),
+            sign_masks(signs, low, self._block).to(like.device),
+        )

@@ -1,0 +1,93 @@
+"""SRHT: signs, Hadamard, signs; blocks hashed to segments and added."""
+
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hf_sketch.sketches.blocked import BlockedSketch
+from hf_sketch.sketches.mixing import Mixing, mix_adjoint, mix_rows, mixing
+
+
+@dataclass(frozen=True)
+class SRHT(BlockedSketch):
+    """Rotate each block by signs, Hadamard, signs, and add the blocks up.
+
+    With blocks of at most `out_size` elements nothing is dropped: each block is rotated
+    (its norm and inner products are exact) and added to one of out_size / block
+    segments, hashed from the block; the fresh signs on both sides make any two blocks
+    that meet in a segment uncorrelated. For every x and y
+
+        E <S x, S y> = <x, y>
+        Var <S x, S y>
+            = sum_{b != c} (|x_b|^2 |y_c|^2 + <x_b, y_b> <x_c, y_c>) / out_size
+
+    which is at most the variance of a dense Gaussian matrix, and zero for inputs within
+    one block. One transform of `block_size` elements is the whole cost, for any
+    `out_size`. docs/srht.md derives this.
+
+    With longer blocks (or one, the default) only the first coordinates of the rotated
+    block are kept: the subsampled randomised Hadamard transform, whose rows are chosen
+    by the permutations within the transform's factors.
+
+    Shapes:
+        S @ x    (in_size,) -> (out_size,), or (in_size, b) -> (out_size, b)
+        S.T @ y  the reverse
+
+    Args:
+        in_size: number of parameters sketched.
+        out_size: length of the sketch.
+        seed: the only source of randomness; equal arguments, equal matrix.
+        block_size: a power of two; by default in_size rounded up to one.
+        stream: a name that gives independent signs under the same seed.
+
+    Raises:
+        ValueError: a size is out of range, or `block_size` is not a power of two.
+
+    Reference:
+        Not in Schioppa 2024. Ailon and Chazelle 2009 and Tropp 2011 (one block);
+        Balabanov, Beaupere, Grigori and Lederer 2023, arXiv:2210.11295 (sums of blocks
+        with signs on both sides); hashing blocks to segments is ours.
+    """
+
+    @property
+    def mixed_shape(self) -> tuple[int, int]:
+        """As many segments as the sketch needs, or the kept part of one."""
+        if self.out_size <= self.block:
+            return 1, self.out_size
+        return -(-self.out_size // self.block), self.block
+
+    def transform(self, blocks: Tensor, scratch: Tensor) -> Tensor:
+        """The kept rows of the Hadamard transform, unscaled."""
+        return mix_rows(blocks, self._mixing, self.mixed_shape[1], scratch)
+
+    def transform_adjoint(self, blocks: Tensor) -> Tensor:
+        """The transpose."""
+        return mix_adjoint(blocks, self._mixing, self.block)
+
+    def finish(self, mixed: Tensor) -> Tensor:
+        """The scale, and the cut of the last segment."""
+        return mixed[:, : self.out_size] * self._scale
+
+    def finish_adjoint(self, rows: Tensor) -> Tensor:
+        """The transpose."""
+        segments, width = self.mixed_shape
+        missing = segments * width - self.out_size
+        return torch.nn.functional.pad(rows * self._scale, (0, missing))
+
+    def _largest_out_size(self) -> int:
+        """Segments make room for any length."""
+        return self.block if self.block_size is None else sys.maxsize
+
+    @property
+    def _scale(self) -> float:
+        """1 / sqrt(n) of the transform and the square root of the part that is kept."""
+        segments, width = self.mixed_shape
+        whole = max(self.block, segments * width)
+        return (whole / self.out_size / self.block) ** 0.5
+
+    @cached_property
+    def _mixing(self) -> Mixing:
+        return mixing("hadamard", self.block, self.seed, "rows")
