@@ -1,5 +1,7 @@
 """Sketches of gradients and Hessians for training data attribution."""
 
+from importlib.metadata import version
+
 from hf_sketch.collection import Sketches, load_sketches
 from hf_sketch.example_losses import ExampleLosses, example_losses
 from hf_sketch.model_sketch import Coverage, ModelSketch
@@ -17,6 +19,8 @@ from hf_sketch.sketches import (
     Dense,
     Sketch,
 )
+
+__version__ = version("hf-sketch")
 
 __all__ = [
     "AFFD",

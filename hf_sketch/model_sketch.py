@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_sketch.operator_choice import check_operator, choose_operator
+from hf_sketch.parameter_names import named_parameters
 from hf_sketch.sketches import QK, Sketch
 from hf_sketch.sketches.blocked import BlockedSketch
 from hf_sketch.sketches.operator import accumulation_dtype
 
-LAYOUTS = ("blocked", "factored")
+LAYOUTS = ("blocked", "factored", "flat")
 _OWN_SIZE = 2**16
 _PROBED_ELEMENTS = 2**12
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ class ModelSketch:
             them (2**16 elements, SRHT 2**12); "factored" sketches each matrix by QK
             with one factor on its outputs and one on its inputs, so that a per-example
             gradient is never formed, and all else (vectors, and matrices with a side
-            too short for its factor) as "blocked".
+            too short for its factor) as "blocked"; "flat" is the paper's: all
+            parameters end to end, one operator without blocks, which needs twice the
+            memory of the gradient.
         seed: the only source of randomness; equal fields, equal map.
         operator: "srht", "affd", "afjl" or "fjl" (in blocks), "dense", "ffd" or "qk".
         frozen: names of the parameters left out, for `coverage`.
@@ -173,7 +175,9 @@ class ModelSketch:
         sums: dict[int, tuple[BlockedSketch, Tensor]] = {}
         parts: list[Tensor] = []
         for operator, part in self._by_operator(rows):
-            if isinstance(operator, BlockedSketch):
+            if isinstance(operator, BlockedSketch) and self.layout == "flat":
+                parts.append(operator.finish(operator.accumulate_whole(part)))
+            elif isinstance(operator, BlockedSketch):
                 mixed = operator.accumulate(part)
                 if operator.block in sums:
                     mixed += sums[operator.block][1]
@@ -246,8 +250,10 @@ class ModelSketch:
         return cls(**{**fields, **changed})
 
     def _own_operator(self, name: str, shape: tuple[int, ...]) -> Sketch | None:
-        """The operator of one parameter, or None if it is too small for its own."""
+        """The operator of one parameter, or None if it shares one."""
         size = math.prod(shape)
+        if self.layout == "flat":
+            return None
         if self.layout == "factored" and len(shape) == 2:
             bits = (self.out_size - 1).bit_length()
             sides = (2 ** (bits // 2), 2 ** (bits - bits // 2))
@@ -256,7 +262,16 @@ class ModelSketch:
         return None if size < _OWN_SIZE else self._plain_operator(size, name)
 
     def _plain_operator(self, size: int, stream: str) -> Sketch:
-        return choose_operator(self.operator, size, self.out_size, self.seed, stream)
+        sizes = (size, self.out_size, self.seed)
+        return choose_operator(self.operator, *sizes, stream, self.layout == "flat")
+
+    @property
+    def _packed_length(self) -> int:
+        """Room for the parameters laid end to end; a flat operator's whole block."""
+        operator = self.packed_operator
+        if self.layout == "flat" and isinstance(operator, BlockedSketch):
+            return operator.block
+        return operator.shape[1]
 
     def _by_operator(
         self, rows: Mapping[str, Tensor]
@@ -270,7 +285,7 @@ class ModelSketch:
                 yield self.operators[name], part
         if small:
             like = next(iter(small.values()))
-            packed = like.new_zeros(len(like), self.packed_operator.shape[1])
+            packed = like.new_zeros(len(like), self._packed_length)
             for name, part in small.items():
                 packed[:, self.packed[name]] = part
             yield self.packed_operator, packed
@@ -280,15 +295,3 @@ def check_layout(layout: str) -> None:
     """Raise unless `layout` is the name of one."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}.")
-
-
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by name, each once, without the prefixes of wrapping modules."""
-    return {_plain_name(name): p for name, p in model.named_parameters()}
-
-
-def _plain_name(name: str) -> str:
-    """A parameter's name without the prefixes of DDP and torch.compile."""
-    for wrapper in _WRAPPERS:
-        name = name.removeprefix(wrapper)
-    return name

@@ -17,18 +17,21 @@ def check_operator(name: str) -> None:
 
 
 def choose_operator(
-    name: str, in_size: int, out_size: int, seed: int, stream: str
+    name: str, in_size: int, out_size: int, seed: int, stream: str, flat: bool
 ) -> Sketch:
-    """The operator of that name for one parameter.
+    """The operator of that name for one parameter, or for a whole model (`flat`).
 
     Blocks have 2**16 elements, fewer for short inputs and more for long sketches; those
-    of SRHT, which drops nothing, 2**12, and fewer for short sketches.
+    of SRHT, which drops nothing, 2**12, and fewer for short sketches. A flat operator
+    has one block.
 
     Raises:
         ValueError: the sizes do not fit the operator.
     """
     if name in _WHOLE:
         return _WHOLE[name](in_size, out_size, seed, stream=stream)
+    if flat:
+        return _IN_BLOCKS[name](in_size, out_size, seed, None, stream)
     longest = next_power_of_two(out_size)
     if name == "srht":
         block = min(_ROTATED_BLOCK_SIZE, longest)

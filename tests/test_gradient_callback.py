@@ -281,8 +281,8 @@ def test_bad_arguments_are_refused_at_once():
         GradientSketchCallback(SIZE, every_steps=0)
     with pytest.raises(ValueError, match="got False for both: leave the callback out"):
         GradientSketchCallback(SIZE, per_step=False, per_example=False)
-    with pytest.raises(ValueError, match=r"layout must be one of .*, got 'flat'"):
-        GradientSketchCallback(SIZE, layout="flat")
+    with pytest.raises(ValueError, match=r"layout must be one of .*, got 'round'"):
+        GradientSketchCallback(SIZE, layout="round")
 
 
 def test_a_model_that_does_not_fit_is_refused_before_training(tmp_path):

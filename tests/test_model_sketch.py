@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from hf_sketch import QK, ModelSketch
+from hf_sketch.operator_choice import OPERATORS
 from tests.conftest import tiny_bert
 
 
-@pytest.fixture(params=["blocked", "factored"])
+@pytest.fixture(params=["blocked", "factored", "flat"])
 def layout(request):
     return request.param
 
@@ -77,7 +78,8 @@ def test_another_process_computes_the_same_bits(layout):
     script = (
         "import torch\n"
         "from hf_sketch import ModelSketch\n"
-        "from tests.conftest import tiny_bert\n"
+        "from hf_sketch.operator_choice import OPERATORS
+from tests.conftest import tiny_bert\n"
         "model = tiny_bert()\n"
         f"sketch = ModelSketch.from_model(model, 64, {layout!r})\n"
         "print(sketch.sketch(dict(model.named_parameters())).tolist())\n"
@@ -126,6 +128,30 @@ def test_wrapper_prefixes_are_dropped():
     assert ModelSketch.from_model(wrapped, 4) == ModelSketch.from_model(inner, 4)
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_operator_is_exact_over_a_model(operator, layout):
+    model = tiny_bert().double()
+    sketch = ModelSketch.from_model(model, 64, layout, operator=operator)
+    gradients, y = gradients_of(model), torch.randn(64, dtype=torch.float64)
+    lifted = sketch.adjoint(y)
+    inner = sum((lifted[name] * gradients[name]).sum() for name in gradients)
+    torch.testing.assert_close(sketch.sketch(gradients) @ y, inner)
+    again = ModelSketch.from_dict(json.loads(json.dumps(sketch.to_dict())))
+    assert again == sketch
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_flat_sketch_is_one_operator_on_the_parameters_end_to_end(operator):
+    model = tiny_bert().double()
+    sketch = ModelSketch.from_model(model, 64, "flat", operator=operator)
+    gradients = gradients_of(model)
+    vector = torch.cat([g.flatten() for g in gradients.values()])
+    assert sketch.operators == {}
+    assert sketch.packed_operator.shape == (64, len(vector))
+    expected = sketch.packed_operator @ vector
+    torch.testing.assert_close(sketch.sketch(gradients), expected)
+
+
 def test_it_survives_json_and_keeps_its_check_value(layout):
     sketch = ModelSketch.from_model(tiny_bert(), 64, layout, seed=3)
     again = ModelSketch.from_dict(json.loads(json.dumps(sketch.to_dict())))
@@ -151,8 +177,10 @@ def test_bad_arguments_are_named():
     for out_size in (0, -1, size + 1):
         with pytest.raises(ValueError, match=rf"\[1, {size}\].*got {out_size}: pass"):
             ModelSketch.from_model(model, out_size)
-    with pytest.raises(ValueError, match=r"layout must be one of .*, got 'flat'"):
-        ModelSketch.from_model(model, 64, "flat")
+    with pytest.raises(ValueError, match=r"layout must be one of .*, got 'round'"):
+        ModelSketch.from_model(model, 64, "round")
+    with pytest.raises(ValueError, match=r"operator must be one of .*, got 'jl'"):
+        ModelSketch.from_model(model, 64, operator="jl")
     with pytest.raises(ValueError, match=r"got none: call requires_grad_\(True\)"):
         ModelSketch.from_model(model.requires_grad_(False), 64)
 

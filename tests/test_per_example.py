@@ -6,7 +6,7 @@ from hf_sketch import ModelSketch, PerExampleSketcher
 from tests.conftest import tiny_batch, tiny_bert
 
 
-@pytest.fixture(params=["blocked", "factored"])
+@pytest.fixture(params=["blocked", "factored", "flat"])
 def layout(request):
     return request.param
 
@@ -39,7 +39,7 @@ def test_rows_are_those_of_single_example_passes_in_float64(layout):
 def test_rows_are_right_where_weights_have_operators_of_their_own(layout):
     model = tiny_bert(vocab_size=2100, intermediate_size=2100).double().eval()
     sketch = ModelSketch.from_model(model, 256, layout)
-    assert len(sketch.operators) > 4
+    assert layout == "flat" or len(sketch.operators) > 4
     assert_rows_match(model, tiny_batch(), layout, 1e-9)
 
 

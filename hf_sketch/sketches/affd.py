@@ -6,6 +6,7 @@ from functools import cached_property
 from torch import Tensor
 
 from hf_sketch.sketches.blocked import BlockedSketch
+from hf_sketch.sketches.magnitudes import weigh_
 from hf_sketch.sketches.mixing import (
     Mixing,
     check_mix,
@@ -13,7 +14,6 @@ from hf_sketch.sketches.mixing import (
     mix_rows,
     mixing,
 )
-from hf_sketch.sketches.random import CounterRandom
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class AFFD(BlockedSketch):
         return mix_adjoint(blocks, self._first, self.block)
 
     def finish(self, mixed: Tensor) -> Tensor:
-        """R H2 |G| and the whole scale."""
-        weighted = mixed * self._magnitude.to(mixed) * self._scale
+        """R H2 |G| and the whole scale; |G|'s signs are those after H1."""
+        weighted = weigh_(mixed, self.seed, self._scale)
         return mix_rows(weighted, self._second, self.out_size)
 
     def finish_adjoint(self, rows: Tensor) -> Tensor:
         """The transpose of `finish`."""
         mixed = mix_adjoint(rows, self._second, self.block)
-        return mixed * self._magnitude.to(rows) * self._scale
+        return weigh_(mixed.contiguous(), self.seed, self._scale)
 
     def _signs_before(self) -> bool:
         """Random rotations need no signs (section 3 of the paper)."""
@@ -97,8 +97,3 @@ class AFFD(BlockedSketch):
     @cached_property
     def _second(self) -> Mixing:
         return mixing(self.mix, self.block, self.seed, "columns")
-
-    @cached_property
-    def _magnitude(self) -> Tensor:
-        """|G|; its signs are those after the transform."""
-        return CounterRandom(self.seed, "gaussian").normals(0, self.block).abs()

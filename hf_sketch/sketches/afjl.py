@@ -6,6 +6,7 @@ from functools import cached_property
 from torch import Tensor
 
 from hf_sketch.sketches.blocked import BlockedSketch
+from hf_sketch.sketches.magnitudes import weigh_
 from hf_sketch.sketches.mixing import (
     Mixing,
     check_mix,
@@ -13,7 +14,6 @@ from hf_sketch.sketches.mixing import (
     mix_rows,
     mixing,
 )
-from hf_sketch.sketches.random import CounterRandom
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class AFJL(BlockedSketch):
 
     def finish(self, mixed: Tensor) -> Tensor:
         """|G| and the scale: sqrt(n / D) and 1 / sqrt(n) cancel to 1 / sqrt(D)."""
-        return mixed * self._magnitude.to(mixed) * self.out_size**-0.5
+        return weigh_(mixed, self.seed, self.out_size**-0.5)
 
     def finish_adjoint(self, rows: Tensor) -> Tensor:
         """The same."""
-        return self.finish(rows)
+        return self.finish(rows.clone())
 
     def _signs_before(self) -> bool:
         """Random rotations need no signs (section 3 of the paper)."""
@@ -80,8 +80,3 @@ class AFJL(BlockedSketch):
     @cached_property
     def _mixing(self) -> Mixing:
         return mixing(self.mix, self.block, self.seed, "rows")
-
-    @cached_property
-    def _magnitude(self) -> Tensor:
-        """|G| where it is kept."""
-        return CounterRandom(self.seed, "gaussian").normals(0, self.out_size).abs()

@@ -67,7 +67,10 @@ class BlockedSketch(Sketch):
 
     @abstractmethod
     def finish(self, mixed: Tensor) -> Tensor:
-        """From the sum over blocks to the sketch: (b, mixed) -> (b, out_size)."""
+        """From the sum over blocks to the sketch: (b, mixed) -> (b, out_size).
+
+        May overwrite its argument.
+        """
 
     @abstractmethod
     def finish_adjoint(self, rows: Tensor) -> Tensor:
@@ -82,12 +85,16 @@ class BlockedSketch(Sketch):
         batch, block = len(rows), self.block
         segments, width = self.mixed_shape
         mixed = self.finish_adjoint(rows).reshape(batch, segments, width)
+        if self.block_size is None:
+            x = self._flip_whole(mixed.flatten(1), "after")
+            x = self.transform_adjoint(x).contiguous()
+            return self._flip_whole(x, "before")[:, : self.in_size]
         result = rows.new_empty(batch, self.in_size)
         for low, high, before, after, places in self._pieces(rows, 0, self.in_size):
             blocks = after.shape[0]
             x = flip(mixed[:, places], after[:, :width])
             x = self.transform_adjoint(x.view(batch * blocks, width))
-            x = flip_(x.view(batch, blocks, block), before)
+            x = flip_(x.reshape(batch, blocks, block), before)
             result[:, low:high] = x.view(batch, -1)[:, : high - low]
         return result
 
@@ -115,6 +122,10 @@ class BlockedSketch(Sketch):
             returns (b, segments * elements of each)
         """
         batch, length = rows.shape
+        if self.block_size is None:
+            padded = rows.new_zeros(batch, self.block)
+            padded[:, :length] = rows
+            return self.accumulate_whole(padded)
         segments, width = self.mixed_shape
         total = rows.new_zeros(batch, segments, width)
         longest = min(self._step(batch) * self.block, length + self.block)
@@ -135,6 +146,27 @@ class BlockedSketch(Sketch):
                 for example, part in enumerate(x):
                     total[example].index_add_(0, places, part)
         return total.view(batch, segments * width)
+
+    def accumulate_whole(self, padded: Tensor) -> Tensor:
+        """`accumulate` for an operator of one block; overwrites its input.
+
+        Shapes:
+            padded (b, block), zeros after in_size -> (b, elements of the segment)
+        """
+        x = self._flip_whole(padded, "before")
+        x = self.transform(x, torch.empty_like(x)).contiguous()
+        return self._flip_whole(x, "after")
+
+    def _flip_whole(self, x: Tensor, role: str) -> Tensor:
+        """Flip signs of one block in place, without ever holding all the masks."""
+        if role == "before" and not self._signs_before():
+            return x
+        rng = CounterRandom(self.seed, f"fresh-{role}/{self.stream}")
+        for low in range(0, x.shape[1], _PIECE_ELEMENTS):
+            part = x[:, low : low + _PIECE_ELEMENTS]
+            masks = sign_masks(rng, low, part.shape[1]).to(x.device)
+            part.copy_(flip(part, masks))
+        return x
 
     def _largest_out_size(self) -> int:
         """The longest sketch that one block can give."""
@@ -167,7 +199,10 @@ class BlockedSketch(Sketch):
             stop = min(start + step, end, masks.end_of_run(start))
             low = (start - first_block) * block
             high = min((stop - first_block) * block, length)
-            before, after = masks.before(start, stop), masks.after(start, stop)
+            before, after = (
+                masks.of("before", start, stop),
+                masks.of("after", start, stop),
+            )
             if not self._signs_before():
                 before = torch.zeros_like(before)
             mine = places[start - first_block : stop - first_block]
@@ -193,7 +228,6 @@ class _Masks:
         self._block = operator.block
         self._device = device
         self._run = max(RUN, self._block)
-        self._fresh = operator.block_size is None
         self._roles = {
             role: StreamSigns(operator.seed, role, operator.stream, self._run)
             for role in ("before", "after")
@@ -201,7 +235,7 @@ class _Masks:
         self._first_run = first * self._block // self._run
         runs = -(-end * self._block // self._run) - self._first_run
         self._offsets = {
-            role: [] if self._fresh else signs.offsets(self._first_run, runs)
+            role: signs.offsets(self._first_run, runs)
             for role, signs in self._roles.items()
         }
 
@@ -210,21 +244,10 @@ class _Masks:
         per_run = self._run // self._block
         return (block // per_run + 1) * per_run
 
-    def before(self, start: int, stop: int) -> Tensor:
-        """Signs before the transform: (stop - start, block)."""
-        return self._masks("before", start, stop)
-
-    def after(self, start: int, stop: int) -> Tensor:
-        """Signs after the transform: (stop - start, block)."""
-        return self._masks("after", start, stop)
-
-    def _masks(self, role: str, start: int, stop: int) -> Tensor:
+    def of(self, role: str, start: int, stop: int) -> Tensor:
+        """Signs "before" or "after" the transform: (stop - start, block)."""
         low, count = start * self._block, (stop - start) * self._block
+        offset = self._offsets[role][low // self._run - self._first_run]
         signs = self._roles[role]
-        if self._fresh:
-            rng = CounterRandom(signs.seed, f"fresh-{role}/{signs.stream}")
-            masks = sign_masks(rng, low, count).to(self._device)
-        else:
-            offset = self._offsets[role][low // self._run - self._first_run]
-            masks = signs.masks(offset, low % self._run, count, self._device)
+        masks = signs.masks(offset, low % self._run, count, self._device)
         return masks.view(stop - start, self._block)

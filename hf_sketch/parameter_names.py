@@ -1,0 +1,17 @@
+"""Parameter names as the model's author wrote them."""
+
+from torch import nn
+
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by name, each once, without the prefixes of wrapping modules."""
+    return {_plain_name(name): p for name, p in model.named_parameters()}
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without the prefixes of DDP and torch.compile."""
+    for wrapper in _WRAPPERS:
+        name = name.removeprefix(wrapper)
+    return name

@@ -1,0 +1,1 @@
+"""The paper's tables, one script each, on any model."""

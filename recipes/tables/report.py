@@ -1,0 +1,34 @@
+"""Saving what a table's script measured, with all that a reader needs to repeat it."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import hf_sketch
+
+
+def save_report(output_dir: str, name: str, arguments: Any, results: Any) -> Path:
+    """Write `<output_dir>/<name>.json`: versions, machine, arguments and results."""
+    report = {
+        "table": name,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "hf_sketch": hf_sketch.__version__,
+        },
+        "machine": {
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+        "arguments": vars(arguments),
+        "results": results,
+    }
+    path = Path(output_dir) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1))
+    return path
