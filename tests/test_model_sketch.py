@@ -78,8 +78,7 @@ def test_another_process_computes_the_same_bits(layout):
     script = (
         "import torch\n"
         "from hf_sketch import ModelSketch\n"
-        "from hf_sketch.operator_choice import OPERATORS
-from tests.conftest import tiny_bert\n"
+        "from tests.conftest import tiny_bert\n"
         "model = tiny_bert()\n"
         f"sketch = ModelSketch.from_model(model, 64, {layout!r})\n"
         "print(sketch.sketch(dict(model.named_parameters())).tolist())\n"
