@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from hf_sketch.model_sketch import ModelSketch, check_layout
+from hf_sketch.operator_choice import check_operator
 from hf_sketch.writer import SketchWriter
 
 from .example_rows import ExampleRecorder
@@ -45,6 +46,8 @@ class GradientSketchCallback(TrainerCallback):
         out_size: numbers in a sketch.
         layout: "factored" (cheap per-example rows) or "blocked" (more accurate, but
             forms each example's weight gradients); see `ModelSketch`.
+        operator: what sketches the parameters, or those that "factored" does not
+            factor; see `ModelSketch`.
         seed: of the sketch; by default the Trainer's own.
         per_step: record a row for each step.
         per_example: record a row for each example.
@@ -60,6 +63,7 @@ class GradientSketchCallback(TrainerCallback):
         out_size: int = 4096,
         *,
         layout: str = "factored",
+        operator: str = "srht",
         seed: int | None = None,
         per_step: bool = True,
         per_example: bool = True,
@@ -76,8 +80,10 @@ class GradientSketchCallback(TrainerCallback):
                 "leave the callback out to record nothing."
             )
         check_layout(layout)
+        check_operator(operator)
         self.out_size = out_size
         self.layout = layout
+        self.operator = operator
         self.seed = seed
         self.per_step = per_step
         self.per_example = per_example
@@ -101,7 +107,9 @@ class GradientSketchCallback(TrainerCallback):
         self._close()
         _check_arguments(args, self.per_example)
         seed = args.seed if self.seed is None else self.seed
-        sketch = ModelSketch.from_model(model, self.out_size, self.layout, seed)
+        sketch = ModelSketch.from_model(
+            model, self.out_size, self.layout, seed, self.operator
+        )
         if self.per_example:
             self._examples = ExampleRecorder(model, sketch, train_dataloader)
         if self.per_step:

@@ -77,7 +77,7 @@ class ModelSketch:
     out_size: int
     layout: str = "blocked"
     seed: int = 0
-    operator: str = "affd"
+    operator: str = "srht"
     frozen: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class ModelSketch:
         out_size: int,
         layout: str = "blocked",
         seed: int = 0,
-        operator: str = "affd",
+        operator: str = "srht",
     ) -> "ModelSketch":
         """The sketch of all trainable parameters of `model`.
 

@@ -147,6 +147,7 @@ def _settings(model_sketch: ModelSketch) -> str:
     count = len(model_sketch.shapes)
     return (
         f"out_size={model_sketch.out_size}, layout={model_sketch.layout!r}, "
+        f"operator={model_sketch.operator!r}, "
         f"seed={model_sketch.seed}, {count} parameters, {model_sketch.in_size} elements"
     )
 

@@ -58,7 +58,13 @@ class GradientNotes(TrainerCallback):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"layout": "blocked"}, {"per_step": False}, {"per_example": False}],
+    [
+        {},
+        {"layout": "blocked"},
+        {"layout": "blocked", "operator": "affd"},
+        {"per_step": False},
+        {"per_example": False},
+    ],
     ids=str,
 )
 def test_training_is_bit_equal_with_and_without(tmp_path, options):
@@ -283,6 +289,8 @@ def test_bad_arguments_are_refused_at_once():
         GradientSketchCallback(SIZE, per_step=False, per_example=False)
     with pytest.raises(ValueError, match=r"layout must be one of .*, got 'round'"):
         GradientSketchCallback(SIZE, layout="round")
+    with pytest.raises(ValueError, match=r"operator must be one of .*, got 'jl'"):
+        GradientSketchCallback(SIZE, operator="jl")
 
 
 def test_a_model_that_does_not_fit_is_refused_before_training(tmp_path):

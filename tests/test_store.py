@@ -116,7 +116,7 @@ def test_the_header_is_pinned(store):
             "out_size": 4,
             "layout": "blocked",
             "seed": 0,
-            "operator": "affd",
+            "operator": "srht",
             "frozen": [],
         },
     }
