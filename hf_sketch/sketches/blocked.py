@@ -92,7 +92,8 @@ class BlockedSketch(Sketch):
         result = rows.new_empty(batch, self.in_size)
         for low, high, before, after, places in self._pieces(rows, 0, self.in_size):
             blocks = after.shape[0]
-            x = flip(mixed[:, places], after[:, :width])
+            x = mixed.expand(-1, blocks, -1) if segments == 1 else mixed[:, places]
+            x = flip(x, after[:, :width])
             x = self.transform_adjoint(x.view(batch * blocks, width))
             x = flip_(x.reshape(batch, blocks, block), before)
             result[:, low:high] = x.view(batch, -1)[:, : high - low]
