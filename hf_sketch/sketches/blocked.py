@@ -142,7 +142,7 @@ class BlockedSketch(Sketch):
             x = self.transform(x.view(batch * blocks, self.block), scratch)
             x = flip_(x.reshape(batch, blocks, width), after[:, :width])
             if segments == 1:
-                total += x.sum(1, keepdim=True)
+                total.baddbmm_(x.new_ones(batch, 1, blocks), x)
             else:
                 for example, part in enumerate(x):
                     total[example].index_add_(0, places, part)
