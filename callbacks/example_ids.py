@@ -1,10 +1,14 @@
 """Which rows of the training set a batch is made of."""
 
+import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+
+from hf_sketch.example_split import ExampleSplit
 
 
 class ExampleIds:
@@ -18,14 +22,13 @@ class ExampleIds:
             callbacks.
 
     Raises:
-        ValueError: the loader has no sampler of row numbers (a stream).
+        ValueError: the loader has no sampler of row numbers.
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         batches = loader.batch_sampler
         sampler = getattr(batches, "sampler", None)
-        stream = isinstance(loader.dataset, IterableDataset)
-        if stream or sampler is None or not isinstance(batches, BatchSampler):
+        if sampler is None or not isinstance(batches, BatchSampler):
             raise ValueError(
                 "example ids need a dataset with row numbers and a BatchSampler, got "
                 f"{type(loader.dataset).__name__} with {type(batches).__name__}: pass a"
@@ -53,6 +56,29 @@ class ExampleIds:
     def close(self) -> None:
         """Give the loader its own sampler back."""
         self._batches.sampler = self._sampler
+
+
+def content_ids(
+    inputs: Mapping[str, Any], split: ExampleSplit, main_input: str
+) -> list[int]:
+    """Ids of the examples of a stream: hashes of their own inputs and labels.
+
+    Padding (attention_mask 0, label -100) is left out, so that an example keeps its id
+    in every batch.
+    """
+    mask = inputs.get("attention_mask")
+    ids: list[int] = []
+    for index in range(split.size):
+        digest = hashlib.blake2b(digest_size=8)
+        own = split.part(inputs[main_input], index)
+        if isinstance(mask, Tensor) and mask.shape == inputs[main_input].shape:
+            own = own[split.part(mask, index) != 0]
+        digest.update(own.cpu().numpy().tobytes())
+        if isinstance(inputs.get("labels"), Tensor):
+            labels = split.part(inputs["labels"], index)
+            digest.update(labels[labels != -100].cpu().numpy().tobytes())
+        ids.append(int.from_bytes(digest.digest(), "little") >> 1)
+    return ids
 
 
 class _Noting(Sampler[int]):

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import (
@@ -14,16 +13,14 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_sketch.example_losses import check_reduction
 from hf_sketch.model_sketch import ModelSketch, check_layout
 from hf_sketch.operator_choice import check_operator
 from hf_sketch.writer import SketchWriter
 
 from .example_rows import ExampleRecorder
 from .moment import Moment
-from .step_rows import StepRecorder
-
-_SUM_TOLERANCE = 1e-3
-_LOW_PRECISION_SUM_TOLERANCE = 5e-2
+from .step_rows import StepRecorder, check_sum
 
 
 class GradientSketchCallback(TrainerCallback):
@@ -52,6 +49,8 @@ class GradientSketchCallback(TrainerCallback):
         per_step: record a row for each step.
         per_example: record a row for each example.
         every_steps: record the steps whose number is a multiple of this.
+        loss: what a row is the gradient of: the "mean" or the "sum" of the loss over
+            the example's tokens.
 
     Raises:
         ValueError: a bad argument; in `on_train_begin` a model, a setting of the
@@ -68,6 +67,7 @@ class GradientSketchCallback(TrainerCallback):
         per_step: bool = True,
         per_example: bool = True,
         every_steps: int = 1,
+        loss: str = "mean",
     ) -> None:
         for name, value in (("out_size", out_size), ("every_steps", every_steps)):
             if value < 1:
@@ -81,6 +81,7 @@ class GradientSketchCallback(TrainerCallback):
             )
         check_layout(layout)
         check_operator(operator)
+        check_reduction(loss)
         self.out_size = out_size
         self.layout = layout
         self.operator = operator
@@ -88,11 +89,12 @@ class GradientSketchCallback(TrainerCallback):
         self.per_step = per_step
         self.per_example = per_example
         self.every_steps = every_steps
+        self.loss = loss
         self._examples: ExampleRecorder | None = None
         self._steps: StepRecorder | None = None
         self._writer: SketchWriter | None = None
         self._epoch = self._micro_step = self._skipped_batches = 0
-        self._verified = False
+        self._verified = self._measured = self._low_precision = False
 
     def on_train_begin(
         self,
@@ -105,24 +107,30 @@ class GradientSketchCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._close()
-        _check_arguments(args, self.per_example)
+        _check_arguments(args)
         seed = args.seed if self.seed is None else self.seed
         sketch = ModelSketch.from_model(
             model, self.out_size, self.layout, seed, self.operator
         )
         if self.per_example:
-            self._examples = ExampleRecorder(model, sketch, train_dataloader)
+            self._examples = ExampleRecorder(
+                model, sketch, train_dataloader, self.loss
+            )
         if self.per_step:
             self._steps = StepRecorder(model, sketch)
         directory = Path(args.output_dir or ".") / "sketches"
-        self._writer = SketchWriter(directory, sketch, state.global_step)
+        self._writer = SketchWriter(directory, sketch, self.loss, state.global_step)
+        sixteen_bits = any(p.element_size() < 4 for p in model.parameters())
+        self._low_precision = args.bf16 or args.fp16 or sixteen_bits
         self._verified = not (self.per_example and self.per_step)
+        self._measured = self._writer.measured_error is not None
         self._epoch = int(state.epoch or 0) - 1
         self._skipped_batches = 0
-        if self.per_example and not args.ignore_data_skip:
+        if self._examples is not None and not args.ignore_data_skip:
             per_update = args.gradient_accumulation_steps
-            updates = max(-(-len(train_dataloader) // per_update), 1)
-            self._skipped_batches = state.global_step % updates * per_update
+            self._skipped_batches = self._examples.skipped_batches(
+                state.global_step, per_update
+            )
 
     def on_epoch_begin(
         self,
@@ -158,7 +166,7 @@ class GradientSketchCallback(TrainerCallback):
         optimizer: Optimizer,
         **kwargs: Any,
     ) -> None:
-        self._end_micro_batch(self._moment(state, optimizer))
+        self._end_micro_batch(self._moment(state, optimizer), _loss_scale(optimizer))
 
     def on_pre_optimizer_step(
         self,
@@ -170,13 +178,16 @@ class GradientSketchCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         moment = self._moment(state, optimizer)
-        self._end_micro_batch(moment)
+        scale = _loss_scale(optimizer)
+        self._end_micro_batch(moment, scale)
         total = self._examples.end_step() if self._examples is not None else None
         if self._steps is not None and self._writer is not None:
-            sketch = self._steps.end_step(moment, self._writer)
+            sketch = self._steps.end_step(moment, self._writer, scale)
             if not self._verified and sketch is not None and total is not None:
-                _check_sum(total, sketch, low_precision=args.bf16)
+                check_sum(total, sketch, self._low_precision)
                 self._verified = True
+        if total is not None:
+            self._measure_error()
 
     def on_step_end(
         self,
@@ -233,11 +244,22 @@ class GradientSketchCallback(TrainerCallback):
         rate = float(optimizer.param_groups[0]["lr"])
         return Moment(self._epoch, state.global_step + 1, self._micro_step, rate)
 
-    def _end_micro_batch(self, moment: Moment) -> None:
+    def _end_micro_batch(self, moment: Moment, loss_scale: float) -> None:
         """Write the examples of a micro-batch."""
         if self._examples is not None and self._writer is not None:
-            self._examples.end_micro_batch(moment, self._writer)
+            self._examples.end_micro_batch(moment, self._writer, loss_scale)
         self._micro_step += 1
+
+    def _measure_error(self) -> None:
+        """Compare the first step's rows with exact gradients, once for a store."""
+        assert self._examples is not None
+        assert self._writer is not None
+        if self._measured:
+            return
+        self._measured = True
+        error = self._examples.measure_error(self._low_precision)
+        if error is not None:
+            self._writer.note_measured_error(error)
 
     def _flush(self) -> None:
         if self._writer is not None:
@@ -251,32 +273,22 @@ class GradientSketchCallback(TrainerCallback):
         self._examples = self._steps = self._writer = None
 
 
-def _check_arguments(args: TrainingArguments, per_example: bool) -> None:
+def _check_arguments(args: TrainingArguments) -> None:
     """Raise if the Trainer's settings are not covered."""
     refused = {
         "several processes": args.world_size > 1,
         "several GPUs in one process": args.n_gpu > 1,
-        "fp16=True": args.fp16,
         "torch_compile=True": args.torch_compile,
-        "label_smoothing_factor": per_example and args.label_smoothing_factor > 0,
     }
     found = [name for name, present in refused.items() if present]
     if found:
         raise ValueError(
-            "GradientSketchCallback runs in one process, in float32 or bf16, uncompiled"
-            f" and with the model's own loss, got {', '.join(found)}: train without, or"
-            " take the callback out."
+            "GradientSketchCallback runs in one process and uncompiled, got "
+            f"{', '.join(found)}: train without, or take the callback out."
         )
 
 
-def _check_sum(total: Tensor, sketch: Tensor, low_precision: bool) -> None:
-    """Raise unless the weighted sum of a step's rows is the step's own gradient."""
-    distance = float(torch.linalg.vector_norm(total - sketch))
-    norm = float(torch.linalg.vector_norm(sketch))
-    tolerance = _LOW_PRECISION_SUM_TOLERANCE if low_precision else _SUM_TOLERANCE
-    if distance > tolerance * norm:
-        raise RuntimeError(
-            "the per-example gradients must add up to the step's gradient within "
-            f"{tolerance:g} of its norm, got {distance / norm:.3g}: some part of the "
-            "model is not covered; pass per_example=False and report the model's class."
-        )
+def _loss_scale(optimizer: Optimizer) -> float:
+    """What the loss is multiplied by before the backward pass, under fp16."""
+    scaler = getattr(optimizer, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())

@@ -1,5 +1,6 @@
 """Rows of the store with each step's gradient."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,9 @@ from hf_sketch.store import PER_STEP
 from hf_sketch.writer import SketchWriter
 
 from .moment import Moment
+
+_SUM_TOLERANCE = 1e-3
+_LOW_PRECISION_SUM_TOLERANCE = 5e-2
 
 
 class StepRecorder:
@@ -40,19 +44,31 @@ class StepRecorder:
         self._recording = recording
         self._norms = {}
 
-    def end_step(self, moment: Moment, writer: SketchWriter) -> Tensor | None:
+    def end_step(
+        self, moment: Moment, writer: SketchWriter, loss_scale: float
+    ) -> Tensor | None:
         """The optimizer is about to step: write the row.
+
+        Args:
+            moment: the step.
+            writer: where it goes.
+            loss_scale: of a GradScaler; the Trainer undoes it where it clips.
 
         Returns:
             the sketch of the step's gradient before clipping, (out_size,), if recorded.
         """
         if not self._recording:
             return None
-        norm, clip_factor = self._clipping()
+        norm, factor = self._clipping()
+        # Near 1 before the scale is undone, near 1 / loss_scale after.
+        scaled = abs(math.log(factor or 1)) < abs(math.log((factor or 1) * loss_scale))
+        norm, clip_factor = norm / loss_scale, factor if scaled else factor * loss_scale
         gradients = {
             n: p.grad for n, p in self._parameters.items() if p.grad is not None
         }
         sketch = self._model_sketch.sketch(gradients)
+        if scaled:
+            sketch = sketch / loss_scale
         row = {
             "epoch": moment.epoch,
             "step": moment.step,
@@ -97,3 +113,16 @@ class StepRecorder:
                 self._norms[name] = torch.linalg.vector_norm(parameter.grad)
 
         return note
+
+
+def check_sum(total: Tensor, sketch: Tensor, low_precision: bool) -> None:
+    """Raise unless the weighted sum of a step's rows is the step's own gradient."""
+    distance = float(torch.linalg.vector_norm(total - sketch))
+    norm = float(torch.linalg.vector_norm(sketch))
+    tolerance = _LOW_PRECISION_SUM_TOLERANCE if low_precision else _SUM_TOLERANCE
+    if distance > tolerance * norm:
+        raise RuntimeError(
+            "the per-example gradients must add up to the step's gradient within "
+            f"{tolerance:g} of its norm, got {distance / norm:.3g}: some part of the "
+            "model is not covered; pass per_example=False and report the model's class."
+        )

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from hf_sketch.attribution import sketch_matrix, top_rows
+from hf_sketch.measured_error import MeasuredError
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.store import (
     HEADER,
@@ -31,11 +32,14 @@ class Sketches:
         model_sketch: the map; `sketch_dataset` makes queries for these rows with it.
         dataset: one row per example and occasion, with the columns of docs/format.md.
         steps: one row per optimizer step; None for sketches made outside training.
+        measured_error: how far inner products of these rows are from exact ones, as
+            measured on the first examples; None if it was not measured.
     """
 
     model_sketch: ModelSketch
     dataset: Dataset
     steps: Dataset | None = None
+    measured_error: MeasuredError | None = None
 
     def where(self, **values: Any) -> "Sketches":
         """The rows whose columns equal the given values, e.g. `where(epoch=2)`.
@@ -124,16 +128,18 @@ def load_sketches(path: str | Path, skip_damaged: bool = False) -> Sketches:
     directory = Path(path)
     if not (directory / HEADER).exists():
         directory = directory / "sketches"
-    model_sketch = read_header(directory)
+    header = read_header(directory)
     shards = read_manifest(directory)
     if skip_damaged:
         shards = [shard for shard in shards if _is_whole(directory, shard)]
     for shard in shards:
         check_shard(directory, shard)
+    out_size = header.model_sketch.out_size
     return Sketches(
-        model_sketch,
-        _open(directory, shards, PER_EXAMPLE, model_sketch.out_size),
-        _open(directory, shards, PER_STEP, model_sketch.out_size),
+        header.model_sketch,
+        _open(directory, shards, PER_EXAMPLE, out_size),
+        _open(directory, shards, PER_STEP, out_size),
+        header.measured_error,
     )
 
 

@@ -1,19 +1,25 @@
 """Per-example gradient sketches out of one ordinary backward pass."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+import inspect
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from hf_sketch.example_losses import ExampleLosses, example_losses
-from hf_sketch.gradient_rules import Rule, rule_for
+from hf_sketch.example_losses import ExampleLosses, check_reduction, example_losses
+from hf_sketch.example_split import ExampleSplit
+from hf_sketch.gradient_sums import GradientSums
 from hf_sketch.model_sketch import ModelSketch
-from hf_sketch.sketches.operator import accumulation_dtype
-from hf_sketch.sketches.outer import form_outer
+from hf_sketch.position_biases import PositionBiases
+from hf_sketch.watched_modules import Batch, watched_modules
+
+_CAUSAL = ("CausalLM", "LMHead")
+
+ExampleLossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,8 @@ class ExampleRows:
 
     Args:
         rows: (b, out_size), row i the sketch of the gradient of losses[i].
-        losses: (b,), each example's own loss.
+        losses: (b,), each example's own loss; NaN where the loss is computed outside of
+            the model, and a row is b times the gradient of the example's share of it.
         weights: (b,), the weight with which each example entered the gradient: the sum
             of weights[i] * rows[i] is the sketch of the batch's gradient.
     """
@@ -30,18 +37,6 @@ class ExampleRows:
     rows: Tensor
     losses: Tensor
     weights: Tensor
-
-
-@dataclass
-class _Batch:
-    """What is known of the batch between its forward pass and `take`."""
-
-    size: int
-    rows: Tensor | None = None
-    formed: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    losses: ExampleLosses | None = None
-    scale: Tensor | None = None
-    outputs: list[Tensor] = field(default_factory=list[Tensor])
 
 
 class PerExampleSketcher:
@@ -52,26 +47,41 @@ class PerExampleSketcher:
     forward and backward pass of the model is followed by one `take`. Neither the loss
     nor any gradient nor any random number changes.
 
+    Every trainable parameter is covered: by a rule of its module (Linear, Conv1D,
+    Embedding, LayerNorm, every RMSNorm, convolutions), or by running the module again
+    for each example. Uses of one parameter add up. Documents packed into one row are
+    examples of their own.
+
     Args:
-        model: a sequence classification model called with keyword arguments, `labels`
-            among them.
+        model: a model called with named tensors.
         model_sketch: the map; its parameters must be the model's trainable ones.
+        loss: an example's own loss is the "mean" or the "sum" over its tokens.
 
     Raises:
-        ValueError: the sketch is of another model, or a trainable parameter belongs to
-            a module that has no rule; the message names it.
+        ValueError: the sketch is of another model, or a module's gradients depend on
+            the whole batch; the message names it.
     """
 
-    def __init__(self, model: nn.Module, model_sketch: ModelSketch) -> None:
+    def __init__(
+        self, model: nn.Module, model_sketch: ModelSketch, loss: str = "mean"
+    ) -> None:
+        check_reduction(loss)
         self.model = model
         self.model_sketch = model_sketch
+        self.loss = loss
         self.recording = True
-        parameters = model_sketch.parameters_of(model)
-        self._watched = _watched_modules(model, parameters)
-        self._dtype = accumulation_dtype(next(iter(parameters.values())).dtype)
-        self._handles: list[RemovableHandle] = []
-        self._batch: _Batch | None = None
-        self._keep_outputs = False
+        self.parameters = model_sketch.parameters_of(model)
+        self._biases = PositionBiases.of_model(model, self.parameters)
+        self._watched = [
+            watched
+            for watched in watched_modules(model, self.parameters)
+            if not self._biases.covers(watched.module)
+        ]
+        self._batch_norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        self._handles: list[Any] = []
+        self._batch: Batch | None = None
+        self._losses: ExampleLosses | None = None
+        self._scale: Tensor | None = None
 
     def __enter__(self) -> "PerExampleSketcher":
         self._handles = [
@@ -79,9 +89,8 @@ class PerExampleSketcher:
             self.model.register_forward_hook(self._after, with_kwargs=True),
         ]
         for watched in self._watched:
-            hook = partial(self._after_module, watched)
-            handle = watched.module.register_forward_hook(hook, with_kwargs=True)
-            self._handles.append(handle)
+            self._handles += watched.register(self._current)
+        self._handles += self._biases.register(self._current)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,51 +99,102 @@ class PerExampleSketcher:
         self._handles = []
         self._batch = None
 
-    def take(self) -> ExampleRows:
+    def take(self, loss_scale: float = 1.0) -> ExampleRows:
         """The rows of the batch whose backward pass has just run.
 
+        Args:
+            loss_scale: what the loss was multiplied by before the backward pass, as a
+                GradScaler does; the weights are without it.
+
         Raises:
-            RuntimeError: no forward and backward pass ran since the last call.
+            RuntimeError: no forward and backward pass ran since the last call, or a
+                parameter has a gradient that no module's call explains.
         """
         batch, self._batch = self._batch, None
-        if batch is None or batch.losses is None or batch.scale is None:
+        losses, scale = self._losses, self._scale
+        self._losses = self._scale = None
+        if batch is None or (losses is not None and scale is None):
             raise RuntimeError(
-                "a forward and a backward pass of the model's own loss must come before"
-                " each take(), got none: call loss.backward() on the loss that the "
-                "model returns (a Trainer with compute_loss_func or label smoothing "
-                "does not: pass per_example=False)."
+                "a forward and a backward pass must come before each take(), got none: "
+                "call loss.backward() on the model's loss."
             )
-        rows = self._total(batch)
-        weights = batch.losses.weights * batch.scale.to(batch.losses.weights)
+        batch.finish()
+        self._check_names(batch)
+        rows = batch.sums.rows()
+        if losses is None or scale is None:
+            size = batch.split.size
+            shares = torch.full((size,), 1 / size, dtype=rows.dtype, device=rows.device)
+            return ExampleRows(rows * (size / loss_scale), shares * torch.nan, shares)
+        weights = losses.weights * scale.to(losses.weights)
         scaled = rows / weights.to(rows).unsqueeze(1)
         rows = torch.where(weights.unsqueeze(1) == 0, rows, scaled)
-        return ExampleRows(rows, batch.losses.losses, weights)
+        return ExampleRows(rows, losses.losses, weights / loss_scale)
 
-    def sketch(self, inputs: Mapping[str, Any]) -> ExampleRows:
+    def sketch(
+        self,
+        inputs: Mapping[str, Any],
+        loss_fn: ExampleLossFunction | None = None,
+    ) -> ExampleRows:
         """Run the model on a batch and sketch its examples' gradients.
 
         No parameter's `.grad` is computed or touched.
+
+        Args:
+            inputs: what the model is called with.
+            loss_fn: of (the model's output, inputs), each example's own loss (b,); by
+                default the model's loss.
         """
-        self._keep_outputs = True
+        if "use_cache" in inspect.signature(self.model.forward).parameters:
+            inputs = {**inputs, "use_cache": False}
         with torch.enable_grad():
             output = self.model(**inputs)
-        self._keep_outputs = False
+            losses = None if loss_fn is None else loss_fn(output, inputs)
         if self._batch is None:
             raise RuntimeError(
                 "`sketch` reads through hooks, got none: call it inside "
                 "`with PerExampleSketcher(...)`."
             )
+        if losses is not None:
+            ones = torch.ones_like(losses)
+            self._losses = ExampleLosses(losses.detach(), ones)
+            self._scale = ones.sum() / ones.sum()
+        total = field_of(output, "loss", 0) if losses is None else losses.sum()
         outputs, self._batch.outputs = self._batch.outputs, []
-        torch.autograd.grad(_field(output, "loss", 0), outputs, allow_unused=True)
+        torch.autograd.grad(total, outputs, allow_unused=True)
         return self.take()
 
-    def _total(self, batch: _Batch) -> Tensor:
-        """The sketches of all contributions to a batch's gradients, summed."""
-        parts = [] if batch.rows is None else [batch.rows]
-        if batch.formed:
-            parts.append(self.model_sketch.sketch_rows(batch.formed))
-        zeros = torch.zeros(batch.size, self.model_sketch.out_size)
-        return sum(parts[1:], start=parts[0]) if parts else zeros
+    def split_of(self, inputs: Mapping[str, Any]) -> ExampleSplit:
+        """The examples of a batch that the model is called with."""
+        return ExampleSplit.of_inputs(inputs, self.main_input)
+
+    @property
+    def main_input(self) -> str:
+        """The name of the model's first input."""
+        return getattr(self.model, "main_input_name", "input_ids")
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """What the model was called with for the batch that is taken next."""
+        return {} if self._batch is None else self._batch.inputs
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Record nothing within."""
+        recording, self.recording = self.recording, False
+        yield
+        self.recording = recording
+
+    @contextmanager
+    def own_units(self) -> Generator[None]:
+        """Record within, with the mean over an example's tokens as its loss."""
+        before = self.recording, self.loss
+        self.recording, self.loss = True, "mean"
+        yield
+        self.recording, self.loss = before
+
+    def _current(self) -> Batch | None:
+        """The batch that is recorded, if any."""
+        return self._batch
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -148,15 +208,10 @@ class PerExampleSketcher:
                 "the model must be called once for each backward pass, got a second "
                 "call: pass per_example=False for a loss of several forward passes."
             )
-        labels = kwargs.get("labels")
-        if labels is None:
-            raise ValueError(
-                "per-example gradients need the model to be called with labels=..., got"
-                f" {sorted(kwargs)}: name the label column 'label' or 'labels', and "
-                "leave label smoothing and compute_loss_func off, or pass "
-                "per_example=False."
-            )
-        self._batch = _Batch(len(labels))
+        self._check_independence()
+        split = self.split_of(kwargs)
+        sums = GradientSums(self.model_sketch, self.parameters, split.size)
+        self._batch = Batch(kwargs, split, sums)
 
     def _after(
         self,
@@ -166,112 +221,53 @@ class PerExampleSketcher:
         output: Any,
     ) -> None:
         """Split the loss, and watch the scale with which it enters the backward."""
-        batch = self._batch
-        if batch is None or not torch.is_grad_enabled():
+        batch, labels = self._batch, kwargs.get("labels")
+        if batch is None or labels is None or not torch.is_grad_enabled():
             return
-        loss, logits = _field(output, "loss", 0), _field(output, "logits", 1)
-        kind = getattr(getattr(module, "config", None), "problem_type", None)
-        batch.losses = example_losses(loss, logits, kwargs["labels"], kind)
+        loss = field_of(output, "loss", 0)
+        self._losses = example_losses(
+            loss.detach(),
+            field_of(output, "logits", 1),
+            labels,
+            getattr(getattr(module, "config", None), "problem_type", None),
+            reduction=self.loss,
+            items_in_batch=kwargs.get("num_items_in_batch"),
+            causal=any(name in type(module).__name__ for name in _CAUSAL),
+            split=batch.split,
+        )
 
         def keep_scale(gradient: Tensor) -> None:
-            batch.scale = gradient.detach().clone()
+            self._scale = gradient.detach().clone()
 
         loss.register_hook(keep_scale)
 
-    def _after_module(
-        self,
-        watched: "_Watched",
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Tensor,
-    ) -> Tensor | None:
-        """Watch a module's output gradient; give every example its own output first."""
-        batch = self._batch
-        if batch is None or not output.requires_grad:
-            return None
-        inputs: Tensor = (args or tuple(kwargs.values()))[0].detach()
-        shared = output.shape[0] == 1 and batch.size > 1
-        if shared:  # position embeddings: one row that broadcasts over the batch
-            output = output.expand(batch.size, *output.shape[1:])
-            inputs = inputs.expand(batch.size, *inputs.shape[1:])
-        if output.shape[0] != batch.size:
-            raise ValueError(
-                f"the first dimension of every output must be the batch's {batch.size},"
-                f" got {tuple(output.shape)} from {type(module).__name__} at "
-                f"{watched.path!r}: pass per_example=False."
+    def _check_independence(self) -> None:
+        """Raise if examples see each other."""
+        for module in self._batch_norms:
+            if module.training:
+                raise ValueError(
+                    "per-example gradients need examples that do not see each other, "
+                    f"got {type(module).__name__} in training mode: call .eval() on it,"
+                    " replace it by GroupNorm, or pass per_example=False."
+                )
+
+    def _check_names(self, batch: Batch) -> None:
+        """Raise if a parameter has a gradient, and no contributions."""
+        missing = [
+            name
+            for name, parameter in self.parameters.items()
+            if name not in batch.sums.names
+            and parameter.grad is not None
+            and bool(parameter.grad.any())
+        ]
+        if missing:
+            raise RuntimeError(
+                "per-example gradients need parameters that are used by the modules "
+                f"that hold them, got others for {missing}: freeze them with "
+                "requires_grad_(False), or pass per_example=False."
             )
-        if self._keep_outputs:
-            batch.outputs.append(output)
-
-        def add_rows(gradient: Tensor) -> None:
-            with torch.no_grad():
-                self._add(batch, watched, inputs, gradient)
-
-        output.register_hook(add_rows)
-        return output if shared else None
-
-    def _add(
-        self, batch: _Batch, watched: "_Watched", inputs: Tensor, gradient: Tensor
-    ) -> None:
-        """Add the sketch of the module's per-example gradients to the batch's rows."""
-        if inputs.is_floating_point():
-            inputs = inputs.to(self._dtype)
-        gradient = gradient.to(self._dtype)
-        for part in watched.rule(watched.module, inputs, gradient):
-            name = watched.names.get(part.attribute)
-            if name is None:
-                continue
-            operator = self.model_sketch.operators.get(name)
-            if operator is not None and part.right is not None:
-                rows = operator.apply_outer(part.left, part.right)
-                batch.rows = rows if batch.rows is None else batch.rows.add_(rows)
-                continue
-            formed = part.left
-            if part.right is not None:
-                size = watched.module.get_parameter(part.attribute).numel()
-                formed = form_outer(part.left, part.right, 0, size)
-            earlier = batch.formed.get(name)
-            batch.formed[name] = formed if earlier is None else earlier + formed
 
 
-@dataclass(frozen=True)
-class _Watched:
-    """A module with trainable parameters of its own."""
-
-    module: nn.Module
-    path: str
-    rule: Rule
-    names: dict[str, str]  # attribute -> parameter's name in the sketch
-
-
-def _watched_modules(
-    model: nn.Module, parameters: Mapping[str, Tensor]
-) -> list[_Watched]:
-    """Every module that owns a trainable parameter, with its rule."""
-    known = {id(parameter): name for name, parameter in parameters.items()}
-    watched: list[_Watched] = []
-    uncovered: list[str] = []
-    for path, module in model.named_modules():
-        names = {
-            attribute: known[id(parameter)]
-            for attribute, parameter in module.named_parameters(recurse=False)
-            if id(parameter) in known
-        }
-        rule = rule_for(module)
-        if names and rule is None:
-            uncovered.append(f"{type(module).__name__} at {path or 'the top'!r}")
-        elif names and rule is not None:
-            watched.append(_Watched(module, path, rule, names))
-    if uncovered:
-        raise ValueError(
-            "per-example gradients cover Linear, Embedding and LayerNorm, got trainable"
-            f" parameters in {', '.join(uncovered)}: freeze them with "
-            "requires_grad_(False), or pass per_example=False."
-        )
-    return watched
-
-
-def _field(output: Any, name: str, index: int) -> Tensor:
+def field_of(output: Any, name: str, index: int) -> Tensor:
     """A model output's field: by name, or by place where it is a tuple."""
     return output[index] if isinstance(output, tuple) else output[name]

@@ -1,8 +1,7 @@
 """Per-example gradient sketches of any dataset, after or without training."""
 
 import inspect
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -14,10 +13,17 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
 from hf_sketch.collection import Sketches
+from hf_sketch.evaluation_mode import evaluation_mode
+from hf_sketch.measured_error import measure_error
 from hf_sketch.model_sketch import ModelSketch
-from hf_sketch.per_example import ExampleRows, PerExampleSketcher
+from hf_sketch.per_example import (
+    ExampleLossFunction,
+    ExampleRows,
+    PerExampleSketcher,
+)
 from hf_sketch.store import QUERY, arrow_table, features
 
+_CHECKED_EXAMPLES = 2
 _LABELS = ("label", "label_ids", "labels")
 
 
@@ -29,6 +35,8 @@ def sketch_dataset(
     batch_size: int = 8,
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     processing_class: Any = None,
+    loss: str = "mean",
+    loss_fn: ExampleLossFunction | None = None,
 ) -> Sketches:
     """Sketch each example's gradient at the model's present weights.
 
@@ -46,14 +54,19 @@ def sketch_dataset(
         data_collator: makes a batch of a list of examples; by default they are padded
             by `processing_class`, or stacked if there is none.
         processing_class: a tokenizer, as for `Trainer`.
+        loss: what a row is the gradient of: the "mean" or the "sum" of the model's loss
+            over the example's tokens.
+        loss_fn: a target of one's own instead: of (the model's output, its inputs),
+            one number for each example, (b,), that depends on that example alone.
 
     Returns:
         the sketches, in memory, with the row numbers of `dataset` as example_id.
 
     Raises:
         ValueError: the sketch is of another model, or the model is not covered.
+        RuntimeError: a row of the first batch is not the gradient of its example alone.
     """
-    sketcher = PerExampleSketcher(model, model_sketch)
+    sketcher = PerExampleSketcher(model, model_sketch, loss)
     device = next(model.parameters()).device
     loader: DataLoader[Any] = DataLoader(
         dataset,
@@ -61,14 +74,17 @@ def sketch_dataset(
         collate_fn=_Collator(model, data_collator, processing_class),
     )
     tables: list[pa.Table] = []
-    with _eval_mode(model), sketcher:
+    with evaluation_mode(model), sketcher:
         for batch in tqdm(loader, desc="Sketching gradients", unit="batch"):
             moved = {
                 name: value.to(device) if isinstance(value, Tensor) else value
                 for name, value in batch.items()
             }
-            first = sum(table.num_rows for table in tables)
-            tables.append(_table(sketcher.sketch(moved), first))
+            if not tables:
+                first = [sketcher.split_of(moved).first(moved, _CHECKED_EXAMPLES)]
+                measure_error(sketcher, first, _CHECKED_EXAMPLES, loss_fn)
+            done = sum(table.num_rows for table in tables)
+            tables.append(_table(sketcher.sketch(moved, loss_fn), done))
     schema = features(QUERY, model_sketch.out_size).arrow_schema
     table = pa.concat_tables(tables) if tables else schema.empty_table()
     return Sketches(model_sketch, Dataset(InMemoryTable(table)))
@@ -113,18 +129,6 @@ def _stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         for example in examples
     ]
     return default_collate(tensors)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Generator[None]:
-    """Eval mode, with every module's own mode restored."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _table(batch: ExampleRows, first: int) -> pa.Table:

@@ -13,6 +13,7 @@ import torch
 from datasets import Features, List, Value
 from torch import Tensor
 
+from hf_sketch.measured_error import MeasuredError
 from hf_sketch.model_sketch import ModelSketch
 
 FORMAT_VERSION = 1
@@ -95,8 +96,23 @@ def arrow_table(kind: str, columns: Mapping[str, Tensor]) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def read_header(directory: Path) -> ModelSketch:
-    """The sketch that the store's rows were made with, checked against its probe.
+@dataclass(frozen=True)
+class Header:
+    """What the store's header says of its rows.
+
+    Args:
+        model_sketch: the map that made them.
+        loss: an example's own loss: the "mean" or the "sum" over its tokens.
+        measured_error: of their inner products, if it was measured.
+    """
+
+    model_sketch: ModelSketch
+    loss: str
+    measured_error: MeasuredError | None
+
+
+def read_header(directory: Path) -> Header:
+    """The store's header, its map checked against its probe.
 
     Raises:
         FileNotFoundError: there is no store.
@@ -119,7 +135,15 @@ def read_header(directory: Path) -> ModelSketch:
             f"{header['check_value'][0]:.6g}, this installation computes "
             f"{float(ours[0]):.6g}: open the store with the hf_sketch that wrote it."
         )
-    return model_sketch
+    error = header["measured_error"]
+    measured = None if error is None else MeasuredError(**error)
+    return Header(model_sketch, header["loss"], measured)
+
+
+def write_measured_error(directory: Path, error: MeasuredError) -> None:
+    """Put the rows' measured error into the header, in one step."""
+    header = {**_read_json(directory / HEADER), "measured_error": vars(error)}
+    _replace_file(directory / HEADER, json.dumps(header, indent=1).encode())
 
 
 def read_manifest(directory: Path) -> list[Shard]:
@@ -133,7 +157,7 @@ def read_manifest(directory: Path) -> list[Shard]:
     return [Shard(**entry) for entry in manifest["shards"]]
 
 
-def create_store(directory: Path, model_sketch: ModelSketch) -> None:
+def create_store(directory: Path, model_sketch: ModelSketch, loss: str) -> None:
     """Write the header and an empty manifest.
 
     Raises:
@@ -144,6 +168,8 @@ def create_store(directory: Path, model_sketch: ModelSketch) -> None:
         "model_sketch": model_sketch.to_dict(),
         "units": "a row is the gradient of the example's own loss; the sum of weight *"
         " row over a step's examples is the step's gradient before clipping",
+        "loss": loss,
+        "measured_error": None,
         "check_value": model_sketch.check_value(),
     }
     try:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from hf_sketch.measured_error import MeasuredError
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.store import (
     HEADER,
@@ -19,6 +20,7 @@ from hf_sketch.store import (
     read_manifest,
     read_shard,
     write_manifest,
+    write_measured_error,
     write_shard,
 )
 
@@ -29,6 +31,7 @@ class SketchWriter:
     Args:
         directory: the store, `<output_dir>/sketches`.
         model_sketch: the map that makes the rows.
+        loss: a row's units: the "mean" or the "sum" over its example's tokens.
         resume_step: the optimizer step that training resumes after. Rows of later steps
             are dropped, earlier ones are never touched. 0 for a new run: a store of an
             earlier run is renamed to `sketches-before-<n>`, with a warning.
@@ -43,6 +46,7 @@ class SketchWriter:
         self,
         directory: Path,
         model_sketch: ModelSketch,
+        loss: str = "mean",
         resume_step: int = 0,
         buffer_bytes: int = 64 * 2**20,
     ) -> None:
@@ -50,7 +54,8 @@ class SketchWriter:
         self.buffer_bytes = buffer_bytes
         self._buffer: dict[str, list[Mapping[str, Tensor]]] = {}
         self._buffered_bytes = 0
-        self._shards = _open_shards(directory, model_sketch, resume_step)
+        self._shards = _open_shards(directory, model_sketch, loss, resume_step)
+        self.measured_error = read_header(directory).measured_error
         self._next_number = 1 + max(
             (_number(shard) for shard in self._shards), default=0
         )
@@ -80,6 +85,11 @@ class SketchWriter:
         self._buffer = {}
         self._buffered_bytes = 0
 
+    def note_measured_error(self, error: MeasuredError) -> None:
+        """Put the error of the rows, measured on examples, into the header."""
+        self.measured_error = error
+        write_measured_error(self.directory, error)
+
     def _write(self, kind: str, table: pa.Table) -> None:
         shard = write_shard(self.directory, kind, self._next_number, table)
         self._shards.append(shard)
@@ -102,13 +112,13 @@ class SketchWriter:
 
 
 def _open_shards(
-    directory: Path, model_sketch: ModelSketch, resume_step: int
+    directory: Path, model_sketch: ModelSketch, loss: str, resume_step: int
 ) -> list[Shard]:
     """The shards of the store that rows are to be added to; makes it if need be."""
     files = (directory / HEADER, directory / MANIFEST)
     shards = read_manifest(directory) if all(f.exists() for f in files) else []
     if shards:
-        _check_settings(directory, model_sketch)
+        _check_settings(directory, model_sketch, loss)
     if shards and resume_step == 0:
         last = max(shard.last_step for shard in shards)
         aside = _set_aside(directory)
@@ -119,18 +129,18 @@ def _open_shards(
         )
         shards = []
     if not shards:
-        create_store(directory, model_sketch)
+        create_store(directory, model_sketch, loss)
     return shards
 
 
-def _check_settings(directory: Path, model_sketch: ModelSketch) -> None:
-    """Raise if the store's rows were made by another map."""
-    stored = read_header(directory)
-    if stored != model_sketch:
+def _check_settings(directory: Path, model_sketch: ModelSketch, loss: str) -> None:
+    """Raise if the store's rows were made by another map, or of another loss."""
+    header = read_header(directory)
+    if header.model_sketch != model_sketch or header.loss != loss:
         raise ValueError(
-            f"{directory} holds rows of {_settings(stored)}, the callback was given "
-            f"{_settings(model_sketch)}: pass the store's settings, or another "
-            "output_dir."
+            f"{directory} holds rows of {_settings(header.model_sketch, header.loss)}, "
+            f"the callback was given {_settings(model_sketch, loss)}: pass the store's "
+            "settings, or another output_dir."
         )
 
 
@@ -142,13 +152,13 @@ def _set_aside(directory: Path) -> Path:
     return directory.rename(aside)
 
 
-def _settings(model_sketch: ModelSketch) -> str:
+def _settings(model_sketch: ModelSketch, loss: str) -> str:
     """The settings of a sketch, on one line."""
     count = len(model_sketch.shapes)
     return (
         f"out_size={model_sketch.out_size}, layout={model_sketch.layout!r}, "
         f"operator={model_sketch.operator!r}, "
-        f"seed={model_sketch.seed}, {count} parameters, {model_sketch.in_size} elements"
+        f"seed={model_sketch.seed}, loss={loss!r}, {count} parameters, {model_sketch.in_size} elements"
     )
 
 

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from hf_sketch import ModelSketch, PerExampleSketcher
+from hf_sketch.per_example import field_of
 from tests.conftest import tiny_batch, tiny_bert
 
 
@@ -15,14 +16,15 @@ def oracle(model, batch, sketch, index):
     """The sketch of one example's gradient, from a backward pass of its own."""
     model.zero_grad()
     alone = {name: column[index : index + 1] for name, column in batch.items()}
-    loss = model(**alone).loss
+    loss = field_of(model(**alone), "loss", 0)
     loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return sketch.sketch(gradients), float(loss.detach())
 
 
 def assert_rows_match(model, batch, layout, tolerance):
-    sketch = ModelSketch.from_model(model, 256, layout)
+    size = min(256, sum(p.numel() for p in model.parameters()))
+    sketch = ModelSketch.from_model(model, size, layout)
     with PerExampleSketcher(model, sketch) as sketcher:
         got = sketcher.sketch(batch)
     for index in range(len(batch["labels"])):
@@ -127,22 +129,109 @@ def test_sketching_leaves_gradients_and_hooks_as_they_were():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_module_without_a_rule_is_named():
+class Doubled(nn.Linear):
+    """A Linear whose forward pass is not that of Linear."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Noisy(nn.Linear):
+    """A module of its own kind that draws random numbers."""
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class Holder(nn.Module):
+    """Uses a bare parameter, one in a list, and a Linear that it does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(32))
+        self.scales = nn.ParameterList([torch.randn(32)])
+        self.inner = nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = x * self.scales[0] + self.shift
+        return x @ self.inner.weight.T + self.inner.bias
+
+
+@pytest.mark.parametrize("head", [Doubled(32, 3), Holder()], ids=["own", "bare"])
+def test_modules_of_any_kind_are_run_again(head, layout):
     model = tiny_bert()
-    model.bert.extra = nn.Conv1d(3, 3, 1)
-    with pytest.raises(ValueError, match=r"Conv1d at 'bert.extra': freeze them"):
-        PerExampleSketcher(model, ModelSketch.from_model(model, 256))
+    model.classifier = head
+    assert_rows_match(model.double().eval(), tiny_batch(), layout, 1e-9)
 
 
-def test_a_subclass_with_its_own_forward_is_named():
-    class Doubled(nn.Linear):
+def test_random_numbers_are_those_of_the_pass_that_trained():
+    model = tiny_bert()
+    model.classifier = Noisy(32, 3)
+    model = model.double().train()
+    sketch = ModelSketch.from_model(model, 256)
+    with PerExampleSketcher(model, sketch) as sketcher:
+        model(**tiny_batch()).loss.backward()
+        state = torch.get_rng_state()
+        got = sketcher.take()
+    assert torch.equal(state, torch.get_rng_state())
+    whole = sketch.sketch({n: p.grad for n, p in model.named_parameters()})
+    torch.testing.assert_close(got.weights @ got.rows, whole, rtol=1e-9, atol=1e-12)
+
+
+def test_a_module_that_cannot_be_repeated_is_named():
+    class Counter(nn.Linear):
+        calls = 0
+
         def forward(self, x):
-            return 2 * super().forward(x)
+            self.calls += 1
+            return self.calls * super().forward(x)
 
     model = tiny_bert()
-    model.classifier = Doubled(32, 3)
-    with pytest.raises(ValueError, match="Doubled at 'classifier'"):
-        PerExampleSketcher(model, ModelSketch.from_model(model, 256))
+    model.classifier = Counter(32, 3)
+    with (
+        sketcher_for(model) as sketcher,
+        pytest.raises(RuntimeError, match="others from Counter at 'classifier': freeze"),
+    ):
+        sketcher.sketch(tiny_batch())
+
+
+def test_a_parameter_that_is_used_elsewhere_is_named():
+    model = tiny_bert()
+    linear, model.classifier = model.classifier, nn.Identity()
+    model.classifier.held = linear
+    model.classifier.forward = lambda x: x @ linear.weight.T
+    with sketcher_for(model) as sketcher:
+        model(**tiny_batch()).loss.backward()
+        with pytest.raises(RuntimeError, match=r"others for \['classifier.held.weight'\]"):
+            sketcher.take()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolutions(dims, groups):
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    settings = {"padding": 1, "stride": 2, "dilation": 2, "groups": groups}
+    torch.manual_seed(0)
+    model = Pixels(kind(4, 6, 3, **settings), 6).double()
+    batch = {
+        "pixel_values": torch.randn(5, 4, *[9] * dims, dtype=torch.float64),
+        "labels": torch.tensor([0, 1, 2, 3, 0]),
+    }
+    assert_rows_match(model, batch, "blocked", 1e-9)
+
+
+class Pixels(nn.Module):
+    """A classifier of one convolution."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, convolution, classes):
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, pixel_values, labels):
+        logits = self.convolution(pixel_values).square().flatten(2).mean(2)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 def test_an_embedding_that_depends_on_batch_mates_is_named():
@@ -171,30 +260,6 @@ def test_a_loss_that_is_no_mean_is_named():
         pytest.raises(ValueError, match="mean of the examples' own losses, here"),
     ):
         model(**tiny_batch())
-
-
-def test_a_call_without_labels_is_named():
-    model = tiny_bert()
-    batch = tiny_batch()
-    del batch["labels"]
-    with (
-        sketcher_for(model),
-        pytest.raises(
-            ValueError, match=r"labels=.*got \['attention_mask', 'input_ids'"
-        ),
-    ):
-        model(**batch)
-
-
-def test_token_labels_are_refused_for_now():
-    with pytest.raises(ValueError, match=r"logits \(2, 5, 9\) and labels \(2, 5\)"):
-        sketch_losses(torch.randn(2, 5, 9), torch.zeros(2, 5, dtype=torch.long))
-
-
-def sketch_losses(logits, labels):
-    from hf_sketch import example_losses
-
-    return example_losses(torch.tensor(0.0), logits, labels)
 
 
 def test_two_forward_passes_for_one_backward_are_named():

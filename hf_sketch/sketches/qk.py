@@ -100,15 +100,38 @@ class QK(Sketch):
 
     def apply_outer(self, left: Tensor, right: Tensor) -> Tensor:
         """Sketch sum_t left_t (x) right_t; the product is never formed if k = 2."""
-        height = self.in_size // right.shape[-1]
-        if self._sizes[0] != (height, right.shape[-1]):
+        width = right.shape[-1]
+        if self.sides != (self.in_size // width, width):
             return self.apply_rows(form_outer(left, right, 0, self.in_size))
-        first, second = (factor.to(right) for factor in self._rotations)
-        if left.is_floating_point():
-            small = left @ first
-        else:
-            small = torch.nn.functional.embedding(left, first)
-        product = torch.matmul(small.transpose(1, 2), right @ second)
+        return self.apply_folded(self.fold(left, 0), self.fold(right, 1))
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """The (m, n) of outer products that are sketched without being formed."""
+        into = self._sizes[0]
+        if len(into) != 2 or math.prod(into) != self.in_size:
+            return None
+        return into[0], into[1]
+
+    def fold(self, factor: Tensor, side: int) -> Tensor:
+        """All that the sketch of an outer product needs of one of its factors.
+
+        Shapes:
+            factor (b, t, sides[side]), or integer (b, t) for one-hot vectors
+            returns (b, t, out_factors[side])
+        """
+        rotation = self._rotations[side]
+        if factor.is_floating_point():
+            return factor @ rotation.to(factor)
+        return torch.nn.functional.embedding(factor, rotation.to(factor.device))
+
+    def apply_folded(self, left: Tensor, right: Tensor) -> Tensor:
+        """`apply_outer` of factors that were folded, side 0 and side 1.
+
+        Shapes:
+            returns (b, out_size)
+        """
+        product = torch.matmul(left.transpose(1, 2).to(right.dtype), right)
         return product.flatten(1)[:, : self.out_size] * self._scale
 
     @property

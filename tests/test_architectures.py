@@ -1,0 +1,32 @@
+"""Rows of every family of models, beside a backward pass for each example."""
+
+import pytest
+import torch
+
+from hf_sketch import ModelSketch, PerExampleSketcher
+from tests.tiny_models import EXAMPLES, NAMES, DoublePrecision, tiny_inputs, tiny_model
+
+SIZE = 256
+
+
+def single_gradients(model, inputs, index):
+    """One example's gradients, by name, from a pass of its own."""
+    model.zero_grad()
+    model(**{name: x[index : index + 1] for name, x in inputs.items()}).loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("layout", ["factored", "blocked"])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_those_of_single_example_passes(name, layout):
+    model, inputs = tiny_model(name), tiny_inputs(name)
+    sketch = ModelSketch.from_model(model, SIZE, layout)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sketch.coverage().elements == trainable
+    with DoublePrecision():
+        gradients = [single_gradients(model, inputs, i) for i in range(EXAMPLES)]
+    expected = [sketch.sketch(some) for some in gradients]
+    with DoublePrecision(), PerExampleSketcher(model, sketch) as sketcher:
+        got = sketcher.sketch(inputs)
+    for row, wanted in zip(got.rows, expected, strict=True):
+        assert (row - wanted).norm() < 1e-9 * wanted.norm()
