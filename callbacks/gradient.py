@@ -113,9 +113,7 @@ class GradientSketchCallback(TrainerCallback):
             model, self.out_size, self.layout, seed, self.operator
         )
         if self.per_example:
-            self._examples = ExampleRecorder(
-                model, sketch, train_dataloader, self.loss
-            )
+            self._examples = ExampleRecorder(model, sketch, train_dataloader, self.loss)
         if self.per_step:
             self._steps = StepRecorder(model, sketch)
         directory = Path(args.output_dir or ".") / "sketches"

@@ -12,6 +12,7 @@ from hf_sketch.example_split import ExampleSplit
 
 REDUCTIONS = ("mean", "sum")
 _IGNORED = -100
+_ELEMENTS_AT_ONCE = 2**18
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5}
 _LOW_PRECISION_TOLERANCE = 2e-2
 _CERTAIN = 0.1  # of the tolerance: the first rule that comes so near is taken
@@ -65,7 +66,8 @@ def example_losses(
         split: the batch's examples, by default its rows.
 
     Raises:
-        ValueError: the loss is no such sum over the examples, or `reduction` is unknown.
+        ValueError: the loss is no such sum over the examples, or `reduction` is
+            unknown.
     """
     check_reduction(reduction)
     split = split or ExampleSplit(len(labels))
@@ -143,9 +145,12 @@ def _own_losses(
 
 
 def _log_sum_exp(logits: Tensor) -> Tensor:
-    """Of the classes, row by row to spare memory."""
+    """Of the classes, a few rows at a time: all of them at once would be copied."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return torch.stack([some.to(dtype).logsumexp(-1) for some in logits])
+    flat = logits.flatten(0, -2)
+    rows = max(1, _ELEMENTS_AT_ONCE // flat.shape[-1])
+    parts = [some.to(dtype).logsumexp(-1) for some in flat.split(rows)]
+    return torch.cat(parts).view(logits.shape[:-1])
 
 
 def _cross_entropy(

@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 class ExampleSplit:
     """The examples of a batch, as parts of every tensor's leading dimension.
 
-    Examples are rows (b, ...), or runs of equal length (b * k, ...) where a model merges
-    dimensions. In a packed batch they are documents, end to end in one row (1, tokens,
-    ...) or in none (tokens, ...).
+    Examples are rows (b, ...), or runs of equal length (b * k, ...) where a model
+    merges dimensions. In a packed batch they are documents, end to end in one row
+    (1, tokens, ...) or in none (tokens, ...).
 
     Args:
         size: number of examples.
@@ -46,7 +46,10 @@ class ExampleSplit:
                 f"got {sorted(inputs)}: pass per_example=False."
             )
         positions = inputs.get("position_ids")
-        if not isinstance(positions, Tensor) or inputs.get("attention_mask") is not None:
+        if (
+            not isinstance(positions, Tensor)
+            or inputs.get("attention_mask") is not None
+        ):
             return cls(len(leading))
         starts = (positions == 0).reshape(-1, positions.shape[-1])
         if int(starts.sum(1).max()) <= 1:
@@ -54,8 +57,8 @@ class ExampleSplit:
         if len(starts) > 1:
             raise ValueError(
                 "packed documents must lie in one row, got position_ids that start "
-                f"again in {len(starts)} rows: pack with DataCollatorWithFlattening, or "
-                "pass per_example=False."
+                f"again in {len(starts)} rows: pack with DataCollatorWithFlattening, "
+                "or pass per_example=False."
             )
         places = starts[0].nonzero().flatten().tolist()
         return cls(len(places), (*places, positions.shape[-1]))

@@ -1,5 +1,6 @@
 """How each kind of module's weights get their per-example gradients."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -52,12 +53,6 @@ class Call:
         """The first argument."""
         return (*self.args, *self.kwargs.values())[0].detach()
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """All dimensions between the example and the features merged: (b, t, f)."""
-        rows = self.split.rows(x)
-        assert rows is not None
-        return rows.reshape(len(rows), -1, rows.shape[-1])
-
 
 # Of the gradient of a call's output, the parameters' per-example gradients.
 Backward = Callable[[Tensor], Iterable[Contribution]]
@@ -86,23 +81,27 @@ def rule_for(module: nn.Module) -> Rule | None:
 
 def _linear(call: Call) -> Backward:
     """Linear: y = W x + b."""
-    x = call.fold("weight", call.tokens(call.input), 1)
+    split, fold = call.split, call.fold
+    has_bias = isinstance(call.module.bias, Tensor)
+    x = fold("weight", _tokens(split, call.input), 1)
 
     def backward(gradient: Tensor) -> Iterator[Contribution]:
-        gradient = call.tokens(gradient)
-        yield Contribution("weight", call.fold("weight", gradient, 0), x)
-        yield Contribution("bias", gradient.sum(1))
+        gradient = _tokens(split, gradient)
+        yield Contribution("weight", fold("weight", gradient, 0), x)
+        if has_bias:
+            yield Contribution("bias", gradient.sum(1))
 
     return backward
 
 
 def _conv1d_of_gpt2(call: Call) -> Backward:
     """Conv1D of Transformers, a Linear with its weight transposed: y = x W + b."""
-    x = call.fold("weight", call.tokens(call.input), 0)
+    split, fold = call.split, call.fold
+    x = fold("weight", _tokens(split, call.input), 0)
 
     def backward(gradient: Tensor) -> Iterator[Contribution]:
-        gradient = call.tokens(gradient)
-        yield Contribution("weight", x, call.fold("weight", gradient, 1))
+        gradient = _tokens(split, gradient)
+        yield Contribution("weight", x, fold("weight", gradient, 1))
         yield Contribution("bias", gradient.sum(1))
 
     return backward
@@ -115,13 +114,14 @@ def _embedding(call: Call, scale: float = 1.0) -> Backward | None:
     if ids is None:
         return None
     ids = ids.flatten(1)
-    left = call.fold("weight", ids, 0)
+    split, fold = call.split, call.fold
+    left = fold("weight", ids, 0)
     padding = -1 if module.padding_idx is None else module.padding_idx
     counted = scale * (ids != padding).unsqueeze(-1)
 
     def backward(gradient: Tensor) -> Iterator[Contribution]:
-        right = call.tokens(gradient) * counted
-        yield Contribution("weight", left, call.fold("weight", right, 1))
+        right = _tokens(split, gradient) * counted
+        yield Contribution("weight", left, fold("weight", right, 1))
 
     return backward
 
@@ -130,7 +130,10 @@ def _scaled_embedding(call: Call) -> Backward | None:
     """An Embedding with a forward pass of its own that may only scale."""
     module, ids = call.module, call.input
     assert isinstance(module, nn.Embedding)
-    if ids.is_floating_point() or (*ids.shape, module.embedding_dim) != call.output.shape:
+    if (
+        ids.is_floating_point()
+        or (*ids.shape, module.embedding_dim) != call.output.shape
+    ):
         return None
     if "scale" not in call.learned:
         plain = functional.embedding(ids, module.weight).to(call.output.dtype)
@@ -170,7 +173,7 @@ def _patches(module: Any, x: Tensor) -> Tensor:
 
 def _layer_norm(call: Call) -> Backward:
     """LayerNorm: y = W * normalised(x) + b."""
-    module, x = call.module, call.input
+    module, x, split = call.module, call.input, call.split
     assert isinstance(module, nn.LayerNorm)
     shape = list(module.normalized_shape)
 
@@ -178,7 +181,7 @@ def _layer_norm(call: Call) -> Backward:
         normalised = functional.layer_norm(x.to(gradient), shape, eps=module.eps)
         dims = len(shape)
         for name, part in (("weight", gradient * normalised), ("bias", gradient)):
-            yield Contribution(name, _over_tokens(call.split, part, dims))
+            yield Contribution(name, _over_tokens(split, part, dims))
 
     return backward
 
@@ -194,10 +197,11 @@ def _elementwise(call: Call) -> Backward | None:
         call.learned["slope"] = _learn_slope(call)
     slope = call.learned["slope"]
     ((name, _),) = call.module.named_parameters()
+    inputs = dataclasses.replace(call, output=call.output[:0])
 
     def backward(gradient: Tensor) -> Iterator[Contribution]:
-        n = sum(factor * _output_at(call, w) for w, factor in slope.items())
-        yield Contribution(name, _over_tokens(call.split, gradient * n, 1))
+        n = sum(factor * _output_at(inputs, w) for w, factor in slope.items())
+        yield Contribution(name, _over_tokens(inputs.split, gradient * n, 1))
 
     return None if slope is None else backward
 
@@ -223,6 +227,13 @@ def _output_at(call: Call, w: float | Tensor) -> Tensor:
     with torch.no_grad():
         arguments = (call.module, state, call.args, call.kwargs)
         return torch.func.functional_call(*arguments)
+
+
+def _tokens(split: ExampleSplit, x: Tensor) -> Tensor:
+    """All dimensions between the example and the features merged: (b, t, f)."""
+    rows = split.rows(x)
+    assert rows is not None
+    return rows.reshape(len(rows), -1, rows.shape[-1])
 
 
 def _over_tokens(split: ExampleSplit, x: Tensor, features: int) -> Tensor:

@@ -64,7 +64,9 @@ def measure_error(
         for inputs in batches:
             inputs = {k: v for k, v in inputs.items() if k != "num_items_in_batch"}
             got = sketcher.sketch(inputs, loss_fn)
-            for index in got.weights.nonzero().flatten().tolist()[: examples - len(rows)]:
+            for index in (
+                got.weights.nonzero().flatten().tolist()[: examples - len(rows)]
+            ):
                 rows.append(got.rows[index])
                 gradients.append(_alone(sketcher, inputs, index, loss_fn))
         comparison = _Comparison(sketcher, torch.stack(rows), gradients)

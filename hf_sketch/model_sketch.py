@@ -55,11 +55,11 @@ class ModelSketch:
         out_size: length of the sketch, in [1, number of elements].
         layout: "blocked" sketches each parameter by `operator`, in blocks where it has
             them (2**16 elements, SRHT 2**12); "factored" sketches each matrix by QK
-            with one factor on its outputs and one on its inputs, so that a per-example
-            gradient is never formed, and all else (vectors, and matrices with a side
-            too short for its factor) as "blocked"; "flat" is the paper's: all
-            parameters end to end, one operator without blocks, which needs twice the
-            memory of the gradient.
+            with one factor of signs on its outputs and one on its inputs, so that a
+            per-example gradient is never formed, and all else (vectors, and matrices
+            with a side too short for its factor) as "blocked"; "flat" is the paper's:
+            all parameters end to end, one operator without blocks, which needs twice
+            the memory of the gradient.
         seed: the only source of randomness; equal fields, equal map.
         operator: "srht", "affd", "afjl" or "fjl" (in blocks), "dense", "ffd" or "qk".
         frozen: names of the parameters left out, for `coverage`.
@@ -258,7 +258,8 @@ class ModelSketch:
             bits = (self.out_size - 1).bit_length()
             sides = (2 ** (bits // 2), 2 ** (bits - bits // 2))
             if shape[0] >= sides[0] and shape[1] >= sides[1]:
-                return QK(size, self.out_size, self.seed, shape, sides, name)
+                sizes = (size, self.out_size, self.seed)
+                return QK(*sizes, shape, sides, name, "signs")
         return None if size < _OWN_SIZE else self._plain_operator(size, name)
 
     def _plain_operator(self, size: int, stream: str) -> Sketch:

@@ -82,6 +82,7 @@ class PerExampleSketcher:
         self._batch: Batch | None = None
         self._losses: ExampleLosses | None = None
         self._scale: Tensor | None = None
+        self._outputs: list[Tensor] | None = None
 
     def __enter__(self) -> "PerExampleSketcher":
         self._handles = [
@@ -119,6 +120,7 @@ class PerExampleSketcher:
                 "call loss.backward() on the model's loss."
             )
         batch.finish()
+        self._biases.clear()
         self._check_names(batch)
         rows = batch.sums.rows()
         if losses is None or scale is None:
@@ -146,8 +148,10 @@ class PerExampleSketcher:
         """
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             inputs = {**inputs, "use_cache": False}
+        outputs = self._outputs = list[Tensor]()
         with torch.enable_grad():
             output = self.model(**inputs)
+            self._outputs = None
             losses = None if loss_fn is None else loss_fn(output, inputs)
         if self._batch is None:
             raise RuntimeError(
@@ -159,7 +163,6 @@ class PerExampleSketcher:
             self._losses = ExampleLosses(losses.detach(), ones)
             self._scale = ones.sum() / ones.sum()
         total = field_of(output, "loss", 0) if losses is None else losses.sum()
-        outputs, self._batch.outputs = self._batch.outputs, []
         torch.autograd.grad(total, outputs, allow_unused=True)
         return self.take()
 
@@ -211,7 +214,7 @@ class PerExampleSketcher:
         self._check_independence()
         split = self.split_of(kwargs)
         sums = GradientSums(self.model_sketch, self.parameters, split.size)
-        self._batch = Batch(kwargs, split, sums)
+        self._batch = Batch(kwargs, split, sums, self._outputs)
 
     def _after(
         self,

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -54,6 +53,11 @@ class PositionBiases:
     def covers(self, module: nn.Module) -> bool:
         """Whether this is one of the embeddings."""
         return any(module is table for table, _ in self.tables.values())
+
+    def clear(self) -> None:
+        """Let go of the last batch's tensors."""
+        self._ids = self._bias = None
+        self._expanded = {}
 
     def register(
         self, current: Callable[[], Batch | None]
@@ -112,14 +116,12 @@ class PositionBiases:
         expanded = bias.expand(size, *bias.shape[1:])
         left = batch.sums.fold(name, ids.reshape(1, -1).expand(size, -1), 0)
 
-        @torch.no_grad()
         def add(gradient: Tensor) -> None:
             right = gradient.flatten(2).transpose(1, 2)
             folded = batch.sums.fold(name, right, 1)
             batch.sums.add(name, Contribution("weight", left, folded))
 
-        expanded.register_hook(add)
-        batch.outputs.append(expanded)
+        batch.watch(expanded, add)
         self._expanded[id(expanded)] = expanded
         return expanded
 

@@ -84,15 +84,17 @@ class Replay:
         split: ExampleSplit,
         first: int,
     ) -> Iterator[dict[str, Tensor]]:
-        """The same for the examples from `first` on, by repetitions of the whole call."""
+        """The same for the examples from `first` on, by repetitions of the call."""
         for index in range(first, split.size):
-            masked = [None if g is None else split.mask(g, index) for g in output_gradients]
+            masked = [
+                None if g is None else split.mask(g, index) for g in output_gradients
+            ]
             gradients = self._run(self.args, self.kwargs, self.outputs, masked)
             if gradients is None:
                 raise RuntimeError(
                     "a module must give the same outputs when it is run again, got "
-                    f"others from {type(self.module).__name__} at {self.path!r}: freeze "
-                    "its parameters with requires_grad_(False), or pass "
+                    f"others from {type(self.module).__name__} at {self.path!r}: "
+                    "freeze its parameters with requires_grad_(False), or pass "
                     "per_example=False."
                 )
             yield gradients
@@ -105,7 +107,9 @@ class Replay:
         output_gradients: Sequence[Tensor | None],
     ) -> dict[str, Tensor] | None:
         """Gradients of a repetition, or None if its outputs are not as expected."""
-        parameters = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+        parameters = {
+            n: p.detach().requires_grad_() for n, p in self.parameters.items()
+        }
         device = next(iter(parameters.values())).device
         with kept_random_state(self.random_state, device), torch.enable_grad():
             outputs = torch.func.functional_call(
@@ -149,7 +153,9 @@ def random_state(device: torch.device) -> tuple[Tensor, ...]:
 
 
 @contextmanager
-def kept_random_state(state: tuple[Tensor, ...], device: torch.device) -> Generator[None]:
+def kept_random_state(
+    state: tuple[Tensor, ...], device: torch.device
+) -> Generator[None]:
     """Draw from these states, and leave the generators as they were."""
     before = random_state(device)
     _set_random_state(state, device)

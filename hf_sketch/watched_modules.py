@@ -25,17 +25,30 @@ class Batch:
         inputs: what the model was called with.
         split: its examples.
         sums: where contributions go.
-        outputs: watched tensors, if they are to be kept.
+        outputs: watched tensors, or None if they are not to be kept.
     """
 
     inputs: Mapping[str, Any]
     split: ExampleSplit
     sums: GradientSums
-    outputs: list[Tensor] = field(default_factory=list[Tensor])
+    outputs: list[Tensor] | None = None
     called: set[str] = field(default_factory=set[str])
     replays: list[tuple["Watched", Replay, list[Tensor | None]]] = field(
         default_factory=list[Any]
     )
+
+    def watch(self, tensor: Tensor, read: Callable[[Tensor], None]) -> None:
+        """Call `read` with the tensor's gradient, once, and let go of it then."""
+        readers = [read]
+
+        def hook(gradient: Tensor) -> None:
+            while readers:
+                with torch.no_grad():
+                    readers.pop()(gradient)
+
+        tensor.register_hook(hook)
+        if self.outputs is not None:
+            self.outputs.append(tensor)
 
     def finish(self) -> None:
         """Add what is computed after the backward pass."""
@@ -129,16 +142,14 @@ class Watched:
 
     def _add_later(self, batch: Batch, output: Tensor, backward: Backward) -> None:
         """Add the rule's contributions when the output's gradient is there."""
-        batch.outputs.append(output)
 
-        @torch.no_grad()
         def add(gradient: Tensor) -> None:
             for contribution in backward(gradient):
                 name = self.names.get(contribution.attribute)
                 if name is not None:
                     batch.sums.add(name, contribution)
 
-        output.register_hook(add)
+        batch.watch(output, add)
 
     def _replay_later(self, batch: Batch, args: Any, kwargs: Any, output: Any) -> None:
         """Keep the call, to run it again when its outputs' gradients are there."""
@@ -152,8 +163,7 @@ class Watched:
         batch.replays.append((self, replay, gradients))
         for place, tensor in enumerate(outputs):
             if tensor.requires_grad:
-                batch.outputs.append(tensor)
-                tensor.register_hook(_keep(gradients, place))
+                batch.watch(tensor, _keep(gradients, place))
 
     def _own_parameters(self, batch: Batch) -> dict[str, Tensor]:
         """The module's parameters, and those of modules within that it did not call."""
@@ -171,7 +181,9 @@ class Watched:
             return False
         if not isinstance(self.module, nn.Embedding):
             return output.dim() > 0 and len(output) == 1
-        return len(output) == 1 or (output.dim() == 2 and len(output) != batch.split.size)
+        return len(output) == 1 or (
+            output.dim() == 2 and len(output) != batch.split.size
+        )
 
     def _check_divides(self, batch: Batch, output: Any) -> None:
         """Raise unless the examples lie along the outputs' leading dimension."""

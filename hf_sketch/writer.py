@@ -158,7 +158,8 @@ def _settings(model_sketch: ModelSketch, loss: str) -> str:
     return (
         f"out_size={model_sketch.out_size}, layout={model_sketch.layout!r}, "
         f"operator={model_sketch.operator!r}, "
-        f"seed={model_sketch.seed}, loss={loss!r}, {count} parameters, {model_sketch.in_size} elements"
+        f"seed={model_sketch.seed}, loss={loss!r}, "
+        f"{count} parameters, {model_sketch.in_size} elements"
     )
 
 

@@ -189,10 +189,20 @@ def dense_dense(operator):
     return rng.normals(0, n * d).double().view(n, d).T / math.sqrt(d)
 
 
+def folding(seed, role, size, kept):
+    """Coordinate j adds to j mod `kept` with a random sign: (kept, size)."""
+    words = CounterRandom(seed, role).words(0, size).tolist()
+    matrix = torch.zeros(kept, size, dtype=torch.float64)
+    for place, word in enumerate(words):
+        matrix[place % kept, place] = (-1) ** (word % 2) * math.sqrt(kept / size)
+    return matrix
+
+
 def dense_qk(operator, in_factors, out_factors):
     """Eq. (8) with the factors given, cut to the operator's sizes."""
+    factor = folding if operator.rotation == "signs" else rotation
     factors = [
-        rotation(operator.seed, f"qk/{axis}/{operator.stream}", b, d)
+        factor(operator.seed, f"qk/{axis}/{operator.stream}", b, d)
         for axis, (b, d) in enumerate(zip(in_factors, out_factors, strict=True))
     ]
     scale = math.sqrt(math.prod(in_factors) / math.prod(out_factors))

@@ -1,12 +1,17 @@
 """Rows of every family of models, beside a backward pass for each example."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from hf_sketch import ModelSketch, PerExampleSketcher
 from tests.tiny_models import EXAMPLES, NAMES, DoublePrecision, tiny_inputs, tiny_model
 
 SIZE = 256
+# A pretrained Llama of 260,000 parameters that lies beside some checkouts.
+PRETRAINED = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 
 
 def single_gradients(model, inputs, index):
@@ -16,10 +21,7 @@ def single_gradients(model, inputs, index):
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("layout", ["factored", "blocked"])
-@pytest.mark.parametrize("name", NAMES)
-def test_rows_are_those_of_single_example_passes(name, layout):
-    model, inputs = tiny_model(name), tiny_inputs(name)
+def assert_rows_are_right(model, inputs, layout):
     sketch = ModelSketch.from_model(model, SIZE, layout)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sketch.coverage().elements == trainable
@@ -30,3 +32,16 @@ def test_rows_are_those_of_single_example_passes(name, layout):
         got = sketcher.sketch(inputs)
     for row, wanted in zip(got.rows, expected, strict=True):
         assert (row - wanted).norm() < 1e-9 * wanted.norm()
+
+
+@pytest.mark.parametrize("layout", ["factored", "blocked"])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_those_of_single_example_passes(name, layout):
+    assert_rows_are_right(tiny_model(name), tiny_inputs(name), layout)
+
+
+@pytest.mark.skipif(not PRETRAINED.exists(), reason="needs the pretrained weights")
+@pytest.mark.parametrize("layout", ["factored", "blocked"])
+def test_rows_of_a_pretrained_model(layout):
+    model = AutoModelForCausalLM.from_pretrained(PRETRAINED, dtype=torch.float64)
+    assert_rows_are_right(model.eval(), tiny_inputs("llama"), layout)

@@ -53,6 +53,14 @@ OPERATORS = [
     (QK(1000, 60, seed=2), lambda op: dense_qk(op, (1024,), (64,))),
     (QK(2**12 + 1, 64, seed=3), lambda op: dense_qk(op, (64, 128), (8, 8))),
     (
+        QK(60, 16, 0, in_factors=(10, 6), out_factors=(4, 4), rotation="signs"),
+        lambda op: dense_qk(op, (10, 6), (4, 4)),
+    ),
+    (
+        QK(2000, 4, 0, in_factors=(500, 4), out_factors=(2, 2), rotation="signs"),
+        lambda op: dense_qk(op, (500, 4), (2, 2)),
+    ),
+    (
         QK(60, 16, 0, in_factors=(10, 6), out_factors=(4, 4), stream="w"),
         lambda op: dense_qk(op, (10, 6), (4, 4)),
     ),

@@ -190,7 +190,9 @@ def test_a_module_that_cannot_be_repeated_is_named():
     model.classifier = Counter(32, 3)
     with (
         sketcher_for(model) as sketcher,
-        pytest.raises(RuntimeError, match="others from Counter at 'classifier': freeze"),
+        pytest.raises(
+            RuntimeError, match="others from Counter at 'classifier': freeze"
+        ),
     ):
         sketcher.sketch(tiny_batch())
 
@@ -202,7 +204,9 @@ def test_a_parameter_that_is_used_elsewhere_is_named():
     model.classifier.forward = lambda x: x @ linear.weight.T
     with sketcher_for(model) as sketcher:
         model(**tiny_batch()).loss.backward()
-        with pytest.raises(RuntimeError, match=r"others for \['classifier.held.weight'\]"):
+        with pytest.raises(
+            RuntimeError, match=r"others for \['classifier.held.weight'\]"
+        ):
             sketcher.take()
 
 

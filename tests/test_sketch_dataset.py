@@ -4,6 +4,7 @@ from datasets import Dataset
 
 from hf_sketch import ModelSketch, PerExampleSketcher, sketch_dataset
 from tests.conftest import tiny_batch, tiny_bert, tiny_dataset
+from tests.tiny_models import tiny_inputs, tiny_model
 
 
 @pytest.fixture
@@ -93,3 +94,76 @@ def test_another_set_of_trainable_parameters_is_named(model, sketch):
     model.classifier.bias.requires_grad_(False)
     with pytest.raises(ValueError, match="the same parameters trainable"):
         sketch_dataset(model, tiny_dataset(3), sketch)
+
+
+@pytest.fixture
+def language_model():
+    return tiny_model("llama").eval()
+
+
+def single_gradients(model, batch, loss_of):
+    """Each example's gradients of `loss_of(output, batch)`, from a pass of its own."""
+    for index in range(len(batch["input_ids"])):
+        alone = {name: column[index : index + 1] for name, column in batch.items()}
+        model.zero_grad()
+        loss_of(model(**alone), alone).backward()
+        yield {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def sketched(model, sketch, **options):
+    columns = {n: column.tolist() for n, column in tiny_inputs("llama").items()}
+    got = sketch_dataset(model, Dataset.from_dict(columns), sketch, **options)
+    return got.dataset.with_format("torch")[:]
+
+
+def assert_rows_are(rows, sketch, gradients):
+    for row, wanted in zip(rows["sketch"], gradients, strict=True):
+        expected = sketch.sketch(wanted).float()
+        assert (row - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_is_a_mean_or_a_sum_over_tokens(language_model, reduction):
+    sketch = ModelSketch.from_model(language_model, 256, "factored")
+    rows = sketched(language_model, sketch, loss=reduction)
+
+    def own(output, batch):
+        tokens = (batch["labels"][:, 1:] != -100).sum()
+        return output.loss * (tokens if reduction == "sum" else 1)
+
+    assert_rows_are(
+        rows, sketch, single_gradients(language_model, tiny_inputs("llama"), own)
+    )
+
+
+def test_a_target_of_ones_own(language_model):
+    sketch = ModelSketch.from_model(language_model, 256, "factored")
+
+    def margin(output, batch):
+        last = output.logits[:, -1]
+        return last[:, 5] - last[:, 7]
+
+    rows = sketched(language_model, sketch, loss_fn=margin, batch_size=3)
+    gradients = single_gradients(
+        language_model, tiny_inputs("llama"), lambda *given: margin(*given).sum()
+    )
+    assert_rows_are(rows, sketch, gradients)
+    with torch.no_grad():
+        output = language_model(**tiny_inputs("llama"))
+    torch.testing.assert_close(rows["loss"], margin(output, None).float())
+
+
+def test_a_target_that_compares_examples_is_refused(language_model):
+    sketch = ModelSketch.from_model(language_model, 256, "factored")
+
+    def contrast(output, batch):
+        last = output.logits[:, -1, 5]
+        return last * last.mean()
+
+    with pytest.raises(RuntimeError, match="the gradient of its example alone within"):
+        sketched(language_model, sketch, loss_fn=contrast)
+
+
+def test_an_unknown_reduction_is_named(model, sketch):
+    with pytest.raises(ValueError, match=r"loss must be one of .*, got 'max'"):
+        sketch_dataset(model, tiny_dataset(2), sketch, loss="max")

@@ -119,6 +119,8 @@ def test_the_header_is_pinned(store):
             "operator": "srht",
             "frozen": [],
         },
+        "loss": "mean",
+        "measured_error": None,
     }
     assert check_value == pytest.approx(SKETCH.check_value())
 

@@ -106,7 +106,9 @@ def test_losses_outside_of_the_model_give_shares(tmp_path, how):
     for index, row in zip(rows["example_id"].tolist(), rows["sketch"], strict=True):
         example = data[index]
         model.zero_grad()
-        inputs = {n: torch.tensor([example[n]]) for n in ("input_ids", "attention_mask")}
+        inputs = {
+            n: torch.tensor([example[n]]) for n in ("input_ids", "attention_mask")
+        }
         smoothed(model(**inputs), torch.tensor([example["label"]])).backward()
         expected = store.model_sketch.sketch(
             {name: p.grad for name, p in model.named_parameters()}

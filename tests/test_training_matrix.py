@@ -134,7 +134,7 @@ def test_token_counts_accumulation_and_epochs_do_not_change_rows(tmp_path, name,
     tokens = torch.tensor(LENGTHS)[rows["example_id"]] - 1
     for step in rows["step"].unique():
         chosen = rows["step"] == step
-        expected = (tokens[chosen] / tokens[chosen].sum())
+        expected = tokens[chosen] / tokens[chosen].sum()
         torch.testing.assert_close(rows["weight"][chosen], expected)
 
 

@@ -92,7 +92,12 @@ FAMILIES = {
     ),
     "mamba": (
         *_CAUSAL,
-        {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 3},
+        {
+            "hidden_size": 16,
+            "state_size": 4,
+            "num_hidden_layers": 2,
+            "time_step_rank": 3,
+        },
     ),
     "bert": (*_CLASSES, _BERT),
     "roberta": (*_CLASSES, _BERT | {"type_vocab_size": 1}),
@@ -124,7 +129,12 @@ FAMILIES = {
 TASKS = {
     "bert for masked words": ("bert", AutoModelForMaskedLM, _masked, _BERT),
     "bert for tokens": ("bert", AutoModelForTokenClassification, _masked, _BERT),
-    "t5 for classes": ("t5", AutoModelForSequenceClassification, _classes, FAMILIES["t5"][2]),
+    "t5 for classes": (
+        "t5",
+        AutoModelForSequenceClassification,
+        _classes,
+        FAMILIES["t5"][2],
+    ),
 }
 NAMES = [*FAMILIES, *TASKS]
 

@@ -9,6 +9,7 @@ from hf_sketch.sketches.blocked import BlockedSketch
 from hf_sketch.sketches.magnitudes import weigh_
 from hf_sketch.sketches.mixing import (
     Mixing,
+    Permuted,
     check_mix,
     mix_adjoint,
     mix_rows,
@@ -62,6 +63,11 @@ class AFFD(BlockedSketch):
     def __post_init__(self) -> None:
         check_mix(self.mix)
         super().__post_init__()
+
+    @property
+    def hadamard_permuted(self) -> Permuted | None:
+        """The rows of H1, where the transform is a Hadamard one."""
+        return "rows" if self.mix == "hadamard" else None
 
     def transform(self, blocks: Tensor, scratch: Tensor) -> Tensor:
         """H1, unscaled."""

@@ -9,6 +9,7 @@ from hf_sketch.sketches.blocked import BlockedSketch
 from hf_sketch.sketches.magnitudes import weigh_
 from hf_sketch.sketches.mixing import (
     Mixing,
+    Permuted,
     check_mix,
     mix_adjoint,
     mix_rows,
@@ -56,6 +57,11 @@ class AFJL(BlockedSketch):
     def mixed_shape(self) -> tuple[int, int]:
         """Only the kept coordinates are computed."""
         return 1, self.out_size
+
+    @property
+    def hadamard_permuted(self) -> Permuted | None:
+        """The rows of H1, where the transform is a Hadamard one."""
+        return "rows" if self.mix == "hadamard" else None
 
     def transform(self, blocks: Tensor, scratch: Tensor) -> Tensor:
         """The kept rows of H1, unscaled."""

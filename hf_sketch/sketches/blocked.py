@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_sketch.sketches.fused import accumulate_fused, can_fuse
+from hf_sketch.sketches.mixing import Permuted
 from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
 from hf_sketch.sketches.outer import form_outer, is_touched
 from hf_sketch.sketches.random import CounterRandom
@@ -53,6 +55,14 @@ class BlockedSketch(Sketch):
     def mixed_shape(self) -> tuple[int, int]:
         """How the sum over blocks is kept: (segments, elements of each)."""
         return 1, self.block
+
+    @property
+    def hadamard_permuted(self) -> Permuted | None:
+        """What is permuted in the factors, if `transform` is a Hadamard transform.
+
+        It then keeps the first elements, and signs are flipped on both sides of it.
+        """
+        return None
 
     @abstractmethod
     def transform(self, blocks: Tensor, scratch: Tensor) -> Tensor:
@@ -122,6 +132,8 @@ class BlockedSketch(Sketch):
             rows (b, length), the coordinates from block `first_block` on
             returns (b, segments * elements of each)
         """
+        if can_fuse(self, rows):
+            return accumulate_fused(self, rows, first_block)
         batch, length = rows.shape
         if self.block_size is None:
             padded = rows.new_zeros(batch, self.block)
@@ -194,7 +206,7 @@ class BlockedSketch(Sketch):
         end = first_block - (-length // block)
         step = self._step(len(like))
         masks = _Masks(self, first_block, end, like.device)
-        places = self._places(first_block, end).to(like.device)
+        places = self.places(first_block, end).to(like.device)
         start = first_block
         while start < end:
             stop = min(start + step, end, masks.end_of_run(start))
@@ -210,8 +222,8 @@ class BlockedSketch(Sketch):
             yield low, high, before, after, mine
             start = stop
 
-    def _places(self, start: int, stop: int) -> Tensor:
-        """The segments that the blocks are added to: hashed from (stream, block)."""
+    def places(self, start: int, stop: int) -> Tensor:
+        """The segments that blocks are added to: hashed from (stream, block)."""
         segments = self.mixed_shape[0]
         if segments == 1:
             return torch.zeros(stop - start, dtype=torch.int64)

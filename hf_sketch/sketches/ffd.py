@@ -14,7 +14,9 @@ from hf_sketch.sketches.hadamard import (
 from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
 from hf_sketch.sketches.outer import form_outer
 from hf_sketch.sketches.random import CounterRandom
-from hf_sketch.sketches.signs import flip, sign_masks
+from hf_sketch.sketches.signs import flip, flip_, sign_masks
+
+_PIECE_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -62,26 +64,28 @@ class FFD(Sketch):
 
     def apply_rows(self, rows: Tensor) -> Tensor:
         """Sketch each row: (b, in_size) -> (b, out_size)."""
-        total = rows.new_zeros(len(rows), self._block)
-        for number in range(self._blocks):
-            gaussian, order, masks = self._diagonals(number, rows)
-            x = rows[:, number * self._block : (number + 1) * self._block]
-            x = torch.nn.functional.pad(x, (0, self._block - x.shape[1]))
-            x = (apply_kronecker(x, self._hadamard(rows)) * gaussian)[:, order]
-            total += flip(apply_kronecker(x, self._hadamard(rows)), masks)
+        batch, block = len(rows), self._block
+        total = rows.new_zeros(batch, block)
+        for first, last in self._pieces(batch):
+            gaussian, order, masks = self._diagonals(first, last, rows)
+            x = rows[:, first * block : last * block]
+            x = torch.nn.functional.pad(x, (0, len(order) - x.shape[1]))
+            x = self._transform(x).mul_(gaussian).index_select(1, order)
+            x = flip_(self._transform(x), masks)
+            total += x.view(batch, last - first, block).sum(1)
         return total[:, : self.out_size] * self._scale
 
     def adjoint_rows(self, rows: Tensor) -> Tensor:
         """Apply the transpose to each row: (b, out_size) -> (b, in_size)."""
-        padded = torch.nn.functional.pad(rows, (0, self._block - self.out_size))
-        result = rows.new_empty(len(rows), self._blocks * self._block)
-        for number in range(self._blocks):
-            gaussian, order, masks = self._diagonals(number, rows)
-            y = apply_kronecker(flip(padded, masks), self._hadamard(rows))
-            y = torch.empty_like(y).index_copy_(1, order, y) * gaussian
-            low = number * self._block
-            y = apply_kronecker(y, self._hadamard(rows))
-            result[:, low : low + self._block] = y
+        batch, block = len(rows), self._block
+        padded = torch.nn.functional.pad(rows, (0, block - self.out_size))
+        result = rows.new_empty(batch, self._blocks * block)
+        for first, last in self._pieces(batch):
+            gaussian, order, masks = self._diagonals(first, last, rows)
+            y = flip(padded.repeat(1, last - first), masks)
+            y = self._transform(y)
+            y = torch.empty_like(y).index_copy_(1, order, y).mul_(gaussian)
+            result[:, first * block : last * block] = self._transform(y)
         return result[:, : self.in_size] * self._scale
 
     def apply_outer(self, left: Tensor, right: Tensor) -> Tensor:
@@ -101,23 +105,43 @@ class FFD(Sketch):
         """1 / sqrt(n) of each transform, and the part that is kept."""
         return (self._block / self.out_size) ** 0.5 / self._block
 
-    def _hadamard(self, like: Tensor) -> list[Tensor]:
-        return [factor.to(like) for factor in self._factors]
+    def _pieces(self, batch: int) -> list[tuple[int, int]]:
+        """Runs of blocks, as (first, past the last), that fit the working set."""
+        step = max(1, _PIECE_ELEMENTS // max(1, batch * self._block))
+        starts = range(0, self._blocks, step)
+        return [(first, min(first + step, self._blocks)) for first in starts]
+
+    def _transform(self, x: Tensor) -> Tensor:
+        """H on each block, unscaled: (b, k * block) -> (b, k * block), new memory."""
+        factors = [factor.to(x) for factor in self._factors]
+        return apply_kronecker(x.reshape(-1, self._block), factors).view(x.shape)
 
     @cached_property
     def _factors(self) -> list[Tensor]:
         """Factors of the unscaled (symmetric) Hadamard transform."""
         return [hadamard_matrix(size) for size in kronecker_sizes(self._block)]
 
-    def _diagonals(self, number: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """G, P and the sign masks of B of one block."""
-        low = number * self._block
-        name = f"{self.stream}/{number}"
+    def _diagonals(
+        self, first: int, last: int, like: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """G, P and the sign masks of B of the blocks first, ..., last - 1.
+
+        Shapes:
+            returns three times ((last - first) * block,)
+        """
+        block, count = self._block, last - first
+        low, size = first * block, count * block
         gaussian = CounterRandom(self.seed, f"ffd-gaussian/{self.stream}")
-        order = CounterRandom(self.seed, f"ffd-order/{name}").permutation(self._block)
         signs = CounterRandom(self.seed, f"ffd-signs/{self.stream}")
+        orders = (
+            CounterRandom(self.seed, f"ffd-order/{self.stream}/{number}")
+            for number in range(first, last)
+        )
+        words = torch.stack([rng.words(0, block) for rng in orders])
+        order = words.argsort(dim=1, stable=True)
+        order += torch.arange(0, size, block).unsqueeze(1)
         return (
-            gaussian.normals(low, self._block).to(like),
-            order.to(like.device),
-            sign_masks(signs, low, self._block).to(like.device),
+            gaussian.normals(low, size).to(like),
+            order.flatten().to(like.device),
+            sign_masks(signs, low, size).to(like.device),
         )

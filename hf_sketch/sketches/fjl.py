@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_sketch.sketches.blocked import BlockedSketch
 from hf_sketch.sketches.mixing import (
     Mixing,
+    Permuted,
     check_mix,
     mix_adjoint,
     mix_rows,
@@ -59,6 +60,11 @@ class FJL(BlockedSketch):
                 f"samples must be at least 1, got {self.samples}: pass 1 or more."
             )
         super().__post_init__()
+
+    @property
+    def hadamard_permuted(self) -> Permuted | None:
+        """Nothing, where the transform is a Hadamard one."""
+        return "none" if self.mix == "hadamard" else None
 
     def transform(self, blocks: Tensor, scratch: Tensor) -> Tensor:
         """H, unscaled."""

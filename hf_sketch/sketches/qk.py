@@ -8,12 +8,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hf_sketch.sketches.folding import fold, folding_columns, folding_signs
 from hf_sketch.sketches.haar import haar_columns
 from hf_sketch.sketches.hadamard import apply_kronecker
 from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
 from hf_sketch.sketches.outer import form_outer
 from hf_sketch.sketches.random import CounterRandom
 
+ROTATIONS = ("haar", "signs")
 _LARGEST_FACTOR_BITS = 10
 
 
@@ -24,6 +26,10 @@ class QK(Sketch):
     Each Q_i (out_factors[i] x in_factors[i]) is the first rows of a Haar rotation;
     N and D are the products of the factors. An x shorter than N is padded with zeros,
     and of the D results the first `out_size` are kept. E|S x|^2 = |x|^2.
+
+    With `rotation="signs"` coordinate j of factor i adds to coordinate j mod D_i with a
+    random sign instead (a count sketch with its buckets in turn). E <S x, S y> = <x, y>
+    holds as well; projecting one side of an outer product then costs reading it.
 
     Inputs of low rank or with few non-zeros in the factors' directions concentrate
     worse than under AFFD: for a rank-one input the variance of |S x|^2 / |x|^2 is
@@ -42,15 +48,18 @@ class QK(Sketch):
         out_factors: D_1, ..., D_k with D_i <= B_i, product at least out_size; by
             default balanced powers of two.
         stream: a name that gives independent rotations under the same seed.
+        rotation: "haar" (the paper's) or "signs".
 
     Raises:
-        ValueError: a size is out of range, or the factors do not fit the sizes.
+        ValueError: a size is out of range, the factors do not fit the sizes, or
+            `rotation` is unknown.
 
     Reference:
         Schioppa 2024, arXiv:2402.03994, eq. (8) and C.5; the factors are balanced where
         Listing 2 lets the leading one shrink to 1, and the columns of the QR
         decomposition get the signs that make it Haar (up to the determinant's sign,
-        which no inner product sees).
+        which no inner product sees). "signs": Charikar, Chen and Farach-Colton 2002,
+        as factors of a Kronecker product.
     """
 
     in_size: int
@@ -59,8 +68,14 @@ class QK(Sketch):
     in_factors: tuple[int, ...] = ()
     out_factors: tuple[int, ...] = ()
     stream: str = ""
+    rotation: str = "haar"
 
     def __post_init__(self) -> None:
+        if self.rotation not in ROTATIONS:
+            raise ValueError(
+                f"rotation must be one of {ROTATIONS}, got {self.rotation!r}: pass "
+                "'haar'."
+            )
         check_sizes(self.in_size, self.out_size, next_power_of_two(self.in_size))
         into, out = self._sizes
         fits = len(into) == len(out) and all(
@@ -120,6 +135,8 @@ class QK(Sketch):
             factor (b, t, sides[side]), or integer (b, t) for one-hot vectors
             returns (b, t, out_factors[side])
         """
+        if factor.is_floating_point() and self.rotation == "signs":
+            return fold(factor, self._signs[side].to(factor), self._sizes[1][side])
         rotation = self._rotations[side]
         if factor.is_floating_point():
             return factor @ rotation.to(factor)
@@ -136,6 +153,9 @@ class QK(Sketch):
 
     @property
     def _scale(self) -> float:
+        """Rotations cut short lose length; added coordinates do not."""
+        if self.rotation == "signs":
+            return 1.0
         into, out = self._sizes
         return math.sqrt(math.prod(into) / math.prod(out))
 
@@ -147,11 +167,22 @@ class QK(Sketch):
 
     @cached_property
     def _rotations(self) -> tuple[Tensor, ...]:
-        """Q_i transposed: (B_i, D_i) with orthonormal columns, float32 on the CPU."""
-        return tuple(
-            haar_columns(b, d, CounterRandom(self.seed, f"qk/{axis}/{self.stream}"))
-            for axis, (b, d) in enumerate(zip(*self._sizes, strict=True))
-        )
+        """Q_i transposed: (B_i, D_i), float32 on the CPU."""
+        out = self._sizes[1]
+        if self.rotation == "signs":
+            return tuple(map(folding_columns, self._signs, out))
+        return tuple(map(haar_columns, self._sizes[0], out, self._generators))
+
+    @cached_property
+    def _signs(self) -> tuple[Tensor, ...]:
+        """The signs of each factor's coordinates: (B_i,)."""
+        return tuple(map(folding_signs, self._sizes[0], self._generators))
+
+    @property
+    def _generators(self) -> list[CounterRandom]:
+        """The random numbers of each factor."""
+        axes = range(len(self._sizes[0]))
+        return [CounterRandom(self.seed, f"qk/{axis}/{self.stream}") for axis in axes]
 
 
 def balanced_powers(bits: int, ceilings: Sequence[int]) -> tuple[int, ...] | None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 _WORD: Final = 1 << 32
 # Constants and shifts of the public-domain integer hash "triple32" (C. Wellons, 2018).
-_MIX: Final = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
-_LAST_SHIFT: Final = 14
+MIX: Final = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
+LAST_SHIFT: Final = 14
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,14 @@ class CounterRandom:
 
     seed: int
     role: str
+
+    @property
+    def keys(self) -> tuple[int, int]:
+        """Two signed words: that of index i < 2**32 is mix(mix(i ^ first) + second)."""
+        text = f"{self.seed}/{self.role}".encode()
+        digest = hashlib.blake2b(text, digest_size=8).digest()
+        first = int.from_bytes(digest[:4], "little", signed=True)
+        return first, int.from_bytes(digest[4:], "little", signed=True)
 
     def words(
         self, start: int, count: int, device: torch.device | None = None
@@ -77,13 +85,10 @@ class CounterRandom:
         self, high: int, low: int, count: int, device: torch.device | None
     ) -> Tensor:
         """Words of the indices high * 2**32 + low + (0, ..., count - 1)."""
-        text = f"{self.seed}/{self.role}".encode()
-        digest = hashlib.blake2b(text, digest_size=8).digest()
-        first_key = int.from_bytes(digest[:4], "little")
-        second_key = int.from_bytes(digest[4:], "little") ^ (high * 0x9E3779B1)
+        first_key, second_key = self.keys
         x = torch.arange(count, dtype=torch.int32, device=device)
-        x.add_(_signed(low)).bitwise_xor_(_signed(first_key))
-        return _mix(_mix(x).add_(_signed(second_key)))
+        x.add_(_signed(low)).bitwise_xor_(first_key)
+        return _mix(_mix(x).add_(_signed(second_key ^ (high * 0x9E3779B1))))
 
 
 def _signed(value: int) -> int:
@@ -93,9 +98,9 @@ def _signed(value: int) -> int:
 
 def _mix(x: Tensor) -> Tensor:
     """A bijection of 32-bit words in which every input bit flips half the output."""
-    for shift, multiplier in _MIX:
+    for shift, multiplier in MIX:
         x = _xor_shift(x, shift).mul_(_signed(multiplier))
-    return _xor_shift(x, _LAST_SHIFT)
+    return _xor_shift(x, LAST_SHIFT)
 
 
 def _xor_shift(x: Tensor, shift: int) -> Tensor:

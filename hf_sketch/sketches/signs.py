@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_sketch.sketches.random import CounterRandom
 
 RUN = 2**18
-_RUNS_IN_TABLE = 4
+RUNS_IN_TABLE = 4
 
 
 def flip(x: Tensor, masks: Tensor, out: Tensor | None = None) -> Tensor:
@@ -73,10 +73,14 @@ class StreamSigns:
     stream: str
     run: int
 
+    @property
+    def keys(self) -> tuple[int, int, int, int]:
+        """The keys of the offsets and of the table, for a kernel that draws them."""
+        return *self._offsets.keys, *_table_words(self.seed, self.role).keys
+
     def offsets(self, first_run: int, count: int) -> list[int]:
         """Where the runs first_run, ... lie in the table."""
-        rng = CounterRandom(self.seed, f"offsets-{self.role}/{self.stream}")
-        words = rng.words(first_run, count) & (_RUNS_IN_TABLE * self.run - 1)
+        words = self._offsets.words(first_run, count) & (RUNS_IN_TABLE * self.run - 1)
         return words.tolist()
 
     def masks(
@@ -86,9 +90,17 @@ class StreamSigns:
         table = _table(self.seed, self.role, self.run, device)
         return table[offset + start : offset + start + count]
 
+    @property
+    def _offsets(self) -> CounterRandom:
+        return CounterRandom(self.seed, f"offsets-{self.role}/{self.stream}")
+
 
 @lru_cache(maxsize=8)  # a memo of a pure function: 5 MiB each for runs of 2**18
 def _table(seed: int, role: str, run: int, device: torch.device) -> Tensor:
-    """The shared signs: (_RUNS_IN_TABLE + 1) * run masks."""
-    rng = CounterRandom(seed, f"signs-{role}")
-    return sign_masks(rng, 0, (_RUNS_IN_TABLE + 1) * run).to(device)
+    """The shared signs: (RUNS_IN_TABLE + 1) * run masks."""
+    rng = _table_words(seed, role)
+    return sign_masks(rng, 0, (RUNS_IN_TABLE + 1) * run).to(device)
+
+
+def _table_words(seed: int, role: str) -> CounterRandom:
+    return CounterRandom(seed, f"signs-{role}")

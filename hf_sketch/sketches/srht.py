@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.blocked import BlockedSketch
-from hf_sketch.sketches.mixing import Mixing, mix_adjoint, mix_rows, mixing
+from hf_sketch.sketches.mixing import Mixing, Permuted, mix_adjoint, mix_rows, mixing
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class SRHT(BlockedSketch):
         if self.out_size <= self.block:
             return 1, self.out_size
         return -(-self.out_size // self.block), self.block
+
+    @property
+    def hadamard_permuted(self) -> Permuted | None:
+        """The rows, where the transform is a Hadamard one."""
+        return "rows"
 
     def transform(self, blocks: Tensor, scratch: Tensor) -> Tensor:
         """The kept rows of the Hadamard transform, unscaled."""

@@ -1,6 +1,5 @@
 """What sketching one step's gradient costs, beside an AdamW step and a read of it."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -8,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser
+from transformers import HfArgumentParser
 
 from hf_sketch import ModelSketch
+from hf_sketch.recipes.tables.language_model import random_language_model
+from hf_sketch.recipes.tables.measure import peak_extra_bytes, spread, timed
 from hf_sketch.recipes.tables.report import save_report
 
 
@@ -36,35 +36,6 @@ class StepCostArguments:
     tiny: bool = field(
         default=False, metadata={"help": "A small model and one round, as a check."}
     )
-
-
-def timed(actions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each action in each round, all actions in turn.
-
-    Each runs twice in a row and the second time counts: the first one after another
-    action pays for the memory that was given back in between.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for number in tqdm(range(rounds + 1), desc="Rounds"):
-        for name, action in actions.items():
-            action()
-            start = time.perf_counter()
-            action()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def peak_extra_bytes(action: Callable[[], Any]) -> int:
-    """The most bytes that torch holds during an action beyond those before it."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        action()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def actions_of(
@@ -93,10 +64,7 @@ def actions_of(
 
 def run_step_cost(arguments: StepCostArguments) -> dict[str, dict[str, float]]:
     """Measure, print and save."""
-    torch.manual_seed(0)
-    sizes = {"n_layer": 1, "n_embd": 96, "vocab_size": 3000} if arguments.tiny else {}
-    config = AutoConfig.for_model(arguments.model_type, **sizes)
-    model = AutoModelForCausalLM.from_config(config)
+    model = random_language_model(arguments.model_type, arguments.tiny)
     parameters = dict(model.named_parameters())
     for parameter in parameters.values():
         parameter.grad = torch.randn_like(parameter)
@@ -110,9 +78,7 @@ def run_step_cost(arguments: StepCostArguments) -> dict[str, dict[str, float]]:
         ratio = median(a / b for a, b in zip(times, seconds["adamw"], strict=True))
         peak = 0 if name == "adamw" else peak_extra_bytes(actions[name])
         results[name] = {
-            "median_seconds": median(times),
-            "least_seconds": min(times),
-            "greatest_seconds": max(times),
+            **spread(times),
             "ratio_to_adamw": ratio,
             "extra_peak_bytes": peak,
         }
