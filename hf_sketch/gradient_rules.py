@@ -195,7 +195,9 @@ def _elementwise(call: Call) -> Backward | None:
     """
     if "slope" not in call.learned:
         call.learned["slope"] = _learn_slope(call)
-    slope = call.learned["slope"]
+    slope: dict[float, float] | None = call.learned["slope"]
+    if slope is None:
+        return None
     ((name, _),) = call.module.named_parameters()
     inputs = dataclasses.replace(call, output=call.output[:0])
 
@@ -203,7 +205,7 @@ def _elementwise(call: Call) -> Backward | None:
         n = sum(factor * _output_at(inputs, w) for w, factor in slope.items())
         yield Contribution(name, _over_tokens(inputs.split, gradient * n, 1))
 
-    return None if slope is None else backward
+    return backward
 
 
 def _learn_slope(call: Call) -> dict[float, float] | None:

@@ -129,11 +129,13 @@ class Replay:
         ]
         if not used:
             return {}
-        gradients = torch.autograd.grad(
-            [output for output, _ in used],
-            list(parameters.values()),
-            [gradient for _, gradient in used],
-            allow_unused=True,
+        gradients = list[Tensor | None](
+            torch.autograd.grad(
+                [output for output, _ in used],
+                list(parameters.values()),
+                [gradient for _, gradient in used],
+                allow_unused=True,
+            )
         )
         named = zip(parameters, gradients, strict=True)
         return {name: gradient for name, gradient in named if gradient is not None}

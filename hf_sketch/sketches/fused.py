@@ -19,6 +19,7 @@ _LONGEST_WHOLE = 4 * _TILE  # what one program of four warps keeps in registers
 _LONGEST = 8 * _SIDE * _TILE  # in strips of 32 columns, eight warps
 _CHUNK_ELEMENTS = 2**23  # 32 MiB in float32: stays in the cache between two kernels
 _TILES_AT_ONCE = 4
+_MOST_SEGMENTS = 2**16 - 1  # of a grid's third dimension
 _WARPS_PER_PROCESSOR = 12  # as many as there are registers for
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,8 +52,10 @@ def can_fuse(operator: HadamardBlocks, rows: Tensor) -> bool:
         return False
     if operator.hadamard_permuted is None or operator.block_size is None:
         return False
-    one_segment = operator.mixed_shape[0] == 1
-    return operator.block <= _LONGEST if one_segment else _fits_whole(operator.block)
+    segments = operator.mixed_shape[0]
+    if segments > 1:
+        return segments <= _MOST_SEGMENTS and _fits_whole(operator.block)
+    return operator.block <= _LONGEST
 
 
 def accumulate_fused(

@@ -150,9 +150,9 @@ def print_group(name: str, result: Mapping[str, Any], place: int) -> None:
     print(
         f"  {name:16s} {result['elements']:>11,d} k={result['rows']} "
         f"{milliseconds(result['pass'])} ms x {result['passes']} = "
-        f"{result['dense_seconds']:.2f} s; without the drawing "
-        f"{milliseconds(result['product'])} ms; SRHT {milliseconds(result['srht'])} ms;"
-        f" paper {paper}"
+        f"{result['dense_seconds']:.2f} s; paper {paper}\n"
+        f"  {'':16s} SRHT {milliseconds(result['srht'])} ms; a pass of rows drawn "
+        f"before {milliseconds(result['product'])} ms"
     )
 
 
