@@ -44,7 +44,12 @@ def transform(operator, size, permuted):
     if mix == "fft":
         angle = torch.outer(torch.arange(size), torch.arange(size)) % size
         angle = angle.double() * (2 * math.pi / size)
-        return (angle.cos() - angle.sin()) / math.sqrt(size)
+        matrix = (angle.cos() - angle.sin()) / math.sqrt(size)
+        kinds = {"AFFD": "columns", "AFJL": "rows"}
+        if kinds.get(type(operator).__name__) != permuted:
+            return matrix
+        first = CounterRandom(operator.seed, f"first-row-{permuted}").words(0, 1)
+        return matrix.roll(-(int(first) % size), 0)
     if mix == "kronecker":
         return kronecker(
             rotation(operator.seed, f"rotation-{permuted}/{axis}", n, n)

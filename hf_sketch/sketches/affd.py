@@ -102,4 +102,4 @@ class AFFD(BlockedSketch):
 
     @cached_property
     def _second(self) -> Mixing:
-        return mixing(self.mix, self.block, self.seed, "columns")
+        return mixing(self.mix, self.block, self.seed, "columns", cut=True)

@@ -22,10 +22,12 @@ class AFJL(BlockedSketch):
     """Signs, Hadamard, Gaussian diagonal; keep the first coordinates.
 
     AFFD without its second transform: sqrt(n / out_size) R G H1 B on a block of n
-    elements. E|S x|^2 = |x|^2, but inner products of dense inputs have three times the
-    variance of AFFD's, and there are inputs for which it fails: the rows of H1 that are
-    kept repeat the same signs on coordinates one leading stride apart, so that two of
-    them cancel or double (tests/test_operator_limits.py).
+    elements. E|S x|^2 = |x|^2, but inner products of dense inputs have up to three
+    times the variance of AFFD's (the more, the smaller out_size / n), and there are
+    inputs for which it fails: the rows of H1 that are kept repeat the same signs on
+    coordinates one leading stride apart, so that two of them cancel or double
+    (tests/test_operator_limits.py). With mix="fft" the kept rows are neighbours, and
+    coordinates near both ends of a block are kept with weights that vary with the seed.
 
     Shapes:
         S @ x    (in_size,) -> (out_size,), or (in_size, b) -> (out_size, b)
@@ -85,4 +87,4 @@ class AFJL(BlockedSketch):
 
     @cached_property
     def _mixing(self) -> Mixing:
-        return mixing(self.mix, self.block, self.seed, "rows")
+        return mixing(self.mix, self.block, self.seed, "rows", cut=True)

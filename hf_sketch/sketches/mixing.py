@@ -18,8 +18,9 @@ from hf_sketch.sketches.random import CounterRandom
 MIXES = ("hadamard", "fft", "kronecker")
 Permuted = Literal["rows", "columns", "none"]
 
-# Unscaled: the transform's matrix divided by sqrt(n) is orthogonal. None is the FFT.
-Mixing = Sequence[Tensor] | None
+# Unscaled: the transform's matrix divided by sqrt(n) is orthogonal. A number stands for
+# the FFT, and is its first row.
+Mixing = Sequence[Tensor] | int
 
 
 def check_mix(mix: str) -> None:
@@ -28,15 +29,20 @@ def check_mix(mix: str) -> None:
         raise ValueError(f"mix must be one of {MIXES}, got {mix!r}: pass 'hadamard'.")
 
 
-def mixing(mix: str, size: int, seed: int, permuted: Permuted) -> Mixing:
-    """The factors of an unscaled n x n transform, on the CPU; None for the FFT.
+def mixing(
+    mix: str, size: int, seed: int, permuted: Permuted, cut: bool = False
+) -> Mixing:
+    """The factors of an unscaled n x n transform, on the CPU; a number for the FFT.
 
     "hadamard": Kronecker product of small Hadamard matrices with permuted rows or
     columns. "kronecker": of Haar rotations. "fft": the discrete Hartley transform, real
-    plus imaginary part of the FFT, which is real, symmetric and orthogonal.
+    plus imaginary part of the FFT, which is real, symmetric and orthogonal. Its entries
+    differ in size: where the results are to be `cut`, its rows start at a random one
+    and go round, so that every entry is as likely to be kept.
     """
     if mix == "fft":
-        return None
+        first = CounterRandom(seed, f"first-row-{permuted}").words(0, 1)
+        return int(first) % size if cut else 0
     factors: list[Tensor] = []
     for axis, n in enumerate(kronecker_sizes(size)):
         if mix == "kronecker":
@@ -63,8 +69,8 @@ def mix_rows(
     Shapes:
         rows (b, n) -> (b, keep)
     """
-    if transform is None:
-        return _hartley(rows)[:, :keep]
+    if isinstance(transform, int):
+        return _hartley(rows).roll(-transform, 1)[:, :keep]
     factors = [factor.to(rows) for factor in leading_rows(transform, keep)]
     return apply_kronecker(rows, factors, scratch)[:, :keep]
 
@@ -75,8 +81,9 @@ def mix_adjoint(rows: Tensor, transform: Mixing, size: int) -> Tensor:
     Shapes:
         rows (b, keep) -> (b, size)
     """
-    if transform is None:
-        return _hartley(torch.nn.functional.pad(rows, (0, size - rows.shape[1])))
+    if isinstance(transform, int):
+        padded = torch.nn.functional.pad(rows, (0, size - rows.shape[1]))
+        return _hartley(padded.roll(transform, 1))
     factors = [f.to(rows).T for f in leading_rows(transform, rows.shape[1])]
     kept = torch.Size(f.shape[1] for f in factors).numel()
     padded = torch.nn.functional.pad(rows, (0, kept - rows.shape[1]))

@@ -27,13 +27,16 @@ class QK(Sketch):
     N and D are the products of the factors. An x shorter than N is padded with zeros,
     and of the D results the first `out_size` are kept. E|S x|^2 = |x|^2.
 
-    With `rotation="signs"` coordinate j of factor i adds to coordinate j mod D_i with a
-    random sign instead (a count sketch with its buckets in turn). E <S x, S y> = <x, y>
-    holds as well; projecting one side of an outer product then costs reading it.
-
     Inputs of low rank or with few non-zeros in the factors' directions concentrate
     worse than under AFFD: for a rank-one input the variance of |S x|^2 / |x|^2 is
-    prod_i (1 + 2 (B_i - D_i) / (D_i (B_i + 2))) - 1, not 2 / D.
+    prod_i (1 + 2 (B_i - D_i) / (D_i (B_i + 2))) - 1, not 2 / D. An out_size below 2^k
+    leaves factors with a single row, which is weaker still.
+
+    With `rotation="signs"` coordinate j of factor i adds to coordinate j mod D_i with a
+    random sign instead (a count sketch with its buckets in turn). E <S x, S y> = <x, y>
+    holds as well, and projecting one side of an outer product costs reading it. One
+    non-zero is then kept exactly, but two that meet in all factors' buckets cancel or
+    double, whatever D.
 
     Shapes:
         S @ x    (in_size,) -> (out_size,), or (in_size, b) -> (out_size, b)
