@@ -87,7 +87,8 @@ class AFFD(BlockedSketch):
         mixed = mix_adjoint(rows, self._second, self.block)
         return weigh_(mixed.contiguous(), self.seed, self._scale)
 
-    def _signs_before(self) -> bool:
+    @property
+    def signs_before(self) -> bool:
         """Random rotations need no signs (section 3 of the paper)."""
         return self.mix != "kronecker"
 

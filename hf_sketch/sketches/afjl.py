@@ -81,7 +81,8 @@ class AFJL(BlockedSketch):
         """The same."""
         return self.finish(rows.clone())
 
-    def _signs_before(self) -> bool:
+    @property
+    def signs_before(self) -> bool:
         """Random rotations need no signs (section 3 of the paper)."""
         return self.mix != "kronecker"
 

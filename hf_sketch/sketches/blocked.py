@@ -11,10 +11,11 @@ from hf_sketch.sketches.fused import accumulate_fused, can_fuse
 from hf_sketch.sketches.mixing import Permuted
 from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
 from hf_sketch.sketches.outer import form_outer, is_touched
+from hf_sketch.sketches.pieces import BlockSigns, Piece
 from hf_sketch.sketches.random import CounterRandom
-from hf_sketch.sketches.signs import RUN, StreamSigns, flip, flip_, sign_masks
+from hf_sketch.sketches.signs import ROLES, flip, sign_masks
 
-_PIECE_ELEMENTS = 2**18  # 1 MiB in float32: stays in the cache between passes
+_PIECE_ELEMENTS = 2**20  # 4 MiB in float32: stays in the cache between passes
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,15 @@ class BlockedSketch(Sketch):
             x = self.transform_adjoint(x).contiguous()
             return self._flip_whole(x, "before")[:, : self.in_size]
         result = rows.new_empty(batch, self.in_size)
-        for low, high, before, after, places in self._pieces(rows, 0, self.in_size):
-            blocks = after.shape[0]
-            x = mixed.expand(-1, blocks, -1) if segments == 1 else mixed[:, places]
-            x = flip(x, after[:, :width])
+        for piece in self._pieces(rows, 0, self.in_size):
+            blocks = len(piece.places)
+            one = segments == 1
+            x = mixed.repeat(1, blocks, 1) if one else mixed[:, piece.places]
+            piece.flip_("after", x)
             x = self.transform_adjoint(x.view(batch * blocks, width))
-            x = flip_(x.reshape(batch, blocks, block), before)
-            result[:, low:high] = x.view(batch, -1)[:, : high - low]
+            x = piece.flip_("before", x.reshape(batch, blocks, block))
+            kept = piece.high - piece.low
+            result[:, piece.low : piece.high] = x.view(batch, -1)[:, :kept]
         return result
 
     def apply_outer(self, left: Tensor, right: Tensor) -> Tensor:
@@ -143,21 +146,21 @@ class BlockedSketch(Sketch):
         total = rows.new_zeros(batch, segments, width)
         longest = min(self._step(batch) * self.block, length + self.block)
         buffers = rows.new_empty(2, batch * longest)
-        for low, high, before, after, places in self._pieces(rows, first_block, length):
-            blocks = after.shape[0]
-            x = rows[:, low:high]
-            if high - low < blocks * self.block:
-                x = torch.nn.functional.pad(x, (0, blocks * self.block - high + low))
+        for piece in self._pieces(rows, first_block, length):
+            blocks = len(piece.places)
+            x = rows[:, piece.low : piece.high]
+            if x.shape[1] < blocks * self.block:
+                x = torch.nn.functional.pad(x, (0, blocks * self.block - x.shape[1]))
             x = x.reshape(batch, blocks, self.block)
             flipped, scratch = buffers[:, : x.numel()]
-            x = flip(x, before, out=flipped.view(x.shape))
+            x = piece.flip("before", x, out=flipped.view(x.shape))
             x = self.transform(x.view(batch * blocks, self.block), scratch)
-            x = flip_(x.reshape(batch, blocks, width), after[:, :width])
+            x = piece.flip_("after", x.reshape(batch, blocks, width))
             if segments == 1:
                 total.baddbmm_(x.new_ones(batch, 1, blocks), x)
             else:
                 for example, part in enumerate(x):
-                    total[example].index_add_(0, places, part)
+                    total[example].index_add_(0, piece.places, part)
         return total.view(batch, segments * width)
 
     def accumulate_whole(self, padded: Tensor) -> Tensor:
@@ -172,7 +175,7 @@ class BlockedSketch(Sketch):
 
     def _flip_whole(self, x: Tensor, role: str) -> Tensor:
         """Flip signs of one block in place, without ever holding all the masks."""
-        if role == "before" and not self._signs_before():
+        if role == "before" and not self.signs_before:
             return x
         rng = CounterRandom(self.seed, f"fresh-{role}/{self.stream}")
         for low in range(0, x.shape[1], _PIECE_ELEMENTS):
@@ -185,7 +188,8 @@ class BlockedSketch(Sketch):
         """The longest sketch that one block can give."""
         return self.block
 
-    def _signs_before(self) -> bool:
+    @property
+    def signs_before(self) -> bool:
         """Whether signs are flipped before the transform, too."""
         return True
 
@@ -193,34 +197,28 @@ class BlockedSketch(Sketch):
         """How many blocks fit the working set."""
         return max(1, _PIECE_ELEMENTS // max(1, batch * self.block))
 
-    def _pieces(
-        self, like: Tensor, first_block: int, length: int
-    ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
-        """Runs of blocks that fit the working set.
-
-        Yields (low, high, before, after, places): the elements [low, high) of
-        `length`, for their blocks the sign masks (blocks, block), and the segment that
-        each block is added to.
-        """
+    def _pieces(self, like: Tensor, first_block: int, length: int) -> Iterator[Piece]:
+        """Runs of blocks that fit the working set, of `length` coordinates."""
         block = self.block
         end = first_block - (-length // block)
         step = self._step(len(like))
-        masks = _Masks(self, first_block, end, like.device)
+        signs = BlockSigns(
+            self.seed,
+            self.stream,
+            block,
+            (first_block, end),
+            self.signs_before,
+            like.device,
+        )
         places = self.places(first_block, end).to(like.device)
-        start = first_block
-        while start < end:
-            stop = min(start + step, end, masks.end_of_run(start))
-            low = (start - first_block) * block
-            high = min((stop - first_block) * block, length)
-            before, after = (
-                masks.of("before", start, stop),
-                masks.of("after", start, stop),
+        for start in range(first_block, end, step):
+            stop = min(start + step, end)
+            yield Piece(
+                low=(start - first_block) * block,
+                high=min((stop - first_block) * block, length),
+                places=places[start - first_block : stop - first_block],
+                masks={role: signs.masks(role, start, stop) for role in ROLES},
             )
-            if not self._signs_before():
-                before = torch.zeros_like(before)
-            mine = places[start - first_block : stop - first_block]
-            yield low, high, before, after, mine
-            start = stop
 
     def places(self, start: int, stop: int) -> Tensor:
         """The segments that blocks are added to: hashed from (stream, block)."""
@@ -230,37 +228,3 @@ class BlockedSketch(Sketch):
         rng = CounterRandom(self.seed, f"segments/{self.stream}")
         words = rng.words(start, stop - start).to(torch.int64) & (2**32 - 1)
         return words * segments >> 32
-
-
-class _Masks:
-    """The sign masks of a range of blocks of an operator."""
-
-    def __init__(
-        self, operator: BlockedSketch, first: int, end: int, device: torch.device
-    ) -> None:
-        self._block = operator.block
-        self._device = device
-        self._run = max(RUN, self._block)
-        self._roles = {
-            role: StreamSigns(operator.seed, role, operator.stream, self._run)
-            for role in ("before", "after")
-        }
-        self._first_run = first * self._block // self._run
-        runs = -(-end * self._block // self._run) - self._first_run
-        self._offsets = {
-            role: signs.offsets(self._first_run, runs)
-            for role, signs in self._roles.items()
-        }
-
-    def end_of_run(self, block: int) -> int:
-        """The first block of the next run."""
-        per_run = self._run // self._block
-        return (block // per_run + 1) * per_run
-
-    def of(self, role: str, start: int, stop: int) -> Tensor:
-        """Signs "before" or "after" the transform: (stop - start, block)."""
-        low, count = start * self._block, (stop - start) * self._block
-        offset = self._offsets[role][low // self._run - self._first_run]
-        signs = self._roles[role]
-        masks = signs.masks(offset, low % self._run, count, self._device)
-        return masks.view(stop - start, self._block)

@@ -14,7 +14,7 @@ from hf_sketch.sketches.hadamard import (
 from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
 from hf_sketch.sketches.outer import form_outer
 from hf_sketch.sketches.random import CounterRandom
-from hf_sketch.sketches.signs import flip, flip_, sign_masks
+from hf_sketch.sketches.signs import flip, sign_masks
 
 _PIECE_ELEMENTS = 2**20
 
@@ -71,7 +71,8 @@ class FFD(Sketch):
             x = rows[:, first * block : last * block]
             x = torch.nn.functional.pad(x, (0, len(order) - x.shape[1]))
             x = self._transform(x).mul_(gaussian).index_select(1, order)
-            x = flip_(self._transform(x), masks)
+            x = self._transform(x)
+            x = flip(x, masks, out=x)
             total += x.view(batch, last - first, block).sum(1)
         return total[:, : self.out_size] * self._scale
 

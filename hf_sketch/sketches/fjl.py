@@ -88,7 +88,8 @@ class FJL(BlockedSketch):
         mixed.index_add_(1, index.flatten().to(rows.device), spread)
         return mixed * (self.out_size * self.samples) ** -0.5
 
-    def _signs_before(self) -> bool:
+    @property
+    def signs_before(self) -> bool:
         """Random rotations need no signs (section 3 of the paper)."""
         return self.mix != "kronecker"
 

@@ -235,7 +235,9 @@ def _factors(
 def _factors_held(
     block: int, seed: int, permuted: Permuted, count: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    given = list(mixing("hadamard", block, seed, permuted) or ())
+    mixed = mixing("hadamard", block, seed, permuted)
+    assert not isinstance(mixed, int)
+    given = list(mixed)
     one = torch.ones(1, 1)
     square: list[Tensor] = []
     for _ in range(count):

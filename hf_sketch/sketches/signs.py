@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_sketch.sketches.random import CounterRandom
 
+ROLES = ("before", "after")  # the transform
 RUN = 2**18
 RUNS_IN_TABLE = 4
 
@@ -18,22 +19,13 @@ def flip(x: Tensor, masks: Tensor, out: Tensor | None = None) -> Tensor:
     Args:
         x: float32 or float64.
         masks: int32, top bits only.
-        out: where the result goes; by default memory of its own.
+        out: where the result goes, x itself too; by default memory of its own.
     """
     if x.dtype == torch.float64:
         masks = masks.to(torch.int64) << 32
-    x = x.contiguous()
     out = torch.empty_like(x) if out is None else out
     torch.bitwise_xor(x.view(masks.dtype), masks, out=out.view(masks.dtype))
     return out
-
-
-def flip_(x: Tensor, masks: Tensor) -> Tensor:
-    """The same in place; x is contiguous."""
-    if x.dtype == torch.float64:
-        masks = masks.to(torch.int64) << 32
-    x.view(masks.dtype).bitwise_xor_(masks)
-    return x
 
 
 def sign_masks(rng: CounterRandom, start: int, count: int) -> Tensor:

@@ -26,7 +26,8 @@ class StepCostArguments:
         default="gpt2", metadata={"help": "Default configuration with random weights."}
     )
     sketches: str = field(
-        default="blocked/srht,blocked/affd,blocked/afjl,factored/srht",
+        default="blocked/srht,blocked/affd,blocked/afjl,factored/srht,flat/srht,"
+        "flat/affd",
         metadata={"help": "Pairs of layout/operator, comma-separated."},
     )
     bits: str = field(
