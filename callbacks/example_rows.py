@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from hf_sketch.measured_error import MeasuredError, measure_error
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.per_example import ExampleRows, PerExampleSketcher
-from hf_sketch.store import PER_EXAMPLE
+from hf_sketch.rows import PER_EXAMPLE
 from hf_sketch.writer import SketchWriter
 
 from .example_ids import ExampleIds, content_ids

@@ -1,8 +1,10 @@
 """The callback that sketches gradients while a Trainer trains."""
 
-from pathlib import Path
+import warnings
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -16,11 +18,13 @@ from transformers import (
 from hf_sketch.example_losses import check_reduction
 from hf_sketch.model_sketch import ModelSketch, check_layout
 from hf_sketch.operator_choice import check_operator
-from hf_sketch.writer import SketchWriter
+from hf_sketch.rows import check_row_dtype
+from hf_sketch.store import Header
 
-from .example_rows import ExampleRecorder
-from .moment import Moment
-from .step_rows import StepRecorder, check_sum
+from .recording import Recording
+
+ON_ERROR = ("raise", "warn")
+_FAILURES = (OSError, MemoryError, torch.OutOfMemoryError)
 
 
 class GradientSketchCallback(TrainerCallback):
@@ -51,10 +55,16 @@ class GradientSketchCallback(TrainerCallback):
         every_steps: record the steps whose number is a multiple of this.
         loss: what a row is the gradient of: the "mean" or the "sum" of the loss over
             the example's tokens.
+        row_dtype: what rows are stored in: "float32", or "float16" or "int8", each row
+            with a scale.
+        on_error: what to do if the disk is full or the memory runs out in recording:
+            "raise" an error that stops training, or "warn", record no more until
+            training is resumed, and train on.
 
     Raises:
         ValueError: a bad argument; in `on_train_begin` a model, a setting of the
             Trainer or a store that does not fit, before any training time is spent.
+        OSError: with on_error="raise", rows cannot be written.
     """
 
     def __init__(
@@ -68,6 +78,8 @@ class GradientSketchCallback(TrainerCallback):
         per_example: bool = True,
         every_steps: int = 1,
         loss: str = "mean",
+        row_dtype: str = "float32",
+        on_error: str = "raise",
     ) -> None:
         for name, value in (("out_size", out_size), ("every_steps", every_steps)):
             if value < 1:
@@ -79,9 +91,12 @@ class GradientSketchCallback(TrainerCallback):
                 "per_step and per_example must not both be False, got False for both: "
                 "leave the callback out to record nothing."
             )
+        if on_error not in ON_ERROR:
+            raise ValueError(f"on_error must be one of {ON_ERROR}, got {on_error!r}.")
         check_layout(layout)
         check_operator(operator)
         check_reduction(loss)
+        check_row_dtype(row_dtype)
         self.out_size = out_size
         self.layout = layout
         self.operator = operator
@@ -90,11 +105,9 @@ class GradientSketchCallback(TrainerCallback):
         self.per_example = per_example
         self.every_steps = every_steps
         self.loss = loss
-        self._examples: ExampleRecorder | None = None
-        self._steps: StepRecorder | None = None
-        self._writer: SketchWriter | None = None
-        self._epoch = self._micro_step = self._skipped_batches = 0
-        self._verified = self._measured = self._low_precision = False
+        self.row_dtype = row_dtype
+        self.on_error = on_error
+        self._recording: Recording | None = None
 
     def on_train_begin(
         self,
@@ -112,23 +125,16 @@ class GradientSketchCallback(TrainerCallback):
         sketch = ModelSketch.from_model(
             model, self.out_size, self.layout, seed, self.operator
         )
-        if self.per_example:
-            self._examples = ExampleRecorder(model, sketch, train_dataloader, self.loss)
-        if self.per_step:
-            self._steps = StepRecorder(model, sketch)
-        directory = Path(args.output_dir or ".") / "sketches"
-        self._writer = SketchWriter(directory, sketch, self.loss, state.global_step)
-        sixteen_bits = any(p.element_size() < 4 for p in model.parameters())
-        self._low_precision = args.bf16 or args.fp16 or sixteen_bits
-        self._verified = not (self.per_example and self.per_step)
-        self._measured = self._writer.measured_error is not None
-        self._epoch = int(state.epoch or 0) - 1
-        self._skipped_batches = 0
-        if self._examples is not None and not args.ignore_data_skip:
-            per_update = args.gradient_accumulation_steps
-            self._skipped_batches = self._examples.skipped_batches(
-                state.global_step, per_update
-            )
+        self._recording = Recording(
+            Header(sketch, self.loss, self.row_dtype),
+            args,
+            state,
+            model,
+            train_dataloader,
+            per_step=self.per_step,
+            per_example=self.per_example,
+            every_steps=self.every_steps,
+        )
 
     def on_epoch_begin(
         self,
@@ -137,10 +143,7 @@ class GradientSketchCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        self._epoch += 1
-        if self._examples is not None:
-            self._examples.start_epoch(self._skipped_batches)
-        self._skipped_batches = 0
+        self._run(Recording.start_epoch)
 
     def on_step_begin(
         self,
@@ -149,11 +152,7 @@ class GradientSketchCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        self._micro_step = 0
-        recording = (state.global_step + 1) % self.every_steps == 0
-        for recorder in (self._examples, self._steps):
-            if recorder is not None:
-                recorder.start_step(recording)
+        self._run(lambda recording: recording.start_step(state.global_step + 1))
 
     def on_substep_end(
         self,
@@ -164,7 +163,7 @@ class GradientSketchCallback(TrainerCallback):
         optimizer: Optimizer,
         **kwargs: Any,
     ) -> None:
-        self._end_micro_batch(self._moment(state, optimizer), _loss_scale(optimizer))
+        self._run(lambda recording: recording.end_micro_batch(state, optimizer))
 
     def on_pre_optimizer_step(
         self,
@@ -175,17 +174,7 @@ class GradientSketchCallback(TrainerCallback):
         optimizer: Optimizer,
         **kwargs: Any,
     ) -> None:
-        moment = self._moment(state, optimizer)
-        scale = _loss_scale(optimizer)
-        self._end_micro_batch(moment, scale)
-        total = self._examples.end_step() if self._examples is not None else None
-        if self._steps is not None and self._writer is not None:
-            sketch = self._steps.end_step(moment, self._writer, scale)
-            if not self._verified and sketch is not None and total is not None:
-                check_sum(total, sketch, self._low_precision)
-                self._verified = True
-        if total is not None:
-            self._measure_error()
+        self._run(lambda recording: recording.end_gradient(state, optimizer))
 
     def on_step_end(
         self,
@@ -194,10 +183,9 @@ class GradientSketchCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        if self._writer is not None:
-            self._writer.end_step()
+        self._run(Recording.end_step)
         if control.should_save:  # the rows must be there before the checkpoint is
-            self._flush()
+            self._run(Recording.flush)
 
     def on_epoch_end(
         self,
@@ -207,7 +195,7 @@ class GradientSketchCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if control.should_save:
-            self._flush()
+            self._run(Recording.flush)
 
     def on_evaluate(
         self,
@@ -216,7 +204,7 @@ class GradientSketchCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        self._flush()  # save_strategy="best" decides only now
+        self._run(Recording.flush)  # save_strategy="best" decides only now
 
     def on_save(
         self,
@@ -225,7 +213,7 @@ class GradientSketchCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        self._flush()
+        self._run(Recording.flush)
 
     def on_train_end(
         self,
@@ -234,41 +222,31 @@ class GradientSketchCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        self._flush()
+        self._run(Recording.flush)
         self._close()
 
-    def _moment(self, state: TrainerState, optimizer: Optimizer) -> Moment:
-        """The present micro-batch's place in training."""
-        rate = float(optimizer.param_groups[0]["lr"])
-        return Moment(self._epoch, state.global_step + 1, self._micro_step, rate)
-
-    def _end_micro_batch(self, moment: Moment, loss_scale: float) -> None:
-        """Write the examples of a micro-batch."""
-        if self._examples is not None and self._writer is not None:
-            self._examples.end_micro_batch(moment, self._writer, loss_scale)
-        self._micro_step += 1
-
-    def _measure_error(self) -> None:
-        """Compare the first step's rows with exact gradients, once for a store."""
-        assert self._examples is not None
-        assert self._writer is not None
-        if self._measured:
+    def _run(self, action: Callable[[Recording], None]) -> None:
+        """Do something with the recording, if there is one, and deal with failures."""
+        if self._recording is None:
             return
-        self._measured = True
-        error = self._examples.measure_error(self._low_precision)
-        if error is not None:
-            self._writer.note_measured_error(error)
-
-    def _flush(self) -> None:
-        if self._writer is not None:
-            self._writer.flush()
+        try:
+            action(self._recording)
+        except _FAILURES as error:
+            recording, self._recording = self._recording, None
+            recording.abandon(error)
+            if self.on_error == "raise":
+                raise
+            warnings.warn(
+                f"sketches are recorded no more, training goes on: {error} "
+                "(on_error='warn'). Resume training from a checkpoint to record again.",
+                stacklevel=3,
+            )
 
     def _close(self) -> None:
         """Take all hooks off; rows that are not flushed are dropped."""
-        for recorder in (self._examples, self._steps):
-            if recorder is not None:
-                recorder.close()
-        self._examples = self._steps = self._writer = None
+        if self._recording is not None:
+            self._recording.close()
+        self._recording = None
 
 
 def _check_arguments(args: TrainingArguments) -> None:
@@ -284,9 +262,3 @@ def _check_arguments(args: TrainingArguments) -> None:
             "GradientSketchCallback runs in one process and uncompiled, got "
             f"{', '.join(found)}: train without, or take the callback out."
         )
-
-
-def _loss_scale(optimizer: Optimizer) -> float:
-    """What the loss is multiplied by before the backward pass, under fp16."""
-    scaler = getattr(optimizer, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())

@@ -8,7 +8,7 @@ from accelerate.state import GradientState
 from torch import Tensor, nn
 
 from hf_sketch.model_sketch import ModelSketch
-from hf_sketch.store import PER_STEP
+from hf_sketch.rows import PER_STEP
 from hf_sketch.writer import SketchWriter
 
 from .moment import Moment

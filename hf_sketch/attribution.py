@@ -9,6 +9,8 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_sketch.rows import decode
+
 METHODS = ("dot", "cosine")
 _CHUNK_ELEMENTS = 2**22
 _QUERIES_AT_ONCE = 1024
@@ -81,20 +83,24 @@ def _top_rows(
 
 
 def _chunks(dataset: Dataset) -> Iterator[tuple[int, Tensor]]:
-    """Runs of sketches: (number of the first row, (rows, out_size))."""
-    arrow = dataset.select_columns("sketch").with_format("arrow")
+    """Runs of sketches: (number of the first row, (rows, out_size)), float32."""
+    names = [name for name in ("scale", "sketch") if name in dataset.column_names]
+    arrow = dataset.select_columns(names).with_format("arrow")
     start = 0
     out_size: int = dataset.features["sketch"].length
     chunk: Any
     for chunk in arrow.iter(max(1, _CHUNK_ELEMENTS // out_size)):
-        yield start, _matrix(chunk["sketch"], out_size)
+        sketches = _tensor(chunk["sketch"].combine_chunks().flatten())
+        sketches = sketches.view(-1, out_size)
+        if "scale" in names:
+            sketches = decode(_tensor(chunk["scale"].combine_chunks()), sketches)
+        yield start, sketches
         start += chunk.num_rows
 
 
-def _matrix(column: Any, out_size: int) -> Tensor:
-    """A column of fixed-size lists as a matrix (rows, out_size)."""
-    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return torch.tensor(flat).view(-1, out_size)
+def _tensor(array: Any) -> Tensor:
+    """The numbers of an Arrow array."""
+    return torch.tensor(array.to_numpy(zero_copy_only=False))
 
 
 def _normalised(rows: Tensor) -> Tensor:

@@ -2,25 +2,26 @@
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
 from hf_sketch.attribution import sketch_matrix, top_rows
 from hf_sketch.measured_error import MeasuredError
 from hf_sketch.model_sketch import ModelSketch
+from hf_sketch.rows import PER_EXAMPLE, PER_STEP, features
+from hf_sketch.shards import Shard, check_shard, contents_are_checked, open_shards
 from hf_sketch.store import (
     HEADER,
-    PER_EXAMPLE,
-    PER_STEP,
-    Shard,
-    check_shard,
-    features,
+    Manifest,
+    missing_ranks,
     read_header,
-    read_manifest,
+    read_manifests,
+    shards_of,
 )
 
 
@@ -111,53 +112,83 @@ class Sketches:
         return Dataset.from_dict(lines)
 
 
-def load_sketches(path: str | Path, skip_damaged: bool = False) -> Sketches:
+def load_sketches(
+    path: str | Path, skip_damaged: bool = False, verify: bool | None = None
+) -> Sketches:
     """Open the sketches that a GradientSketchCallback left beside the checkpoints.
 
-    The rows are memory-mapped, not read.
+    The rows are memory-mapped. What is missing from the store, because a process died
+    or recording was off, is told in a warning.
 
     Args:
         path: the Trainer's `output_dir`, or the `sketches` directory in it.
-        skip_damaged: leave out files that are missing or truncated, with a warning,
+        skip_damaged: leave out files that are missing or damaged, with a warning,
             instead of raising.
+        verify: compare every byte with the digests that were written with it; by
+            default this is done for stores of up to 1 GiB, and of larger ones only the
+            lengths and the heads of the files are compared (`hf-sketch verify` does it
+            all).
 
     Raises:
         FileNotFoundError: there is no store.
         ValueError: a file is damaged, or the header is of another version or map.
     """
-    directory = Path(path)
-    if not (directory / HEADER).exists():
-        directory = directory / "sketches"
+    directory = store_directory(path)
     header = read_header(directory)
-    shards = read_manifest(directory)
-    if skip_damaged:
-        shards = [shard for shard in shards if _is_whole(directory, shard)]
-    for shard in shards:
-        check_shard(directory, shard)
-    out_size = header.model_sketch.out_size
+    manifests = read_manifests(directory)
+    _tell_what_is_missing(directory, manifests)
+    shards = [shard for manifest in manifests for shard in manifest.shards]
+    contents = contents_are_checked(shards) if verify is None else verify
+    damaged = _damaged(directory, shards, contents, skip_damaged)
+    opened: dict[str, Dataset] = {}
+    for kind in (PER_EXAMPLE, PER_STEP):
+        whole = [s for s in shards_of(manifests, kind) if s.file not in damaged]
+        columns = features(kind, header.model_sketch.out_size, header.row_dtype)
+        opened[kind] = open_shards(directory, whole, columns)
     return Sketches(
         header.model_sketch,
-        _open(directory, shards, PER_EXAMPLE, out_size),
-        _open(directory, shards, PER_STEP, out_size),
+        opened[PER_EXAMPLE],
+        opened[PER_STEP],
         header.measured_error,
     )
 
 
-def _is_whole(directory: Path, shard: Shard) -> bool:
-    """Whether a shard can be read; a warning says so if not."""
-    try:
-        check_shard(directory, shard)
-    except ValueError as error:
-        message = f"{shard.rows} rows left out: {error}"
-        warnings.warn(message, stacklevel=3)
-        return False
-    return True
+def store_directory(path: str | Path) -> Path:
+    """The store at a path, or in the `sketches` directory there."""
+    directory = Path(path)
+    return directory if (directory / HEADER).exists() else directory / "sketches"
 
 
-def _open(directory: Path, shards: list[Shard], kind: str, out_size: int) -> Dataset:
-    """All rows of a kind, memory-mapped."""
-    files = [str(directory / shard.file) for shard in shards if shard.kind == kind]
-    if not files:
-        columns = features(kind, out_size)
-        return Dataset.from_dict({name: [] for name in columns}, features=columns)
-    return concatenate_datasets([Dataset.from_file(file) for file in files])
+def _damaged(
+    directory: Path, shards: Sequence[Shard], contents: bool, skip: bool
+) -> set[str]:
+    """The files that cannot be read, each with a warning; raises unless `skip`."""
+    damaged: set[str] = set()
+    for shard in shards:
+        try:
+            check_shard(directory, shard, contents)
+        except ValueError as error:
+            if not skip:
+                raise
+            damaged.add(shard.file)
+            message = f"{shard.rows} rows left out: {error}"
+            warnings.warn(message, stacklevel=3)
+    return damaged
+
+
+def _tell_what_is_missing(directory: Path, manifests: Sequence[Manifest]) -> None:
+    """Warn of rows that the store should have."""
+    if missing := missing_ranks(manifests):
+        warnings.warn(
+            f"{directory} has no rows of the processes {missing}: they died before they"
+            " wrote any, or their files are on another machine; join them with "
+            "hf-sketch merge.",
+            stacklevel=3,
+        )
+    for manifest in manifests:
+        for gap in manifest.gaps:
+            warnings.warn(
+                f"{directory} has no rows from step {gap.first_step} on until training "
+                f"was resumed, since recording was off: {gap.reason}",
+                stacklevel=3,
+            )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_sketch.operator_choice import check_operator, choose_operator
 from hf_sketch.parameter_names import named_parameters
 from hf_sketch.sketches import QK, Sketch
-from hf_sketch.sketches.blocked import BlockedSketch
+from hf_sketch.sketches.blocked import BlockedSketch, WorkingMemory
 from hf_sketch.sketches.operator import accumulation_dtype
 
 LAYOUTS = ("blocked", "factored", "flat")
@@ -54,7 +54,7 @@ class ModelSketch:
         shapes: (name, shape) of every parameter that is sketched; see `from_model`.
         out_size: length of the sketch, in [1, number of elements].
         layout: "blocked" sketches each parameter by `operator`, in blocks where it has
-            them (2**16 elements, SRHT 2**12); "factored" sketches each matrix by QK
+            them (2**16 elements, SRHT 2**10); "factored" sketches each matrix by QK
             with one factor of signs on its outputs and one on its inputs, so that a
             per-example gradient is never formed, and all else (vectors, and matrices
             with a side too short for its factor) as "blocked"; "flat" is the paper's:
@@ -174,11 +174,12 @@ class ModelSketch:
         rows = {n: r.to(accumulation_dtype(r.dtype)) for n, r in rows.items()}
         sums: dict[int, tuple[BlockedSketch, Tensor]] = {}
         parts: list[Tensor] = []
+        memory = WorkingMemory()
         for operator, part in self._by_operator(rows):
             if isinstance(operator, BlockedSketch) and self.layout == "flat":
                 parts.append(operator.finish(operator.accumulate_whole(part)))
             elif isinstance(operator, BlockedSketch):
-                mixed = operator.accumulate(part)
+                mixed = operator.accumulate(part, memory=memory)
                 if operator.block in sums:
                     mixed += sums[operator.block][1]
                 sums[operator.block] = operator, mixed

@@ -7,7 +7,7 @@ _IN_BLOCKS = {"affd": AFFD, "afjl": AFJL, "fjl": FJL, "srht": SRHT}
 _WHOLE = {"dense": Dense, "ffd": FFD, "qk": QK}
 OPERATORS = (*_IN_BLOCKS, *_WHOLE)
 _BLOCK_SIZE = 2**16
-_ROTATED_BLOCK_SIZE = 2**12
+_ROTATED_BLOCK_SIZE = 2**10
 
 
 def check_operator(name: str) -> None:
@@ -22,7 +22,7 @@ def choose_operator(
     """The operator of that name for one parameter, or for a whole model (`flat`).
 
     Blocks have 2**16 elements, fewer for short inputs and more for long sketches; those
-    of SRHT, which drops nothing, 2**12, and fewer for short sketches. A flat operator
+    of SRHT, which drops nothing, 2**10, and fewer for short sketches. A flat operator
     has one block.
 
     Raises:

@@ -21,7 +21,7 @@ from hf_sketch.per_example import (
     ExampleRows,
     PerExampleSketcher,
 )
-from hf_sketch.store import QUERY, arrow_table, features
+from hf_sketch.rows import QUERY, arrow_table, features
 
 _CHECKED_EXAMPLES = 2
 _LABELS = ("label", "label_ids", "labels")

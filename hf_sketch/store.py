@@ -1,99 +1,27 @@
-"""Sketches on disk: a JSON header, a manifest and Arrow shards; see docs/format.md."""
+"""Sketches on disk: a header, a manifest for each process, Arrow shards.
 
-import hashlib
-import json
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+docs/format.md is the format.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import pyarrow as pa
 import torch
-from datasets import Features, List, Value
-from torch import Tensor
 
+from hf_sketch.durable import read_sealed, sync_directory, write_sealed
 from hf_sketch.measured_error import MeasuredError
 from hf_sketch.model_sketch import ModelSketch
+from hf_sketch.shards import Shard
 
-FORMAT_VERSION = 1
-HEADER = "header.json"
-MANIFEST = "manifest.json"
-PER_EXAMPLE = "per_example"
-PER_STEP = "per_step"
-QUERY = "query"
+FORMAT_VERSION: Final = 1
+HEADER: Final = "header.json"
 _CHECK_TOLERANCE = 1e-4
-
-_COLUMNS = {
-    PER_EXAMPLE: {
-        "example_id": "int64",
-        "epoch": "int32",
-        "step": "int32",
-        "micro_step": "int32",
-        "rank": "int32",
-        "learning_rate": "float64",
-        "loss": "float32",
-        "weight": "float64",
-        "gradient_norm": "float32",
-        "finite": "bool",
-    },
-    PER_STEP: {
-        "epoch": "int32",
-        "step": "int32",
-        "learning_rate": "float64",
-        "gradient_norm": "float64",
-        "clip_factor": "float64",
-        "finite": "bool",
-    },
-    QUERY: {
-        "example_id": "int64",
-        "loss": "float32",
-        "gradient_norm": "float32",
-        "finite": "bool",
-    },
-}
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One Arrow file of the store, as the manifest lists it.
-
-    Args:
-        file: its name within the store's directory.
-        kind: "per_example" or "per_step".
-        rows: how many rows it holds.
-        first_step: the least optimizer step among them, counted from 1.
-        last_step: the greatest.
-        size_bytes: the file's length.
-        sha256: the file's digest, in hexadecimal.
-    """
-
-    file: str
-    kind: str
-    rows: int
-    first_step: int
-    last_step: int
-    size_bytes: int
-    sha256: str
-
-
-def features(kind: str, out_size: int) -> Features:
-    """The columns of a kind of rows, with the sketch as a fixed-size list."""
-    columns = {name: Value(dtype) for name, dtype in _COLUMNS[kind].items()}
-    return Features(**columns, sketch=List(Value("float32"), length=out_size))
-
-
-def arrow_table(kind: str, columns: Mapping[str, Tensor]) -> pa.Table:
-    """Rows as an Arrow table; `sketch` is (rows, out_size), the others (rows,)."""
-    out_size = columns["sketch"].shape[1]
-    schema = features(kind, out_size).arrow_schema
-    arrays = [
-        pa.array(columns[name].cpu().numpy()).cast(schema.field(name).type)
-        for name in _COLUMNS[kind]
-    ]
-    flat = columns["sketch"].to(torch.float32).cpu().reshape(-1).numpy()
-    arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(flat), out_size))
-    return pa.Table.from_arrays(arrays, schema=schema)
+_UNITS = (
+    "a row is the gradient of the example's own loss; the sum of weight * row over a "
+    "step's examples is the step's gradient before clipping"
+)
 
 
 @dataclass(frozen=True)
@@ -103,79 +31,85 @@ class Header:
     Args:
         model_sketch: the map that made them.
         loss: an example's own loss: the "mean" or the "sum" over its tokens.
+        row_dtype: what sketches are kept in; see `hf_sketch.rows.encode`.
         measured_error: of their inner products, if it was measured.
     """
 
     model_sketch: ModelSketch
-    loss: str
-    measured_error: MeasuredError | None
+    loss: str = "mean"
+    row_dtype: str = "float32"
+    measured_error: MeasuredError | None = None
 
-
-def read_header(directory: Path) -> Header:
-    """The store's header, its map checked against its probe.
-
-    Raises:
-        FileNotFoundError: there is no store.
-        ValueError: the header cannot be read, has another version, or describes a map
-            that this installation computes differently.
-    """
-    header = _read_json(directory / HEADER)
-    if header.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{directory / HEADER} must have format_version {FORMAT_VERSION}, got "
-            f"{header.get('format_version')!r}: open it with the hf_sketch that wrote "
-            "it."
+    @property
+    def settings(self) -> str:
+        """What must be equal for rows to be added, on one line."""
+        sketch = self.model_sketch
+        return (
+            f"out_size={sketch.out_size}, layout={sketch.layout!r}, "
+            f"operator={sketch.operator!r}, seed={sketch.seed}, loss={self.loss!r}, "
+            f"row_dtype={self.row_dtype!r}, {len(sketch.shapes)} parameters, "
+            f"{sketch.in_size} elements"
         )
-    model_sketch = ModelSketch.from_dict(header["model_sketch"])
-    ours = torch.tensor(model_sketch.check_value())
-    theirs = torch.tensor(header["check_value"])
-    if not torch.allclose(ours, theirs, rtol=_CHECK_TOLERANCE, atol=_CHECK_TOLERANCE):
-        raise ValueError(
-            f"the check value in {directory / HEADER} starts with "
-            f"{header['check_value'][0]:.6g}, this installation computes "
-            f"{float(ours[0]):.6g}: open the store with the hf_sketch that wrote it."
-        )
-    error = header["measured_error"]
-    measured = None if error is None else MeasuredError(**error)
-    return Header(model_sketch, header["loss"], measured)
 
 
-def write_measured_error(directory: Path, error: MeasuredError) -> None:
-    """Put the rows' measured error into the header, in one step."""
-    header = {**_read_json(directory / HEADER), "measured_error": vars(error)}
-    _replace_file(directory / HEADER, json.dumps(header, indent=1).encode())
+@dataclass(frozen=True)
+class Gap:
+    """Steps whose rows are not there.
 
-
-def read_manifest(directory: Path) -> list[Shard]:
-    """The shards of the store, in the order in which they were written.
-
-    Raises:
-        FileNotFoundError: there is no store.
-        ValueError: the manifest cannot be read.
+    Args:
+        first_step: from which on recording was off.
+        reason: why.
     """
-    manifest = _read_json(directory / MANIFEST)
-    return [Shard(**entry) for entry in manifest["shards"]]
+
+    first_step: int
+    reason: str
 
 
-def create_store(directory: Path, model_sketch: ModelSketch, loss: str) -> None:
-    """Write the header and an empty manifest.
+@dataclass(frozen=True)
+class Manifest:
+    """What one process has written.
+
+    Args:
+        rank: of the process.
+        world_size: how many there were.
+        shards: in the order in which they were written.
+        gaps: where recording was off.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    shards: tuple[Shard, ...] = ()
+    gaps: tuple[Gap, ...] = ()
+
+    @property
+    def file(self) -> str:
+        """Its name within the store's directory."""
+        return f"manifest-{self.rank:05d}.json"
+
+    @property
+    def last_step(self) -> int:
+        """The greatest step of which there is a row; 0 for none."""
+        return max((shard.last_step for shard in self.shards), default=0)
+
+
+def create_store(directory: Path, header: Header) -> None:
+    """Write the header and an empty manifest; they are both there, or neither.
 
     Raises:
         OSError: the directory cannot be written.
     """
-    header = {
-        "format_version": FORMAT_VERSION,
-        "model_sketch": model_sketch.to_dict(),
-        "units": "a row is the gradient of the example's own loss; the sum of weight *"
-        " row over a step's examples is the step's gradient before clipping",
-        "loss": loss,
-        "measured_error": None,
-        "check_value": model_sketch.check_value(),
-    }
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _replace_file(directory / HEADER, json.dumps(header, indent=1).encode())
-        write_manifest(directory, [])
+        if directory.is_dir() and any(directory.iterdir()):
+            write_manifest(directory, Manifest())
+            write_header(directory, header)
+            return
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        made = directory.with_name(directory.name + ".tmp")
+        made.mkdir(exist_ok=True)
+        write_manifest(made, Manifest())
+        write_header(made, header)
+        made.replace(directory)
+        sync_directory(directory.parent)
     except OSError as error:
         raise OSError(
             error.errno,
@@ -184,80 +118,107 @@ def create_store(directory: Path, model_sketch: ModelSketch, loss: str) -> None:
         ) from error
 
 
-def write_manifest(directory: Path, shards: list[Shard]) -> None:
-    """Replace the list of shards in one step: readers see the old or the new one."""
-    manifest = {"shards": [vars(shard) for shard in shards]}
-    _replace_file(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
+def write_header(directory: Path, header: Header) -> None:
+    """Replace the header in one step."""
+    content = {
+        "format_version": FORMAT_VERSION,
+        "model_sketch": header.model_sketch.to_dict(),
+        "units": _UNITS,
+        "loss": header.loss,
+        "row_dtype": header.row_dtype,
+        "measured_error": header.measured_error and asdict(header.measured_error),
+        "check_value": header.model_sketch.check_value(),
+    }
+    write_sealed(directory / HEADER, content)
 
 
-def write_shard(directory: Path, kind: str, number: int, table: pa.Table) -> Shard:
-    """Write rows as one Arrow file, complete and synced before it gets its name."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    data = memoryview(sink.getvalue())
-    path = directory / f"{kind}-{number:06d}.arrow"
-    _replace_file(path, data)
-    steps = table["step"].to_numpy()
-    return Shard(
-        file=path.name,
-        kind=kind,
-        rows=table.num_rows,
-        first_step=int(steps.min()),
-        last_step=int(steps.max()),
-        size_bytes=data.nbytes,
-        sha256=hashlib.sha256(data).hexdigest(),
+def read_header(directory: Path) -> Header:
+    """The store's header, its map checked against its probe.
+
+    Raises:
+        FileNotFoundError: there is no store.
+        ValueError: the header was changed, has another version, or describes a map
+            that this installation computes differently.
+    """
+    path = directory / HEADER
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no sketches at {directory}: give the Trainer's output_dir, or its "
+            "'sketches' directory, of a run with GradientSketchCallback."
+        )
+    content = read_sealed(path)
+    if content.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} must have format_version {FORMAT_VERSION}, got "
+            f"{content.get('format_version')!r}: open it with the hf_sketch that wrote "
+            "it."
+        )
+    model_sketch = ModelSketch.from_dict(content["model_sketch"])
+    _check_value(path, model_sketch, content["check_value"])
+    error: dict[str, Any] | None = content["measured_error"]
+    return Header(
+        model_sketch,
+        content["loss"],
+        content["row_dtype"],
+        None if error is None else MeasuredError(**error),
     )
 
 
-def read_shard(directory: Path, shard: Shard) -> pa.Table:
-    """The shard's rows, memory-mapped.
+def write_measured_error(directory: Path, error: MeasuredError) -> None:
+    """Put the rows' measured error into the header, in one step."""
+    write_header(directory, replace(read_header(directory), measured_error=error))
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Replace a process's manifest in one step: readers see the old or the new one."""
+    write_sealed(directory / manifest.file, asdict(manifest))
+
+
+def read_manifests(directory: Path) -> list[Manifest]:
+    """The manifests of all processes that have one, by rank.
 
     Raises:
-        ValueError: the file is missing or shorter than the manifest says.
+        ValueError: one was changed.
     """
-    check_shard(directory, shard)
-    with pa.memory_map(str(directory / shard.file)) as source:
-        return pa.ipc.open_stream(source).read_all()
+    return [read_manifest(path) for path in sorted(directory.glob("manifest-*.json"))]
 
 
-def check_shard(directory: Path, shard: Shard) -> None:
-    """Raise ValueError unless the shard's file is there with its full length."""
-    path = directory / shard.file
-    size = path.stat().st_size if path.exists() else None
-    if size != shard.size_bytes:
-        got = "no such file" if size is None else f"{size} bytes"
+def read_manifest(path: Path) -> Manifest:
+    """One process's manifest.
+
+    Raises:
+        ValueError: it was changed.
+    """
+    content = read_sealed(path)
+    shards = tuple(Shard(**shard) for shard in content["shards"])
+    gaps = tuple(Gap(**gap) for gap in content["gaps"])
+    return Manifest(content["rank"], content["world_size"], shards, gaps)
+
+
+def missing_ranks(manifests: Sequence[Manifest]) -> list[int]:
+    """The processes that took part and left no manifest."""
+    there = {manifest.rank for manifest in manifests}
+    count = max((manifest.world_size for manifest in manifests), default=1)
+    return [rank for rank in range(count) if rank not in there]
+
+
+def shards_of(manifests: Sequence[Manifest], kind: str) -> list[Shard]:
+    """All shards of a kind, by step, then by rank."""
+    placed = [
+        (shard.first_step, manifest.rank, place, shard)
+        for manifest in manifests
+        for place, shard in enumerate(manifest.shards)
+        if shard.kind == kind
+    ]
+    return [shard for *_, shard in sorted(placed, key=lambda entry: entry[:3])]
+
+
+def _check_value(path: Path, model_sketch: ModelSketch, check_value: Any) -> None:
+    """Raise unless this installation computes the map that made the rows."""
+    ours, theirs = torch.tensor(model_sketch.check_value()), torch.tensor(check_value)
+    if not torch.allclose(ours, theirs, rtol=_CHECK_TOLERANCE, atol=_CHECK_TOLERANCE):
         raise ValueError(
-            f"{path} must have {shard.size_bytes} bytes, got {got}: restore the file, "
-            "or read the others with load_sketches(..., skip_damaged=True)."
+            f"the check value in {path} starts with {check_value[0]:.6g}, this "
+            f"installation computes {float(ours[0]):.6g}: open the store with the "
+            "hf_sketch that wrote it."
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON file of the store."""
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no sketches at {path.parent}: give the Trainer's output_dir, or its "
-            "'sketches' directory, of a run with GradientSketchCallback."
-        )
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): restore the file."
-        ) from error
-
-
-def _replace_file(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that its name never stands for half of it, also after a crash."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)  # noqa: PTH105 - the call's name is its promise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,57 +11,72 @@ import torch
 from torch import Tensor
 
 from hf_sketch.measured_error import MeasuredError
-from hf_sketch.model_sketch import ModelSketch
+from hf_sketch.rows import arrow_table
+from hf_sketch.shards import Shard, read_shard, write_shard
 from hf_sketch.store import (
     HEADER,
-    MANIFEST,
-    Shard,
-    arrow_table,
+    Gap,
+    Header,
+    Manifest,
     create_store,
     read_header,
     read_manifest,
-    read_shard,
+    read_manifests,
     write_manifest,
     write_measured_error,
-    write_shard,
 )
+
+_PARTS_IN_MEMORY = 4  # rows that come, rows that are written, and two copies of those
+
+Rows = dict[str, list[Mapping[str, Tensor]]]
 
 
 class SketchWriter:
-    """Buffers rows and flushes them to shards of whole steps.
+    """Buffers rows and writes them to shards of whole steps in the background.
+
+    Every process has a writer of its own, and files of its own: there is no lock. The
+    one of rank 0 makes the store, and is made first.
 
     Args:
         directory: the store, `<output_dir>/sketches`.
-        model_sketch: the map that makes the rows.
-        loss: a row's units: the "mean" or the "sum" over its example's tokens.
+        header: of the rows that will be written.
         resume_step: the optimizer step that training resumes after. Rows of later steps
             are dropped, earlier ones are never touched. 0 for a new run: a store of an
             earlier run is renamed to `sketches-before-<n>`, with a warning.
-        buffer_bytes: rows are flushed at the end of a step once they fill this much.
+        rank: of this process.
+        world_size: number of processes.
+        buffer_bytes: the most memory that rows take before they are on disk; a quarter
+            of it at a time is written.
 
     Raises:
-        ValueError: the store holds rows of another map.
+        ValueError: the store holds rows of other settings.
         OSError: the directory cannot be written.
     """
 
     def __init__(
         self,
         directory: Path,
-        model_sketch: ModelSketch,
-        loss: str = "mean",
+        header: Header,
         resume_step: int = 0,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
         buffer_bytes: int = 64 * 2**20,
     ) -> None:
         self.directory = directory
-        self.buffer_bytes = buffer_bytes
-        self._buffer: dict[str, list[Mapping[str, Tensor]]] = {}
+        self._row_dtype = header.row_dtype
+        self._part_bytes = buffer_bytes // _PARTS_IN_MEMORY
+        self._buffer: Rows = {}
         self._buffered_bytes = 0
-        self._shards = _open_shards(directory, model_sketch, loss, resume_step)
+        if rank == 0:
+            _prepare(directory, header, resume_step)
+            for manifest in read_manifests(directory):
+                _truncate(directory, manifest, resume_step)
+        self._manifest = _own_manifest(directory, rank, world_size)
+        self._next_number = 1 + max(map(_number, self._manifest.shards), default=0)
         self.measured_error = read_header(directory).measured_error
-        self._next_number = 1 + max(
-            (_number(shard) for shard in self._shards), default=0
-        )
-        self._truncate(resume_step)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hf-sketch")
+        self._written: Future[None] | None = None
 
     def append(self, kind: str, columns: Mapping[str, Tensor]) -> None:
         """Add rows: every column (rows,), `sketch` (rows, out_size)."""
@@ -68,79 +85,138 @@ class SketchWriter:
         self._buffered_bytes += sum(column.nbytes for column in columns.values())
 
     def end_step(self) -> None:
-        """Flush if the buffer is full."""
-        if self._buffered_bytes >= self.buffer_bytes:
-            self.flush()
+        """Start to write if there is enough; a step's rows are all there now.
+
+        Raises:
+            OSError: what was started before could not be written.
+        """
+        if self._buffered_bytes >= self._part_bytes:
+            self._start()
 
     def flush(self) -> None:
-        """Write all buffered rows; they are in the store when this returns."""
-        if not self._buffer:
-            return
-        for kind, parts in self._buffer.items():
-            columns = {
-                name: torch.cat([part[name] for part in parts]) for name in parts[0]
-            }
-            self._write(kind, arrow_table(kind, columns))
-        write_manifest(self.directory, self._shards)
-        self._buffer = {}
-        self._buffered_bytes = 0
+        """Write all buffered rows; they are in the store when this returns.
+
+        Raises:
+            OSError: they, or what was started before, could not be written.
+        """
+        self._start()
+        self._wait()
+
+    def close(self) -> None:
+        """Wait for what is being written; rows that are not flushed are dropped."""
+        self._thread.shutdown()
 
     def note_measured_error(self, error: MeasuredError) -> None:
         """Put the error of the rows, measured on examples, into the header."""
         self.measured_error = error
         write_measured_error(self.directory, error)
 
-    def _write(self, kind: str, table: pa.Table) -> None:
-        shard = write_shard(self.directory, kind, self._next_number, table)
-        self._shards.append(shard)
-        self._next_number += 1
+    def note_gap(self, reason: str) -> None:
+        """Drop the buffer, and say in the manifest that later rows are missing.
 
-    def _truncate(self, last_step: int) -> None:
-        """Drop the rows of steps after `last_step`."""
-        later = [shard for shard in self._shards if shard.last_step > last_step]
-        if not later:
+        Raises:
+            OSError: the manifest cannot be written.
+        """
+        self.close()
+        gaps = (*self._manifest.gaps, Gap(self._manifest.last_step + 1, reason))
+        self._manifest = replace(self._manifest, gaps=gaps)
+        write_manifest(self.directory, self._manifest)
+
+    def _start(self) -> None:
+        """Hand the buffer to the thread, after what it had before."""
+        self._wait()
+        buffer, self._buffer, self._buffered_bytes = self._buffer, {}, 0
+        if buffer:
+            self._written = self._thread.submit(self._write, buffer)
+
+    def _wait(self) -> None:
+        """Wait for the thread; raise what went wrong in it."""
+        written, self._written = self._written, None
+        if written is None:
             return
-        self._shards = [shard for shard in self._shards if shard not in later]
-        for shard in later:
-            if shard.first_step <= last_step:
-                table = read_shard(self.directory, shard)
-                kept = table["step"].to_numpy() <= last_step
-                self._write(shard.kind, table.filter(pa.array(kept)))
-        write_manifest(self.directory, self._shards)
-        for shard in later:
-            (self.directory / shard.file).unlink(missing_ok=True)
+        try:
+            written.result()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"rows after step {self._manifest.last_step} cannot be written to "
+                f"{self.directory} ({error.strerror}): make room there and resume from "
+                "the last checkpoint, or train on without them by on_error='warn'",
+            ) from error
+
+    def _write(self, buffer: Rows) -> None:
+        """Write a shard of each kind, then name them in the manifest."""
+        shards: list[Shard] = []
+        for kind, parts in buffer.items():
+            columns = {
+                name: torch.cat([part[name] for part in parts]) for name in parts[0]
+            }
+            table = arrow_table(kind, columns, self._row_dtype)
+            arguments = (self._manifest.rank, self._next_number, table)
+            shards.append(write_shard(self.directory, kind, *arguments))
+            self._next_number += 1
+        manifest = self._manifest
+        manifest = replace(manifest, shards=(*manifest.shards, *shards))
+        write_manifest(self.directory, manifest)
+        self._manifest = manifest
 
 
-def _open_shards(
-    directory: Path, model_sketch: ModelSketch, loss: str, resume_step: int
-) -> list[Shard]:
-    """The shards of the store that rows are to be added to; makes it if need be."""
-    files = (directory / HEADER, directory / MANIFEST)
-    shards = read_manifest(directory) if all(f.exists() for f in files) else []
-    if shards:
-        _check_settings(directory, model_sketch, loss)
-    if shards and resume_step == 0:
-        last = max(shard.last_step for shard in shards)
+def _prepare(directory: Path, header: Header, resume_step: int) -> None:
+    """Make the store, or check the one that rows are to be added to."""
+    manifests: list[Manifest] = []
+    if (directory / HEADER).exists():
+        manifests = read_manifests(directory)
+    last_step = max((manifest.last_step for manifest in manifests), default=0)
+    if last_step:
+        _check_settings(directory, header)
+    if last_step and resume_step == 0:
         aside = _set_aside(directory)
         warnings.warn(
-            f"{directory} held rows up to step {last} of an earlier run that is not "
-            f"resumed: they are now in {aside}.",
-            stacklevel=2,
+            f"{directory} held rows up to step {last_step} of an earlier run that is "
+            f"not resumed: they are now in {aside}.",
+            stacklevel=3,
         )
-        shards = []
-    if not shards:
-        create_store(directory, model_sketch, loss)
-    return shards
+    if not last_step or resume_step == 0:
+        create_store(directory, header)
 
 
-def _check_settings(directory: Path, model_sketch: ModelSketch, loss: str) -> None:
-    """Raise if the store's rows were made by another map, or of another loss."""
-    header = read_header(directory)
-    if header.model_sketch != model_sketch or header.loss != loss:
+def _own_manifest(directory: Path, rank: int, world_size: int) -> Manifest:
+    """This process's manifest, from before or new."""
+    new = Manifest(rank, world_size)
+    path = directory / new.file
+    manifest = read_manifest(path) if path.exists() else new
+    manifest = replace(manifest, world_size=max(world_size, manifest.world_size))
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def _truncate(directory: Path, manifest: Manifest, last_step: int) -> None:
+    """Drop the rows of steps after `last_step`."""
+    later = [shard for shard in manifest.shards if shard.last_step > last_step]
+    gaps = tuple(gap for gap in manifest.gaps if gap.first_step <= last_step)
+    if not later and gaps == manifest.gaps:
+        return
+    kept = [shard for shard in manifest.shards if shard not in later]
+    number = 1 + max(map(_number, manifest.shards), default=0)
+    for shard in later:
+        if shard.first_step <= last_step:
+            table = read_shard(directory, shard)
+            earlier = pa.array(table["step"].to_numpy() <= last_step)
+            arguments = (shard.kind, manifest.rank, number, table.filter(earlier))
+            kept.append(write_shard(directory, *arguments))
+            number += 1
+    write_manifest(directory, replace(manifest, shards=tuple(kept), gaps=gaps))
+    for shard in later:
+        (directory / shard.file).unlink(missing_ok=True)
+
+
+def _check_settings(directory: Path, header: Header) -> None:
+    """Raise if the store's rows were made with other settings."""
+    theirs = read_header(directory)
+    if replace(theirs, measured_error=header.measured_error) != header:
         raise ValueError(
-            f"{directory} holds rows of {_settings(header.model_sketch, header.loss)}, "
-            f"the callback was given {_settings(model_sketch, loss)}: pass the store's "
-            "settings, or another output_dir."
+            f"{directory} holds rows of {theirs.settings}, the callback was given "
+            f"{header.settings}: pass the store's settings, or another output_dir."
         )
 
 
@@ -150,17 +226,6 @@ def _set_aside(directory: Path) -> Path:
     while (aside := directory.with_name(f"{directory.name}-before-{number}")).exists():
         number += 1
     return directory.rename(aside)
-
-
-def _settings(model_sketch: ModelSketch, loss: str) -> str:
-    """The settings of a sketch, on one line."""
-    count = len(model_sketch.shapes)
-    return (
-        f"out_size={model_sketch.out_size}, layout={model_sketch.layout!r}, "
-        f"operator={model_sketch.operator!r}, "
-        f"seed={model_sketch.seed}, loss={loss!r}, "
-        f"{count} parameters, {model_sketch.in_size} elements"
-    )
 
 
 def _number(shard: Shard) -> int:

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from hf_sketch import ModelSketch, Sketches, load_sketches, sketch_dataset
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.store import features
+from hf_sketch.rows import features
 from tests.conftest import tiny_bert, tiny_dataset, tiny_trainer
 
 SKETCH = ModelSketch((("weight", (8, 4)),), 4)

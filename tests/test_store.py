@@ -1,13 +1,15 @@
-import hashlib
-import json
-
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import xxhash
 from datasets import Dataset
 
 from hf_sketch import ModelSketch, load_sketches
-from hf_sketch.store import PER_EXAMPLE, PER_STEP, arrow_table, write_shard
+from hf_sketch.durable import read_sealed, write_sealed
+from hf_sketch.rows import PER_EXAMPLE, PER_STEP, arrow_table
+from hf_sketch.shards import write_shard
+from hf_sketch.store import Header
 from hf_sketch.writer import SketchWriter
 
 SKETCH = ModelSketch((("weight", (8, 4)), ("bias", (8,))), 4)
@@ -29,7 +31,7 @@ def step_row(step, value=0.5):
 @pytest.fixture
 def store(tmp_path):
     """A store of the steps 1 and 2 in one shard and 3 in another."""
-    writer = SketchWriter(tmp_path / "sketches", SKETCH)
+    writer = SketchWriter(tmp_path / "sketches", Header(SKETCH))
     for step in (1, 2):
         writer.append(PER_STEP, step_row(step))
     writer.flush()
@@ -48,7 +50,7 @@ def test_rows_come_back_bit_for_bit(store):
 
 
 def test_float64_columns_keep_their_bits(tmp_path):
-    writer = SketchWriter(tmp_path, SKETCH)
+    writer = SketchWriter(tmp_path, Header(SKETCH))
     writer.append(PER_STEP, step_row(1, value=1 / 3))
     writer.flush()
     assert load_sketches(tmp_path).steps["learning_rate"][:] == [1 / 3]
@@ -65,14 +67,27 @@ def test_rows_are_memory_mapped(store):
 
 
 def test_shards_are_plain_arrow_files_of_datasets(store):
-    one = Dataset.from_file(str(store / "per_step-000001.arrow"))
+    one = Dataset.from_file(str(store / "per_step-00000-000001.arrow"))
     assert one["step"][:] == [1, 2]
     assert one.features["sketch"].length == 4
 
 
 def test_the_manifest_tells_each_shard(store):
-    shards = json.loads((store / "manifest.json").read_text())["shards"]
-    path = store / "per_step-000002.arrow"
+    manifest = read_sealed(store / "manifest-00000.json")
+    shards = manifest.pop("shards")
+    assert manifest == {"rank": 0, "world_size": 1, "gaps": []}
+    path = store / "per_step-00000-000002.arrow"
+    data, head = path.read_bytes(), shards[1]["head_bytes"]
+    # The body: the columns, each with room to 8 bytes, and the end of the stream.
+    assert data[head:] == b"".join(
+        value.ljust(-(-len(value) // 8) * 8, b"\0")
+        for value in (
+            *(int(x).to_bytes(4, "little") for x in (0, 3)),
+            *[np.float64(0.5).tobytes()] * 3,
+            b"\1",
+            np.arange(3, 7, dtype=np.float32).tobytes(),
+        )
+    ) + (b"\xff" * 4 + b"\0" * 4)
     assert shards[1] == {
         "file": path.name,
         "kind": "per_step",
@@ -80,7 +95,9 @@ def test_the_manifest_tells_each_shard(store):
         "first_step": 3,
         "last_step": 3,
         "size_bytes": path.stat().st_size,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "head_bytes": head,
+        "head_xxh3_128": xxhash.xxh3_128_hexdigest(data[:head]),
+        "xxh3_128": xxhash.xxh3_128_hexdigest(data),
     }
     assert not list(store.glob("*.tmp"))
 
@@ -88,7 +105,7 @@ def test_the_manifest_tells_each_shard(store):
 def test_the_bytes_of_a_shard_are_pinned(tmp_path):
     columns = {name: column for name, column in step_row(1).items()}
     table = arrow_table(PER_STEP, columns)
-    shard = write_shard(tmp_path, PER_STEP, 1, table)
+    shard = write_shard(tmp_path, PER_STEP, 0, 1, table)
     reader = pa.ipc.open_stream(tmp_path / shard.file)
     assert reader.schema.to_string(show_schema_metadata=False) == (
         "epoch: int32\nstep: int32\nlearning_rate: double\ngradient_norm: double\n"
@@ -106,7 +123,7 @@ def test_the_bytes_of_a_shard_are_pinned(tmp_path):
 
 
 def test_the_header_is_pinned(store):
-    header = json.loads((store / "header.json").read_text())
+    header = read_sealed(store / "header.json")
     check_value = header.pop("check_value")
     assert header.pop("units").startswith("a row is the gradient of the example's own")
     assert header == {
@@ -120,23 +137,28 @@ def test_the_header_is_pinned(store):
             "frozen": [],
         },
         "loss": "mean",
+        "row_dtype": "float32",
         "measured_error": None,
     }
     assert check_value == pytest.approx(SKETCH.check_value())
 
 
 def test_a_truncated_shard_is_named_and_the_others_stay_readable(store):
-    path = store / "per_step-000001.arrow"
+    path = store / "per_step-00000-000001.arrow"
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"per_step-000001.arrow must have \d+ bytes"):
+    with pytest.raises(
+        ValueError, match=r"per_step-00000-000001.arrow must have \d+ bytes"
+    ):
         load_sketches(store)
     with pytest.warns(UserWarning, match=r"2 rows left out: .*000001.arrow"):
         assert load_sketches(store, skip_damaged=True).steps["step"][:] == [3]
 
 
 def test_a_missing_shard_is_named(store):
-    (store / "per_step-000002.arrow").unlink()
-    with pytest.raises(ValueError, match="got no such file: restore the file"):
+    (store / "per_step-00000-000002.arrow").unlink()
+    with pytest.raises(
+        ValueError, match="got no such file: restore the file, set it aside"
+    ):
         load_sketches(store)
 
 
@@ -153,44 +175,48 @@ def test_a_missing_store_is_named(tmp_path):
     ],
 )
 def test_a_header_of_another_making_is_named(store, change, match):
-    header = json.loads((store / "header.json").read_text())
-    (store / "header.json").write_text(json.dumps({**header, **change}))
+    header = read_sealed(store / "header.json")
+    write_sealed(store / "header.json", {**header, **change})
     with pytest.raises(ValueError, match=match):
         load_sketches(store)
 
 
-def test_broken_json_is_named(store):
-    (store / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest.json is not valid JSON"):
+@pytest.mark.parametrize("name", ["header.json", "manifest-00000.json"])
+def test_a_changed_description_is_named(store, name):
+    text = (store / name).read_text()
+    (store / name).write_text(text.replace("seed", "weed").replace("rows", "cows"))
+    message = rf"{name} must have the digest \w+ .* got \w+: .* hf-sketch repair"
+    with pytest.raises(ValueError, match=message):
         load_sketches(store)
 
 
 def test_a_store_without_rows_opens(tmp_path):
-    SketchWriter(tmp_path, SKETCH)
+    SketchWriter(tmp_path, Header(SKETCH))
     sketches = load_sketches(tmp_path)
     assert len(sketches.dataset) == len(sketches.steps) == 0
     assert sketches.dataset.features["sketch"].length == 4
 
 
 def test_resuming_continues_the_numbers_of_the_shards(store):
-    writer = SketchWriter(store, SKETCH, resume_step=3)
+    writer = SketchWriter(store, Header(SKETCH), resume_step=3)
     writer.append(PER_STEP, step_row(4))
     writer.flush()
     assert load_sketches(store).steps["step"][:] == [1, 2, 3, 4]
-    assert (store / "per_step-000003.arrow").exists()
+    assert (store / "per_step-00000-000003.arrow").exists()
 
 
 def test_unflushed_rows_count_towards_the_buffer(tmp_path):
-    writer = SketchWriter(tmp_path, SKETCH, buffer_bytes=200)
+    writer = SketchWriter(tmp_path, Header(SKETCH), buffer_bytes=4 * 100)
     for step in (1, 2, 3, 4, 5):
         writer.append(PER_STEP, step_row(step))
         writer.end_step()
-    # A row holds 57 bytes: the fourth fills the buffer.
+    writer.close()
+    # A row holds 57 bytes: two fill the quarter that is written at once.
     assert load_sketches(tmp_path).steps["step"][:] == [1, 2, 3, 4]
 
 
 def test_kinds_of_rows_stay_apart(tmp_path):
-    writer = SketchWriter(tmp_path, SKETCH)
+    writer = SketchWriter(tmp_path, Header(SKETCH))
     writer.append(PER_STEP, step_row(1))
     example = {
         "example_id": torch.tensor([7]),

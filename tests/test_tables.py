@@ -45,9 +45,9 @@ def test_step_cost_runs_and_saves(tmp_path, capsys):
         "adamw",
         "read",
         *(
-            f"{name} 2^{bits}"
+            f"{name.partition(':')[0]} 2^{bits}"
             for name in arguments.sketches.split(",")
-            for bits in (8, 12)
+            for bits in ((12,) if ":" in name else (8, 12))
         ),
     }
     assert "the floor is one read" in capsys.readouterr().out

@@ -18,6 +18,27 @@ from hf_sketch.sketches.signs import ROLES, flip, sign_masks
 _PIECE_ELEMENTS = 2**20  # 4 MiB in float32: stays in the cache between passes
 
 
+class WorkingMemory:
+    """Two buffers, kept from use to use.
+
+    Memory that is given back and asked for again costs a page fault for each 4 KiB.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: Tensor | None = None
+
+    def take(self, like: Tensor, elements: int) -> Tensor:
+        """Two rows of at least so many elements, with what was left in them."""
+        held = self._buffers
+        if (
+            held is None
+            or held.shape[1] < elements
+            or (held.dtype, held.device) != (like.dtype, like.device)
+        ):
+            held = self._buffers = like.new_empty(2, elements)
+        return held
+
+
 @dataclass(frozen=True)
 class BlockedSketch(Sketch):
     """S x = finish(sum_b signs'_b * transform(signs_b * x_b)) over blocks x_b of x.
@@ -118,18 +139,25 @@ class BlockedSketch(Sketch):
         total = right.new_zeros(len(right), segments * size)
         width, block = right.shape[-1], self.block
         step = self._step(len(right))
+        memory = WorkingMemory()
         for first in range(0, -(-self.in_size // block), step):
             low = first * block
             high = min(low + step * block, self.in_size)
             if is_touched(left, low // width, -(-high // width)):
-                total += self.accumulate(form_outer(left, right, low, high), first)
+                part = form_outer(left, right, low, high)
+                total += self.accumulate(part, first, memory)
         return self.finish(total)
 
-    def accumulate(self, rows: Tensor, first_block: int = 0) -> Tensor:
+    def accumulate(
+        self,
+        rows: Tensor,
+        first_block: int = 0,
+        memory: "WorkingMemory | None" = None,
+    ) -> Tensor:
         """The sum over blocks, before `finish`.
 
         Operators that differ in `in_size` and `stream` alone may add these up and
-        finish once.
+        finish once. Several calls in a row had better share their working memory.
 
         Shapes:
             rows (b, length), the coordinates from block `first_block` on
@@ -145,7 +173,8 @@ class BlockedSketch(Sketch):
         segments, width = self.mixed_shape
         total = rows.new_zeros(batch, segments, width)
         longest = min(self._step(batch) * self.block, length + self.block)
-        buffers = rows.new_empty(2, batch * longest)
+        memory = WorkingMemory() if memory is None else memory
+        buffers = memory.take(rows, batch * longest)
         for piece in self._pieces(rows, first_block, length):
             blocks = len(piece.places)
             x = rows[:, piece.low : piece.high]

@@ -106,6 +106,8 @@ class QK(Sketch):
         missing = math.prod(self._sizes[0]) - self.in_size
         if missing:
             rows = torch.nn.functional.pad(rows, (0, missing))
+        if self.rotation == "signs":
+            return self._fold_all(rows)[:, : self.out_size]
         factors = [factor.T.to(rows) for factor in self._rotations]
         return apply_kronecker(rows, factors)[:, : self.out_size] * self._scale
 
@@ -153,6 +155,15 @@ class QK(Sketch):
         """
         product = torch.matmul(left.transpose(1, 2).to(right.dtype), right)
         return product.flatten(1)[:, : self.out_size] * self._scale
+
+    def _fold_all(self, rows: Tensor) -> Tensor:
+        """Every factor of signs in turn, the last first: (b, N) -> (b, D)."""
+        into, out = self._sizes
+        x = rows.reshape(len(rows), *into)
+        for axis in reversed(range(len(into))):
+            folded = fold(x.movedim(axis + 1, -1), self._signs[axis].to(x), out[axis])
+            x = folded.movedim(-1, axis + 1)
+        return x.flatten(1)
 
     @property
     def _scale(self) -> float:

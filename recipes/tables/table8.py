@@ -23,7 +23,7 @@ from hf_sketch.recipes.tables.speed_ups import (
 )
 
 _MIXED = {"fjl": FJL, "affd": AFFD, "afjl": AFJL}
-_SRHT_BLOCK = 2**12  # the block of ModelSketch's default layout
+_SRHT_BLOCK = 2**10  # the block of ModelSketch's default layout
 
 
 @dataclass

@@ -1,0 +1,82 @@
+"""Files that are there whole or not at all, and JSON that tells if it was changed."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import xxhash
+
+_SEAL: Final = b'{\n "xxh3_128": "'
+_NO_DIGEST: Final = b"0" * 32
+
+
+def replace_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a file so that its name never stands for half of it, also after a crash.
+
+    The data are synced under a temporary name before they get their own, and the
+    directory after that.
+
+    Raises:
+        OSError: the file cannot be written; what was there before still is.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)  # noqa: PTH105 - the call's name is its promise
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory survive a power cut."""
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON that starts with the digest of the file, read with zeros in its place.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    sealed = {"xxh3_128": _NO_DIGEST.decode(), **content}
+    data = json.dumps(sealed, indent=1).encode()
+    replace_file(path, data.replace(_NO_DIGEST, _digest(data), 1))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote, without the digest.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a byte of the file may differ from what was written.
+    """
+    data = path.read_bytes()
+    start = len(_SEAL)
+    end = start + len(_NO_DIGEST)
+    digest = data[start:end]
+    blank = data[:start] + _NO_DIGEST + data[end:]
+    if not data.startswith(_SEAL) or digest != _digest(blank):
+        got = digest.decode("ascii", "replace") if data.startswith(_SEAL) else "none"
+        raise ValueError(
+            f"{path} must have the digest {_digest(blank).decode()} of its content, "
+            f"got {got}: the file was changed or cut; restore it, or run hf-sketch "
+            f"repair {path.parent}."
+        )
+    content = json.loads(data)
+    del content["xxh3_128"]
+    return content
+
+
+def _digest(data: bytes) -> bytes:
+    return xxhash.xxh3_128_hexdigest(data).encode()

@@ -1,0 +1,113 @@
+"""The kinds of rows in a store, their columns, and how sketches are kept in them."""
+
+from collections.abc import Mapping
+from typing import Final
+
+import pyarrow as pa
+import torch
+from datasets import Features, List, Value
+from torch import Tensor
+
+PER_EXAMPLE: Final = "per_example"
+PER_STEP: Final = "per_step"
+QUERY: Final = "query"
+ROW_DTYPES: Final = ("float32", "float16", "int8")
+_INT8_STEPS = 127
+_FLOAT16_BITS = 15  # the largest entry lies in [2**14, 2**15)
+_LEAST_EXPONENT = -100
+
+_COLUMNS = {
+    PER_EXAMPLE: {
+        "example_id": "int64",
+        "epoch": "int32",
+        "step": "int32",
+        "micro_step": "int32",
+        "rank": "int32",
+        "learning_rate": "float64",
+        "loss": "float32",
+        "weight": "float64",
+        "gradient_norm": "float32",
+        "finite": "bool",
+    },
+    PER_STEP: {
+        "epoch": "int32",
+        "step": "int32",
+        "learning_rate": "float64",
+        "gradient_norm": "float64",
+        "clip_factor": "float64",
+        "finite": "bool",
+    },
+    QUERY: {
+        "example_id": "int64",
+        "loss": "float32",
+        "gradient_norm": "float32",
+        "finite": "bool",
+    },
+}
+
+
+def check_row_dtype(name: str) -> None:
+    """Raise unless `name` is that of a dtype that rows may have."""
+    if name not in ROW_DTYPES:
+        raise ValueError(f"row_dtype must be one of {ROW_DTYPES}, got {name!r}.")
+
+
+def features(kind: str, out_size: int, row_dtype: str = "float32") -> Features:
+    """The columns of a kind of rows, with the sketch as a fixed-size list."""
+    columns = {name: Value(dtype) for name, dtype in _COLUMNS[kind].items()}
+    if row_dtype != "float32":
+        columns["scale"] = Value("float32")
+    return Features(**columns, sketch=List(Value(row_dtype), length=out_size))
+
+
+def arrow_table(
+    kind: str, columns: Mapping[str, Tensor], row_dtype: str = "float32"
+) -> pa.Table:
+    """Rows as an Arrow table; `sketch` is (rows, out_size), the others (rows,)."""
+    out_size = columns["sketch"].shape[1]
+    schema = features(kind, out_size, row_dtype).arrow_schema
+    arrays = [
+        pa.array(columns[name].cpu().numpy()).cast(schema.field(name).type)
+        for name in _COLUMNS[kind]
+    ]
+    scale, sketches = encode(columns["sketch"].to("cpu", torch.float32), row_dtype)
+    if row_dtype != "float32":
+        arrays.append(pa.array(scale.numpy()))
+    flat = pa.array(sketches.reshape(-1).numpy())
+    arrays.append(pa.FixedSizeListArray.from_arrays(flat, out_size))
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def encode(sketches: Tensor, row_dtype: str) -> tuple[Tensor, Tensor]:
+    """Each row's scale and its numbers divided by it, in a dtype.
+
+    "float16" has powers of two as scales, so that nothing but the rounding to 11 bits
+    is lost, whatever the row's size; "int8" rounds to 1/127 of the largest number.
+    A row that is not finite stays so: its scale is 1, or NaN with "int8".
+
+    Shapes:
+        sketches (rows, n), float32 -> (rows,), float32 and (rows, n)
+    """
+    largest = sketches.abs().amax(1)
+    scale = torch.ones_like(largest)
+    if row_dtype == "float32":
+        return scale, sketches
+    usable = largest.isfinite() & (largest > 0)
+    if row_dtype == "float16":
+        exponents = largest.frexp().exponent.clamp(min=_LEAST_EXPONENT)
+        scale[usable] = torch.exp2((exponents - _FLOAT16_BITS)[usable].to(scale))
+        return scale, (sketches / scale.unsqueeze(1)).to(torch.float16)
+    scale[usable] = largest[usable] / _INT8_STEPS
+    whole = (sketches / scale.unsqueeze(1)).round()
+    finite = largest.isfinite()
+    scale[~finite] = torch.nan
+    return scale, whole.where(finite.unsqueeze(1), 0.0).to(torch.int8)
+
+
+def decode(scale: Tensor, sketches: Tensor) -> Tensor:
+    """The rows that `encode` was given, as far as they were kept.
+
+    Shapes:
+        scale (rows,), sketches (rows, n) -> (rows, n), float32
+    """
+    return sketches.to(torch.float32) * scale.unsqueeze(1)
