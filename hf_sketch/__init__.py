@@ -5,6 +5,7 @@ from importlib.metadata import version
 from hf_sketch.collection import Sketches, load_sketches
 from hf_sketch.example_losses import ExampleLosses, example_losses
 from hf_sketch.implicit import implicit_sketch
+from hf_sketch.measured_error import MeasuredError
 from hf_sketch.model_sketch import Coverage, ModelSketch
 from hf_sketch.per_example import ExampleRows, PerExampleSketcher
 from hf_sketch.sketch_dataset import sketch_dataset
@@ -36,6 +37,7 @@ __all__ = [
     "Dense",
     "ExampleLosses",
     "ExampleRows",
+    "MeasuredError",
     "ModelSketch",
     "PerExampleSketcher",
     "Sketch",

@@ -48,7 +48,7 @@ def top_rows(
 def sketch_matrix(dataset: Dataset) -> Tensor:
     """The sketches of a (small) dataset as one matrix (rows, out_size), float32."""
     none = torch.empty(0, dataset.features["sketch"].length)
-    return torch.cat([none, *(sketches for _, sketches in _chunks(dataset))])
+    return torch.cat([none, *(sketches for _, sketches in sketch_chunks(dataset))])
 
 
 def _top_rows(
@@ -61,7 +61,7 @@ def _top_rows(
     queries = _normalised(queries) if method == "cosine" else queries
     skipped = 0
     total = tqdm(total=len(dataset), desc="Scoring rows", unit="row")
-    for start, sketches in _chunks(dataset):
+    for start, sketches in sketch_chunks(dataset):
         finite = sketches.isfinite().all(1)
         skipped += len(sketches) - int(finite.sum())
         rows = start + finite.nonzero().squeeze(1)
@@ -82,7 +82,7 @@ def _top_rows(
     return best, index
 
 
-def _chunks(dataset: Dataset) -> Iterator[tuple[int, Tensor]]:
+def sketch_chunks(dataset: Dataset) -> Iterator[tuple[int, Tensor]]:
     """Runs of sketches: (number of the first row, (rows, out_size)), float32."""
     names = [name for name in ("scale", "sketch") if name in dataset.column_names]
     arrow = dataset.select_columns(names).with_format("arrow")

@@ -1,9 +1,17 @@
 """The command `hf-sketch`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from transformers import HfArgumentParser
+
+from hf_sketch.collection import load_sketches
+from hf_sketch.export import export_sketches
+from hf_sketch.hub import store_directory
+from hf_sketch.maintenance import describe, find_problems, merge, repair
 
 # The folder is mapped into the package when it is installed, which pyright cannot see.
 from hf_sketch.recipes.demo import (  # pyright: ignore[reportMissingImports]
@@ -11,7 +19,99 @@ from hf_sketch.recipes.demo import (  # pyright: ignore[reportMissingImports]
     run_demo,
 )
 
-_COMMANDS = {"demo": (DemoArguments, run_demo)}
+
+@dataclass
+class InfoArguments:
+    """Tell what is in a store."""
+
+
+@dataclass
+class VerifyArguments:
+    """Compare every byte of a store with its digest; exit with 1 if one differs."""
+
+
+@dataclass
+class RepairArguments:
+    """Set damaged files of a store aside, so that it opens again."""
+
+
+@dataclass
+class MergeArguments:
+    """Copy stores of one map, as of several machines, into one."""
+
+    output_dir: str = field(metadata={"help": "The new store; must not be there."})
+
+
+@dataclass
+class ExportArguments:
+    """Copy the rows of a store to files of another format."""
+
+    to: str = field(metadata={"help": "parquet, npy or safetensors."})
+    output_dir: str = field(metadata={"help": "A new directory for the files."})
+
+
+def run_info(arguments: InfoArguments, directories: list[str]) -> None:
+    """Print what is in each store."""
+    for directory in directories:
+        print(describe(store_directory(directory)))
+
+
+def run_verify(arguments: VerifyArguments, directories: list[str]) -> None:
+    """Print what is wrong with each store."""
+    problems = [p for d in directories for p in find_problems(store_directory(d))]
+    print("\n".join(problems) or "nothing differs from what was written")
+    if problems:
+        raise SystemExit(1)
+
+
+def run_repair(arguments: RepairArguments, directories: list[str]) -> None:
+    """Mend each store and print how."""
+    done = [line for d in directories for line in repair(store_directory(d))]
+    print("\n".join(done) or "there was nothing to mend")
+
+
+def run_merge(arguments: MergeArguments, directories: list[str]) -> None:
+    """Join the stores and print what came out."""
+    output = Path(arguments.output_dir)
+    merge([store_directory(directory) for directory in directories], output)
+    print(describe(output))
+
+
+def run_export(arguments: ExportArguments, directories: list[str]) -> None:
+    """Export the store and print the files."""
+    if len(directories) != 1:
+        raise ValueError(
+            f"export takes one store, got {len(directories)}: join them with hf-sketch "
+            "merge."
+        )
+    sketches = load_sketches(directories[0])
+    for path in export_sketches(sketches, arguments.to, Path(arguments.output_dir)):
+        print(path)
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A subcommand.
+
+    Args:
+        arguments: dataclass of its options; its docstring is the help.
+        run: called with them and, if it takes stores, a list of directories.
+        takes_stores: whether it does.
+    """
+
+    arguments: type
+    run: Callable[..., Any]
+    takes_stores: bool = True
+
+
+_COMMANDS = {
+    "demo": _Command(DemoArguments, run_demo, takes_stores=False),
+    "info": _Command(InfoArguments, run_info),
+    "verify": _Command(VerifyArguments, run_verify),
+    "repair": _Command(RepairArguments, run_repair),
+    "merge": _Command(MergeArguments, run_merge),
+    "export": _Command(ExportArguments, run_export),
+}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -24,8 +124,15 @@ def main(words: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(
         dest="command", required=True, parser_class=HfArgumentParser
     )
-    for name, (arguments, _) in _COMMANDS.items():
-        commands.add_parser(name, dataclass_types=arguments, help=arguments.__doc__)
+    for name, command in _COMMANDS.items():
+        help_text = command.arguments.__doc__
+        sub = commands.add_parser(
+            name, dataclass_types=command.arguments, help=help_text
+        )
+        if command.takes_stores:
+            what = "An output_dir of a Trainer, or the sketches directory in it."
+            sub.add_argument("directories", nargs="+", metavar="DIR", help=what)
     given = vars(parser.parse_args(words))
-    arguments, run = _COMMANDS[given.pop("command")]
-    run(arguments(**given))
+    command = _COMMANDS[given.pop("command")]
+    stores = [given.pop("directories")] if command.takes_stores else []
+    command.run(command.arguments(**given), *stores)

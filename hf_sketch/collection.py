@@ -11,12 +11,12 @@ import torch
 from datasets import Dataset
 
 from hf_sketch.attribution import sketch_matrix, top_rows
+from hf_sketch.hub import push_store, store_directory
 from hf_sketch.measured_error import MeasuredError
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.rows import PER_EXAMPLE, PER_STEP, features
 from hf_sketch.shards import Shard, check_shard, contents_are_checked, open_shards
 from hf_sketch.store import (
-    HEADER,
     Manifest,
     missing_ranks,
     read_header,
@@ -35,12 +35,34 @@ class Sketches:
         steps: one row per optimizer step; None for sketches made outside training.
         measured_error: how far inner products of these rows are from exact ones, as
             measured on the first examples; None if it was not measured.
+        directory: the store; None for sketches in memory.
     """
 
     model_sketch: ModelSketch
     dataset: Dataset
     steps: Dataset | None = None
     measured_error: MeasuredError | None = None
+    directory: Path | None = None
+
+    def push_to_hub(
+        self, repo_id: str, private: bool | None = None, token: str | None = None
+    ) -> str:
+        """Upload the whole store to a dataset repository of the Hub.
+
+        `load_sketches(repo_id)` opens it again.
+
+        Returns:
+            the commit's address.
+
+        Raises:
+            ValueError: the sketches are in memory only.
+        """
+        if self.directory is None:
+            raise ValueError(
+                "only a store on disk can be pushed, got sketches in memory: pass those"
+                " of load_sketches."
+            )
+        return push_store(self.directory, repo_id, private, token)
 
     def where(self, **values: Any) -> "Sketches":
         """The rows whose columns equal the given values, e.g. `where(epoch=2)`.
@@ -113,7 +135,10 @@ class Sketches:
 
 
 def load_sketches(
-    path: str | Path, skip_damaged: bool = False, verify: bool | None = None
+    path: str | Path,
+    skip_damaged: bool = False,
+    verify: bool | None = None,
+    **hub_options: Any,
 ) -> Sketches:
     """Open the sketches that a GradientSketchCallback left beside the checkpoints.
 
@@ -121,25 +146,36 @@ def load_sketches(
     or recording was off, is told in a warning.
 
     Args:
-        path: the Trainer's `output_dir`, or the `sketches` directory in it.
+        path: the Trainer's `output_dir`, the `sketches` directory in it, or the id of
+            a dataset repository on the Hub.
         skip_damaged: leave out files that are missing or damaged, with a warning,
             instead of raising.
         verify: compare every byte with the digests that were written with it; by
             default this is done for stores of up to 1 GiB, and of larger ones only the
             lengths and the heads of the files are compared (`hf-sketch verify` does it
             all).
+        hub_options: for `huggingface_hub.snapshot_download`, as `revision`, `token` or
+            `repo_type="model"`.
 
     Raises:
         FileNotFoundError: there is no store.
         ValueError: a file is damaged, or the header is of another version or map.
     """
-    directory = store_directory(path)
+    directory = store_directory(path, **hub_options)
     header = read_header(directory)
     manifests = read_manifests(directory)
     _tell_what_is_missing(directory, manifests)
     shards = [shard for manifest in manifests for shard in manifest.shards]
-    contents = contents_are_checked(shards) if verify is None else verify
-    damaged = _damaged(directory, shards, contents, skip_damaged)
+    if verify is None:
+        verify = contents_are_checked(shards)
+        if not verify:
+            warnings.warn(
+                f"{directory} holds {sum(s.size_bytes for s in shards) / 2**30:.1f} "
+                "GiB, whose numbers are not compared with their digests on opening: "
+                "pass verify=True to compare them, False to hear of it no more.",
+                stacklevel=2,
+            )
+    damaged = _damaged(directory, shards, verify, skip_damaged)
     opened: dict[str, Dataset] = {}
     for kind in (PER_EXAMPLE, PER_STEP):
         whole = [s for s in shards_of(manifests, kind) if s.file not in damaged]
@@ -150,13 +186,8 @@ def load_sketches(
         opened[PER_EXAMPLE],
         opened[PER_STEP],
         header.measured_error,
+        directory,
     )
-
-
-def store_directory(path: str | Path) -> Path:
-    """The store at a path, or in the `sketches` directory there."""
-    directory = Path(path)
-    return directory if (directory / HEADER).exists() else directory / "sketches"
 
 
 def _damaged(
@@ -187,8 +218,4 @@ def _tell_what_is_missing(directory: Path, manifests: Sequence[Manifest]) -> Non
         )
     for manifest in manifests:
         for gap in manifest.gaps:
-            warnings.warn(
-                f"{directory} has no rows from step {gap.first_step} on until training "
-                f"was resumed, since recording was off: {gap.reason}",
-                stacklevel=3,
-            )
+            warnings.warn(f"{directory} has no rows {gap}", stacklevel=3)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_sketch.evaluation_mode import evaluation_mode
 from hf_sketch.per_example import ExampleLossFunction, PerExampleSketcher, field_of
 
-_HELD_BYTES = 2**30
+_HELD_BYTES = 2**28
 _ROW_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
 _LOW_PRECISION_ROW_TOLERANCE = 0.1
 
@@ -45,8 +45,8 @@ def measure_error(
     """Compare rows with a backward pass for each example, at the present weights.
 
     The model runs in evaluation mode; its gradients, its mode and all random numbers
-    are left as they were. Exact gradients are held while they fit 1 GiB, and otherwise
-    computed again for each pair.
+    are left as they were. Exact gradients are held while they fit 256 MiB, and
+    otherwise computed again for each pair.
 
     Args:
         sketcher: within its context, with no batch under way.

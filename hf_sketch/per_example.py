@@ -110,6 +110,7 @@ class PerExampleSketcher:
         Raises:
             RuntimeError: no forward and backward pass ran since the last call, or a
                 parameter has a gradient that no module's call explains.
+            MemoryError: the memory ran out while gradients were read.
         """
         batch, self._batch = self._batch, None
         losses, scale = self._losses, self._scale
@@ -228,16 +229,17 @@ class PerExampleSketcher:
         if batch is None or labels is None or not torch.is_grad_enabled():
             return
         loss = field_of(output, "loss", 0)
-        self._losses = example_losses(
-            loss.detach(),
-            field_of(output, "logits", 1),
-            labels,
-            getattr(getattr(module, "config", None), "problem_type", None),
-            reduction=self.loss,
-            items_in_batch=kwargs.get("num_items_in_batch"),
-            causal=any(name in type(module).__name__ for name in _CAUSAL),
-            split=batch.split,
-        )
+        with batch.holding_failures():
+            self._losses = example_losses(
+                loss.detach(),
+                field_of(output, "logits", 1),
+                labels,
+                getattr(getattr(module, "config", None), "problem_type", None),
+                reduction=self.loss,
+                items_in_batch=kwargs.get("num_items_in_batch"),
+                causal=any(name in type(module).__name__ for name in _CAUSAL),
+                split=batch.split,
+            )
 
         def keep_scale(gradient: Tensor) -> None:
             self._scale = gradient.detach().clone()

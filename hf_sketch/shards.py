@@ -55,21 +55,22 @@ def write_shard(
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
     data = memoryview(sink.getvalue())
-    head = _head_bytes(data)
     path = directory / f"{kind}-{rank:05d}-{number:06d}.arrow"
     replace_file(path, data)
-    steps = table["step"].to_numpy()
-    return Shard(
-        file=path.name,
-        kind=kind,
-        rows=table.num_rows,
-        first_step=int(steps.min()),
-        last_step=int(steps.max()),
-        size_bytes=data.nbytes,
-        head_bytes=head,
-        head_xxh3_128=xxhash.xxh3_128_hexdigest(data[:head]),
-        xxh3_128=xxhash.xxh3_128_hexdigest(data),
-    )
+    return _describe(path.name, data, table)
+
+
+def describe_shard(path: Path) -> Shard:
+    """What the manifest should say of a file, as far as the file itself tells.
+
+    Raises:
+        pyarrow.ArrowInvalid: it holds no rows that can be read.
+    """
+    with pa.memory_map(str(path)) as source:
+        table = pa.ipc.open_stream(source).read_all()
+        table.validate(full=True)
+        source.seek(0)
+        return _describe(path.name, memoryview(source.read_buffer()), table)
 
 
 def read_shard(directory: Path, shard: Shard) -> pa.Table:
@@ -121,6 +122,22 @@ def open_shards(directory: Path, shards: Sequence[Shard], columns: Features) -> 
     files = [str(directory / shard.file) for shard in shards]
     tables = [MemoryMappedTable.from_file(file) for file in files]
     return Dataset(ConcatenationTable.from_tables(tables))
+
+
+def _describe(name: str, data: memoryview, table: pa.Table) -> Shard:
+    """The entry of a file with these bytes and rows."""
+    steps, head = table["step"].to_numpy(), _head_bytes(data)
+    return Shard(
+        file=name,
+        kind=name.partition("-")[0],
+        rows=table.num_rows,
+        first_step=int(steps.min()),
+        last_step=int(steps.max()),
+        size_bytes=data.nbytes,
+        head_bytes=head,
+        head_xxh3_128=xxhash.xxh3_128_hexdigest(data[:head]),
+        xxh3_128=xxhash.xxh3_128_hexdigest(data),
+    )
 
 
 def _mend(directory: Path) -> str:

@@ -57,12 +57,21 @@ class Gap:
     """Steps whose rows are not there.
 
     Args:
-        first_step: from which on recording was off.
+        first_step: the first of them.
         reason: why.
+        last_step: the last of them; None if recording was off until training was
+            resumed.
     """
 
     first_step: int
     reason: str
+    last_step: int | None = None
+
+    def __str__(self) -> str:
+        steps = f"of steps {self.first_step} to {self.last_step}"
+        if self.last_step is None:
+            steps = f"from step {self.first_step} on until training was resumed"
+        return f"{steps}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -92,21 +101,21 @@ class Manifest:
         return max((shard.last_step for shard in self.shards), default=0)
 
 
-def create_store(directory: Path, header: Header) -> None:
-    """Write the header and an empty manifest; they are both there, or neither.
+def create_store(directory: Path, header: Header, rank: int = 0) -> None:
+    """Write the header and a process's empty manifest: both are there, or neither.
 
     Raises:
         OSError: the directory cannot be written.
     """
     try:
         if directory.is_dir() and any(directory.iterdir()):
-            write_manifest(directory, Manifest())
+            write_manifest(directory, Manifest(rank))
             write_header(directory, header)
             return
         directory.parent.mkdir(parents=True, exist_ok=True)
         made = directory.with_name(directory.name + ".tmp")
         made.mkdir(exist_ok=True)
-        write_manifest(made, Manifest())
+        write_manifest(made, Manifest(rank))
         write_header(made, header)
         made.replace(directory)
         sync_directory(directory.parent)

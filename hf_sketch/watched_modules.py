@@ -1,6 +1,7 @@
 """Hooks that read each example's gradients off a model's modules."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +27,15 @@ class Batch:
         split: its examples.
         sums: where contributions go.
         outputs: watched tensors, or None if they are not to be kept.
+        failure: what went wrong in a hook. Nothing more is read then, and training
+            does not hear of it.
     """
 
     inputs: Mapping[str, Any]
     split: ExampleSplit
     sums: GradientSums
     outputs: list[Tensor] | None = None
+    failure: BaseException | None = None
     called: set[str] = field(default_factory=set[str])
     replays: list[tuple["Watched", Replay, list[Tensor | None]]] = field(
         default_factory=list[Any]
@@ -43,15 +47,35 @@ class Batch:
 
         def hook(gradient: Tensor) -> None:
             while readers:
-                with torch.no_grad():
-                    readers.pop()(gradient)
+                reader = readers.pop()
+                with self.holding_failures(), torch.no_grad():
+                    if self.failure is None:
+                        reader(gradient)
 
         tensor.register_hook(hook)
         if self.outputs is not None:
             self.outputs.append(tensor)
 
+    @contextmanager
+    def holding_failures(self) -> Generator[None]:
+        """Note it if the memory runs out within."""
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self.failure = error
+
     def finish(self) -> None:
-        """Add what is computed after the backward pass."""
+        """Add what is computed after the backward pass.
+
+        Raises:
+            MemoryError: the memory ran out in a hook.
+        """
+        if self.failure is not None:
+            raise MemoryError(
+                "the gradients of the examples did not fit into memory "
+                f"({self.failure}): pass layout='factored', a smaller out_size or "
+                "per_device_train_batch_size, or per_example=False."
+            ) from self.failure
         for watched, replay, gradients in self.replays:
             if all(gradient is None for gradient in gradients):
                 continue
@@ -91,10 +115,14 @@ class Watched:
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             batch = current()
-            if batch is None or not any(x.requires_grad for x in tensors_of(output)):
+            if batch is None or batch.failure is not None:
+                return None
+            if not any(x.requires_grad for x in tensors_of(output)):
                 return None
             batch.called.add(self.path)
-            return self._watch(batch, args, kwargs, output)
+            with batch.holding_failures():
+                return self._watch(batch, args, kwargs, output)
+            return None
 
         handles = [self.module.register_forward_hook(after, with_kwargs=True)]
         if self.rule is None:

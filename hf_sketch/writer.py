@@ -35,7 +35,8 @@ class SketchWriter:
     """Buffers rows and writes them to shards of whole steps in the background.
 
     Every process has a writer of its own, and files of its own: there is no lock. The
-    one of rank 0 makes the store, and is made first.
+    one of rank 0 makes the store, and is made first; on a file system that it does not
+    reach, the first one there makes it.
 
     Args:
         directory: the store, `<output_dir>/sketches`.
@@ -68,8 +69,8 @@ class SketchWriter:
         self._part_bytes = buffer_bytes // _PARTS_IN_MEMORY
         self._buffer: Rows = {}
         self._buffered_bytes = 0
-        if rank == 0:
-            _prepare(directory, header, resume_step)
+        if rank == 0 or not (directory / HEADER).exists():
+            _prepare(directory, header, resume_step, rank)
             for manifest in read_manifests(directory):
                 _truncate(directory, manifest, resume_step)
         self._manifest = _own_manifest(directory, rank, world_size)
@@ -161,7 +162,7 @@ class SketchWriter:
         self._manifest = manifest
 
 
-def _prepare(directory: Path, header: Header, resume_step: int) -> None:
+def _prepare(directory: Path, header: Header, resume_step: int, rank: int) -> None:
     """Make the store, or check the one that rows are to be added to."""
     manifests: list[Manifest] = []
     if (directory / HEADER).exists():
@@ -177,7 +178,7 @@ def _prepare(directory: Path, header: Header, resume_step: int) -> None:
             stacklevel=3,
         )
     if not last_step or resume_step == 0:
-        create_store(directory, header)
+        create_store(directory, header, rank)
 
 
 def _own_manifest(directory: Path, rank: int, world_size: int) -> Manifest:

@@ -54,7 +54,9 @@ def tiny_dataset(rows=22):
     return Dataset.from_dict({**columns, "text": ["some text"] * rows})
 
 
-def tiny_trainer(output_dir, *callbacks, model=None, dataset=None, **arguments):
+def tiny_trainer(
+    output_dir, *callbacks, model=None, dataset=None, eval_dataset=None, **arguments
+):
     """A Trainer with dropout, accumulation, clipping and a last partial batch."""
     settings = {
         "per_device_train_batch_size": 4,
@@ -73,6 +75,7 @@ def tiny_trainer(output_dir, *callbacks, model=None, dataset=None, **arguments):
         tiny_bert() if model is None else model,
         TrainingArguments(str(output_dir), **{**settings, **arguments}),
         train_dataset=tiny_dataset() if dataset is None else dataset,
+        eval_dataset=eval_dataset,
         callbacks=list(callbacks),
     )
 
