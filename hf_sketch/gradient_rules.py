@@ -198,7 +198,14 @@ def _elementwise(call: Call) -> Backward | None:
     slope: dict[float, float] | None = call.learned["slope"]
     if slope is None:
         return None
-    ((name, _),) = call.module.named_parameters()
+    ((name, weight),) = call.module.named_parameters()
+    if slope == {1.0: 1.0} and _divides_well(weight):
+        y, w, split = call.output, weight.detach(), call.split
+
+        def quotient(gradient: Tensor) -> Iterator[Contribution]:
+            yield Contribution(name, _over_tokens(split, gradient * y, 1) / w)
+
+        return quotient
     inputs = dataclasses.replace(call, output=call.output[:0])
 
     def backward(gradient: Tensor) -> Iterator[Contribution]:
@@ -206,6 +213,12 @@ def _elementwise(call: Call) -> Backward | None:
         yield Contribution(name, _over_tokens(inputs.split, gradient * n, 1))
 
     return backward
+
+
+def _divides_well(weight: Tensor) -> bool:
+    """Whether y = w * n gives n back with nearly all of its bits."""
+    sizes = weight.detach().abs()
+    return weight.element_size() >= 4 and bool(sizes.min() > 1e-4 * sizes.max())
 
 
 def _learn_slope(call: Call) -> dict[float, float] | None:

@@ -59,7 +59,7 @@ class GradientSums:
         if right is None:
             self._add_rows(name, left.reshape(len(left), -1), slice(None))
         elif operator is not None:
-            self._rows += operator.apply_folded(left, right)
+            operator.add_folded_(self._rows, left, right)
         elif (plain := self._model_sketch.operators.get(name)) is not None:
             self._rows += plain.apply_outer(left, right.to(self._dtype))
         else:

@@ -156,6 +156,15 @@ class QK(Sketch):
         product = torch.matmul(left.transpose(1, 2).to(right.dtype), right)
         return product.flatten(1)[:, : self.out_size] * self._scale
 
+    def add_folded_(self, rows: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add `apply_folded` to rows (b, out_size) in place, reading them once."""
+        out = self._sizes[1]
+        if math.prod(out) != self.out_size:
+            rows += self.apply_folded(left, right)
+            return
+        left = left.transpose(1, 2).to(right.dtype)
+        rows.view(len(rows), *out).baddbmm_(left, right, alpha=self._scale)
+
     def _fold_all(self, rows: Tensor) -> Tensor:
         """Every factor of signs in turn, the last first: (b, N) -> (b, D)."""
         into, out = self._sizes
