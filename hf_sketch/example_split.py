@@ -1,6 +1,6 @@
 """How the tensors of a batch divide into its examples."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -95,14 +95,22 @@ class ExampleSplit:
 
     def first(self, inputs: Mapping[str, Any], count: int) -> Mapping[str, Any]:
         """The inputs of the first examples; of all if they are packed."""
+        return next(self.pieces(inputs, count))
+
+    def pieces(
+        self, inputs: Mapping[str, Any], count: int
+    ) -> Iterator[Mapping[str, Any]]:
+        """The inputs of some examples after the other; of all if they are packed."""
         if self.starts:
-            return inputs
-        return {
-            name: value[:count]
-            if isinstance(value, Tensor) and value.dim() and len(value) == self.size
-            else value
-            for name, value in inputs.items()
-        }
+            yield inputs
+            return
+        for start in range(0, self.size, count):
+            yield {
+                name: value[start : start + count]
+                if isinstance(value, Tensor) and value.dim() and len(value) == self.size
+                else value
+                for name, value in inputs.items()
+            }
 
     def mask(self, x: Tensor, index: int) -> Tensor:
         """The same tensor with zeros in place of all other examples."""

@@ -1,6 +1,6 @@
 """How far sketched inner products are from exact ones, measured on real examples."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from hf_sketch.evaluation_mode import evaluation_mode
 from hf_sketch.per_example import ExampleLossFunction, PerExampleSketcher, field_of
 
 _HELD_BYTES = 2**28
+_EXAMPLES_AT_ONCE = 2  # and what batching adds is still seen
 _ROW_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
 _LOW_PRECISION_ROW_TOLERANCE = 0.1
 
@@ -61,14 +62,17 @@ def measure_error(
     rows: list[Tensor] = []
     gradients: list[Callable[[], list[Tensor]]] = []
     with evaluation_mode(sketcher.model), sketcher.own_units():
-        for inputs in batches:
-            inputs = {k: v for k, v in inputs.items() if k != "num_items_in_batch"}
+        for inputs in _pieces(sketcher, batches):
+            if len(rows) == examples:
+                break
             got = sketcher.sketch(inputs, loss_fn)
             for index in (
-                got.weights.nonzero().flatten().tolist()[: examples - len(rows)]
+                (got.weights > 0).nonzero().flatten().tolist()[: examples - len(rows)]
             ):
                 rows.append(got.rows[index])
                 gradients.append(_alone(sketcher, inputs, index, loss_fn))
+        if not rows:
+            return MeasuredError(0, None, None, 0.0)
         comparison = _Comparison(sketcher, torch.stack(rows), gradients)
         exact = comparison.exact_products()
     got = torch.stack(rows)
@@ -83,6 +87,15 @@ def measure_error(
             f"{type(sketcher.model).__name__}."
         )
     return _errors(exact, got.to("cpu", torch.float64), comparison.row_error)
+
+
+def _pieces(
+    sketcher: PerExampleSketcher, batches: Sequence[Mapping[str, Any]]
+) -> Iterator[Mapping[str, Any]]:
+    """A few examples at a time, to spare memory."""
+    for inputs in batches:
+        inputs = {k: v for k, v in inputs.items() if k != "num_items_in_batch"}
+        yield from sketcher.split_of(inputs).pieces(inputs, _EXAMPLES_AT_ONCE)
 
 
 def _alone(

@@ -186,6 +186,8 @@ def _expand(x: Tensor, like: Tensor) -> Tensor:
     """An output that examples share, given to each of them."""
     if x.dim() < like.dim() and x.shape == like.shape[-x.dim() :]:
         return x.expand_as(like)
+    if x.dim() and len(x) == 1 and x.shape[1:] == like.shape[1:]:
+        return x.expand_as(like)
     return x
 
 

@@ -168,7 +168,8 @@ def _prepare(directory: Path, header: Header, resume_step: int, rank: int) -> No
     if (directory / HEADER).exists():
         manifests = read_manifests(directory)
     last_step = max((manifest.last_step for manifest in manifests), default=0)
-    if last_step:
+    recorded = any(manifest.shards or manifest.gaps for manifest in manifests)
+    if last_step or (recorded and resume_step):
         _check_settings(directory, header)
     if last_step and resume_step == 0:
         aside = _set_aside(directory)
@@ -177,7 +178,7 @@ def _prepare(directory: Path, header: Header, resume_step: int, rank: int) -> No
             f"not resumed: they are now in {aside}.",
             stacklevel=3,
         )
-    if not last_step or resume_step == 0:
+    if not recorded or resume_step == 0:
         create_store(directory, header, rank)
 
 

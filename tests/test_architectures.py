@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_sketch import ModelSketch, PerExampleSketcher
-from tests.tiny_models import EXAMPLES, NAMES, DoublePrecision, tiny_inputs, tiny_model
+from tests.tiny_models import NAMES, DoublePrecision, tiny_inputs, tiny_model
 
 SIZE = 256
 # A pretrained Llama of 260,000 parameters that lies beside some checkouts.
@@ -26,7 +26,9 @@ def assert_rows_are_right(model, inputs, layout):
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sketch.coverage().elements == trainable
     with DoublePrecision():
-        gradients = [single_gradients(model, inputs, i) for i in range(EXAMPLES)]
+        gradients = [
+            single_gradients(model, inputs, i) for i in range(len(inputs["labels"]))
+        ]
     expected = [sketch.sketch(some) for some in gradients]
     with DoublePrecision(), PerExampleSketcher(model, sketch) as sketcher:
         got = sketcher.sketch(inputs)
@@ -38,6 +40,12 @@ def assert_rows_are_right(model, inputs, layout):
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_those_of_single_example_passes(name, layout):
     assert_rows_are_right(tiny_model(name), tiny_inputs(name), layout)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_batches_whose_size_divides_their_lengths(name):
+    inputs = {key: column[:3] for key, column in tiny_inputs(name).items()}
+    assert_rows_are_right(tiny_model(name), inputs, "factored")
 
 
 @pytest.mark.skipif(not PRETRAINED.exists(), reason="needs the pretrained weights")

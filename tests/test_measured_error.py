@@ -62,6 +62,12 @@ def test_examples_without_a_loss_are_passed_over(model):
     assert measure(model, batch).examples == 4
 
 
+def test_without_an_example_that_has_a_loss_there_is_nothing_to_measure(model):
+    batch = tiny_batch(3)
+    batch["labels"][:] = -100
+    assert measure(model, batch).examples == 0
+
+
 def test_one_example_has_no_pair(model):
     got = measure(model, tiny_batch(1))
     assert (got.examples, got.pearson_r, got.relative_error) == (1, None, None)
