@@ -165,6 +165,7 @@ class PerExampleSketcher:
             self._scale = ones.sum() / ones.sum()
         total = field_of(output, "loss", 0) if losses is None else losses.sum()
         torch.autograd.grad(total, outputs, allow_unused=True)
+        outputs.clear()  # their hooks hold the batch, and the batch holds them
         return self.take()
 
     def split_of(self, inputs: Mapping[str, Any]) -> ExampleSplit:

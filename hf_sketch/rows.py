@@ -1,6 +1,6 @@
 """The kinds of rows in a store, their columns, and how sketches are kept in them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import pyarrow as pa
@@ -60,22 +60,35 @@ def features(kind: str, out_size: int, row_dtype: str = "float32") -> Features:
     return Features(**columns, sketch=List(Value(row_dtype), length=out_size))
 
 
-def arrow_table(
-    kind: str, columns: Mapping[str, Tensor], row_dtype: str = "float32"
-) -> pa.Table:
-    """Rows as an Arrow table; `sketch` is (rows, out_size), the others (rows,)."""
-    out_size = columns["sketch"].shape[1]
-    schema = features(kind, out_size, row_dtype).arrow_schema
+def arrow_table(kind: str, columns: Mapping[str, Tensor]) -> pa.Table:
+    """Rows as an Arrow table.
+
+    Shapes:
+        every column (rows,), `sketch` (rows, out_size) as `joined` leaves it
+    """
+    sketches = columns["sketch"]
+    row_dtype = str(sketches.dtype).removeprefix("torch.")
+    schema = features(kind, sketches.shape[1], row_dtype).arrow_schema
     arrays = [
         pa.array(columns[name].cpu().numpy()).cast(schema.field(name).type)
-        for name in _COLUMNS[kind]
+        for name in schema.names[:-1]
     ]
-    scale, sketches = encode(columns["sketch"].to("cpu", torch.float32), row_dtype)
-    if row_dtype != "float32":
-        arrays.append(pa.array(scale.numpy()))
-    flat = pa.array(sketches.reshape(-1).numpy())
-    arrays.append(pa.FixedSizeListArray.from_arrays(flat, out_size))
+    flat = pa.array(sketches.cpu().reshape(-1).numpy())
+    arrays.append(pa.FixedSizeListArray.from_arrays(flat, sketches.shape[1]))
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def joined(parts: Sequence[Mapping[str, Tensor]], row_dtype: str) -> dict[str, Tensor]:
+    """Many sets of rows as one, with `sketch` in a dtype, and `scale` if it has one.
+
+    Shapes:
+        every column (rows,), `sketch` (rows, out_size)
+    """
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if row_dtype == "float32":
+        return columns
+    scale, sketches = encode(columns["sketch"], row_dtype)
+    return {**columns, "scale": scale, "sketch": sketches}
 
 
 def encode(sketches: Tensor, row_dtype: str) -> tuple[Tensor, Tensor]:
@@ -84,23 +97,23 @@ def encode(sketches: Tensor, row_dtype: str) -> tuple[Tensor, Tensor]:
     "float16" has powers of two as scales, so that nothing but the rounding to 11 bits
     is lost, whatever the row's size; "int8" rounds to 1/127 of the largest number.
     A row that is not finite stays so: its scale is 1, or NaN with "int8".
+    May overwrite its argument.
 
     Shapes:
         sketches (rows, n), float32 -> (rows,), float32 and (rows, n)
     """
     largest = sketches.abs().amax(1)
-    scale = torch.ones_like(largest)
     if row_dtype == "float32":
-        return scale, sketches
+        return torch.ones_like(largest), sketches
     usable = largest.isfinite() & (largest > 0)
     if row_dtype == "float16":
         exponents = largest.frexp().exponent.clamp(min=_LEAST_EXPONENT)
-        scale[usable] = torch.exp2((exponents - _FLOAT16_BITS)[usable].to(scale))
-        return scale, (sketches / scale.unsqueeze(1)).to(torch.float16)
-    scale[usable] = largest[usable] / _INT8_STEPS
-    whole = (sketches / scale.unsqueeze(1)).round()
+        powers = torch.exp2((exponents - _FLOAT16_BITS).to(largest))
+        scale = powers.where(usable, 1.0)
+        return scale, sketches.div_(scale.unsqueeze(1)).to(torch.float16)
     finite = largest.isfinite()
-    scale[~finite] = torch.nan
+    scale = (largest / _INT8_STEPS).where(usable, 1.0).where(finite, torch.nan)
+    whole = sketches.div_(scale.unsqueeze(1)).round_()
     return scale, whole.where(finite.unsqueeze(1), 0.0).to(torch.int8)
 
 

@@ -121,7 +121,9 @@ def open_shards(directory: Path, shards: Sequence[Shard], columns: Features) -> 
         return Dataset.from_dict(empty, features=columns)
     files = [str(directory / shard.file) for shard in shards]
     tables = [MemoryMappedTable.from_file(file) for file in files]
-    return Dataset(ConcatenationTable.from_tables(tables))
+    digests = "".join(shard.xxh3_128 for shard in shards).encode()
+    fingerprint = xxhash.xxh3_64_hexdigest(digests)  # `datasets` would pickle all names
+    return Dataset(ConcatenationTable.from_tables(tables), fingerprint=fingerprint)
 
 
 def _describe(name: str, data: memoryview, table: pa.Table) -> Shard:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.measured_error import MeasuredError
-from hf_sketch.rows import arrow_table
+from hf_sketch.rows import arrow_table, joined
 from hf_sketch.shards import Shard, read_shard, write_shard
 from hf_sketch.store import (
     HEADER,
@@ -149,10 +149,7 @@ class SketchWriter:
         """Write a shard of each kind, then name them in the manifest."""
         shards: list[Shard] = []
         for kind, parts in buffer.items():
-            columns = {
-                name: torch.cat([part[name] for part in parts]) for name in parts[0]
-            }
-            table = arrow_table(kind, columns, self._row_dtype)
+            table = arrow_table(kind, joined(parts, self._row_dtype))
             arguments = (self._manifest.rank, self._next_number, table)
             shards.append(write_shard(self.directory, kind, *arguments))
             self._next_number += 1

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -119,6 +122,20 @@ def test_the_backward_pass_is_bit_equal_with_and_without():
             model(**tiny_batch()).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_sketching_holds_nothing_of_the_batch_afterwards():
+    model, made = tiny_bert().eval(), []
+    linear = model.classifier
+    linear.register_forward_hook(lambda *call: made.append(weakref.ref(call[2])))
+    gc.collect()
+    gc.disable()
+    try:
+        with PerExampleSketcher(model, ModelSketch.from_model(model, 64)) as sketcher:
+            sketcher.sketch(tiny_batch())
+            assert [output() for output in made] == [None]
+    finally:
+        gc.enable()
 
 
 def test_sketching_leaves_gradients_and_hooks_as_they_were():
