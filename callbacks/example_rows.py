@@ -1,7 +1,8 @@
 """Rows of the store with each example's gradient."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from hf_sketch.per_example import ExampleRows, PerExampleSketcher
 from hf_sketch.rows import PER_EXAMPLE
 from hf_sketch.writer import SketchWriter
 
-from .example_ids import ExampleIds, content_ids
+from .example_ids import ExampleIds, check_stream, content_ids
 from .moment import Moment
 
 _MEASURED_EXAMPLES = 8
@@ -28,6 +29,8 @@ class ExampleRecorder:
         model_sketch: the map.
         loader: the training DataLoader.
         loss: an example's own loss is the "mean" or the "sum" over its tokens.
+        rank: of this process.
+        world_size: number of processes that train together.
     """
 
     def __init__(
@@ -36,13 +39,17 @@ class ExampleRecorder:
         model_sketch: ModelSketch,
         loader: DataLoader[Any],
         loss: str,
+        rank: int,
+        world_size: int,
     ) -> None:
+        self._rank, self._world_size = rank, world_size
+        self._loader = loader
+        check_stream(loader, world_size)
         self._sketcher = PerExampleSketcher(model, model_sketch, loss)
+        stream = isinstance(loader.dataset, IterableDataset)
+        self._ids = None if stream else ExampleIds(loader, world_size)
         self._sketcher.recording = False
         self._sketcher.__enter__()
-        stream = isinstance(loader.dataset, IterableDataset)
-        self._ids = None if stream else ExampleIds(loader)
-        self._loader = loader
         self._step_sum: Tensor | None = None
         self._step_inputs: list[Mapping[str, Any]] = []
         self._warned = False
@@ -83,18 +90,23 @@ class ExampleRecorder:
                 "per-example rows need one row of the dataset for each example of a "
                 "batch; pass per_example=False."
             )
-        finite = batch.rows.isfinite().all(1)
-        self._warn(moment, ids, batch, finite)
-        writer.append(PER_EXAMPLE, _columns(moment, ids, batch, finite))
+        # A step's gradient is the mean over the processes'.
+        batch = replace(batch, weights=batch.weights / self._world_size)
         weighted = batch.weights.to(batch.rows) @ batch.rows
         self._step_sum = (
             weighted if self._step_sum is None else self._step_sum + weighted
         )
+        self._write(moment, writer, ids, batch)
         if len(self._step_inputs) < _MEASURED_EXAMPLES and not self._warned:
             self._step_inputs.append(split.first(inputs, _MEASURED_EXAMPLES))
 
     def end_step(self) -> Tensor | None:
-        """The optimizer step is complete: the weighted sum of its rows, if recorded."""
+        """The optimizer step is complete, if it is recorded.
+
+        Returns:
+            the weighted sum of this process's rows, with those of examples that fill up
+            the last batches.
+        """
         self._sketcher.recording = False
         return self._step_sum
 
@@ -108,6 +120,25 @@ class ExampleRecorder:
             examples=_MEASURED_EXAMPLES,
             low_precision=low_precision,
         )
+
+    def _write(
+        self,
+        moment: Moment,
+        writer: SketchWriter,
+        ids: Sequence[int | None],
+        batch: ExampleRows,
+    ) -> None:
+        """Write the rows of the examples whose turn it is: those that have an id."""
+        kept = [place for place, example in enumerate(ids) if example is not None]
+        if len(kept) < len(ids):
+            columns = batch.rows, batch.losses, batch.weights
+            batch = ExampleRows(*(column[kept] for column in columns))
+        own = [example for example in ids if example is not None]
+        if not own:
+            return
+        finite = batch.rows.isfinite().all(1)
+        self._warn(moment, own, batch, finite)
+        writer.append(PER_EXAMPLE, _columns(moment, self._rank, own, batch, finite))
 
     def _warn(
         self, moment: Moment, ids: list[int], batch: ExampleRows, finite: Tensor
@@ -140,7 +171,7 @@ class ExampleRecorder:
 
 
 def _columns(
-    moment: Moment, ids: list[int], batch: ExampleRows, finite: Tensor
+    moment: Moment, rank: int, ids: list[int], batch: ExampleRows, finite: Tensor
 ) -> dict[str, Tensor]:
     """The columns of a micro-batch's rows."""
     count = len(ids)
@@ -149,7 +180,7 @@ def _columns(
         "epoch": torch.full((count,), moment.epoch),
         "step": torch.full((count,), moment.step),
         "micro_step": torch.full((count,), moment.micro_step),
-        "rank": torch.zeros(count, dtype=torch.int64),
+        "rank": torch.full((count,), rank),
         "learning_rate": torch.full(
             (count,), moment.learning_rate, dtype=torch.float64
         ),

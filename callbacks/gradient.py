@@ -21,9 +21,11 @@ from hf_sketch.operator_choice import check_operator
 from hf_sketch.rows import check_row_dtype
 from hf_sketch.store import Header
 
+from .processes import check_processes, gathered
 from .recording import Recording
 
 ON_ERROR = ("raise", "warn")
+_GOES_ON = -1
 _FAILURES = (OSError, MemoryError, torch.OutOfMemoryError)
 
 
@@ -38,6 +40,10 @@ class GradientSketchCallback(TrainerCallback):
       number of the example in `train_dataset` and the weight with which it entered the
       step, so that the weighted sum of a step's rows is the step's gradient before
       clipping. This is verified at the first step.
+
+    Under DDP each process records its own examples. Those that fill up the last batch
+    of an epoch have a row where they had their turn only: the rows of that step add up
+    to its gradient without the repetitions' share.
 
     Training is bit for bit what it is without the callback. Rows are written before
     each checkpoint; training that resumes from a checkpoint ends with the rows of
@@ -58,8 +64,8 @@ class GradientSketchCallback(TrainerCallback):
         row_dtype: what rows are stored in: "float32", or "float16" or "int8", each row
             with a scale.
         on_error: what to do if the disk is full or the memory runs out in recording:
-            "raise" an error that stops training, or "warn", record no more until
-            training is resumed, and train on.
+            "raise" an error that stops training, or "warn", record no more, in any
+            process, until training is resumed, and train on.
 
     Raises:
         ValueError: a bad argument; in `on_train_begin` a model, a setting of the
@@ -108,6 +114,8 @@ class GradientSketchCallback(TrainerCallback):
         self.row_dtype = row_dtype
         self.on_error = on_error
         self._recording: Recording | None = None
+        self._together = False
+        self._last_step = _GOES_ON
 
     def on_train_begin(
         self,
@@ -120,7 +128,9 @@ class GradientSketchCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._close()
-        _check_arguments(args)
+        check_processes(args, model)
+        self._together = args.world_size > 1 and self.on_error == "warn"
+        self._last_step = _GOES_ON
         seed = args.seed if self.seed is None else self.seed
         sketch = ModelSketch.from_model(
             model, self.out_size, self.layout, seed, self.operator
@@ -174,6 +184,9 @@ class GradientSketchCallback(TrainerCallback):
         optimizer: Optimizer,
         **kwargs: Any,
     ) -> None:
+        self._run(lambda recording: recording.end_micro_batch(state, optimizer))
+        if (state.global_step + 1) % self.every_steps == 0:
+            self._agree()
         self._run(lambda recording: recording.end_gradient(state, optimizer))
 
     def on_step_end(
@@ -223,6 +236,7 @@ class GradientSketchCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._run(Recording.flush)
+        self._agree()
         self._close()
 
     def _run(self, action: Callable[[Recording], None]) -> None:
@@ -232,14 +246,30 @@ class GradientSketchCallback(TrainerCallback):
         try:
             action(self._recording)
         except _FAILURES as error:
-            recording, self._recording = self._recording, None
-            recording.abandon(error)
+            self._abandon(f"{type(error).__name__}: {error}")
             if self.on_error == "raise":
                 raise
+
+    def _agree(self) -> None:
+        """Record no more in any process once one of them does not."""
+        if not self._together:
+            return
+        ended = [step for step in gathered(self._last_step) if step != _GOES_ON]
+        if ended:
+            self._together = False
+            self._abandon("recording failed in another process", min(ended))
+
+    def _abandon(self, reason: str, last_step: int | None = None) -> None:
+        """Record no more, and say so, in the store and to the user."""
+        recording, self._recording = self._recording, None
+        if recording is None:
+            return
+        self._last_step = recording.abandon(reason, last_step)
+        if self.on_error == "warn":
             warnings.warn(
-                f"sketches are recorded no more, training goes on: {error} "
+                f"sketches are recorded no more, training goes on: {reason} "
                 "(on_error='warn'). Resume training from a checkpoint to record again.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _close(self) -> None:
@@ -247,18 +277,3 @@ class GradientSketchCallback(TrainerCallback):
         if self._recording is not None:
             self._recording.close()
         self._recording = None
-
-
-def _check_arguments(args: TrainingArguments) -> None:
-    """Raise if the Trainer's settings are not covered."""
-    refused = {
-        "several processes": args.world_size > 1,
-        "several GPUs in one process": args.n_gpu > 1,
-        "torch_compile=True": args.torch_compile,
-    }
-    found = [name for name, present in refused.items() if present]
-    if found:
-        raise ValueError(
-            "GradientSketchCallback runs in one process and uncompiled, got "
-            f"{', '.join(found)}: train without, or take the callback out."
-        )

@@ -14,6 +14,7 @@ from hf_sketch.writer import SketchWriter
 
 from .example_rows import ExampleRecorder
 from .moment import Moment
+from .processes import in_turn, reduced
 from .step_rows import StepRecorder, check_sum
 
 
@@ -45,16 +46,22 @@ class Recording:
     ) -> None:
         sketch = header.model_sketch
         directory = Path(args.output_dir or ".") / "sketches"
-        self._writer = SketchWriter(directory, header, state.global_step)
+        with in_turn() as processes:
+            rank, world_size = processes.process_index, processes.num_processes
+            self._writer = SketchWriter(
+                directory, header, state.global_step, rank=rank, world_size=world_size
+            )
         self._every_steps = every_steps
         self._examples = (
-            ExampleRecorder(model, sketch, loader, header.loss) if per_example else None
+            ExampleRecorder(model, sketch, loader, header.loss, rank, world_size)
+            if per_example
+            else None
         )
         self._steps = StepRecorder(model, sketch) if per_step else None
         sixteen_bits = any(p.element_size() < 4 for p in model.parameters())
         self._low_precision = args.bf16 or args.fp16 or sixteen_bits
         self._verified = not (per_example and per_step)
-        self._measured = self._writer.measured_error is not None
+        self._measured = rank > 0 or self._writer.measured_error is not None
         self._epoch = int(state.epoch or 0) - 1
         self._micro_step = self._skipped_batches = 0
         if self._examples is not None and not args.ignore_data_skip:
@@ -86,12 +93,15 @@ class Recording:
         self._micro_step += 1
 
     def end_gradient(self, state: TrainerState, optimizer: Optimizer) -> None:
-        """The optimizer is about to step: write the step's row."""
-        moment = self._moment(state, optimizer)
-        self.end_micro_batch(state, optimizer)
+        """The optimizer is about to step: write the step's row.
+
+        In several processes, all that they do together comes before all that can fail.
+        """
         total = None if self._examples is None else self._examples.end_step()
+        if total is not None and not self._verified:
+            total = reduced(total, "sum")
         if self._steps is not None:
-            scale = _loss_scale(optimizer)
+            moment, scale = self._moment(state, optimizer), _loss_scale(optimizer)
             sketch = self._steps.end_step(moment, self._writer, scale)
             if not self._verified and sketch is not None and total is not None:
                 check_sum(total, sketch, self._low_precision)
@@ -114,11 +124,21 @@ class Recording:
                 recorder.close()
         self._writer.close()
 
-    def abandon(self, error: BaseException) -> None:
-        """Record no more, and say so in the store if it can still be written."""
+    def abandon(self, reason: str, last_step: int | None = None) -> int:
+        """Record no more, and say so in the store if it can still be written.
+
+        Args:
+            reason: what went wrong.
+            last_step: the last step of which there are rows in the process where it
+                did; None for this process.
+
+        Returns:
+            the last step of which there are rows in this process.
+        """
         self.close()
         with contextlib.suppress(OSError):  # the error that matters is told already
-            self._writer.note_gap(f"{type(error).__name__}: {error}")
+            self._writer.note_gap(reason, last_step)
+        return self._writer.last_step
 
     def _moment(self, state: TrainerState, optimizer: Optimizer) -> Moment:
         """The present micro-batch's place in training."""

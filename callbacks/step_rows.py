@@ -1,27 +1,33 @@
 """Rows of the store with each step's gradient."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from accelerate.state import GradientState
+from accelerate.state import PartialState
 from torch import Tensor, nn
 
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.rows import PER_STEP
+from hf_sketch.sketches.operator import accumulation_dtype
 from hf_sketch.writer import SketchWriter
 
 from .moment import Moment
+from .processes import reduced
 
 _SUM_TOLERANCE = 1e-3
 _LOW_PRECISION_SUM_TOLERANCE = 5e-2
+_WITNESSES = 2**18
+_ROUNDING = 1e-6  # processes may add up gradients and witnesses in different orders
 
 
 class StepRecorder:
     """Writes a row for each optimizer step: the gradient that the optimizer sees.
 
-    The Trainer clips before any callback hears of the step, so the norm before clipping
-    is read by hooks, parameter by parameter, as the step's last backward pass ends.
+    The Trainer clips before any callback hears of the step. What it multiplied by is
+    told by witnesses, some elements of each parameter's gradient, which hooks keep as
+    each backward pass leaves them. Several processes average theirs, as they do all
+    gradients; the first process writes.
 
     Args:
         model: the model that trains.
@@ -31,9 +37,9 @@ class StepRecorder:
     def __init__(self, model: nn.Module, model_sketch: ModelSketch) -> None:
         self._model_sketch = model_sketch
         self._parameters = model_sketch.parameters_of(model)
+        self._each = max(1, _WITNESSES // len(self._parameters))
         self._recording = False
-        self._norms: dict[str, Tensor] = {}
-        self._gradient_state = GradientState()
+        self._witnesses: dict[str, Tensor] = {}
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(name))
             for name, parameter in self._parameters.items()
@@ -42,12 +48,12 @@ class StepRecorder:
     def start_step(self, recording: bool) -> None:
         """An optimizer step begins."""
         self._recording = recording
-        self._norms = {}
+        self._witnesses = {}
 
     def end_step(
         self, moment: Moment, writer: SketchWriter, loss_scale: float
     ) -> Tensor | None:
-        """The optimizer is about to step: write the row.
+        """The optimizer is about to step: write the row. All processes call it.
 
         Args:
             moment: the step.
@@ -59,13 +65,14 @@ class StepRecorder:
         """
         if not self._recording:
             return None
-        norm, factor = self._clipping()
-        # Near 1 before the scale is undone, near 1 / loss_scale after.
-        scaled = abs(math.log(factor or 1)) < abs(math.log((factor or 1) * loss_scale))
-        norm, clip_factor = norm / loss_scale, factor if scaled else factor * loss_scale
         gradients = {
             n: p.grad for n, p in self._parameters.items() if p.grad is not None
         }
+        factor = self._factor(gradients)
+        norm = _norm(gradients) / (factor or 1) / loss_scale
+        # Near 1 before the scale is undone, near 1 / loss_scale after.
+        scaled = abs(math.log(factor or 1)) < abs(math.log((factor or 1) * loss_scale))
+        clip_factor = factor if scaled else factor * loss_scale
         sketch = self._model_sketch.sketch(gradients)
         if scaled:
             sketch = sketch / loss_scale
@@ -80,7 +87,8 @@ class StepRecorder:
         columns = {name: torch.tensor([value]) for name, value in row.items()}
         for name in ("learning_rate", "gradient_norm", "clip_factor"):
             columns[name] = torch.tensor([row[name]], dtype=torch.float64)
-        writer.append(PER_STEP, {**columns, "sketch": sketch.unsqueeze(0)})
+        if PartialState().is_main_process:
+            writer.append(PER_STEP, {**columns, "sketch": sketch.unsqueeze(0)})
         return sketch / clip_factor
 
     def close(self) -> None:
@@ -88,35 +96,55 @@ class StepRecorder:
         for handle in self._handles:
             handle.remove()
 
-    def _clipping(self) -> tuple[float, float]:
-        """The gradient's norm before clipping, and the factor it was clipped by.
+    def _factor(self, gradients: Mapping[str, Tensor]) -> float:
+        """What the gradients were multiplied by since the backward pass, if not 0."""
+        before = reduced(self._laid_out(self._witnesses), "mean")
+        now = self._laid_out({n: self._witness(g) for n, g in gradients.items()})
+        norm = float(torch.linalg.vector_norm(before))
+        factor = float(torch.linalg.vector_norm(now)) / norm if norm else 1.0
+        return 1.0 if abs(factor - 1) < _ROUNDING else factor
 
-        The factor is measured on the parameter whose gradient is the largest.
-        """
-        if not self._norms:
-            return 0.0, 1.0
-        norms = torch.stack(list(self._norms.values())).to(torch.float64)
-        largest = list(self._norms)[int(norms.argmax())]
-        before = float(self._norms[largest])
-        gradient = self._parameters[largest].grad
-        total = float(norms.square().sum().sqrt())
-        if gradient is None or before == 0.0:
-            return total, 1.0
-        return total, float(torch.linalg.vector_norm(gradient)) / before
+    def _laid_out(self, witnesses: Mapping[str, Tensor]) -> Tensor:
+        """The witnesses of all parameters end to end, zeros where there are none."""
+        parts = [
+            witnesses[name]
+            if name in witnesses
+            else torch.zeros_like(self._witness(parameter.detach()))
+            for name, parameter in self._parameters.items()
+        ]
+        return torch.cat(parts)
+
+    def _witness(self, gradient: Tensor) -> Tensor:
+        """Some elements of a parameter's gradient, always the same."""
+        return gradient.reshape(-1)[: self._each].to(accumulation_dtype(gradient.dtype))
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
-        """A hook that notes the norm of a parameter's gradient."""
+        """A hook that keeps the witness of a parameter."""
 
-        def note(parameter: Tensor) -> None:
-            if self._recording and self._gradient_state.sync_gradients:
+        def keep(parameter: Tensor) -> None:
+            if self._recording:
                 assert parameter.grad is not None
-                self._norms[name] = torch.linalg.vector_norm(parameter.grad)
+                self._witnesses[name] = self._witness(parameter.grad).clone()
 
-        return note
+        return keep
+
+
+def _norm(gradients: Mapping[str, Tensor]) -> float:
+    """The norm of a gradient that is given in parts."""
+    norms = [
+        torch.linalg.vector_norm(g, dtype=accumulation_dtype(g.dtype))
+        for g in gradients.values()
+    ]
+    if not norms:
+        return 0.0
+    return math.hypot(*torch.stack(norms).tolist())
 
 
 def check_sum(total: Tensor, sketch: Tensor, low_precision: bool) -> None:
-    """Raise unless the weighted sum of a step's rows is the step's own gradient."""
+    """Raise unless the weighted sum of a step's rows is the step's own gradient.
+
+    In several processes, `total` is the sum over them all.
+    """
     distance = float(torch.linalg.vector_norm(total - sketch))
     norm = float(torch.linalg.vector_norm(sketch))
     tolerance = _LOW_PRECISION_SUM_TOLERANCE if low_precision else _SUM_TOLERANCE

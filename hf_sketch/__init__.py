@@ -3,12 +3,17 @@
 from importlib.metadata import version
 
 from hf_sketch.collection import Sketches, load_sketches
+from hf_sketch.curvature import HessianOperator, hessian_vector_product
+from hf_sketch.curvature_check import CurvatureCheck
 from hf_sketch.example_losses import ExampleLosses, example_losses
+from hf_sketch.gauss_newton import EmpiricalFisherOperator, GaussNewtonOperator
 from hf_sketch.implicit import implicit_sketch
+from hf_sketch.lanczos import LanczosResult, lanczos
 from hf_sketch.measured_error import MeasuredError
 from hf_sketch.model_sketch import Coverage, ModelSketch
 from hf_sketch.per_example import ExampleRows, PerExampleSketcher
 from hf_sketch.sketch_dataset import sketch_dataset
+from hf_sketch.sketched_hessian import SketchedHessian
 from hf_sketch.sketches import (
     AFFD,
     AFJL,
@@ -21,6 +26,15 @@ from hf_sketch.sketches import (
     Dense,
     Sketch,
 )
+from hf_sketch.spectral_density import (
+    SpectralDensity,
+    TraceEstimate,
+    estimate_trace,
+    spectral_density,
+)
+from hf_sketch.spectrum import Spectrum, hessian_spectrum
+from hf_sketch.spectrum_files import load_spectra
+from hf_sketch.symmetric_operator import SymmetricOperator
 
 __version__ = version("hf-sketch")
 
@@ -34,16 +48,32 @@ __all__ = [
     "Composed",
     "CounterRandom",
     "Coverage",
+    "CurvatureCheck",
     "Dense",
+    "EmpiricalFisherOperator",
     "ExampleLosses",
     "ExampleRows",
+    "GaussNewtonOperator",
+    "HessianOperator",
+    "LanczosResult",
     "MeasuredError",
     "ModelSketch",
     "PerExampleSketcher",
     "Sketch",
+    "SketchedHessian",
     "Sketches",
+    "SpectralDensity",
+    "Spectrum",
+    "SymmetricOperator",
+    "TraceEstimate",
+    "estimate_trace",
     "example_losses",
+    "hessian_spectrum",
+    "hessian_vector_product",
     "implicit_sketch",
+    "lanczos",
     "load_sketches",
+    "load_spectra",
     "sketch_dataset",
+    "spectral_density",
 ]

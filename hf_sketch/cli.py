@@ -1,8 +1,8 @@
 """The command `hf-sketch`."""
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ from hf_sketch.maintenance import describe, find_problems, merge, repair
 from hf_sketch.recipes.demo import (  # pyright: ignore[reportMissingImports]
     DemoArguments,
     run_demo,
+)
+from hf_sketch.recipes.hessian import (  # pyright: ignore[reportMissingImports]
+    HessianArguments,
+    HessianTrainingArguments,
+    run_hessian,
 )
 
 
@@ -95,17 +100,31 @@ class _Command:
 
     Args:
         arguments: dataclass of its options; its docstring is the help.
-        run: called with them and, if it takes stores, a list of directories.
+        run: called with them, with those of the Trainer if it takes some, and with a
+            list of directories if it takes stores.
         takes_stores: whether it does.
+        training: dataclass of the Trainer's options.
     """
 
     arguments: type
     run: Callable[..., Any]
     takes_stores: bool = True
+    training: type | None = None
+
+    @property
+    def dataclasses(self) -> list[type]:
+        """Of all its options."""
+        return [kind for kind in (self.arguments, self.training) if kind is not None]
 
 
 _COMMANDS = {
     "demo": _Command(DemoArguments, run_demo, takes_stores=False),
+    "hessian": _Command(
+        HessianArguments,
+        run_hessian,
+        takes_stores=False,
+        training=HessianTrainingArguments,
+    ),
     "info": _Command(InfoArguments, run_info),
     "verify": _Command(VerifyArguments, run_verify),
     "repair": _Command(RepairArguments, run_repair),
@@ -127,7 +146,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for name, command in _COMMANDS.items():
         help_text = command.arguments.__doc__
         sub = commands.add_parser(
-            name, dataclass_types=command.arguments, help=help_text
+            name, dataclass_types=command.dataclasses, help=help_text
         )
         if command.takes_stores:
             what = "An output_dir of a Trainer, or the sketches directory in it."
@@ -135,4 +154,9 @@ def main(words: Sequence[str] | None = None) -> None:
     given = vars(parser.parse_args(words))
     command = _COMMANDS[given.pop("command")]
     stores = [given.pop("directories")] if command.takes_stores else []
-    command.run(command.arguments(**given), *stores)
+    command.run(*(_filled(kind, given) for kind in command.dataclasses), *stores)
+
+
+def _filled(kind: type, given: Mapping[str, Any]) -> Any:
+    """A dataclass with those of the options that are its own."""
+    return kind(**{f.name: given[f.name] for f in fields(kind) if f.init})

@@ -43,6 +43,14 @@ def sync_directory(path: Path) -> None:
         os.close(directory)
 
 
+def set_aside(directory: Path) -> Path:
+    """Rename a directory to the first free name of `<name>-before-<n>`."""
+    number = 1
+    while (aside := directory.with_name(f"{directory.name}-before-{number}")).exists():
+        number += 1
+    return directory.rename(aside)
+
+
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON that starts with the digest of the file, read with zeros in its place.
 
@@ -54,8 +62,12 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     replace_file(path, data.replace(_NO_DIGEST, _digest(data), 1))
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_sealed(path: Path, mend: str = "restore it") -> dict[str, Any]:
     """What `write_sealed` wrote, without the digest.
+
+    Args:
+        path: of the file.
+        mend: what to do if it is damaged, for the error.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -70,8 +82,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         got = digest.decode("ascii", "replace") if data.startswith(_SEAL) else "none"
         raise ValueError(
             f"{path} must have the digest {_digest(blank).decode()} of its content, "
-            f"got {got}: the file was changed or cut; restore it, or run hf-sketch "
-            f"repair {path.parent}."
+            f"got {got}: the file was changed or cut; {mend}."
         )
     content = json.loads(data)
     del content["xxh3_128"]

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_sketch.example_split import ExampleSplit
 
 REDUCTIONS = ("mean", "sum")
 _IGNORED = -100
+_CAUSAL = ("CausalLM", "LMHead")
 _ELEMENTS_AT_ONCE = 2**18
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5}
 _LOW_PRECISION_TOLERANCE = 2e-2
@@ -98,6 +99,11 @@ def example_losses(
             " model's own loss, or pass per_example=False."
         )
     return nearest
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a model predicts the next token, as far as its name tells."""
+    return any(name in type(model).__name__ for name in _CAUSAL)
 
 
 def check_reduction(reduction: str) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from hf_sketch.operator_choice import check_operator, choose_operator
 from hf_sketch.parameter_names import named_parameters
+from hf_sketch.sketch_sum import SketchSum
 from hf_sketch.sketches import QK, Sketch
-from hf_sketch.sketches.blocked import BlockedSketch, WorkingMemory
-from hf_sketch.sketches.operator import accumulation_dtype
 
 LAYOUTS = ("blocked", "factored", "flat")
 _OWN_SIZE = 2**16
@@ -171,34 +170,30 @@ class ModelSketch:
             rows name -> (b, number of the parameter's elements), at least one name
             returns (b, out_size)
         """
-        rows = {n: r.to(accumulation_dtype(r.dtype)) for n, r in rows.items()}
-        sums: dict[int, tuple[BlockedSketch, Tensor]] = {}
-        parts: list[Tensor] = []
-        memory = WorkingMemory()
-        for operator, part in self._by_operator(rows):
-            if isinstance(operator, BlockedSketch) and self.layout == "flat":
-                parts.append(operator.finish(operator.accumulate_whole(part)))
-            elif isinstance(operator, BlockedSketch):
-                mixed = operator.accumulate(part, memory=memory)
-                if operator.block in sums:
-                    mixed += sums[operator.block][1]
-                sums[operator.block] = operator, mixed
-            else:
-                parts.append(operator.apply_rows(part))
-        parts += [operator.finish(mixed) for operator, mixed in sums.values()]
-        return reduce(Tensor.add_, parts)
+        total = self.sketch_sum()
+        for name, part in rows.items():
+            total.add(name, part)
+        return total.result()
+
+    def sketch_sum(self) -> SketchSum:
+        """A sketch of gradients that come parameter by parameter."""
+        packed_operator = self.packed_operator if self.packed else None
+        return SketchSum(
+            self.operators, self.packed, packed_operator, self.layout == "flat"
+        )
 
     def adjoint(self, vector: Tensor) -> dict[str, Tensor]:
         """The transpose: a vector of R^out_size lifted to every parameter."""
+        return dict(self.adjoint_parts(vector))
+
+    def adjoint_parts(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """`adjoint`, one parameter after the other, by name."""
         packed = self.packed_operator.T @ vector if self.packed else vector
-        return {
-            name: (
-                packed[self.packed[name]]
-                if name in self.packed
-                else self.operators[name].T @ vector
-            ).view(shape)
-            for name, shape in self.shapes
-        }
+        for name, shape in self.shapes:
+            if name in self.packed:
+                yield name, packed[self.packed[name]].view(shape)
+            else:
+                yield name, (self.operators[name].T @ vector).view(shape)
 
     def coverage(self) -> Coverage:
         """Which parameters are sketched, how many elements, and what is left out."""
@@ -266,31 +261,6 @@ class ModelSketch:
     def _plain_operator(self, size: int, stream: str) -> Sketch:
         sizes = (size, self.out_size, self.seed)
         return choose_operator(self.operator, *sizes, stream, self.layout == "flat")
-
-    @property
-    def _packed_length(self) -> int:
-        """Room for the parameters laid end to end; a flat operator's whole block."""
-        operator = self.packed_operator
-        if self.layout == "flat" and isinstance(operator, BlockedSketch):
-            return operator.block
-        return operator.shape[1]
-
-    def _by_operator(
-        self, rows: Mapping[str, Tensor]
-    ) -> Iterator[tuple[Sketch, Tensor]]:
-        """Each operator with the rows it takes; small parameters laid end to end."""
-        small: dict[str, Tensor] = {}
-        for name, part in rows.items():
-            if name in self.packed:
-                small[name] = part
-            else:
-                yield self.operators[name], part
-        if small:
-            like = next(iter(small.values()))
-            packed = like.new_zeros(len(like), self._packed_length)
-            for name, part in small.items():
-                packed[:, self.packed[name]] = part
-            yield self.packed_operator, packed
 
 
 def check_layout(layout: str) -> None:

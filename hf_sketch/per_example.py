@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from hf_sketch.example_losses import ExampleLosses, check_reduction, example_losses
+from hf_sketch.example_losses import (
+    ExampleLosses,
+    check_reduction,
+    example_losses,
+    is_causal,
+)
 from hf_sketch.example_split import ExampleSplit
 from hf_sketch.gradient_sums import GradientSums
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.position_biases import PositionBiases
 from hf_sketch.watched_modules import Batch, watched_modules
-
-_CAUSAL = ("CausalLM", "LMHead")
 
 ExampleLossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 
@@ -83,6 +86,7 @@ class PerExampleSketcher:
         self._losses: ExampleLosses | None = None
         self._scale: Tensor | None = None
         self._outputs: list[Tensor] | None = None
+        self._reached: set[str] = set()
 
     def __enter__(self) -> "PerExampleSketcher":
         self._handles = [
@@ -92,6 +96,9 @@ class PerExampleSketcher:
         for watched in self._watched:
             self._handles += watched.register(self._current)
         self._handles += self._biases.register(self._current)
+        for name, parameter in self.parameters.items():
+            hook = self._noting(name)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -214,6 +221,7 @@ class PerExampleSketcher:
                 "call: pass per_example=False for a loss of several forward passes."
             )
         self._check_independence()
+        self._reached.clear()
         split = self.split_of(kwargs)
         sums = GradientSums(self.model_sketch, self.parameters, split.size)
         self._batch = Batch(kwargs, split, sums, self._outputs)
@@ -238,7 +246,7 @@ class PerExampleSketcher:
                 getattr(getattr(module, "config", None), "problem_type", None),
                 reduction=self.loss,
                 items_in_batch=kwargs.get("num_items_in_batch"),
-                causal=any(name in type(module).__name__ for name in _CAUSAL),
+                causal=is_causal(module),
                 split=batch.split,
             )
 
@@ -257,12 +265,21 @@ class PerExampleSketcher:
                     " replace it by GroupNorm, or pass per_example=False."
                 )
 
+    def _noting(self, name: str) -> Callable[[Tensor], None]:
+        """A hook that notes that a backward pass came to a parameter."""
+        return lambda _: self._reached.add(name)
+
     def _check_names(self, batch: Batch) -> None:
-        """Raise if a parameter has a gradient, and no contributions."""
+        """Raise if the batch gave a parameter a gradient, and no contributions.
+
+        Gradients of other micro-batches, and under DDP of other processes, may be there
+        already.
+        """
+        unexplained = self._reached - batch.sums.names
         missing = [
             name
             for name, parameter in self.parameters.items()
-            if name not in batch.sums.names
+            if name in unexplained
             and parameter.grad is not None
             and bool(parameter.grad.any())
         ]

@@ -155,7 +155,7 @@ def read_header(directory: Path) -> Header:
             f"no sketches at {directory}: give the Trainer's output_dir, or its "
             "'sketches' directory, of a run with GradientSketchCallback."
         )
-    content = read_sealed(path)
+    content = read_sealed(path, _mend(path))
     if content.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} must have format_version {FORMAT_VERSION}, got "
@@ -198,7 +198,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         ValueError: it was changed.
     """
-    content = read_sealed(path)
+    content = read_sealed(path, _mend(path))
     shards = tuple(Shard(**shard) for shard in content["shards"])
     gaps = tuple(Gap(**gap) for gap in content["gaps"])
     return Manifest(content["rank"], content["world_size"], shards, gaps)
@@ -231,3 +231,7 @@ def _check_value(path: Path, model_sketch: ModelSketch, check_value: Any) -> Non
             f"installation computes {float(ours[0]):.6g}: open the store with the "
             "hf_sketch that wrote it."
         )
+
+
+def _mend(path: Path) -> str:
+    return f"restore it, or run hf-sketch repair {path.parent}"

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
-import torch
 from torch import Tensor
 
+from hf_sketch.durable import set_aside
 from hf_sketch.measured_error import MeasuredError
 from hf_sketch.rows import arrow_table, joined
 from hf_sketch.shards import Shard, read_shard, write_shard
@@ -35,8 +35,8 @@ class SketchWriter:
     """Buffers rows and writes them to shards of whole steps in the background.
 
     Every process has a writer of its own, and files of its own: there is no lock. The
-    one of rank 0 makes the store, and is made first; on a file system that it does not
-    reach, the first one there makes it.
+    one of rank 0 makes the store, or drops its later rows, and is made first; on a file
+    system that it does not reach, the first one there does.
 
     Args:
         directory: the store, `<output_dir>/sketches`.
@@ -69,7 +69,7 @@ class SketchWriter:
         self._part_bytes = buffer_bytes // _PARTS_IN_MEMORY
         self._buffer: Rows = {}
         self._buffered_bytes = 0
-        if rank == 0 or not (directory / HEADER).exists():
+        if rank == 0 or not _is_prepared(directory, rank, resume_step):
             _prepare(directory, header, resume_step, rank)
             for manifest in read_manifests(directory):
                 _truncate(directory, manifest, resume_step)
@@ -112,14 +112,25 @@ class SketchWriter:
         self.measured_error = error
         write_measured_error(self.directory, error)
 
-    def note_gap(self, reason: str) -> None:
+    @property
+    def last_step(self) -> int:
+        """The greatest step of which there is a row in the store; 0 for none."""
+        return self._manifest.last_step
+
+    def note_gap(self, reason: str, last_step: int | None = None) -> None:
         """Drop the buffer, and say in the manifest that later rows are missing.
+
+        Args:
+            reason: why.
+            last_step: of which there are rows in all processes; None for what this
+                process knows.
 
         Raises:
             OSError: the manifest cannot be written.
         """
         self.close()
-        gaps = (*self._manifest.gaps, Gap(self._manifest.last_step + 1, reason))
+        first = 1 + (self.last_step if last_step is None else last_step)
+        gaps = (*self._manifest.gaps, Gap(first, reason))
         self._manifest = replace(self._manifest, gaps=gaps)
         write_manifest(self.directory, self._manifest)
 
@@ -159,6 +170,14 @@ class SketchWriter:
         self._manifest = manifest
 
 
+def _is_prepared(directory: Path, rank: int, resume_step: int) -> bool:
+    """Whether rank 0 was here: there is a store, without this process's later rows."""
+    path = directory / Manifest(rank).file
+    if not path.exists():
+        return (directory / HEADER).exists()
+    return read_manifest(path).last_step <= resume_step
+
+
 def _prepare(directory: Path, header: Header, resume_step: int, rank: int) -> None:
     """Make the store, or check the one that rows are to be added to."""
     manifests: list[Manifest] = []
@@ -169,7 +188,7 @@ def _prepare(directory: Path, header: Header, resume_step: int, rank: int) -> No
     if last_step or (recorded and resume_step):
         _check_settings(directory, header)
     if last_step and resume_step == 0:
-        aside = _set_aside(directory)
+        aside = set_aside(directory)
         warnings.warn(
             f"{directory} held rows up to step {last_step} of an earlier run that is "
             f"not resumed: they are now in {aside}.",
@@ -217,14 +236,6 @@ def _check_settings(directory: Path, header: Header) -> None:
             f"{directory} holds rows of {theirs.settings}, the callback was given "
             f"{header.settings}: pass the store's settings, or another output_dir."
         )
-
-
-def _set_aside(directory: Path) -> Path:
-    """Rename the store to the first free name."""
-    number = 1
-    while (aside := directory.with_name(f"{directory.name}-before-{number}")).exists():
-        number += 1
-    return directory.rename(aside)
 
 
 def _number(shard: Shard) -> int:

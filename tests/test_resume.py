@@ -132,8 +132,8 @@ def test_other_save_strategies_keep_all_rows(tmp_path, strategy, uninterrupted):
 def test_a_full_buffer_is_flushed_at_the_end_of_a_step(tmp_path, monkeypatch):
     import hf_sketch.callbacks.recording as module
 
-    def small(*args):
-        return SketchWriter(*args, buffer_bytes=1)
+    def small(*args, **named):
+        return SketchWriter(*args, **named, buffer_bytes=1)
 
     SketchWriter = module.SketchWriter
     monkeypatch.setattr(module, "SketchWriter", small)

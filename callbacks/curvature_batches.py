@@ -1,0 +1,104 @@
+"""The batches that curvature is taken of: drawn once, kept beside the spectra."""
+
+import itertools
+import random
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from hf_sketch.durable import replace_file
+from hf_sketch.sketches import CounterRandom
+
+_FILE = "batches.safetensors"
+
+
+def draw_batches(
+    loader: DataLoader[Any], count: int, batch_size: int, seed: int
+) -> list[dict[str, Tensor]]:
+    """Batches of random examples of a training set, of a stream's first ones.
+
+    Neither the loader's sampler nor any global random number is touched.
+
+    Args:
+        loader: whose dataset and collate function are used.
+        count: of batches.
+        batch_size: examples in each.
+        seed: of the choice, and of what the collate function draws.
+    """
+    dataset: Any = loader.dataset
+    with _own_randomness(seed):
+        if isinstance(dataset, IterableDataset):
+            examples = list(itertools.islice(dataset, count * batch_size))
+        else:
+            order = CounterRandom(seed, "curvature-batches").permutation(len(dataset))
+            examples = [dataset[i] for i in order[: count * batch_size].tolist()]
+        parts = [
+            examples[low : low + batch_size]
+            for low in range(0, len(examples), batch_size)
+        ]
+        assert loader.collate_fn is not None
+        return [tensors_of(loader.collate_fn(part)) for part in parts]
+
+
+def tensors_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A batch that can be stored.
+
+    Raises:
+        ValueError: it has something that is no tensor.
+    """
+    for name, value in batch.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"curvature batches must hold tensors, got {type(value).__name__} in "
+                f"{name!r}: leave it out, or pass batches= of tensors."
+            )
+    return dict(batch)
+
+
+def save_batches(directory: Path, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Put the batches into a directory.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{place:06d}/{name}": value.detach().cpu().contiguous()
+        for place, batch in enumerate(batches)
+        for name, value in batch.items()
+    }
+    replace_file(directory / _FILE, save(tensors))
+
+
+def load_batches(directory: Path) -> list[dict[str, Tensor]] | None:
+    """The batches in a directory, or None if there are none."""
+    path = directory / _FILE
+    if not path.is_file():
+        return None
+    batches: dict[str, dict[str, Tensor]] = {}
+    for key, value in sorted(load_file(path).items()):
+        place, _, name = key.partition("/")
+        batches.setdefault(place, {})[name] = value
+    return list(batches.values())
+
+
+@contextmanager
+def _own_randomness(seed: int) -> Generator[None]:
+    """Random numbers of Python, numpy and torch of their own, for a while."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

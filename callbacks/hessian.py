@@ -1,0 +1,299 @@
+"""The callback that takes Hessian spectra while a Trainer trains."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils.operations import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from hf_sketch.curvature import HessianOperator
+from hf_sketch.double_backward import MODES
+from hf_sketch.durable import set_aside
+from hf_sketch.mean_loss import UNITS, LossFunction
+from hf_sketch.model_sketch import ModelSketch, check_layout
+from hf_sketch.operator_choice import check_operator
+from hf_sketch.sketched_hessian import SketchedHessian
+from hf_sketch.spectrum import Spectrum, hessian_spectrum
+from hf_sketch.spectrum_files import DIRECTORY, load_spectra, save_spectrum
+
+from .curvature_batches import draw_batches, load_batches, save_batches, tensors_of
+
+PAPER_STEPS = (0, 10, 50, 100, 150, 200, 250, 500)
+PAPER_EVERY = 1000
+_LOGGED_EIGENVALUES = 5
+# Whatever the model's own code may raise: training must go on.
+_FAILURES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class HessianSpectrumCallback(TrainerCallback):
+    """Takes the Hessian's spectrum at some steps, into `<output_dir>/curvature`.
+
+    The Hessian is that of the mean loss over a fixed set of batches, in eval mode, at
+    the parameters after the step. Training is bit for bit what it is without the
+    callback, and goes on, with a warning, where a spectrum fails. Open the spectra with
+    `hf_sketch.load_spectra(output_dir)`; training that is resumed from a checkpoint
+    drops later ones and goes on with the same batches.
+
+    The largest eigenvalues, RNEG, outliers and alignment go to `state.log_history`, and
+    by `set_trainer(trainer)` to the Trainer's loggers: the Trainer gives its callbacks
+    no way to them.
+
+    Args:
+        steps: after which spectra are taken, 0 for the start; with neither `steps` nor
+            `every`, the paper's: 0, 10, 50, 100, 150, 200, 250, 500, and every 1,000.
+        every: takes one after each so many steps, and at the start.
+        batches: inputs of the model with labels, or how many batches to draw of the
+            training set, once.
+        batch_size: examples in a drawn batch; by default the Trainer's per device.
+        krylov_dim: Lanczos steps, each a Hessian-vector product.
+        out_size: of the sketch; krylov_dim * out_size numbers are held meanwhile.
+        operator: of the sketch, see `ModelSketch`.
+        layout: of the sketch, see `ModelSketch`.
+        seed: of the sketch, the batches and the start vector; by default the Trainer's.
+        loss_fn: see `HessianOperator`, as for `mode` and `unit`.
+        mode: "auto" | "autograd" | "finite_difference".
+        unit: "tokens" | "examples".
+        keep_vectors: eigenvectors kept, of the largest eigenvalues by size.
+
+    Raises:
+        ValueError: a bad argument.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[int] | None = None,
+        every: int | None = None,
+        *,
+        batches: int | Sequence[Mapping[str, Any]] = 4,
+        batch_size: int | None = None,
+        krylov_dim: int = 100,
+        out_size: int = 2**14,
+        operator: str = "affd",
+        layout: str = "blocked",
+        seed: int | None = None,
+        loss_fn: LossFunction | None = None,
+        mode: str = "auto",
+        unit: str = "tokens",
+        keep_vectors: int = 20,
+    ) -> None:
+        if steps is None and every is None:
+            steps, every = PAPER_STEPS, PAPER_EVERY
+        _check_counts(every, batches, krylov_dim, out_size)
+        check_operator(operator)
+        check_layout(layout)
+        for name, value, known in (("mode", mode, MODES), ("unit", unit, UNITS)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, got {value!r}.")
+        self.steps = frozenset(steps or ())
+        self.every = every
+        self.batches = batches
+        self.batch_size = batch_size
+        self.krylov_dim = krylov_dim
+        self.out_size = out_size
+        self.operator = operator
+        self.layout = layout
+        self.seed = seed
+        self.loss_fn = loss_fn
+        self.mode = mode
+        self.unit = unit
+        self.keep_vectors = keep_vectors
+        self._trainer: Trainer | None = None
+        self._hessian: SketchedHessian | None = None
+        self._directory = Path()
+
+    def set_trainer(self, trainer: Trainer) -> None:
+        """Log through this Trainer, to all that it reports to."""
+        self._trainer = trainer
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        train_dataloader: DataLoader[Any],
+        **kwargs: Any,
+    ) -> None:
+        self._hessian = None
+        try:
+            self._prepare(args, state, model, train_dataloader)
+        except _FAILURES as error:
+            warnings.warn(
+                "no Hessian spectra are taken, training goes on: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+            return
+        if state.global_step == 0:
+            self._take_if_due(args, state)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._take_if_due(args, state)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._hessian = None
+
+    def _prepare(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        loader: DataLoader[Any],
+    ) -> None:
+        """Set up the operator, the directory and the batches."""
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise ValueError(
+                "HessianSpectrumCallback runs in one process on one device, got "
+                f"{max(args.world_size, args.n_gpu)}: train without it."
+            )
+        seed = args.seed if self.seed is None else self.seed
+        sketch = ModelSketch.from_model(
+            model, self.out_size, self.layout, seed, self.operator
+        )
+        self._directory = Path(args.output_dir or ".") / DIRECTORY
+        _continue(self._directory, sketch, state.global_step)
+        batches = load_batches(self._directory)
+        if batches is None:
+            if isinstance(self.batches, int):
+                size = self.batch_size or args.per_device_train_batch_size
+                batches = draw_batches(loader, self.batches, size, seed)
+            else:
+                batches = [tensors_of(batch) for batch in self.batches]
+            save_batches(self._directory, batches)
+        hessian = HessianOperator(
+            model,
+            [send_to_device(batch, args.device) for batch in batches],
+            self.loss_fn,
+            mode=self.mode,
+            unit=self.unit,
+        )
+        self._hessian = SketchedHessian(hessian, sketch)
+
+    def _take_if_due(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Take, write and log a spectrum at this step, if it is one of those asked."""
+        step = state.global_step
+        due = step in self.steps or (self.every is not None and step % self.every == 0)
+        if self._hessian is None or not due:
+            return
+        try:
+            spectrum = hessian_spectrum(
+                self._hessian,
+                self.krylov_dim,
+                step=step,
+                keep_vectors=self.keep_vectors,
+                seed=self._hessian.model_sketch.seed,
+                progress=not args.disable_tqdm,
+            )
+            save_spectrum(self._directory, spectrum)
+        except _FAILURES as error:
+            warnings.warn(
+                f"the Hessian's spectrum of step {step} is missing, training goes on: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=3,
+            )
+            return
+        logs = _logs(spectrum)
+        if self._trainer is not None:
+            self._trainer.log(logs)
+        else:
+            state.log_history.append({**logs, "epoch": state.epoch, "step": step})
+
+
+def _check_counts(
+    every: int | None,
+    batches: int | Sequence[Mapping[str, Any]],
+    krylov_dim: int,
+    out_size: int,
+) -> None:
+    """Raise unless the numbers make sense."""
+    for name, value in (("every", every), ("batches", batches)):
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}: pass 1 or more.")
+    if not isinstance(batches, int) and not batches:
+        raise ValueError(
+            "batches must hold at least one batch, got none: pass inputs of the model "
+            "with labels, or how many to draw."
+        )
+    if not 1 <= krylov_dim <= out_size:
+        raise ValueError(
+            f"krylov_dim must be in [1, out_size={out_size}], got {krylov_dim}: pass a "
+            "smaller krylov_dim, or a larger out_size."
+        )
+
+
+def _continue(directory: Path, sketch: ModelSketch, step: int) -> None:
+    """Keep the spectra that training resumes after, and none of another run."""
+    if not any(directory.glob("step-*.json")):
+        return
+    if step == 0:
+        aside = set_aside(directory)
+        warnings.warn(
+            f"{directory} held spectra of an earlier run that is not resumed: they are "
+            f"now in {aside}.",
+            stacklevel=4,
+        )
+        return
+    for spectrum in load_spectra(directory):
+        if spectrum.model_sketch != sketch:
+            theirs = spectrum.model_sketch
+            raise ValueError(
+                f"{directory} holds spectra of {len(theirs.shapes)} parameters with "
+                f"{theirs.in_size} elements, out_size={theirs.out_size}, "
+                f"operator={theirs.operator!r}, layout={theirs.layout!r}, "
+                f"seed={theirs.seed}, got {len(sketch.shapes)} parameters with "
+                f"{sketch.in_size} elements, out_size={sketch.out_size}, "
+                f"operator={sketch.operator!r}, layout={sketch.layout!r}, "
+                f"seed={sketch.seed}: pass the settings of the run that is resumed, or "
+                "another output_dir."
+            )
+        if spectrum.step > step:
+            for ending in ("json", "safetensors"):
+                (directory / f"step-{spectrum.step:08d}.{ending}").unlink()
+
+
+def _logs(spectrum: Spectrum) -> dict[str, float]:
+    """What is logged of a spectrum."""
+    largest: Tensor = spectrum.eigenvalues.flip(0)[:_LOGGED_EIGENVALUES]
+    logs = {
+        f"curvature_eigenvalue_{place}": value
+        for place, value in enumerate(largest.tolist(), start=1)
+    }
+    return logs | {
+        "curvature_least_eigenvalue": float(spectrum.eigenvalues[0]),
+        "curvature_rneg": spectrum.rneg,
+        "curvature_outliers": float(spectrum.outliers),
+        "curvature_alignment": spectrum.alignment,
+        "curvature_trace": spectrum.trace.value,
+    }

@@ -1,0 +1,67 @@
+"""What the processes that train together share: a model, a place and their failures."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, gather, reduce
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+_SHARDED = (
+    DistributedType.DEEPSPEED,
+    DistributedType.FSDP,
+    DistributedType.MEGATRON_LM,
+)
+
+
+def check_processes(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise unless every process trains the whole model, and as it is.
+
+    Raises:
+        ValueError: the Trainer's settings, or the model, are not covered.
+    """
+    kind = AcceleratorState().distributed_type
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    refused = {
+        "several GPUs in one process": args.n_gpu > 1,
+        "torch_compile=True": args.torch_compile,
+        kind.value: kind in _SHARDED,
+        "several processes of torch_xla": kind == DistributedType.XLA
+        and args.world_size > 1,
+        "parameters in parts": any(type(p.data) is not Tensor for p in trainable),
+    }
+    found = [name for name, present in refused.items() if present]
+    if found:
+        raise ValueError(
+            "GradientSketchCallback needs the whole model, uncompiled, in each process,"
+            f" got {', '.join(found)}: train without, or take the callback out."
+        )
+
+
+@contextmanager
+def in_turn() -> Generator[PartialState]:
+    """Run in the first process of all, the first of each machine, then in the others.
+
+    So files are made by one process, also on machines without a common file system.
+    """
+    processes = PartialState()
+    with processes.main_process_first(), processes.local_main_process_first():
+        yield processes
+
+
+def reduced(x: Tensor, how: str) -> Tensor:
+    """The "sum" or "mean" of x over the processes; all of them must call together."""
+    if PartialState().num_processes == 1:
+        return x
+    result = reduce(x, how)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def gathered(value: int) -> list[int]:
+    """The number that each process has; all of them must call together."""
+    values = gather(torch.tensor([value], device=PartialState().device))
+    assert isinstance(values, Tensor)
+    return values.tolist()

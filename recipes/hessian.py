@@ -1,0 +1,292 @@
+"""Section 5.5 of the paper: Hessian spectra while a model is fine-tuned."""
+
+import argparse
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from transformers import (
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_sketch import ModelSketch, Spectrum, load_spectra
+from hf_sketch.callbacks import HessianSpectrumCallback
+from hf_sketch.callbacks.hessian import PAPER_EVERY, PAPER_STEPS
+from hf_sketch.recipes.setups import Setup, snli_setup, xsum_setup
+from hf_sketch.recipes.spectrum_report import (
+    plots_if_installed,
+    print_spectra,
+    summary_of,
+)
+from hf_sketch.recipes.tables.report import save_report
+
+Arguments = TypeVar("Arguments")
+
+
+@dataclass
+class HessianArguments:
+    """Take Hessian spectra while a model is fine-tuned.
+
+    Defaults are the paper's; it does not give the batches that a product is taken over,
+    the number of training steps, nor the lengths of documents and summaries.
+    """
+
+    task: Literal["snli", "xsum"] = field(
+        default="snli", metadata={"help": "What the model is trained on."}
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "By default roberta-base for snli, bart-base for xsum."},
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": ".json, .jsonl, .csv or one of these with .gz, of premise, "
+            "hypothesis, label or of document, summary; by default the Hub's rows."
+        },
+    )
+    small: bool = field(
+        default=False,
+        metadata={
+            "help": "Minutes on two cores, without network: a small model, few rows "
+            "and smaller numbers, but for what you give."
+        },
+    )
+    steps: str = field(
+        default=",".join(map(str, PAPER_STEPS)),
+        metadata={"help": "Spectra are taken after these steps, 0 for the start."},
+    )
+    every: int = field(
+        default=PAPER_EVERY,
+        metadata={"help": "And after each so many steps; 0 for these alone."},
+    )
+    batches: int = field(
+        default=4, metadata={"help": "Batches that the Hessian's loss is the mean of."}
+    )
+    krylov_dim: int = field(default=1000, metadata={"help": "Products a spectrum."})
+    out_size: int = field(default=2**20, metadata={"help": "Numbers in a sketch."})
+    operator: str = field(default="affd", metadata={"help": "The sketch's operator."})
+    layout: str = field(default="blocked", metadata={"help": "blocked or flat."})
+    mode: str = field(
+        default="auto", metadata={"help": "auto, autograd or finite_difference."}
+    )
+    max_source_length: int = field(
+        default=512, metadata={"help": "Tokens of a document that are kept."}
+    )
+    max_target_length: int = field(
+        default=64, metadata={"help": "Tokens of a summary that are kept."}
+    )
+
+
+@dataclass
+class HessianTrainingArguments(TrainingArguments):
+    """The Trainer's settings, by default the paper's plain SGD."""
+
+    output_dir: str = field(
+        default="out/hessian", metadata={"help": "Where all results go."}
+    )
+    optim: str = field(default="sgd", metadata={"help": "The optimizer."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Of the optimizer."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "How the learning rate changes."}
+    )
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Where gradients are clipped; 0 for nowhere."}
+    )
+    per_device_train_batch_size: int = field(
+        default=32, metadata={"help": "Examples in a batch."}
+    )
+    max_steps: int = field(default=10_000, metadata={"help": "Of the optimizer."})
+    save_total_limit: int | None = field(
+        default=1, metadata={"help": "Checkpoints that are kept."}
+    )
+
+
+_SMALL = {"steps": "0,10,25,50,100", "batches": 2, "krylov_dim": 40, "out_size": 2**14}
+_SMALL_TRAINING = {
+    "max_steps": 100,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 0.05,
+    "save_strategy": "no",
+    "dataloader_pin_memory": False,
+}
+
+
+class TimedSpectra(TrainerCallback):
+    """A HessianSpectrumCallback whose spectra are timed, and needed.
+
+    Args:
+        callback: takes the spectra.
+
+    Raises:
+        UserWarning: when training begins, the callback cannot take any.
+    """
+
+    def __init__(self, callback: HessianSpectrumCallback) -> None:
+        self.callback = callback
+        self.seconds: dict[int, float] = {}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "no Hessian spectra are taken")
+            self._time(self.callback.on_train_begin, args, state, control, **kwargs)
+        if state.global_step:  # resumed: that step's spectrum was taken before
+            self.seconds.clear()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._time(self.callback.on_step_end, args, state, control, **kwargs)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self.callback.on_train_end(args, state, control, **kwargs)
+
+    def _time(
+        self,
+        event: Callable[..., None],
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        start = time.perf_counter()
+        event(args, state, control, **kwargs)
+        self.seconds[state.global_step] = time.perf_counter() - start
+
+
+def run_hessian(
+    arguments: HessianArguments, training: HessianTrainingArguments
+) -> list[Spectrum]:
+    """Fine-tune, take spectra, print them, and save them with plots.
+
+    Raises:
+        ModuleNotFoundError: `small`, and the package with the model is not installed.
+        ValueError: an argument, the training file or the sketch's size is bad.
+    """
+    if arguments.small:
+        arguments = _with_small(arguments, _SMALL)
+        training = _with_small(training, _SMALL_TRAINING)
+    set_seed(training.seed)
+    setup = _setup(arguments)
+    _print_plan(arguments, training, setup)
+    spectra_callback = HessianSpectrumCallback(
+        steps=[int(step) for step in arguments.steps.split(",")],
+        every=arguments.every or None,
+        batches=arguments.batches,
+        krylov_dim=arguments.krylov_dim,
+        out_size=arguments.out_size,
+        operator=arguments.operator,
+        layout=arguments.layout,
+        mode=arguments.mode,
+    )
+    timed = TimedSpectra(spectra_callback)
+    trainer = Trainer(
+        setup.model,
+        training,
+        data_collator=setup.collator,
+        train_dataset=setup.train_dataset,
+        processing_class=setup.tokenizer,
+        callbacks=[timed],
+    )
+    spectra_callback.set_trainer(trainer)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    spectra = load_spectra(training.output_dir)
+    print_spectra(spectra)
+    _save(arguments, training, setup, spectra, timed.seconds)
+    return spectra
+
+
+def _with_small(arguments: Arguments, small: dict[str, Any]) -> Arguments:
+    """Small settings in the place of those that are still the default."""
+    defaults = {f.name: f.default for f in dataclasses.fields(arguments)}
+    return dataclasses.replace(
+        arguments,
+        **{
+            name: value
+            for name, value in small.items()
+            if getattr(arguments, name) == defaults[name]
+        },
+    )
+
+
+def _setup(arguments: HessianArguments) -> Setup:
+    """The task's model and data."""
+    given = arguments.model_name_or_path, arguments.train_file, arguments.small
+    if arguments.task == "snli":
+        return snli_setup(*given)
+    return xsum_setup(*given, arguments.max_source_length, arguments.max_target_length)
+
+
+def _print_plan(
+    arguments: HessianArguments, training: TrainingArguments, setup: Setup
+) -> None:
+    """Say what will be done, and raise if the sketch does not fit the model."""
+    sketch = ModelSketch.from_model(
+        setup.model,
+        arguments.out_size,
+        arguments.layout,
+        training.seed,
+        arguments.operator,
+    )
+    basis = 4 * arguments.krylov_dim * arguments.out_size / 2**30
+    print(
+        f"{setup.name}: {len(setup.train_dataset):,} examples, {sketch.in_size:,} "
+        f"parameters sketched to {sketch.out_size:,} numbers; {arguments.krylov_dim} "
+        f"products a spectrum, whose basis takes {basis:.3g} GiB"
+    )
+
+
+def _save(
+    arguments: HessianArguments,
+    training: TrainingArguments,
+    setup: Setup,
+    spectra: list[Spectrum],
+    seconds: dict[int, float],
+) -> None:
+    """Write results.json and the plots."""
+    results = [{**summary_of(s), "seconds": seconds.get(s.step)} for s in spectra]
+    settings = argparse.Namespace(
+        **vars(arguments), name=setup.name, training=training.to_dict()
+    )
+    directory = Path(training.output_dir)
+    print("saved", save_report(str(directory), "results", settings, results))
+    plots = plots_if_installed()
+    if plots is not None:
+        figures = {
+            "figure_2": plots.plot_figure_2({setup.name: spectra}),
+            "density": plots.plot_density(spectra[-1]),
+        }
+        for name, figure in figures.items():
+            figure.savefig(directory / f"{name}.svg")
+            print("saved", directory / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    parser = HfArgumentParser((HessianArguments, HessianTrainingArguments))
+    run_hessian(*parser.parse_args_into_dataclasses())

@@ -1,0 +1,45 @@
+"""Starting tests/distributed_training.py, and reading what it leaves."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
+ACCELERATE = (
+    "accelerate.commands.launch",
+    "--multi_gpu",  # or it starts one process; the script itself stays on the CPU
+    "--main_process_port=0",
+    "--num_machines=1",
+    "--mixed_precision=no",
+    "--dynamo_backend=no",
+    "--num_processes",
+)
+_LONGEST_SECONDS = 300
+
+
+def launch(launcher, processes, directory, scenarios):
+    """Run scenarios, one after the other, each in all processes."""
+    module = ("--module", "tests.distributed_training", str(directory), *scenarios)
+    run = subprocess.Popen(
+        [sys.executable, "-m", *launcher, str(processes), *module],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        _, errors = run.communicate(timeout=_LONGEST_SECONDS)
+    except subprocess.TimeoutExpired:
+        run.terminate()  # the launcher ends its processes, which killing it would not
+        _, errors = run.communicate()
+    assert run.returncode == 0, errors[-5000:]
+    return directory
+
+
+def told(directory, name, processes=2):
+    """What each process wrote down under a name."""
+    paths = [directory / f"{name}-{rank}.json" for rank in range(processes)]
+    return [json.loads(path.read_text()) for path in paths]
