@@ -1,22 +1,32 @@
 """The batches that curvature is taken of: drawn once, kept beside the spectra."""
 
+import copy
 import itertools
 import random
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_sketch.durable import replace_file
 from hf_sketch.sketches import CounterRandom
 
 _FILE = "batches.safetensors"
+_GENERATORS = (
+    torch.Generator,
+    np.random.Generator,
+    np.random.RandomState,
+    random.Random,
+)
+_SHARED = (nn.Module, FunctionType, type)
 
 
 def draw_batches(
@@ -24,7 +34,8 @@ def draw_batches(
 ) -> list[dict[str, Tensor]]:
     """Batches of random examples of a training set, of a stream's first ones.
 
-    Neither the loader's sampler nor any global random number is touched.
+    Neither the loader's sampler, nor any global random number, nor a generator that the
+    collate function keeps is touched. A stream is iterated once more from its start.
 
     Args:
         loader: whose dataset and collate function are used.
@@ -43,8 +54,8 @@ def draw_batches(
             examples[low : low + batch_size]
             for low in range(0, len(examples), batch_size)
         ]
-        assert loader.collate_fn is not None
-        return [tensors_of(loader.collate_fn(part)) for part in parts]
+        collate = _twin(loader.collate_fn, {})
+        return [tensors_of(collate(part)) for part in parts]
 
 
 def tensors_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -70,7 +81,7 @@ def save_batches(directory: Path, batches: Sequence[Mapping[str, Tensor]]) -> No
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{place:06d}/{name}": value.detach().cpu().contiguous()
+        f"{place:06d}/{name}": value.detach().cpu().clone().contiguous()
         for place, batch in enumerate(batches)
         for name, value in batch.items()
     }
@@ -78,15 +89,43 @@ def save_batches(directory: Path, batches: Sequence[Mapping[str, Tensor]]) -> No
 
 
 def load_batches(directory: Path) -> list[dict[str, Tensor]] | None:
-    """The batches in a directory, or None if there are none."""
+    """The batches in a directory, or None if there are none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = directory / _FILE
     if not path.is_file():
         return None
     batches: dict[str, dict[str, Tensor]] = {}
-    for key, value in sorted(load_file(path).items()):
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} must be a safetensors file, got one that is damaged ({error}): "
+            f"restore it, or move {directory} away to draw batches anew."
+        ) from error
+    for key, value in sorted(tensors.items()):
         place, _, name = key.partition("/")
         batches.setdefault(place, {})[name] = value
     return list(batches.values())
+
+
+def _twin(collate: Any, twins: dict[int, Any]) -> Any:
+    """A collate function with generators of its own; all else is shared."""
+    if id(collate) in twins:
+        return twins[id(collate)]
+    if isinstance(collate, _GENERATORS):
+        return copy.deepcopy(collate)
+    if isinstance(collate, MethodType):
+        return MethodType(collate.__func__, _twin(collate.__self__, twins))
+    if isinstance(collate, _SHARED) or not getattr(collate, "__dict__", None):
+        return collate
+    twin = twins[id(collate)] = copy.copy(collate)
+    for name, value in vars(collate).items():
+        if callable(value) or isinstance(value, _GENERATORS):
+            vars(twin)[name] = _twin(value, twins)
+    return twin
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The callback that takes Hessian spectra while a Trainer trains."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,13 +19,12 @@ from transformers import (
 
 from hf_sketch.curvature import HessianOperator
 from hf_sketch.double_backward import MODES
-from hf_sketch.durable import set_aside
 from hf_sketch.mean_loss import UNITS, LossFunction
 from hf_sketch.model_sketch import ModelSketch, check_layout
 from hf_sketch.operator_choice import check_operator
 from hf_sketch.sketched_hessian import SketchedHessian
 from hf_sketch.spectrum import Spectrum, hessian_spectrum
-from hf_sketch.spectrum_files import DIRECTORY, load_spectra, save_spectrum
+from hf_sketch.spectrum_files import DIRECTORY, continue_spectra, save_spectrum
 
 from .curvature_batches import draw_batches, load_batches, save_batches, tensors_of
 
@@ -34,6 +34,7 @@ _LOGGED_EIGENVALUES = 5
 # Whatever the model's own code may raise: training must go on.
 _FAILURES = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     LookupError,
     MemoryError,
@@ -145,7 +146,7 @@ class HessianSpectrumCallback(TrainerCallback):
             )
             return
         if state.global_step == 0:
-            self._take_if_due(args, state)
+            self._take_if_due(args, state, control)
 
     def on_step_end(
         self,
@@ -154,7 +155,7 @@ class HessianSpectrumCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        self._take_if_due(args, state)
+        self._take_if_due(args, state, control)
 
     def on_train_end(
         self,
@@ -183,8 +184,8 @@ class HessianSpectrumCallback(TrainerCallback):
             model, self.out_size, self.layout, seed, self.operator
         )
         self._directory = Path(args.output_dir or ".") / DIRECTORY
-        _continue(self._directory, sketch, state.global_step)
-        batches = load_batches(self._directory)
+        continue_spectra(self._directory, sketch, state.global_step)
+        batches = load_batches(self._directory) if state.global_step else None
         if batches is None:
             if isinstance(self.batches, int):
                 size = self.batch_size or args.per_device_train_batch_size
@@ -201,7 +202,9 @@ class HessianSpectrumCallback(TrainerCallback):
         )
         self._hessian = SketchedHessian(hessian, sketch)
 
-    def _take_if_due(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _take_if_due(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
         """Take, write and log a spectrum at this step, if it is one of those asked."""
         step = state.global_step
         due = step in self.steps or (self.every is not None and step % self.every == 0)
@@ -226,7 +229,9 @@ class HessianSpectrumCallback(TrainerCallback):
             return
         logs = _logs(spectrum)
         if self._trainer is not None:
+            should_log = control.should_log  # the step's own loss, after this
             self._trainer.log(logs)
+            control.should_log = should_log
         else:
             state.log_history.append({**logs, "epoch": state.epoch, "step": step})
 
@@ -253,36 +258,6 @@ def _check_counts(
         )
 
 
-def _continue(directory: Path, sketch: ModelSketch, step: int) -> None:
-    """Keep the spectra that training resumes after, and none of another run."""
-    if not any(directory.glob("step-*.json")):
-        return
-    if step == 0:
-        aside = set_aside(directory)
-        warnings.warn(
-            f"{directory} held spectra of an earlier run that is not resumed: they are "
-            f"now in {aside}.",
-            stacklevel=4,
-        )
-        return
-    for spectrum in load_spectra(directory):
-        if spectrum.model_sketch != sketch:
-            theirs = spectrum.model_sketch
-            raise ValueError(
-                f"{directory} holds spectra of {len(theirs.shapes)} parameters with "
-                f"{theirs.in_size} elements, out_size={theirs.out_size}, "
-                f"operator={theirs.operator!r}, layout={theirs.layout!r}, "
-                f"seed={theirs.seed}, got {len(sketch.shapes)} parameters with "
-                f"{sketch.in_size} elements, out_size={sketch.out_size}, "
-                f"operator={sketch.operator!r}, layout={sketch.layout!r}, "
-                f"seed={sketch.seed}: pass the settings of the run that is resumed, or "
-                "another output_dir."
-            )
-        if spectrum.step > step:
-            for ending in ("json", "safetensors"):
-                (directory / f"step-{spectrum.step:08d}.{ending}").unlink()
-
-
 def _logs(spectrum: Spectrum) -> dict[str, float]:
     """What is logged of a spectrum."""
     largest: Tensor = spectrum.eigenvalues.flip(0)[:_LOGGED_EIGENVALUES]
@@ -290,10 +265,11 @@ def _logs(spectrum: Spectrum) -> dict[str, float]:
         f"curvature_eigenvalue_{place}": value
         for place, value in enumerate(largest.tolist(), start=1)
     }
-    return logs | {
+    logs |= {
         "curvature_least_eigenvalue": float(spectrum.eigenvalues[0]),
         "curvature_rneg": spectrum.rneg,
         "curvature_outliers": float(spectrum.outliers),
         "curvature_alignment": spectrum.alignment,
         "curvature_trace": spectrum.trace.value,
     }
+    return {name: value for name, value in logs.items() if math.isfinite(value)}

@@ -18,7 +18,7 @@ from hf_sketch.double_backward import (
     explained,
     obstacle_to_finite_differences,
 )
-from hf_sketch.finite_differences import Displacement, gradients_into
+from hf_sketch.finite_differences import central_difference, gradients_into
 from hf_sketch.mean_loss import LossFunction, MeanLoss
 from hf_sketch.model_sketch import ModelSketch
 
@@ -203,12 +203,13 @@ class HessianOperator(CurvatureOperator):
             return super().sketched_product(model_sketch, vector)
         # The expectation of |S.T v|; S S.T is nearly a multiple of the identity.
         norm = (model_sketch.in_size / model_sketch.out_size) ** 0.5 * vector.norm()
-        moved = Displacement(self.parameters, float(norm))
-        with self._setting(), moved.forward(model_sketch.adjoint_parts(vector)):
-            _, ahead = self._sketched_gradient(model_sketch)
-            moved.reverse()
-            _, behind = self._sketched_gradient(model_sketch)
-        return ahead.sub_(behind).div_(2 * moved.step)
+        with self._setting():
+            return central_difference(
+                self.parameters,
+                lambda: model_sketch.adjoint_parts(vector),
+                float(norm),
+                lambda: self._sketched_gradient(model_sketch)[1:],
+            )[0]
 
     def _check_once(self) -> None:
         """Compare products on first use; find the mode that works."""
@@ -259,14 +260,12 @@ class HessianOperator(CurvatureOperator):
     def _difference(self, vectors: list[Tensor]) -> list[Tensor]:
         """H v as the difference of two gradients."""
         norm = torch.stack([torch.linalg.vector_norm(v) for v in vectors]).norm()
-        moved = Displacement(self.parameters, float(norm))
-        with moved.forward(self._named(vectors).items()):
-            ahead = self.mean_loss.sum(self._gradient_of)
-            moved.reverse()
-            behind = self.mean_loss.sum(self._gradient_of)
-        for one, other in zip(ahead, behind, strict=True):
-            one.sub_(other).div_(2 * moved.step)
-        return ahead
+        return central_difference(
+            self.parameters,
+            lambda: self._named(vectors).items(),
+            float(norm),
+            lambda: self.mean_loss.sum(self._gradient_of),
+        )
 
 
 def hessian_vector_product(

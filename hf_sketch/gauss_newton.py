@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_sketch.curvature import CurvatureOperator, Vector
 from hf_sketch.double_backward import check_graph, explained
-from hf_sketch.finite_differences import Displacement
+from hf_sketch.finite_differences import central_difference
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.per_example import field_of
 
@@ -39,9 +39,11 @@ class GaussNewtonOperator(CurvatureOperator):
             logits = field_of(output, "logits", 1)
             if along is None:
                 along = self._derivative_along(logits, parts)
-            slope: Tensor | None = torch.autograd.grad(
-                share * loss, logits, create_graph=True, allow_unused=True
-            )[0]
+            (slope,) = list[Tensor | None](
+                torch.autograd.grad(
+                    share * loss, logits, create_graph=True, allow_unused=True
+                )
+            )
             if slope is None:
                 raise ValueError(
                     "the Gauss-Newton matrix needs a loss of the output's logits, got "
@@ -70,12 +72,14 @@ class GaussNewtonOperator(CurvatureOperator):
     def _difference(self, inputs: Mapping[str, Any], vectors: list[Tensor]) -> Tensor:
         """J v, as the difference of two forward passes."""
         norm = torch.stack([torch.linalg.vector_norm(v) for v in vectors]).norm()
-        moved = Displacement(self.parameters, float(norm))
-        with torch.no_grad(), moved.forward(self._named(vectors).items()):
-            ahead = field_of(self.mean_loss.run(inputs)[0], "logits", 1)
-            moved.reverse()
-            behind = field_of(self.mean_loss.run(inputs)[0], "logits", 1)
-        return (ahead - behind) / (2 * moved.step)
+        with torch.no_grad():
+            (along,) = central_difference(
+                self.parameters,
+                lambda: self._named(vectors).items(),
+                float(norm),
+                lambda: [field_of(self.mean_loss.run(inputs)[0], "logits", 1)],
+            )
+        return along
 
 
 class EmpiricalFisherOperator(CurvatureOperator):
@@ -83,11 +87,12 @@ class EmpiricalFisherOperator(CurvatureOperator):
 
     g is the gradient of an example's own loss, the mean over its tokens. Products in
     sketch space are taken with the examples' sketched gradients, which are computed
-    once and kept: (examples, out_size) numbers. See `CurvatureOperator` for the
-    arguments; `mode` and `unit` change nothing.
+    once and kept until a parameter changes: (examples, out_size) numbers. See
+    `CurvatureOperator` for the arguments; `mode` and `unit` change nothing.
     """
 
-    _rows: tuple[ModelSketch, Tensor] | None = None
+    _rows: Tensor | None = None
+    _rows_are_of: tuple[ModelSketch, list[int]] | None = None
 
     def __matmul__(self, vector: Vector) -> dict[str, Tensor]:
         """The Fisher-vector product, one example after the other."""
@@ -106,12 +111,13 @@ class EmpiricalFisherOperator(CurvatureOperator):
 
     def sketched_product(self, model_sketch: ModelSketch, vector: Tensor) -> Tensor:
         """S @ F(S.T @ v), exactly: the mean of (S g) (S g).v."""
-        if self._rows is None or self._rows[0] != model_sketch:
+        versions = [p._version for p in self.parameters.values()]
+        if self._rows is None or self._rows_are_of != (model_sketch, versions):
             with self._setting():
                 rows = [
                     model_sketch.sketch(self._named(self._gradient_of(inputs, 1.0)))
                     for inputs in self.mean_loss.examples()
                 ]
-            self._rows = model_sketch, torch.stack(rows)
-        rows = self._rows[1]
-        return rows.T @ (rows @ vector) / len(rows)
+            self._rows = torch.stack(rows)
+            self._rows_are_of = model_sketch, versions
+        return self._rows.T @ (self._rows @ vector) / len(self._rows)

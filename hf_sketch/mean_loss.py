@@ -148,9 +148,11 @@ class MeanLoss:
         return total
 
     def examples(self) -> Iterator[Mapping[str, Any]]:
-        """Each example as a batch of its own."""
+        """Each example as a batch of its own; those without any label are left out."""
         for inputs in self._given:
-            yield from self._split(inputs).pieces(inputs, 1)
+            for alone in self._split(inputs).pieces(inputs, 1):
+                if self._labelled(alone.get("labels")) != 0:
+                    yield alone
 
     def _count(self, inputs: Mapping[str, Any]) -> list[CurvatureBatch]:
         """A batch with its number of items, in halves if it does not fit the memory."""

@@ -10,6 +10,7 @@ from hf_sketch.spectrum import Spectrum
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "hf_sketch.plots needs matplotlib, got none installed: call pip install "
@@ -90,7 +91,7 @@ def plot_density(spectrum: Spectrum) -> Figure:
     eigenvalues = spectrum.eigenvalues
     bump = 1 / (found.width * math.sqrt(2 * math.pi))
     floor = _SEEN_BUMP * bump / spectrum.model_sketch.out_size
-    axes.plot(found.grid - spectrum.shift, found.density.clamp(min=floor))
+    axes.plot(found.grid - spectrum.shift, found.density)
     axes.errorbar(
         eigenvalues,
         torch.full_like(eigenvalues, floor),
@@ -103,10 +104,11 @@ def plot_density(spectrum: Spectrum) -> Figure:
         label=f"{len(eigenvalues)} eigenvalues",
     )
     axes.set_yscale("log")
+    axes.set_ylim(bottom=floor / 2)
     axes.set_xlabel(_EIGENVALUE)
     axes.set_ylabel("density of eigenvalues (parameter² / loss)")
     axes.set_title(f"step {spectrum.step}")
-    axes.legend()
+    axes.legend().set_in_layout(False)  # a long name must not squeeze the axes
     return figure
 
 
@@ -118,12 +120,13 @@ def _draw_rneg(axes: Axes, spectra_by_name: Mapping[str, Sequence[Spectrum]]) ->
         steps = [spectrum.step for spectrum in spectra]
         axes.errorbar(steps, rneg, [below, errors], marker="o", capsize=2, label=name)
     axes.set_xscale("symlog", linthresh=_EARLY_STEPS)
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=-1)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step of the optimizer")
     axes.set_ylabel("RNEG: |least eigenvalue| / greatest (ratio)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend().set_in_layout(False)
 
 
 def _draw_ratios(axes: Axes, spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> None:
@@ -142,14 +145,19 @@ def _draw_ratios(axes: Axes, spectra_by_name: Mapping[str, Sequence[Spectrum]]) 
             alpha=0.2,
         )
     axes.axhline(
-        _OUTLIER_RATIO, color="gray", linestyle="--", label=f"{_OUTLIER_RATIO:.0%}"
+        _OUTLIER_RATIO,
+        color="gray",
+        linestyle="--",
+        label=f"{_OUTLIER_RATIO:.0%}: outliers above",
     )
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(LogFormatter())
+    axes.xaxis.set_minor_formatter(LogFormatter())
     axes.set_ylim(bottom=0)
     axes.set_xlabel("n, of the positive eigenvalues from the greatest")
     axes.set_ylabel("R(n): n-th eigenvalue / greatest (ratio)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend().set_in_layout(False)
 
 
 def _rneg_error(spectrum: Spectrum) -> float:

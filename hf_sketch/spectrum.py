@@ -112,7 +112,9 @@ class Spectrum:
     def rneg(self) -> float:
         """|Most negative eigenvalue| / greatest positive one; 0 if none is negative."""
         least, greatest = float(self.eigenvalues[0]), float(self.eigenvalues[-1])
-        return max(-least, 0.0) / greatest if greatest > 0 else math.inf
+        if least >= 0:
+            return 0.0
+        return -least / greatest if greatest > 0 else math.inf
 
     @property
     def ratios(self) -> Tensor:
@@ -127,9 +129,14 @@ class Spectrum:
 
     @property
     def alignment(self) -> float:
-        """|P g|^2 / |g|^2, g the gradient, P onto the outliers' eigenvectors."""
+        """|P g|^2 / |g|^2, g the gradient, P onto the outliers' eigenvectors.
+
+        nan if not all of these were kept.
+        """
         count, total = self.outliers, len(self.sketched)
         kept = self.vector_places >= total - count
+        if int(kept.sum()) < count:
+            return math.nan
         along = self.vectors[kept].to(self.gradient) @ self.gradient
         norm = float(self.gradient.square().sum())
         return float(along.square().sum()) / norm if norm else 0.0
@@ -147,7 +154,10 @@ class Spectrum:
         )
 
     def lifted(self, places: Sequence[int]) -> list[dict[str, Tensor]]:
-        """Approximate eigenvectors of H, S.T @ v of unit norm, by parameter.
+        """S.T @ v of unit norm, by parameter, where v are eigenvectors of S @ H @ S.T.
+
+        What they have of an eigenvector of H is about sqrt(out_size / in_size), far
+        more than of any other direction; all else is the sketch's noise.
 
         Args:
             places: of the rows of `vectors`.
@@ -217,6 +227,7 @@ def hessian_spectrum(
 
 
 def _largest(found: LanczosResult, count: int) -> Tensor:
-    """Where the eigenvalues lie that are largest by size, ascending."""
-    count = min(count, found.steps)
-    return found.eigenvalues.abs().topk(count).indices.sort().values
+    """Where the eigenvalues lie that are largest by size without the shift."""
+    shift = (found.weights * found.eigenvalues).sum()
+    sizes = (found.eigenvalues - shift).abs()
+    return sizes.topk(min(count, found.steps)).indices.sort().values

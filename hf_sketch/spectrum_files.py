@@ -1,6 +1,8 @@
 """Spectra on disk: `<output_dir>/curvature/step-XXXXXXXX.json` and `.safetensors`."""
 
 import dataclasses
+import math
+import warnings
 from pathlib import Path
 from typing import Any, Final
 
@@ -8,7 +10,7 @@ import xxhash
 from safetensors.torch import load, save
 
 from hf_sketch.curvature_check import CurvatureCheck
-from hf_sketch.durable import read_sealed, replace_file, write_sealed
+from hf_sketch.durable import read_sealed, replace_file, set_aside, write_sealed
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.spectrum import Spectrum
 
@@ -68,7 +70,7 @@ def load_spectra(path: str | Path) -> list[Spectrum]:
         ValueError: a file is damaged, or of another version.
     """
     directory = Path(path)
-    if directory.name != DIRECTORY:
+    if directory.name != DIRECTORY or (directory / DIRECTORY).is_dir():
         directory = directory / DIRECTORY
     files = sorted(directory.glob("step-*.json"))
     if not files:
@@ -111,14 +113,58 @@ def read_spectrum(path: Path) -> Spectrum:
     )
 
 
+def continue_spectra(directory: Path, sketch: ModelSketch, step: int) -> None:
+    """Keep the spectra that training resumes after, and none of another run.
+
+    Args:
+        directory: of the spectra.
+        sketch: that the others are taken with.
+        step: after which training resumes; at 0 it starts, and what is there already is
+            set aside with a warning.
+
+    Raises:
+        ValueError: a file is damaged, or of another sketch or version.
+    """
+    if not any(directory.glob("step-*.json")):
+        return
+    if step == 0:
+        aside = set_aside(directory)
+        warnings.warn(
+            f"{directory} held spectra of an earlier run that is not resumed: they are "
+            f"now in {aside}.",
+            stacklevel=4,
+        )
+        return
+    for spectrum in load_spectra(directory):
+        if spectrum.model_sketch != sketch:
+            theirs = spectrum.model_sketch
+            raise ValueError(
+                f"{directory} holds spectra of {len(theirs.shapes)} parameters with "
+                f"{theirs.in_size} elements, out_size={theirs.out_size}, "
+                f"operator={theirs.operator!r}, layout={theirs.layout!r}, "
+                f"seed={theirs.seed}, got {len(sketch.shapes)} parameters with "
+                f"{sketch.in_size} elements, out_size={sketch.out_size}, "
+                f"operator={sketch.operator!r}, layout={sketch.layout!r}, "
+                f"seed={sketch.seed}: pass the settings of the run that is resumed, or "
+                "another output_dir."
+            )
+        if spectrum.step > step:
+            for ending in ("json", "safetensors"):
+                (directory / f"step-{spectrum.step:08d}.{ending}").unlink()
+
+
 def _summary(spectrum: Spectrum) -> dict[str, Any]:
-    """What a reader of the JSON file wants to see."""
+    """What a reader of the JSON file wants to see; JSON has no word for nan or inf."""
     return {
         "eigenvalues": spectrum.eigenvalues.tolist(),
         "standard_errors": spectrum.standard_errors.tolist(),
         "trace": dataclasses.asdict(spectrum.trace),
         "shift": spectrum.shift,
-        "rneg": spectrum.rneg,
+        "rneg": _finite(spectrum.rneg),
         "outliers": spectrum.outliers,
-        "alignment": spectrum.alignment,
+        "alignment": _finite(spectrum.alignment),
     }
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -65,7 +66,7 @@ def snli_setup(model: str | None, train_file: str | None, small: bool) -> Setup:
     sample = small and train_file is None
     rows = load_snli_sample("train") if sample else load_snli("train", train_file)
     return Setup(
-        name=f"{'MiniLM' if small and model is None else name} on SNLI",
+        name=f"{'MiniLM' if small and model is None else Path(name).name} on SNLI",
         model=classifier,
         tokenizer=tokenizer,
         train_dataset=tokenize(rows, tokenizer),
@@ -100,7 +101,7 @@ def xsum_setup(
     own = small and train_file is None
     rows = load_short_documents() if own else load_xsum("train", train_file)
     return Setup(
-        name=f"{name} on {'short documents' if own else 'XSum'}",
+        name=f"{Path(name).name} on {'short documents' if own else 'XSum'}",
         model=seq2seq,
         tokenizer=tokenizer,
         train_dataset=tokenize_summaries(

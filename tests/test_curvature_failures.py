@@ -12,13 +12,11 @@ from hf_sketch import (
     hessian_spectrum,
     hessian_vector_product,
 )
-from hf_sketch.curvature import CurvatureOperator
 from tests.curvature_oracles import (
     AUTOGRAD,
     BOTH,
     FINITE,
     Head,
-    Once,
     direction,
     exact,
     head_batch,
@@ -59,7 +57,7 @@ def short_of_memory(model, rows, place, error=ERRORS[0]):
 
 @pytest.mark.parametrize("place", ["forward", "backward"])
 @pytest.mark.parametrize(
-    "mode, form",
+    ("mode", "form"),
     [
         (AUTOGRAD, "product"),
         (FINITE, "product"),
@@ -132,8 +130,8 @@ def test_an_example_that_does_not_fit_alone_is_told(mode, place):
     message = r'one example at a time.*pass shorter examples, or mode="finite_differ'
     with pytest.raises(MemoryError, match=message):
         operator @ direction(model)
+    sketch = ModelSketch.from_model(model, 16)
     with pytest.raises(MemoryError, match=message):
-        sketch = ModelSketch.from_model(model, 16)
         operator.sketched_product(sketch, torch.ones(16).double())
     assert torch.equal(flat(dict(model.named_parameters())), theta)
 
@@ -146,7 +144,7 @@ def test_errors_that_are_not_of_memory_pass_through():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"mode": "hvp"}, r"mode must be one of \('auto', .*, got 'hvp'"),
         ({"unit": "words"}, r"unit must be one of \('tokens', .*, got 'words'"),
@@ -174,7 +172,7 @@ def test_batches_without_any_label_are_refused():
 
 
 @pytest.mark.parametrize(
-    "loss_fn, message",
+    ("loss_fn", "message"),
     [
         (
             lambda o, _: o["logits"],
@@ -258,7 +256,7 @@ def test_gauss_newton_needs_a_loss_of_the_logits():
     operator = GaussNewtonOperator(
         model, [head_batch()], lambda o, _: weight.square().sum()
     )
-    with pytest.raises(ValueError, match="a loss of the output's logits.*HessianOper"):
+    with pytest.raises(ValueError, match=r"a loss of the output's logits.*HessianOper"):
         operator @ direction(model)
     linear = GaussNewtonOperator(model, [head_batch()], lambda o, _: o["logits"].mean())
     assert not flat(linear @ direction(model)).any()

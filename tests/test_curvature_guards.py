@@ -158,7 +158,7 @@ def test_fused_attention_works_in_autograd_mode(operator):
         gradient = torch.autograd.grad(
             model(**batch).loss, model.model.embed_tokens.weight, create_graph=True
         )[0]
-        with pytest.raises(RuntimeError, match="derivative for .*flash_attention"):
+        with pytest.raises(RuntimeError, match=r"derivative for .*flash_attention"):
             gradient.sum().backward()
         inside = flat(operator(model, [batch], mode=AUTOGRAD) @ direction(model))
     model.set_attn_implementation("eager")

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from hf_sketch import HessianOperator, ModelSketch, SketchedHessian, hessian_spectrum
+from hf_sketch import (
+    EmpiricalFisherOperator,
+    HessianOperator,
+    ModelSketch,
+    SketchedHessian,
+    hessian_spectrum,
+)
 from tests.curvature_oracles import (
     AUTOGRAD,
     BOTH,
@@ -160,8 +166,8 @@ def test_a_loss_that_fails_leaves_all_as_it_was(mode, fails_at):
     operator = HessianOperator(model, [batch], loss_fn, mode=mode)
     with pytest.raises(KeyError, match="the loss"):
         operator.sketched_product(sketch, torch.ones(64))
+    calls.clear()
     with pytest.raises(KeyError, match="the loss"):
-        calls.clear()
         operator @ direction(model)
     assert watched(model) == before
 
@@ -208,3 +214,17 @@ def test_a_loss_that_is_linear_has_no_curvature(mode):
     got = flat(operator @ {"weight": torch.ones(1, 3), "bias": torch.ones(1)})
     assert got.abs().max() < 1e-9
     assert (operator.check.difference or 0) == operator.check.asymmetry == 0
+
+
+def test_the_fisher_matrix_is_that_of_the_present_parameters():
+    model, batch = tiny_model("gpt2"), tiny_inputs("gpt2")
+    batch["labels"][1] = -100
+    sketch, v = ModelSketch.from_model(model, 32), torch.ones(32).double()
+    operator = EmpiricalFisherOperator(model, [batch])
+    before = operator.sketched_product(sketch, v)
+    assert torch.equal(operator.sketched_product(sketch, v), before)
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(2)
+    wanted = sketch.sketch(operator @ sketch.adjoint(v))
+    assert relative(operator.sketched_product(sketch, v), wanted) < 1e-9
+    assert relative(before, wanted) > 0.1

@@ -1,0 +1,399 @@
+import dataclasses
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from hf_sketch import (
+    CurvatureCheck,
+    HessianOperator,
+    ModelSketch,
+    SketchedHessian,
+    Spectrum,
+    hessian_spectrum,
+    load_spectra,
+)
+from hf_sketch.durable import read_sealed, write_sealed
+from hf_sketch.spectrum_files import save_spectrum
+from tests.symmetric import normals
+from tests.test_curvature import relative
+
+SIZE = 100
+SKETCH = ModelSketch((("x", (1000,)),), SIZE)
+VALUES = (-3.0, -1.0, 0.5, 1.0, 4.0, 10.0)
+# Their mean is zero with these weights, and so is the trace.
+WEIGHTS = (0.25, 0.25, 0.2, 0.2, 0.05, 0.05)
+
+
+def made_of(values=VALUES, weights=WEIGHTS, kept=(0, 4, 5), **fields):
+    """A spectrum whose eigenvectors are unit vectors, and the gradient 1, 2, 3, ..."""
+    defaults = {
+        "model_sketch": SKETCH,
+        "step": 3,
+        "loss": 0.1,
+        "sketched": torch.tensor(values, dtype=torch.float64),
+        "residuals": torch.ones(len(values), dtype=torch.float64),
+        "weights": torch.tensor(weights, dtype=torch.float64),
+        "gradient": torch.arange(1.0, SIZE + 1),
+        "vectors": torch.eye(SIZE)[list(kept)],
+        "vector_places": torch.tensor(kept, dtype=torch.int64),
+        "loss_of_orthogonality": 1e-14,
+        "mode": "autograd",
+        "unit": "tokens",
+        "check": CurvatureCheck(0.25, 1e-7),
+    }
+    return Spectrum(**{**defaults, **fields})
+
+
+def test_statistics_of_eigenvalues_without_a_shift():
+    spectrum = made_of()
+    assert (spectrum.trace.value, spectrum.shift) == pytest.approx((0, 0))
+    assert spectrum.eigenvalues.tolist() == pytest.approx(list(VALUES))
+    assert spectrum.rneg == pytest.approx(0.3)
+    assert spectrum.ratios.tolist() == pytest.approx([1, 0.4, 0.1, 0.05])
+    assert spectrum.outliers == 2
+    total = sum(i * i for i in range(1, SIZE + 1))
+    assert spectrum.alignment == pytest.approx((25 + 36) / total)
+
+
+def test_statistics_are_of_the_eigenvalues_without_the_shift():
+    moved = made_of([value + 7 for value in VALUES])
+    assert moved.trace.value == pytest.approx(7 * SIZE)
+    assert moved.shift == pytest.approx(7)
+    assert moved.eigenvalues.tolist() == pytest.approx(list(VALUES))
+    assert moved.rneg == pytest.approx(0.3)
+    assert moved.outliers == 2
+
+
+def test_the_trace_counts_converged_eigenvalues_and_the_mean_of_all_others():
+    residuals = torch.tensor([1.0, 0, 0, 0, 0.04, 0.1], dtype=torch.float64)
+    trace = made_of(residuals=residuals).trace
+    # 4 and 10 are known to 1%, -3 is not: 98 eigenvalues have the others' mean.
+    mean = (0.25 * -3 + 0.25 * -1 + 0.2 * 0.5 + 0.2 * 1) / 0.9
+    square = (0.25 * 9 + 0.25 + 0.2 * 0.25 + 0.2) / 0.9
+    assert trace.value == pytest.approx(14 + 98 * mean)
+    assert trace.standard_error == pytest.approx(math.sqrt(196 * (square - mean**2)))
+
+
+def test_standard_errors_are_scatter_residual_and_shift():
+    spectrum = made_of()
+    # No eigenvalue has converged: all weights count, with mean 0.
+    square = sum(w * v * v for w, v in zip(WEIGHTS, VALUES, strict=True))
+    shift = math.sqrt(2 * SIZE * square) / SIZE
+    wanted = [math.sqrt(2 / SIZE * v * v + 1 + shift**2) for v in VALUES]
+    assert spectrum.standard_errors.tolist() == pytest.approx(wanted)
+
+
+def test_the_density_is_bumps_at_the_ritz_values():
+    density = made_of().density(torch.tensor([-3.0, 0.0, 4.0]), width=0.5)
+
+    def bump(x, center):
+        return math.exp(-(((x - center) / 0.5) ** 2) / 2) / (0.5 * math.sqrt(math.tau))
+
+    wanted = [
+        sum(w * bump(x, v) for w, v in zip(WEIGHTS, VALUES, strict=True))
+        for x in (-3, 0, 4)
+    ]
+    assert density.density.tolist() == pytest.approx(wanted)
+    whole = made_of().density()
+    assert float(torch.trapezoid(whole.density, whole.grid)) == pytest.approx(1, 1e-6)
+
+
+def test_spectra_without_eigenvalues_above_zero_have_statistics_too():
+    nothing = made_of((0.0,) * 6, (1 / 6,) * 6)
+    assert (nothing.rneg, nothing.outliers, nothing.alignment) == (0, 0, 0)
+    assert nothing.ratios.tolist() == []
+    below = made_of((-4.0, -2.0), (0.0, 0.0), ())
+    assert below.trace.value == 0
+    assert (below.rneg, below.outliers, below.alignment) == (math.inf, 0, 0)
+
+
+def test_the_alignment_is_not_known_without_the_outliers_vectors():
+    assert math.isnan(made_of(kept=(0, 5)).alignment)
+    assert math.isnan(made_of(kept=()).alignment)
+    assert made_of(gradient=torch.zeros(SIZE)).alignment == 0
+
+
+class Quadratic(nn.Module):
+    """The loss 0.5 x.T Q.T diag(eigenvalues) Q x, with Q = 1 - 2 u u.T."""
+
+    def __init__(self, eigenvalues, dtype=torch.float32):
+        super().__init__()
+        self.eigenvalues = torch.as_tensor(eigenvalues, dtype=dtype)
+        self.u = nn.functional.normalize(normals(len(eigenvalues)), dim=0).to(dtype)
+        self.x = nn.Parameter(normals(len(eigenvalues), seed=1).to(dtype))
+
+    def forward(self, rows):
+        y = self.x - 2 * self.u * (self.u @ self.x)
+        return {"loss": 0.5 * (self.eigenvalues * y.square()).sum() + 0 * rows.sum()}
+
+    def eigenvector(self, place):
+        vector = -2 * self.u * self.u[place]
+        vector[place] += 1
+        return vector
+
+
+def sketched(model, out_size, seed=0, operator="affd"):
+    sketch = ModelSketch.from_model(model, out_size, seed=seed, operator=operator)
+    batch = {"rows": torch.zeros(2, 1)}
+    hessian = HessianOperator(
+        model, [batch], lambda output, _: output["loss"], self_check=False
+    )
+    return SketchedHessian(hessian, sketch)
+
+
+IN_SIZE, OUT_SIZE, SEEDS = 2**13, 2**8, 20
+BULK = 0.5  # on average
+ISOLATED = (-40.0, 30.0, 60.0, 100.0)
+EXACT = [*ISOLATED, *torch.linspace(0, 2 * BULK, IN_SIZE - len(ISOLATED)).tolist()]
+
+
+@pytest.fixture(scope="module")
+def spectra():
+    """One matrix, sketched with many seeds."""
+    model = Quadratic(EXACT)
+    return model, [
+        hessian_spectrum(
+            sketched(model, OUT_SIZE, seed),
+            32,
+            keep_vectors=4,
+            seed=seed,
+            progress=False,
+        )
+        for seed in range(SEEDS)
+    ]
+
+
+def isolated(spectrum):
+    return torch.cat([spectrum.eigenvalues[:1], spectrum.eigenvalues[-3:]])
+
+
+@pytest.mark.slow
+def test_eigenvalues_without_the_shift_are_those_of_the_hessian_on_average(spectra):
+    """The mean of 20 is within three of its errors, and what is left of order 1/size.
+
+    With columns s_i of S like independent normal vectors of variance 1/D, second-order
+    perturbation theory gives a Ritz value the mean l_i + sum_{j != i} l_j l_i /
+    (l_i - l_j) / D and the variance 2 l_i^2 / D. Of this, tr / D = sum_j l_j / D is
+    taken off, and (sum_{j != i} l_j^2 / (l_i - l_j) - l_i) / D is left. AFFD's columns
+    are not quite independent: a bulk of c times the unit matrix becomes c S S.T, whose
+    value along S v is N / D + 2, not N / D + 1: another c.
+    """
+    _, found = spectra
+    mean = torch.stack([isolated(spectrum) for spectrum in found]).mean(0)
+    for place, value in enumerate(ISOLATED):
+        others = [e for i, e in enumerate(EXACT) if i != place]
+        left = sum(e * e / (value - e) for e in others) - value
+        error = abs(value) * math.sqrt(2 / OUT_SIZE / SEEDS)
+        assert abs(mean[place] - value) < 3 * error + abs(left) / OUT_SIZE + BULK
+    # Without the correction none would be.
+    shift = sum(EXACT) / OUT_SIZE
+    assert shift > 3 * 100 * math.sqrt(2 / OUT_SIZE / SEEDS) + 2
+
+
+@pytest.mark.slow
+def test_the_standard_errors_of_eigenvalues_are_honest(spectra):
+    _, found = spectra
+    scores = torch.stack(
+        [
+            (isolated(spectrum) - torch.tensor(ISOLATED))
+            / torch.cat([spectrum.standard_errors[:1], spectrum.standard_errors[-3:]])
+            for spectrum in found
+        ]
+    )
+    assert (scores.square().mean(0).sqrt() > 0.5).all()
+    assert (scores.square().mean(0).sqrt() < 1.5).all()
+
+
+@pytest.mark.slow
+def test_the_trace_is_that_of_the_hessian_within_its_error(spectra):
+    _, found = spectra
+    # tr(S H S.T) itself scatters around tr(H), with the variance 2 |H|^2 / D.
+    scatter = 2 / OUT_SIZE * sum(value * value for value in EXACT)
+    scores = [
+        (spectrum.trace.value - sum(EXACT))
+        / math.sqrt(spectrum.trace.standard_error**2 + scatter)
+        for spectrum in found
+    ]
+    assert 0.5 < torch.tensor(scores).square().mean().sqrt() < 1.5
+    assert abs(torch.tensor(scores).mean()) < 3 / math.sqrt(SEEDS)
+
+
+@pytest.mark.slow
+def test_statistics_of_the_sketch_are_those_of_the_hessian(spectra):
+    model, found = spectra
+    exact_gradient = torch.autograd.grad(model(torch.zeros(1))["loss"], model.x)[0]
+    directions = torch.stack([model.eigenvector(place) for place in (1, 2, 3)])
+    share = (directions @ exact_gradient).square().sum() / exact_gradient.square().sum()
+    outliers = [spectrum.outliers for spectrum in found]
+    assert max(set(outliers), key=outliers.count) == 3
+    three = [spectrum.alignment for spectrum in found if spectrum.outliers == 3]
+    # An inner product of unit vectors has an error of sqrt(1 / D), three squares 3 / D.
+    assert torch.tensor(three).mean() == pytest.approx(float(share), abs=0.1)
+    rneg = torch.tensor([spectrum.rneg for spectrum in found])
+    # Numerator and denominator scatter by sqrt(2 / D) each.
+    assert rneg.mean() == pytest.approx(
+        0.4, abs=3 * 0.4 * (4 / OUT_SIZE / SEEDS) ** 0.5
+    )
+
+
+@pytest.mark.slow
+def test_lifted_vectors_have_the_part_along_the_eigenvector_that_sketches_keep(spectra):
+    """S.T S v has the part 1 along v, and the norm sqrt(N / D) of S.T on a unit vector.
+
+    Nothing else sticks out: a random direction has a part of sqrt(1 / N).
+    """
+    model, found = spectra
+    wanted = (IN_SIZE / OUT_SIZE + 2) ** -0.5
+    for spectrum in found[:5]:
+        for place, (vector,) in zip(
+            (0, 1, 2, 3), map(dict.values, spectrum.lifted(range(4))), strict=True
+        ):
+            assert float(vector.norm()) == pytest.approx(1, 1e-5)
+            # Eigenvectors of near eigenvalues mix by sqrt(1 / D) l / (l_i - l_j).
+            along = abs(float(vector @ model.eigenvector(place)))
+            assert along == pytest.approx(wanted, rel=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_orthogonal_sketch_gives_eigenvalues_and_vectors_themselves(dtype):
+    exact = [float(i * i - 20) for i in range(16)]
+    model = Quadratic(exact, dtype)
+    operator = sketched(model, 16, operator="srht")
+    spectrum = hessian_spectrum(operator, 16, keep_vectors=16, progress=False)
+    assert relative(spectrum.sketched, torch.tensor(sorted(exact)).double()) < 1e-5
+    assert spectrum.trace.value == pytest.approx(sum(exact), 1e-5)
+    assert spectrum.trace.standard_error < 1e-3
+    assert spectrum.loss_of_orthogonality < 1e-5
+    assert spectrum.loss == pytest.approx(float(model(torch.zeros(1))["loss"].detach()))
+    order = sorted(range(16), key=exact.__getitem__)
+    for place, lifted in zip(order, spectrum.lifted(range(16)), strict=True):
+        assert abs(float(lifted["x"] @ model.eigenvector(place).float())) > 1 - 1e-5
+
+
+def test_kept_vectors_are_those_of_the_largest_eigenvalues_by_size():
+    model = Quadratic([-50.0, 30, 60, *torch.linspace(0, 1, 61)], torch.float64)
+    operator = sketched(model, 64, operator="srht")
+    spectrum = hessian_spectrum(operator, 40, keep_vectors=3, progress=False)
+    steps = len(spectrum.sketched)
+    assert spectrum.vector_places.tolist() == [0, steps - 2, steps - 1]
+    for vector, place in zip(spectrum.vectors, spectrum.vector_places, strict=True):
+        wanted = spectrum.sketched[place] * vector.double()
+        assert relative(operator @ vector.double(), wanted) < 1e-5
+    none = hessian_spectrum(operator, 40, keep_vectors=0, progress=False)
+    assert none.vectors.shape == (0, 64)
+    assert math.isnan(none.alignment)
+    many = hessian_spectrum(operator, 4, keep_vectors=99, progress=False)
+    assert many.vector_places.tolist() == [0, 1, 2, 3]
+
+
+def test_a_basis_in_a_file_gives_the_same_bits(tmp_path):
+    model = Quadratic(torch.linspace(-1, 5, 64).tolist())
+    one = hessian_spectrum(sketched(model, 16), 8, progress=False)
+    other = hessian_spectrum(
+        sketched(model, 16), 8, progress=False, basis_file=tmp_path / "basis"
+    )
+    assert_equal(one, other)
+
+
+def assert_equal(one, other):
+    """Two spectra are the same, bit for bit."""
+    for field in dataclasses.fields(Spectrum):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(mine, torch.Tensor):
+            assert mine.dtype == theirs.dtype, field.name
+            assert torch.equal(mine, theirs), field.name
+        else:
+            assert mine == theirs, field.name
+
+
+@pytest.mark.parametrize("check", [CurvatureCheck(None, 1 / 3), None])
+def test_what_is_saved_is_what_is_loaded(tmp_path, check):
+    model = Quadratic(torch.linspace(-1, 5, 64).tolist())
+    taken = hessian_spectrum(sketched(model, 16), 8, step=12, progress=False)
+    spectra = [
+        dataclasses.replace(taken, check=check),
+        made_of(kept=()),
+        made_of(step=0),
+    ]
+    spectra[1] = dataclasses.replace(spectra[1], step=7)
+    for spectrum in spectra:
+        path = save_spectrum(tmp_path / "curvature", spectrum)
+        assert path.name == f"step-{spectrum.step:08d}.json"
+    for place in (tmp_path, tmp_path / "curvature"):
+        loaded = load_spectra(place)
+        assert [spectrum.step for spectrum in loaded] == [0, 7, 12]
+        for spectrum, saved in zip(loaded, spectra[::-1], strict=True):
+            assert_equal(spectrum, saved)
+    assert sorted(p.suffix for p in (tmp_path / "curvature").iterdir()) == (
+        [".json"] * 3 + [".safetensors"] * 3
+    )
+
+
+def test_a_run_in_a_directory_called_curvature_is_found(tmp_path):
+    output_dir = tmp_path / "curvature"
+    save_spectrum(output_dir / "curvature", made_of())
+    assert len(load_spectra(output_dir)) == 1
+
+
+def test_the_json_file_can_be_read_by_anything(tmp_path):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    for spectrum in (made_of(), made_of(kept=()), made_of((-4.0, -2.0), (0, 0), ())):
+        path = save_spectrum(tmp_path, spectrum)
+        summary = json.loads(path.read_text(), parse_constant=refuse)["summary"]
+        assert summary["eigenvalues"] == spectrum.eigenvalues.tolist()
+        assert summary["outliers"] == spectrum.outliers
+
+
+def test_no_spectra_are_an_error_that_says_where(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no spectra at .*curvature: give the"):
+        load_spectra(tmp_path)
+
+
+def damage(path, start, end=None, instead=b""):
+    data = path.read_bytes()
+    path.write_bytes(data[:start] + instead + (data[end:] if end else b""))
+
+
+@pytest.mark.parametrize("ending", [".json", ".safetensors"])
+@pytest.mark.parametrize("change", [(-10,), (200, 201, b"\x01"), (0,)], ids=str)
+def test_damaged_files_are_told_from_whole_ones(tmp_path, ending, change):
+    path = save_spectrum(tmp_path / "curvature", made_of())
+    damage(path.with_suffix(ending), *change)
+    message = rf"step-00000003\{ending} must have the digest \w+.*got .*restore it"
+    with pytest.raises(ValueError, match=message):
+        load_spectra(tmp_path)
+
+
+def test_a_missing_half_is_told(tmp_path):
+    path = save_spectrum(tmp_path / "curvature", made_of())
+    path.with_suffix(".safetensors").unlink()
+    with pytest.raises(
+        ValueError, match="of 0 bytes: restore it, or move step-00000003"
+    ):
+        load_spectra(tmp_path)
+
+
+def test_another_version_is_told(tmp_path):
+    path = save_spectrum(tmp_path / "curvature", made_of())
+    content = read_sealed(path)
+    write_sealed(path, {"format_version": 2, "other": content["step"]})
+    message = (
+        "must have format_version 1, got 2: open it with the hf_sketch that wrote it"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_spectra(tmp_path)
+
+
+def test_files_half_written_are_no_spectra(tmp_path):
+    path = save_spectrum(tmp_path / "curvature", made_of())
+    path.with_name("step-00000009.safetensors").write_bytes(b"alone")
+    path.with_name("step-00000009.json.tmp").write_bytes(b"{")
+    steps = [spectrum.step for spectrum in load_spectra(tmp_path)]
+    assert all(one < other for one, other in pairwise([*steps, 9]))
+    assert steps == [3]
