@@ -73,6 +73,10 @@ class GradientSketchCallback(TrainerCallback):
         OSError: with on_error="raise", rows cannot be written.
     """
 
+    _recording: Recording | None = None
+    _together = False  # whether all processes are to stop recording where one does
+    _last_step = _GOES_ON
+
     def __init__(
         self,
         out_size: int = 4096,
@@ -113,9 +117,6 @@ class GradientSketchCallback(TrainerCallback):
         self.loss = loss
         self.row_dtype = row_dtype
         self.on_error = on_error
-        self._recording: Recording | None = None
-        self._together = False
-        self._last_step = _GOES_ON
 
     def on_train_begin(
         self,

@@ -98,7 +98,11 @@ class HessianSpectrumCallback(TrainerCallback):
     ) -> None:
         if steps is None and every is None:
             steps, every = PAPER_STEPS, PAPER_EVERY
-        _check_counts(every, batches, krylov_dim, out_size)
+        _check_counts(
+            {"every": every, "batches": batches, "batch_size": batch_size}, least=1
+        )
+        _check_counts({"keep_vectors": keep_vectors, "steps": min(steps or (0,))}, 0)
+        _check_sizes(batches, krylov_dim, out_size)
         check_operator(operator)
         check_layout(layout)
         for name, value, known in (("mode", mode, MODES), ("unit", unit, UNITS)):
@@ -236,16 +240,19 @@ class HessianSpectrumCallback(TrainerCallback):
             state.log_history.append({**logs, "epoch": state.epoch, "step": step})
 
 
-def _check_counts(
-    every: int | None,
-    batches: int | Sequence[Mapping[str, Any]],
-    krylov_dim: int,
-    out_size: int,
+def _check_counts(counts: Mapping[str, Any], least: int) -> None:
+    """Raise unless those that are numbers are large enough."""
+    for name, value in counts.items():
+        if isinstance(value, int) and value < least:
+            raise ValueError(
+                f"{name} must be at least {least}, got {value}: pass {least} or more."
+            )
+
+
+def _check_sizes(
+    batches: int | Sequence[Mapping[str, Any]], krylov_dim: int, out_size: int
 ) -> None:
-    """Raise unless the numbers make sense."""
-    for name, value in (("every", every), ("batches", batches)):
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}: pass 1 or more.")
+    """Raise unless there are batches, and the sketch has room for the Krylov space."""
     if not isinstance(batches, int) and not batches:
         raise ValueError(
             "batches must hold at least one batch, got none: pass inputs of the model "

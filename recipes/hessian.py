@@ -2,22 +2,11 @@
 
 import argparse
 import dataclasses
-import time
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from transformers import (
-    HfArgumentParser,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from hf_sketch import ModelSketch, Spectrum, load_spectra
 from hf_sketch.callbacks import HessianSpectrumCallback
@@ -29,6 +18,7 @@ from hf_sketch.recipes.spectrum_report import (
     summary_of,
 )
 from hf_sketch.recipes.tables.report import save_report
+from hf_sketch.recipes.timed_spectra import TimedSpectra
 
 Arguments = TypeVar("Arguments")
 
@@ -121,68 +111,6 @@ _SMALL_TRAINING = {
 }
 
 
-# What the callback warns of: here it is not training that must go on.
-_FAILURES = "no Hessian spectra are taken|the Hessian's spectrum of step"
-
-
-class TimedSpectra(TrainerCallback):
-    """A HessianSpectrumCallback whose spectra are timed, and the first one needed.
-
-    Args:
-        callback: takes the spectra.
-
-    Raises:
-        UserWarning: at the start of training, the callback cannot take any.
-    """
-
-    def __init__(self, callback: HessianSpectrumCallback) -> None:
-        self.callback = callback
-        self.seconds: dict[int, float] = {}
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", _FAILURES)
-            self._time(self.callback.on_train_begin, args, state, control, **kwargs)
-        if state.global_step:  # resumed: that step's spectrum was taken before
-            self.seconds.clear()
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        self._time(self.callback.on_step_end, args, state, control, **kwargs)
-
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        self.callback.on_train_end(args, state, control, **kwargs)
-
-    def _time(
-        self,
-        event: Callable[..., None],
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        start = time.perf_counter()
-        event(args, state, control, **kwargs)
-        self.seconds[state.global_step] = time.perf_counter() - start
-
-
 def run_hessian(
     arguments: HessianArguments, training: HessianTrainingArguments
 ) -> list[Spectrum]:
@@ -195,19 +123,10 @@ def run_hessian(
     if arguments.small:
         arguments = _with_small(arguments, _SMALL)
         training = _with_small(training, _SMALL_TRAINING)
+    spectra_callback = _callback(arguments)
     set_seed(training.seed)
     setup = _setup(arguments)
     _print_plan(arguments, training, setup)
-    spectra_callback = HessianSpectrumCallback(
-        steps=[int(step) for step in arguments.steps.split(",")],
-        every=arguments.every or None,
-        batches=arguments.batches,
-        krylov_dim=arguments.krylov_dim,
-        out_size=arguments.out_size,
-        operator=arguments.operator,
-        layout=arguments.layout,
-        mode=arguments.mode,
-    )
     timed = TimedSpectra(spectra_callback)
     trainer = Trainer(
         setup.model,
@@ -235,6 +154,20 @@ def _with_small(arguments: Arguments, small: dict[str, Any]) -> Arguments:
             for name, value in small.items()
             if getattr(arguments, name) == defaults[name]
         },
+    )
+
+
+def _callback(arguments: HessianArguments) -> HessianSpectrumCallback:
+    """As asked, with the Trainer's seed and batch size."""
+    return HessianSpectrumCallback(
+        steps=[int(step) for step in arguments.steps.split(",")],
+        every=arguments.every or None,
+        batches=arguments.batches,
+        krylov_dim=arguments.krylov_dim,
+        out_size=arguments.out_size,
+        operator=arguments.operator,
+        layout=arguments.layout,
+        mode=arguments.mode,
     )
 
 

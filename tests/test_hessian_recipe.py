@@ -18,11 +18,11 @@ from hf_sketch.recipes.data_files import read_data_file
 from hf_sketch.recipes.hessian import (
     HessianArguments,
     HessianTrainingArguments,
-    TimedSpectra,
     run_hessian,
 )
 from hf_sketch.recipes.snli_data import load_snli
 from hf_sketch.recipes.tables.figure_2 import Figure2Arguments, run_figure_2
+from hf_sketch.recipes.timed_spectra import TimedSpectra
 from hf_sketch.recipes.xsum_data import load_short_documents, load_xsum
 from tests.conftest import tiny_trainer
 from tests.test_operator_tables import make_absent
