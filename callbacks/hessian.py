@@ -98,16 +98,10 @@ class HessianSpectrumCallback(TrainerCallback):
     ) -> None:
         if steps is None and every is None:
             steps, every = PAPER_STEPS, PAPER_EVERY
-        _check_counts(
-            {"every": every, "batches": batches, "batch_size": batch_size}, least=1
-        )
-        _check_counts({"keep_vectors": keep_vectors, "steps": min(steps or (0,))}, 0)
+        _check_counts(1, every=every, batches=batches, batch_size=batch_size)
+        _check_counts(0, keep_vectors=keep_vectors, steps=min(steps or (0,)))
         _check_sizes(batches, krylov_dim, out_size)
-        check_operator(operator)
-        check_layout(layout)
-        for name, value, known in (("mode", mode, MODES), ("unit", unit, UNITS)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {known}, got {value!r}.")
+        _check_choices(operator, layout, mode, unit)
         self.steps = frozenset(steps or ())
         self.every = every
         self.batches = batches
@@ -240,7 +234,16 @@ class HessianSpectrumCallback(TrainerCallback):
             state.log_history.append({**logs, "epoch": state.epoch, "step": step})
 
 
-def _check_counts(counts: Mapping[str, Any], least: int) -> None:
+def _check_choices(operator: str, layout: str, mode: str, unit: str) -> None:
+    """Raise unless these are names of one."""
+    check_operator(operator)
+    check_layout(layout)
+    for name, value, known in (("mode", mode, MODES), ("unit", unit, UNITS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {known}, got {value!r}.")
+
+
+def _check_counts(least: int, **counts: Any) -> None:
     """Raise unless those that are numbers are large enough."""
     for name, value in counts.items():
         if isinstance(value, int) and value < least:

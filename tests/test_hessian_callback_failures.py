@@ -20,9 +20,12 @@ from tests.test_hessian_callback import (
 from tests.test_spectrum import made_of
 
 
+SHORT = {"max_steps": 3, "save_strategy": "no"}
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("plain"))
+    return train(tmp_path_factory.mktemp("plain"), **SHORT)
 
 
 def failing(error):
@@ -44,12 +47,12 @@ FAILURES = [
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
 def test_a_loss_that_fails_warns_and_training_goes_on(tmp_path, plain, error):
-    callback = spectra_callback((0, 6), loss_fn=failing(error))
+    callback = spectra_callback((0, 3), loss_fn=failing(error))
     with pytest.warns(UserWarning, match="missing, training goes on") as caught:
         # A batch that is too large for the memory would be made smaller.
-        trainer = train(tmp_path, callback, auto_find_batch_size=True)
+        trainer = train(tmp_path, callback, auto_find_batch_size=True, **SHORT)
     messages = [str(w.message) for w in caught if "Hessian" in str(w.message)]
-    for message, step in zip(messages, (0, 6), strict=True):
+    for message, step in zip(messages, (0, 3), strict=True):
         assert message.startswith(f"the Hessian's spectrum of step {step} is missing, ")
         assert "training goes on: " in message
     assert trainer._train_batch_size == 4
@@ -62,7 +65,7 @@ def test_a_directory_that_cannot_be_made_warns_and_training_goes_on(tmp_path, pl
     (tmp_path / "curvature").write_text("a file where the directory should be")
     message = "no Hessian spectra are taken, training goes on: FileExistsError: .*curv"
     with pytest.warns(UserWarning, match=message):
-        trainer = train(tmp_path, spectra_callback())
+        trainer = train(tmp_path, spectra_callback(), **SHORT)
     assert_trained_alike(plain, trainer)
 
 
@@ -70,15 +73,15 @@ def test_a_full_disk_warns_and_training_goes_on(tmp_path, plain, monkeypatch):
     replace_file = files.replace_file
 
     def full(path, data):
-        if path.name.startswith("step-00000003"):
+        if path.name.startswith("step-00000002"):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         replace_file(path, data)
 
     monkeypatch.setattr(files, "replace_file", full)
-    message = "spectrum of step 3 is missing, training goes on: OSError.*No space left"
+    message = "spectrum of step 2 is missing, training goes on: OSError.*No space left"
     with pytest.warns(UserWarning, match=message):
-        trainer = train(tmp_path, spectra_callback((0, 3, 6)))
-    assert steps_of(tmp_path) == [0, 6]
+        trainer = train(tmp_path, spectra_callback((0, 2, 3)), **SHORT)
+    assert steps_of(tmp_path) == [0, 3]
     assert_trained_alike(plain, trainer)
 
 

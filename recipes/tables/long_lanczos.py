@@ -53,11 +53,6 @@ def run_long_lanczos(arguments: LongLanczosArguments) -> dict[str, Any]:
         "seconds": seconds,
         # Each vector meets all before it four times: products and sums, twice.
         "read_bytes": 8 * numbers * (found.steps + 1),
-        * 2
-        * 2
-        * numbers
-        * (found.steps + 1)
-        // (2 * found.steps),
         "basis_bytes": 4 * numbers,
         "resident_extra_bytes": psutil.Process().memory_info().rss - before,
         "loss_of_orthogonality": loss,
