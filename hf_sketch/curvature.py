@@ -153,7 +153,7 @@ class HessianOperator(CurvatureOperator):
 
     On first use its products are compared with each other along the gradient: those by
     autograd with those by finite differences, and H with its transpose. `check` keeps
-    both figures. This takes two more products, and two gradients.
+    both figures. This takes four more products, and a gradient.
 
     Args:
         model: see `CurvatureOperator`, as for all else.
