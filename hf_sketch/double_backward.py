@@ -110,8 +110,8 @@ def _own_forward(model: nn.Module) -> Generator[None]:
 @contextmanager
 def _plain_attention(model: nn.Module) -> Generator[None]:
     """Eager attention instead of kernels outside torch's own sdpa."""
-    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if before is None or before in _REPLACEABLE:
+    before = _attention_of(getattr(model, "config", None))
+    if all(kernel in _REPLACEABLE for kernel in before.values()):
         yield
         return
     switch: Any = model.set_attn_implementation
@@ -120,6 +120,15 @@ def _plain_attention(model: nn.Module) -> Generator[None]:
         yield
     finally:
         switch(before)
+
+
+def _attention_of(config: Any) -> dict[str, str]:
+    """The attention kernel of a model, under "", and of its parts by their names."""
+    parts = {"": config}
+    for name in getattr(config, "sub_configs", ()):
+        parts[name] = getattr(config, name)
+    found = {n: getattr(c, "_attn_implementation", None) for n, c in parts.items()}
+    return {name: kernel for name, kernel in found.items() if kernel is not None}
 
 
 def check_graph(gradient: Sequence[Tensor]) -> None:

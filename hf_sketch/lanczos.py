@@ -56,6 +56,10 @@ class LanczosResult:
         """The greatest element of |V V^T - 1|, V the basis; taken when first asked."""
         return self.basis.loss_of_orthogonality()
 
+    def along_ritz_vectors(self, vector: Tensor) -> Tensor:
+        """The parts of a vector, (size,), along all Ritz vectors: (steps,), float64."""
+        return self.rotation.T @ self.basis.products(vector).to("cpu", torch.float64)
+
     def ritz_vectors(self, indices: Sequence[int]) -> Tensor:
         """Approximate eigenvectors of unit norm.
 

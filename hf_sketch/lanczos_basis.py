@@ -80,6 +80,12 @@ class Basis:
         """
         return self._remove(count, vector) + self._remove(count, vector)
 
+    def products(self, vector: Tensor) -> Tensor:
+        """The inner products of a vector, (size,), with all rows: (count,)."""
+        vector = vector.to(self.rows.dtype).to(self.device)
+        chunks = self._chunks(len(self.rows))
+        return torch.cat([torch.mv(part, vector) for _, part in chunks])
+
     def combine(self, coefficients: Tensor) -> Tensor:
         """Sums of all rows.
 

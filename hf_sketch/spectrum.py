@@ -32,7 +32,7 @@ class Spectrum:
     the shift. All statistics are taken of these.
 
     Shapes:
-        sketched, residuals, weights (krylov_dim,), float64, ascending
+        sketched, residuals, weights, gradient_along (krylov_dim,), float64, ascending
         vectors (kept, out_size), float32; vector_places (kept,), int64
 
     Args:
@@ -43,6 +43,7 @@ class Spectrum:
         residuals: distance within which S @ H @ S.T has an eigenvalue, of each.
         weights: of the Ritz values in the quadrature of the spectrum.
         gradient: of the mean loss, sketched: (out_size,).
+        gradient_along: parts of it along the eigenvectors in sketch space.
         vectors: unit eigenvectors in sketch space, of the largest eigenvalues by size.
         vector_places: which of the eigenvalues they belong to.
         loss_of_orthogonality: the greatest error of the Krylov basis.
@@ -62,6 +63,7 @@ class Spectrum:
     residuals: Tensor
     weights: Tensor
     gradient: Tensor = field(repr=False)
+    gradient_along: Tensor = field(repr=False)
     vectors: Tensor = field(repr=False)
     vector_places: Tensor = field(repr=False)
     loss_of_orthogonality: float
@@ -129,16 +131,9 @@ class Spectrum:
 
     @property
     def alignment(self) -> float:
-        """|P g|^2 / |g|^2, g the gradient, P onto the outliers' eigenvectors.
-
-        nan if not all of these were kept.
-        """
-        count, total = self.outliers, len(self.sketched)
-        kept = self.vector_places >= total - count
-        if int(kept.sum()) < count:
-            return math.nan
-        along = self.vectors[kept].to(self.gradient) @ self.gradient
-        norm = float(self.gradient.square().sum())
+        """|P g|^2 / |g|^2, g the gradient, P onto the outliers' eigenvectors."""
+        along = self.gradient_along.flip(0)[: self.outliers]
+        norm = float(self.gradient.double().square().sum())
         return float(along.square().sum()) / norm if norm else 0.0
 
     def density(
@@ -217,6 +212,7 @@ def hessian_spectrum(
         residuals=found.residuals,
         weights=found.weights,
         gradient=gradient.cpu(),
+        gradient_along=found.along_ritz_vectors(gradient),
         vectors=found.ritz_vectors(places.tolist()).to("cpu", torch.float32),
         vector_places=places,
         loss_of_orthogonality=found.loss_of_orthogonality,

@@ -21,6 +21,7 @@ _TENSORS = (
     "residuals",
     "weights",
     "gradient",
+    "gradient_along",
     "vectors",
     "vector_places",
 )

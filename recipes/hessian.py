@@ -65,6 +65,10 @@ class HessianArguments:
     )
     krylov_dim: int = field(default=1000, metadata={"help": "Products a spectrum."})
     out_size: int = field(default=2**20, metadata={"help": "Numbers in a sketch."})
+    keep_vectors: int = field(
+        default=50,
+        metadata={"help": "Eigenvectors kept, of the largest eigenvalues."},
+    )
     operator: str = field(default="affd", metadata={"help": "The sketch's operator."})
     layout: str = field(default="blocked", metadata={"help": "blocked or flat."})
     mode: str = field(
@@ -168,6 +172,7 @@ def _callback(arguments: HessianArguments) -> HessianSpectrumCallback:
         operator=arguments.operator,
         layout=arguments.layout,
         mode=arguments.mode,
+        keep_vectors=arguments.keep_vectors,
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
@@ -163,6 +164,7 @@ def main(arguments):
     run(train, top / "reference")
     seconds = time.perf_counter() - before
     kills = runs = 0
+    bar = tqdm(total=arguments.kills, desc="Killing", unit="kill")
     while kills < arguments.kills:
         directory = top / f"run-{runs}"
         for _ in range(moments.randint(1, _MOST_KILLS_A_RUN)):
@@ -171,10 +173,12 @@ def main(arguments):
             if not killed:
                 break
             kills += 1
+            bar.update()
         run(train, directory)
         run(check_complete, directory, top / "reference")
         shutil.rmtree(directory)
         runs += 1
+    bar.close()
     shutil.rmtree(top)
     print(f"{kills} kills in {runs} runs: every row is there, once and whole")
 

@@ -8,7 +8,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface
+from transformers import (
+    AttentionInterface,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+)
 
 from hf_sketch import GaussNewtonOperator, HessianOperator, ModelSketch, SketchedHessian
 from tests.curvature_oracles import (
@@ -204,6 +208,23 @@ def test_other_attention_is_replaced_by_eager_and_restored(other_attention, wrap
     assert not calls
     product(model, batch, FINITE)  # keeps the kernel
     assert calls
+
+
+def test_each_part_of_a_model_gets_its_own_attention_back(other_attention):
+    name, calls = other_attention
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(
+        tiny_model("bert").config, tiny_model("bert").config
+    )
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    torch.manual_seed(0)
+    model, batch = EncoderDecoderModel(config).eval(), tiny_inputs("t5")
+    wanted = product(model, batch, AUTOGRAD)
+    parts = {"": "eager", "encoder": "sdpa", "decoder": name}
+    model.set_attn_implementation(parts)
+    assert relative(product(model, batch, AUTOGRAD), wanted) < 1e-5
+    assert not calls
+    configs = {"": config, "encoder": config.encoder, "decoder": config.decoder}
+    assert {n: c._attn_implementation for n, c in configs.items()} == parts
 
 
 @pytest.fixture

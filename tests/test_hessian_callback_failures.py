@@ -19,7 +19,6 @@ from tests.test_hessian_callback import (
 )
 from tests.test_spectrum import made_of
 
-
 SHORT = {"max_steps": 3, "save_strategy": "no"}
 
 

@@ -38,6 +38,7 @@ def made_of(values=VALUES, weights=WEIGHTS, kept=(0, 4, 5), **fields):
         "residuals": torch.ones(len(values), dtype=torch.float64),
         "weights": torch.tensor(weights, dtype=torch.float64),
         "gradient": torch.arange(1.0, SIZE + 1),
+        "gradient_along": torch.arange(1.0, len(values) + 1).double(),
         "vectors": torch.eye(SIZE)[list(kept)],
         "vector_places": torch.tensor(kept, dtype=torch.int64),
         "loss_of_orthogonality": 1e-14,
@@ -111,10 +112,9 @@ def test_spectra_without_eigenvalues_above_zero_have_statistics_too():
     assert (below.rneg, below.outliers, below.alignment) == (math.inf, 0, 0)
 
 
-def test_the_alignment_is_not_known_without_the_outliers_vectors():
-    assert math.isnan(made_of(kept=(0, 5)).alignment)
-    assert math.isnan(made_of(kept=()).alignment)
-    assert made_of(gradient=torch.zeros(SIZE)).alignment == 0
+def test_the_alignment_of_no_gradient_is_zero():
+    nothing = torch.zeros(SIZE)
+    assert made_of(gradient=nothing, gradient_along=nothing[:6]).alignment == 0
 
 
 class Quadratic(nn.Module):
@@ -285,7 +285,10 @@ def test_kept_vectors_are_those_of_the_largest_eigenvalues_by_size():
         assert relative(operator @ vector.double(), wanted) < 1e-5
     none = hessian_spectrum(operator, 40, keep_vectors=0, progress=False)
     assert none.vectors.shape == (0, 64)
-    assert math.isnan(none.alignment)
+    assert none.alignment == pytest.approx(spectrum.alignment)
+    along = (spectrum.vectors.double() @ spectrum.gradient.double()).abs()
+    kept = spectrum.gradient_along[spectrum.vector_places].abs()
+    assert relative(along, kept) < 1e-5
     many = hessian_spectrum(operator, 4, keep_vectors=99, progress=False)
     assert many.vector_places.tolist() == [0, 1, 2, 3]
 
