@@ -15,16 +15,16 @@ _PRINTED = 5
 
 
 def summary_of(spectrum: Spectrum) -> dict[str, Any]:
-    """What a report keeps of a spectrum; None stands for what is not finite."""
+    """What a report keeps of a spectrum; no RNEG is None."""
     return {
         "step": spectrum.step,
         "loss": spectrum.loss,
         "top_eigenvalues": spectrum.eigenvalues.flip(0)[:_KEPT].tolist(),
         "standard_errors": spectrum.standard_errors.flip(0)[:_KEPT].tolist(),
         "least_eigenvalue": float(spectrum.eigenvalues[0]),
-        "rneg": _finite(spectrum.rneg),
+        "rneg": spectrum.rneg if math.isfinite(spectrum.rneg) else None,
         "outliers": spectrum.outliers,
-        "alignment": _finite(spectrum.alignment),
+        "alignment": spectrum.alignment,
         "trace": dataclasses.asdict(spectrum.trace),
         "krylov_dim": len(spectrum.sketched),
         "loss_of_orthogonality": spectrum.loss_of_orthogonality,
@@ -55,7 +55,3 @@ def plots_if_installed() -> ModuleType | None:
         print("no plot: matplotlib is not installed, pip install 'hf-sketch[plot]'")
         return None
     return importlib.import_module("hf_sketch.plots")
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None

@@ -210,6 +210,7 @@ def test_other_attention_is_replaced_by_eager_and_restored(other_attention, wrap
     assert calls
 
 
+@pytest.mark.filterwarnings("ignore:Version v4.12.0:FutureWarning")
 def test_each_part_of_a_model_gets_its_own_attention_back(other_attention):
     name, calls = other_attention
     config = EncoderDecoderConfig.from_encoder_decoder_configs(
