@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from hf_sketch.replayed_gradients import kept_random_state, random_state
 from hf_sketch.sketch_sum import SketchSum
 
 # Of the parameters' norm. On tiny GPT-2, Llama, BERT, T5, BART and ViT in float32 the
@@ -67,10 +68,14 @@ class _Displacement:
         evaluate: Callable[[], list[Tensor]],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What a function gives at theta + step * direction, and at the opposite."""
+        device = next(iter(self._parameters.values())).device
+        state = random_state(device)  # losses may draw; both sides draw the same
         with self.forward(direction()):
-            ahead = evaluate()
+            with kept_random_state(state, device):
+                ahead = evaluate()
             self.reverse()
-            return ahead, evaluate()
+            with kept_random_state(state, device):
+                return ahead, evaluate()
 
     @contextmanager
     def forward(self, direction: Iterable[tuple[str, Tensor]]) -> Generator[None]:

@@ -14,6 +14,7 @@ from hf_sketch.example_losses import example_losses, is_causal
 from hf_sketch.example_split import ExampleSplit
 from hf_sketch.parameter_names import named_parameters
 from hf_sketch.per_example import field_of
+from hf_sketch.replayed_gradients import kept_random_state, random_state
 
 UNITS = ("tokens", "examples")
 
@@ -49,8 +50,9 @@ class MeanLoss:
             is; "examples": every example does, by the mean over its own tokens.
 
     Raises:
-        ValueError: there is no batch, or the unit is unknown; on first use, a loss that
-            is no scalar or not finite, or whose tokens cannot be counted.
+        ValueError: there is no batch, nothing trains, or the unit is unknown; on first
+            use, a loss that is no scalar or not finite, or whose tokens cannot be
+            counted.
     """
 
     def __init__(
@@ -73,6 +75,11 @@ class MeanLoss:
         self.parameters = {
             n: p for n, p in named_parameters(model).items() if p.requires_grad
         }
+        if not self.parameters:
+            raise ValueError(
+                "curvature needs at least one trainable parameter, got none: call "
+                "requires_grad_(True) on those that train."
+            )
         # The Trainer's count is of other batches too; ours are weighted here.
         self._given = [
             {name: value for name, value in batch.items() if name != _ITEMS}
@@ -123,11 +130,17 @@ class MeanLoss:
     def sum(self, part_of: Callable[[Mapping[str, Any], float], Part]) -> Part:
         """Add up what a function gives for each batch and its share of the mean.
 
-        A batch that does not fit the memory is halved, for good.
+        A batch that does not fit the memory is halved, for good. The random numbers are
+        the same each time.
 
         Raises:
             MemoryError: a single example does not fit.
         """
+        device = next(iter(self.parameters.values())).device
+        with kept_random_state(random_state(device), device):
+            return self._sum(part_of)
+
+    def _sum(self, part_of: Callable[[Mapping[str, Any], float], Part]) -> Part:
         total: Part | None = None
         place = 0
         while place < len(self.batches):

@@ -61,12 +61,14 @@ def features(kind: str, out_size: int, row_dtype: str = "float32") -> Features:
 
 
 def arrow_table(kind: str, columns: Mapping[str, Tensor]) -> pa.Table:
-    """Rows as an Arrow table.
+    """Rows as an Arrow table; sketches that are not in a short dtype become float32.
 
     Shapes:
         every column (rows,), `sketch` (rows, out_size) as `joined` leaves it
     """
     sketches = columns["sketch"]
+    if "scale" not in columns:
+        sketches = sketches.to(torch.float32)
     row_dtype = str(sketches.dtype).removeprefix("torch.")
     schema = features(kind, sketches.shape[1], row_dtype).arrow_schema
     arrays = [
@@ -87,7 +89,8 @@ def joined(parts: Sequence[Mapping[str, Tensor]], row_dtype: str) -> dict[str, T
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if row_dtype == "float32":
         return columns
-    scale, sketches = encode(columns["sketch"], row_dtype)
+    sketches = columns["sketch"].to(torch.float32)
+    scale, sketches = encode(sketches, row_dtype)
     return {**columns, "scale": scale, "sketch": sketches}
 
 

@@ -163,6 +163,11 @@ def test_an_empty_list_of_batches_is_refused():
         HessianOperator(Head(), [])
 
 
+def test_models_that_do_not_train_are_refused():
+    with pytest.raises(ValueError, match="one trainable parameter, got none: call req"):
+        HessianOperator(Head().requires_grad_(False), [head_batch()])
+
+
 def test_batches_without_any_label_are_refused():
     model, batch = tiny_model("gpt2"), tiny_inputs("gpt2")
     batch["labels"][:] = -100

@@ -5,6 +5,7 @@ import torch
 
 from hf_sketch import (
     EmpiricalFisherOperator,
+    GaussNewtonOperator,
     HessianOperator,
     ModelSketch,
     SketchedHessian,
@@ -228,3 +229,32 @@ def test_the_fisher_matrix_is_that_of_the_present_parameters():
     wanted = sketch.sketch(operator @ sketch.adjoint(v))
     assert relative(operator.sketched_product(sketch, v), wanted) < 1e-9
     assert relative(before, wanted) > 0.1
+
+
+def test_losses_that_draw_random_numbers_draw_the_same_ones_each_time():
+    model, batch = tiny_model("bert"), tiny_inputs("bert")
+
+    def loss_fn(output, inputs):
+        return (output.logits * torch.randn_like(output.logits)).square().mean()
+
+    batches, sketch = [batch, batch], ModelSketch.from_model(model, 64)
+    products = []
+    for mode in (AUTOGRAD, FINITE):
+        state = torch.get_rng_state()
+        operator = HessianOperator(model, batches, loss_fn, mode=mode)
+        products += [flat(operator @ direction(model)) for _ in range(2)]
+        products.append(
+            flat(
+                GaussNewtonOperator(model, batches, loss_fn, mode=mode)
+                @ direction(model)
+            )
+        )
+        products.append(operator.sketched_product(sketch, torch.ones(64).double()))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert operator.check.asymmetry < 1e-3
+    exactly, again, newton, sketched, near, same, near_newton, near_sketched = products
+    assert torch.equal(exactly, again)
+    assert torch.equal(near, same)
+    assert relative(near, exactly) < 1e-3
+    assert relative(near_newton, newton) < 1e-3
+    assert relative(near_sketched, sketched) < 1e-3
