@@ -11,7 +11,7 @@ import xxhash
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_sketch.lanczos_basis import Basis
+from hf_sketch.lanczos_basis import Basis, norm_of
 from hf_sketch.lanczos_checkpoint import LanczosCheckpoint, Steps
 from hf_sketch.sketches import CounterRandom
 from hf_sketch.symmetric_operator import SymmetricOperator, check_dtype, product
@@ -154,7 +154,7 @@ def _step(operator: SymmetricOperator, basis: Basis, taken: Steps) -> Steps:
     basis.rows[count].copy_(taken.vector)
     vector = product(operator, taken.vector)
     alpha = basis.orthogonalise(count + 1, vector)
-    beta = float(torch.linalg.vector_norm(vector))
+    beta = norm_of(vector)
     if not (math.isfinite(alpha) and math.isfinite(beta)):
         raise FloatingPointError(
             f"the product of step {count + 1} must be finite, got alpha={alpha} and "
@@ -203,7 +203,7 @@ def _start_vector(
             "pass a vector of the operator's size."
         )
     vector = start.detach().to(operator.dtype).to(operator.device)
-    norm = float(torch.linalg.vector_norm(vector))
+    norm = norm_of(vector)
     if norm == 0 or not math.isfinite(norm):
         raise ValueError(
             f"start must have a finite norm above 0, got {norm}: pass another vector, "
