@@ -38,7 +38,7 @@ class Table7Arguments:
         default="8,9,10,11,12", metadata={"help": "log2 of the sketch sizes."}
     )
     top: int = field(default=10, metadata={"help": "Eigenvalues compared."})
-    krylov_dim: int = field(default=30, metadata={"help": "Lanczos steps in a sketch."})
+    krylov_dim: int = field(default=40, metadata={"help": "Lanczos steps in a sketch."})
     exact_steps: int = field(
         default=60, metadata={"help": "Lanczos steps without a sketch."}
     )
