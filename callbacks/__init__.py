@@ -2,5 +2,10 @@
 
 from .gradient import GradientSketchCallback
 from .hessian import HessianSpectrumCallback
+from .intrinsic_dimension import IntrinsicDimensionCallback
 
-__all__ = ["GradientSketchCallback", "HessianSpectrumCallback"]
+__all__ = [
+    "GradientSketchCallback",
+    "HessianSpectrumCallback",
+    "IntrinsicDimensionCallback",
+]

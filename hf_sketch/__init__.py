@@ -8,6 +8,11 @@ from hf_sketch.curvature_check import CurvatureCheck
 from hf_sketch.example_losses import ExampleLosses, example_losses
 from hf_sketch.gauss_newton import EmpiricalFisherOperator, GaussNewtonOperator
 from hf_sketch.implicit import implicit_sketch
+from hf_sketch.intrinsic_dimension import (
+    DimensionSearch,
+    Stage,
+    load_dimension_search,
+)
 from hf_sketch.lanczos import LanczosResult, lanczos
 from hf_sketch.measured_error import MeasuredError
 from hf_sketch.model_sketch import Coverage, ModelSketch
@@ -34,6 +39,8 @@ from hf_sketch.spectral_density import (
 )
 from hf_sketch.spectrum import Spectrum, hessian_spectrum
 from hf_sketch.spectrum_files import load_spectra
+from hf_sketch.subspace_config import SubspaceConfig
+from hf_sketch.subspace_growth import grow_subspace
 from hf_sketch.symmetric_operator import SymmetricOperator
 
 __version__ = version("hf-sketch")
@@ -50,6 +57,7 @@ __all__ = [
     "Coverage",
     "CurvatureCheck",
     "Dense",
+    "DimensionSearch",
     "EmpiricalFisherOperator",
     "ExampleLosses",
     "ExampleRows",
@@ -64,14 +72,18 @@ __all__ = [
     "Sketches",
     "SpectralDensity",
     "Spectrum",
+    "Stage",
+    "SubspaceConfig",
     "SymmetricOperator",
     "TraceEstimate",
     "estimate_trace",
     "example_losses",
+    "grow_subspace",
     "hessian_spectrum",
     "hessian_vector_product",
     "implicit_sketch",
     "lanczos",
+    "load_dimension_search",
     "load_sketches",
     "load_spectra",
     "sketch_dataset",

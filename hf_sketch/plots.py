@@ -1,10 +1,11 @@
-"""Pictures of Hessian spectra; needs matplotlib, the extra `plot`."""
+"""Pictures of spectra and of searches for a dimension; needs the extra `plot`."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
+from hf_sketch.intrinsic_dimension import DimensionSearch
 from hf_sketch.spectrum import Spectrum
 
 try:
@@ -178,6 +179,39 @@ def _ratio_errors(spectrum: Spectrum) -> torch.Tensor:
     relative = (errors.square() + (ratios * errors[0]).square()).sqrt()
     relative[0] = 0
     return relative / float(spectrum.eigenvalues[-1])
+
+
+def plot_dimension_search(search: DimensionSearch) -> Figure:
+    """The metric over the steps, with the dimension of each stage and its doublings.
+
+    Args:
+        search: as `load_dimension_search` gives.
+
+    Raises:
+        ValueError: nothing was evaluated.
+    """
+    if not search.path:
+        raise ValueError(
+            "a search needs an evaluation to be drawn, got none: train with "
+            "IntrinsicDimensionCallback."
+        )
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    steps = [stage.step for stage in search.path]
+    axes.plot(steps, [stage.metric for stage in search.path], "o-", markersize=3)
+    axes.axhline(search.target, linestyle="--", color="C1")
+    axes.annotate(f"target {search.target:.4g}", (steps[0], search.target))
+    doubled = [stage for stage in search.path if stage.decision == "double"]
+    for stage in doubled:
+        axes.axvline(stage.step, linewidth=0.5, color="grey")
+    begun = [(search.path[0].step, search.path[0].dim)]
+    begun += [(s.step, min(2 * s.dim, search.max_dim)) for s in doubled]
+    for step, dim in begun:
+        place = axes.get_xaxis_transform()
+        axes.text(step, 1.01, f"{dim:,}", transform=place, rotation=60, fontsize=7)
+    axes.set_xlabel("optimizer step; above, the dimension from there on")
+    axes.set_ylabel(search.metric)
+    return figure
 
 
 def _check(spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> None:

@@ -1,0 +1,199 @@
+"""The doubling search for the intrinsic dimension, in one run of the Trainer."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from hf_sketch.intrinsic_dimension import (
+    FILE,
+    DimensionSearch,
+    load_dimension_search,
+    save_dimension_search,
+    target_of,
+)
+from hf_sketch.subspace import SubspaceModel
+from hf_sketch.subspace_growth import grow_subspace
+
+
+class IntrinsicDimensionCallback(TrainerCallback):
+    """Doubles a subspace adapter's dimension until a metric reaches a target.
+
+    The Trainer evaluates before the first step and after each `stage_steps`. Reaching
+    the target stops training: the dimension is D*, the intrinsic dimension up to a
+    factor of two. An evaluation better by less than `min_improvement` than the one
+    before doubles the dimension by `grow_subspace`, which tells what becomes of the
+    optimizer's moments and of the step size.
+
+        model = get_peft_model(model, SubspaceConfig(dim=2**4, max_dim=2**16))
+        search = IntrinsicDimensionCallback(metric="eval_accuracy", baseline=0.89)
+        Trainer(model, args, ..., callbacks=[search]).train()
+        load_dimension_search(args.output_dir).dimension
+
+    The path is in `<output_dir>/intrinsic_dimension.json` and in `state.log_history`.
+    A run resumed from a checkpoint goes on where that was written.
+
+    Args:
+        target: of the metric; None for 90% of `baseline`.
+        metric: its name among those of evaluation.
+        start_dim: the dimension to begin with; None for the adapter's.
+        max_dim: to end with; None for the adapter's `max_dim`.
+        stage_steps: optimizer steps between evaluations.
+        min_improvement: in the metric's units.
+        greater_is_better: whether the metric is to grow.
+        baseline: the metric of full fine-tuning.
+
+    Raises:
+        ValueError: there is no target, full fine-tuning does not reach it, a number is
+            out of range; when training begins: the model has no subspace adapter or a
+            smaller one, evaluation does not give the metric, or an earlier search in
+            `output_dir` that is resumed had other settings.
+
+    Reference:
+        Schioppa 2024, arXiv:2402.03994, section 4 and Listing 9.
+    """
+
+    def __init__(
+        self,
+        target: float | None = None,
+        metric: str = "eval_accuracy",
+        start_dim: int | None = None,
+        max_dim: int | None = None,
+        stage_steps: int = 2000,
+        min_improvement: float = 0.0,
+        greater_is_better: bool = True,
+        baseline: float | None = None,
+    ) -> None:
+        goal = target_of(target, baseline, greater_is_better)
+        settings = stage_steps, min_improvement, greater_is_better
+        self._search = DimensionSearch(goal, metric, max_dim or 1, *settings)
+        self._start_dim = start_dim
+        self._max_dim = max_dim
+        self._given: list[str] = []
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        tuner = _tuner(kwargs["model"])
+        _check_processes(args)
+        largest: int = tuner.model_sketch.out_size
+        if self._max_dim is not None and self._max_dim > largest:
+            raise ValueError(
+                f"max_dim must be at most {largest}, the adapter's, got "
+                f"{self._max_dim}: make it with SubspaceConfig(max_dim={self._max_dim})"
+                ", which draws the subspace that the search grows in."
+            )
+        max_dim = self._max_dim or largest
+        self._search = dataclasses.replace(self._search, max_dim=max_dim, path=())
+        if state.global_step:
+            self._resume(args, state, tuner)
+            control.should_training_stop |= self._search.ended
+            return
+        args.eval_on_start = True
+        self._given = []
+        start = len(tuner.omega) if self._start_dim is None else self._start_dim
+        grow_subspace(kwargs["model"], start)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if not self._search.path:
+            raise ValueError(
+                f"evaluation must give the metric {self._search.metric!r}, got "
+                f"{self._given}: see compute_metrics, and pass one of them as metric."
+            )
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if state.global_step % self._search.stage_steps == 0:
+            control.should_evaluate = True
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        metrics: dict[str, float] = kwargs["metrics"]
+        self._given = sorted({*self._given, *metrics})
+        search = self._search
+        measured = {stage.step for stage in search.path}
+        due = state.global_step % search.stage_steps == 0
+        if not due or state.global_step in measured or search.metric not in metrics:
+            return
+        dim = len(_tuner(kwargs["model"]).omega)
+        value = float(metrics[search.metric])
+        self._search = search = search.after(state.global_step, dim, value)
+        grow_subspace(kwargs["model"], search.next_dim(), kwargs["optimizer"])
+        control.should_training_stop |= search.ended
+        log: dict[str, Any] = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "subspace_dim": dim,
+            f"subspace_{search.metric}": value,
+            "subspace_decision": search.path[-1].decision,
+        }
+        state.log_history.append(log)
+        if state.is_world_process_zero:
+            save_dimension_search(Path(args.output_dir or "."), search)
+
+    def _resume(
+        self, args: TrainingArguments, state: TrainerState, tuner: SubspaceModel
+    ) -> None:
+        """Go on with the search as it was at the checkpoint."""
+        search = load_dimension_search(args.output_dir or ".").up_to(state.global_step)
+        if dataclasses.replace(search, path=()) != self._search:
+            raise ValueError(
+                f"{FILE} in {args.output_dir} has a search of "
+                f"{dataclasses.replace(search, path=())}, got {self._search}: resume "
+                "with the same settings, or begin in another output_dir."
+            )
+        if not search.path or search.next_dim() != len(tuner.omega):
+            raise ValueError(
+                f"the search was at {search.next_dim() if search.path else 'no'} "
+                f"dimensions at step {state.global_step}, got a checkpoint of "
+                f"{len(tuner.omega)}: resume from a checkpoint of the same run."
+            )
+        self._search = search
+
+
+def _tuner(model: nn.Module) -> SubspaceModel:
+    """The part of the model that holds the subspace adapter."""
+    tuner = model.base_model if isinstance(model, PeftModel) else model
+    if not isinstance(tuner, SubspaceModel):
+        raise ValueError(
+            "IntrinsicDimensionCallback needs a model with a subspace adapter, got "
+            f"{type(tuner).__name__}: call get_peft_model(model, SubspaceConfig(...))."
+        )
+    return tuner
+
+
+def _check_processes(args: TrainingArguments) -> None:
+    """Raise where the search cannot be carried out."""
+    if args.world_size > 1:
+        raise ValueError(
+            f"the search needs one process, got {args.world_size}: DDP cannot follow a "
+            "parameter that grows; launch it without torchrun."
+        )

@@ -1,0 +1,182 @@
+"""The search for the least dimension in which fine-tuning reaches a target."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from hf_sketch.durable import read_sealed, write_sealed
+
+FILE: Final = "intrinsic_dimension.json"
+FORMAT_VERSION: Final = 1
+_STOPS: Final = ("reached", "exhausted")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What an evaluation at the end of a stage led to.
+
+    Args:
+        step: the optimizer step.
+        dim: dimensions that were trained up to here.
+        metric: what the evaluation gave.
+        decision: "start" before the first stage, "reached" the target, "continue" with
+            as many dimensions, "double" them, or "exhausted" where no more are allowed.
+    """
+
+    step: int
+    dim: int
+    metric: float
+    decision: str
+
+
+@dataclass(frozen=True)
+class DimensionSearch:
+    """A doubling search: its settings, and its path so far.
+
+    A stage trains `stage_steps` steps and is evaluated. The target reached ends the
+    search; an improvement on the stage before of less than `min_improvement` doubles
+    the dimension; all that was trained is carried over.
+
+    Args:
+        target: of the metric.
+        metric: its name among those that evaluation gives.
+        max_dim: dimensions that the search may go to.
+        stage_steps: optimizer steps between evaluations.
+        min_improvement: below it the dimension is doubled; in the metric's units.
+        greater_is_better: whether the metric is to grow.
+        path: the stages, from the evaluation before training on.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Reference:
+        Schioppa 2024, arXiv:2402.03994, Listing 9.
+    """
+
+    target: float
+    metric: str
+    max_dim: int
+    stage_steps: int = 2000
+    min_improvement: float = 0.0
+    greater_is_better: bool = True
+    path: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.stage_steps < 1 or self.min_improvement < 0:
+            raise ValueError(
+                "stage_steps must be at least 1 and min_improvement at least 0, got "
+                f"{self.stage_steps} and {self.min_improvement}."
+            )
+        if not math.isfinite(self.target):
+            raise ValueError(f"target must be a finite number, got {self.target}.")
+
+    @property
+    def dimension(self) -> int | None:
+        """D*, the dimension in which the target was reached; None if it was not."""
+        reached = [stage.dim for stage in self.path if stage.decision == "reached"]
+        return reached[0] if reached else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to train."""
+        return bool(self.path) and self.path[-1].decision in _STOPS
+
+    def next_dim(self) -> int:
+        """Dimensions of the next stage; there must have been one."""
+        last = self.path[-1]
+        doubled = last.decision == "double"
+        return min(2 * last.dim, self.max_dim) if doubled else last.dim
+
+    def after(self, step: int, dim: int, metric: float) -> "DimensionSearch":
+        """The search with one more evaluation; NaN counts as no improvement."""
+        stage = Stage(step, dim, metric, self._decision(dim, metric))
+        return dataclasses.replace(self, path=(*self.path, stage))
+
+    def up_to(self, step: int) -> "DimensionSearch":
+        """The search as it was after a step."""
+        kept = tuple(stage for stage in self.path if stage.step <= step)
+        return dataclasses.replace(self, path=kept)
+
+    def _decision(self, dim: int, metric: float) -> str:
+        if not self.path:
+            return "start"
+        sign = 1 if self.greater_is_better else -1
+        if sign * (metric - self.target) >= 0:
+            return "reached"
+        if sign * (metric - self.path[-1].metric) >= self.min_improvement:
+            return "continue"
+        return "double" if dim < self.max_dim else "exhausted"
+
+
+def target_of(
+    target: float | None,
+    baseline: float | None,
+    greater_is_better: bool = True,
+    share: float = 0.9,
+) -> float:
+    """The metric to reach: as given, or a share of what full fine-tuning reaches.
+
+    Args:
+        target: as given.
+        baseline: the metric of full fine-tuning.
+        greater_is_better: whether the metric is to grow; if not, the share divides.
+        share: of the baseline.
+
+    Raises:
+        ValueError: both are None, or full fine-tuning itself does not reach the target.
+    """
+    if target is None and baseline is None:
+        raise ValueError(
+            "the search needs a target, got neither target nor baseline: pass the "
+            "metric of full fine-tuning as baseline, of which 90% is the target."
+        )
+    if target is None:
+        assert baseline is not None
+        return baseline * share if greater_is_better else baseline / share
+    sign = 1 if greater_is_better else -1
+    if baseline is not None and sign * (target - baseline) > 0:
+        raise ValueError(
+            f"the target must be one that full fine-tuning reaches, {baseline}, got "
+            f"{target}: pass a target up to it, or None for 90% of it."
+        )
+    return target
+
+
+def save_dimension_search(output_dir: Path, search: DimensionSearch) -> Path:
+    """Write `<output_dir>/intrinsic_dimension.json`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = output_dir / FILE
+    output_dir.mkdir(parents=True, exist_ok=True)
+    content = {"format_version": FORMAT_VERSION, "dimension": search.dimension}
+    write_sealed(path, {**content, **dataclasses.asdict(search)})
+    return path
+
+
+def load_dimension_search(output_dir: str | Path) -> DimensionSearch:
+    """The search that `IntrinsicDimensionCallback` left in a Trainer's folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is damaged, or of a later version.
+    """
+    path = Path(output_dir) / FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"a search is in {path}, got no such file: train with "
+            "IntrinsicDimensionCallback, whose output_dir this is."
+        )
+    content = read_sealed(path, mend="search again")
+    if content["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} must have format version {FORMAT_VERSION}, got "
+            f"{content['format_version']}: install the hf-sketch that wrote it."
+        )
+    names = [field.name for field in dataclasses.fields(DimensionSearch)]
+    fields: dict[str, Any] = {name: content[name] for name in names}
+    fields["path"] = tuple(Stage(**stage) for stage in content["path"])
+    return DimensionSearch(**fields)

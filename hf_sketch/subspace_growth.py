@@ -1,0 +1,107 @@
+"""A subspace adapter grown to more dimensions, with its optimizer."""
+
+import math
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_sketch.subspace import SubspaceModel
+
+# Powers of a gradient's unit that optimizers' states have, by their names.
+_UNITS = {
+    "exp_avg": 1,
+    "momentum_buffer": 1,
+    "exp_avg_sq": 2,
+    "max_exp_avg_sq": 2,
+    "square_avg": 2,
+    "sum": 2,
+}
+
+
+def grow_subspace(
+    model: PeftModel, dim: int, optimizer: Optimizer | None = None
+) -> None:
+    """Let the active subspace adapter move in `dim` dimensions, the old ones included.
+
+    The model's function stays the same: theta0 + sqrt(M / dim) S[:dim].T omega, where M
+    is `max_dim`, has its old coordinates times sqrt(dim / old dim) and new ones zero.
+    The step size rule: a step of Adam on omega with learning rate r moves theta by r
+    for each parameter in the root of the mean square, before and after.
+
+    State of the optimizer goes over in the new unit of the gradient. New coordinates
+    start with a first moment of zero and the mean second moment of the old ones, whose
+    gradients have the same distribution; Adam has no step count of their own, so that
+    zeros would make their first step three times the learning rate.
+
+    Args:
+        model: from `get_peft_model(model, SubspaceConfig(...))`.
+        dim: the new length of omega, at least the old one and at most `max_dim`.
+        optimizer: gets the new parameter in the place of the old one, with its state;
+            None if it will be made later.
+
+    Raises:
+        TypeError: the model has no subspace adapter.
+        ValueError: `dim` is out of range, or the optimizer's state has other tensors
+            of omega's length than those of Adam, SGD, RMSprop and Adagrad.
+    """
+    tuner = model.base_model
+    if not isinstance(tuner, SubspaceModel):
+        raise TypeError(
+            f"the model must have a subspace adapter, got {type(tuner).__name__}: call "
+            "get_peft_model(model, SubspaceConfig(...))."
+        )
+    omega = tuner.omega
+    config = tuner.config_of(tuner.active_adapters[0])
+    if not len(omega) <= dim <= config.largest_dim:
+        raise ValueError(
+            f"dim must be in [{len(omega)}, max_dim={config.largest_dim}], got {dim}: "
+            "make the adapter with a larger SubspaceConfig(max_dim=...), which draws "
+            "the subspace that it grows in."
+        )
+    factor = math.sqrt(dim / len(omega))
+    state = _optimizer_state(optimizer, omega)
+    grown = {
+        name: _grown(tensor, dim, factor ** -_UNITS[name], _UNITS[name] == 2)
+        for name, tensor in state.items()
+    }
+    new = tuner.replace_omega(_grown(omega.detach(), dim, factor, False))
+    if optimizer is not None:
+        _replace(optimizer, omega, new)
+        if grown:
+            optimizer.state[new].update(grown)
+
+
+def _optimizer_state(
+    optimizer: Optimizer | None, omega: nn.Parameter
+) -> dict[str, Tensor]:
+    """The state's tensors that have omega's length."""
+    state = {} if optimizer is None else optimizer.state.get(omega, {})
+    tensors = {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.shape == omega.shape
+    }
+    unknown = [name for name in tensors if name not in _UNITS]
+    if unknown:
+        raise ValueError(
+            f"the optimizer's state must be among {list(_UNITS)} to be grown, got "
+            f"{unknown} of {type(optimizer).__name__}: train with optim='adamw_torch'."
+        )
+    return tensors
+
+
+def _replace(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put a parameter in the place of another."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    if old in optimizer.state:
+        optimizer.state[new] = optimizer.state.pop(old)
+
+
+def _grown(tensor: Tensor, dim: int, factor: float, fill_with_mean: bool) -> Tensor:
+    """A vector times a factor, with zeros or its mean up to a length."""
+    scaled = tensor * factor
+    fill = scaled.mean() if fill_with_mean else torch.zeros_like(scaled[0])
+    return torch.cat([scaled, fill.expand(dim - len(scaled))])
