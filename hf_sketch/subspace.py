@@ -296,6 +296,11 @@ class SubspaceModel(BaseTuner):
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise AssertionError("no module is targeted")
 
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, **_: Any
+    ) -> list[str]:
+        return [name for name, _ in self._sketches[adapter_name].shapes]
+
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SubspaceConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = SubspaceModel

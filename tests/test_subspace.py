@@ -1,0 +1,377 @@
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from hf_sketch import SubspaceConfig
+from tests.tiny_models import NAMES, DoublePrecision, tiny_inputs, tiny_model
+
+
+def adapted(model, dim=16, **settings):
+    """With an adapter whose omega is not zero."""
+    peft_model = get_peft_model(model, SubspaceConfig(dim=dim, **settings))
+    tuner = peft_model.base_model
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(3)
+        tuner.omega.copy_(torch.randn(dim, generator=generator) * 0.01)
+    return peft_model, tuner
+
+
+def lifted(tuner):
+    """S.T omega by parameter."""
+    vector = tuner.omega.detach().new_zeros(tuner.model_sketch.out_size)
+    vector[: len(tuner.omega)] = tuner.omega.detach() * tuner.scale
+    return tuner.model_sketch.adjoint(vector)
+
+
+def moved_copy(base, tuner):
+    """A plain copy of the base model at theta0 + S.T omega."""
+    model = copy.deepcopy(base)
+    lift = lifted(tuner)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in lift:
+                parameter += lift[name]
+    return model
+
+
+def full_gradient(model, batch):
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is not None
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradient_is_the_sketch_of_the_full_gradient(name):
+    with DoublePrecision():
+        base, batch = tiny_model(name), tiny_inputs(name)
+        plain = copy.deepcopy(base)
+        model, tuner = adapted(base, max_dim=64)
+        model(**batch).loss.backward()
+        gradient = full_gradient(moved_copy(plain, tuner), batch)
+        expected = tuner.model_sketch.sketch(gradient)[:16] * tuner.scale
+    torch.testing.assert_close(tuner.omega.grad, expected, rtol=1e-9, atol=1e-12)
+    assert [p for p in model.parameters() if p.requires_grad] == [tuner.omega]
+
+
+@pytest.mark.parametrize("layout", ["blocked", "factored", "flat"])
+@pytest.mark.parametrize("operator", ["affd", "afjl", "qk", "ffd", "srht", "dense"])
+def test_gradients_are_slopes_of_the_loss(operator, layout):
+    batch = tiny_inputs("gpt2")
+    with DoublePrecision():
+        settings = {"operator": operator, "layout": layout, "seed": 2}
+        model, tuner = adapted(tiny_model("gpt2"), 64, **settings)
+        (gradient,) = torch.autograd.grad(model(**batch).loss, tuner.omega)
+        start = tuner.omega.detach().clone()
+        generator = torch.Generator().manual_seed(0)
+        directions = torch.randn(3, 64, generator=generator, dtype=torch.float64)
+        for direction in directions:
+            losses = []
+            for step in (1e-6, -1e-6):
+                tuner.replace_omega(start + step * direction)
+                losses.append(model(**batch).loss.detach())
+            slope = (losses[0] - losses[1]) / 2e-6
+            torch.testing.assert_close(gradient @ direction, slope, rtol=1e-6, atol=0)
+
+
+def test_two_micro_batches_add_up():
+    batch = tiny_inputs("gpt2")
+    model, tuner = adapted(tiny_model("gpt2"))
+    for part in (slice(0, 2), slice(2, 4)):
+        model(**{name: tensor[part] for name, tensor in batch.items()}).loss.backward()
+    both = tuner.omega.grad.clone()
+    tuner.omega.grad = None
+    sums = []
+    for part in (slice(0, 2), slice(2, 4)):
+        output = model(**{name: tensor[part] for name, tensor in batch.items()})
+        sums.append(output.loss)
+    sum(sums).backward()
+    torch.testing.assert_close(tuner.omega.grad, both)
+
+
+def test_activation_checkpointing_gives_the_same_gradient():
+    batch = tiny_inputs("llama")
+    model, tuner = adapted(tiny_model("llama"))
+    model(**batch).loss.backward()
+    expected, tuner.omega.grad = tuner.omega.grad, None
+    inner = model.get_base_model()
+    inner.config.use_cache = False
+    inner.activation_checkpointing_enable({"use_reentrant": False})
+    model(**batch).loss.backward()
+    torch.testing.assert_close(tuner.omega.grad, expected)
+    assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+    inner.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant=True.*'use_reentrant': False"):
+        model(**batch)
+
+
+def test_weights_that_moved_before_the_backward_pass_are_noticed():
+    batch = tiny_inputs("gpt2")
+    model, tuner = adapted(tiny_model("gpt2"))
+    loss = model(**batch).loss
+    with torch.no_grad():
+        tuner.omega.add_(0.1)
+        model(**batch)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_autocast_keeps_the_map_in_float32():
+    batch = tiny_inputs("bert")
+    base = tiny_model("bert", torch.float32)
+    plain = copy.deepcopy(base)
+    model, tuner = adapted(base)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch).loss.backward()
+    reference = moved_copy(plain, tuner)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = reference(**batch).loss
+    loss.backward()
+    gradient = {n: p.grad for n, p in reference.named_parameters()}
+    gradient = {n: g for n, g in gradient.items() if g is not None}
+    expected = tuner.model_sketch.sketch(gradient) * tuner.scale
+    torch.testing.assert_close(tuner.omega.grad, expected, rtol=0.05, atol=1e-3)
+
+
+def test_weights_in_bfloat16_have_a_float32_omega():
+    batch = tiny_inputs("llama")
+    model, tuner = adapted(tiny_model("llama", torch.bfloat16))
+    model(**batch).loss.backward()
+    assert tuner.omega.dtype == torch.float32
+    assert tuner.omega.grad.isfinite().all()
+
+
+def test_saved_adapters_load_bit_for_bit_in_another_process(tmp_path):
+    base, batch = tiny_model("gpt2", torch.float32), tiny_inputs("gpt2")
+    base.save_pretrained(tmp_path / "base")
+    model, _ = adapted(base, 2**10)
+    with torch.no_grad():
+        logits = model(**batch).logits
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save((batch, logits), tmp_path / "expected.pt")
+    program = (
+        "import sys, torch, hf_sketch\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "base = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/base')\n"
+        "batch, expected = torch.load(sys.argv[1] + '/expected.pt')\n"
+        "model = PeftModel.from_pretrained(base, sys.argv[1] + '/adapter').eval()\n"
+        "assert torch.equal(model(**batch).logits, expected)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+
+
+def test_an_adapter_file_holds_omega_alone(tmp_path):
+    model, _ = adapted(tiny_model("gpt2", torch.float32), 2**12, max_dim=2**12)
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert 4 * 2**12 <= size < 4 * 2**12 + 200
+
+
+def test_disabled_merged_and_unloaded_adapters_are_exact():
+    base, batch = tiny_model("gpt2", torch.float32), tiny_inputs("gpt2")
+    plain = copy.deepcopy(base)
+    model, tuner = adapted(base)
+    with torch.no_grad():
+        theirs, ours = plain(**batch).logits, model(**batch).logits
+        with model.disable_adapter():
+            assert torch.equal(model(**batch).logits, theirs)
+        assert torch.equal(model(**batch).logits, ours)
+        model.merge_adapter()
+        assert torch.equal(model(**batch).logits, ours)
+        before = tuner.omega.clone()
+        tuner.omega.add_(1)
+        assert torch.equal(model(**batch).logits, ours)
+        tuner.omega.copy_(before)
+        model.unmerge_adapter()
+        merged = model.merge_and_unload()
+        assert torch.equal(merged(**batch).logits, ours)
+    assert type(merged) is type(plain)
+    assert not torch.equal(ours, theirs)
+
+
+def test_unloading_gives_the_base_model_back():
+    base = tiny_model("gpt2", torch.float32)
+    plain = {name: p.clone() for name, p in base.named_parameters()}
+    model, tuner = adapted(base)
+    tuner.refresh()
+    unloaded = model.unload()
+    assert all(torch.equal(p, plain[n]) for n, p in unloaded.named_parameters())
+    assert not unloaded._forward_pre_hooks
+
+
+def test_merging_checks_omega():
+    model, tuner = adapted(tiny_model("gpt2", torch.float32))
+    with torch.no_grad():
+        tuner.omega[3] = torch.nan
+    with pytest.raises(ValueError, match="must be finite, got 1 that are not"):
+        model.merge_and_unload(safe_merge=True)
+
+
+def test_several_adapters_share_a_base(tmp_path):
+    base, batch = tiny_model("bert", torch.float32), tiny_inputs("bert")
+    model, tuner = adapted(base)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        first = model(**batch).logits
+        model.add_adapter("second", SubspaceConfig(dim=8, operator="srht", seed=1))
+        assert torch.equal(model(**batch).logits, first)
+        model.set_adapter("second")
+        tuner.omega.fill_(0.01)
+        second = model(**batch).logits
+        model.set_adapter("default")
+        assert torch.equal(model(**batch).logits, first)
+        model.load_adapter(tmp_path, "third")
+        model.set_adapter("third")
+        assert torch.equal(model(**batch).logits, first)
+        model.set_adapter("second")
+        model.delete_adapter("third")
+        assert torch.equal(model(**batch).logits, second)
+    assert not torch.equal(first, second)
+    with pytest.raises(ValueError, match="one subspace adapter is active at a time"):
+        tuner.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="does not exist"):
+        model.delete_adapter("third")
+
+
+def test_generation_uses_the_newest_omega():
+    base, batch = tiny_model("bart", torch.float32), tiny_inputs("bart")
+    plain = copy.deepcopy(base).eval()
+    model, tuner = adapted(base.eval())
+    model(**batch)
+    with torch.no_grad():
+        tuner.omega.mul_(40)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    settings = {"max_new_tokens": 5, "do_sample": False, "output_scores": True}
+    settings["return_dict_in_generate"] = True
+    ours = model.generate(**inputs, **settings).scores[0]
+    theirs = moved_copy(plain, tuner).generate(**inputs, **settings).scores[0]
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_frozen_and_excluded_parameters_stay(tmp_path):
+    base = tiny_model("gpt2", torch.float32)
+    plain = copy.deepcopy(base)
+    base.transformer.wpe.weight.requires_grad_(False)
+    settings = {"exclude_parameters": ["ln_f.bias", "ln_f.weight"]}
+    model, tuner = adapted(base, **settings)
+    covered = tuner.model_sketch.coverage().parameters
+    left_out = {"transformer.wpe.weight", "transformer.ln_f.weight"}
+    assert left_out.isdisjoint(covered)
+    assert model.peft_config["default"].exclude_parameters[-1] in left_out
+    batch = tiny_inputs("gpt2")
+    logits = model.eval()(**batch).logits
+    assert torch.equal(base.transformer.wpe.weight, plain.transformer.wpe.weight)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(plain, tmp_path).eval()
+    assert torch.equal(again(**batch).logits, logits)
+
+
+def test_only_the_named_parameters_move():
+    model, tuner = adapted(
+        tiny_model("gpt2", torch.float32), target_parameters=["c_attn.weight"]
+    )
+    covered = tuner.model_sketch.coverage().parameters
+    assert covered == tuple(f"transformer.h.{i}.attn.c_attn.weight" for i in (0, 1))
+    model, tuner = adapted(
+        tiny_model("gpt2", torch.float32), target_parameters=r".*\.h\.1\..*bias"
+    )
+    assert all(
+        ".h.1." in name and name.endswith("bias")
+        for name in tuner.model_sketch.coverage().parameters
+    )
+
+
+def test_modules_to_save_are_trained_in_full(tmp_path):
+    base, batch = tiny_model("bert", torch.float32), tiny_inputs("bert")
+    plain = copy.deepcopy(base)
+    model, tuner = adapted(base, task_type="SEQ_CLS")
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert {name.split(".")[-2] for name in names} == {"default", "subspace_omega"}
+    assert not any("classifier" in n for n, _ in tuner.model_sketch.shapes)
+    model(**batch).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.1)
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(plain, tmp_path).eval()
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def test_moving_the_model_moves_theta0():
+    base, batch = tiny_model("gpt2", torch.float32), tiny_inputs("gpt2")
+    plain = copy.deepcopy(base).double()
+    model, _ = adapted(base)
+    model(**batch)
+    model.double()
+    with model.disable_adapter():
+        assert torch.equal(model(**batch).logits, plain(**batch).logits)
+
+
+def test_another_base_model_is_refused(tmp_path):
+    model, _ = adapted(tiny_model("gpt2", torch.float32))
+    model.save_pretrained(tmp_path)
+    other = tiny_model("gpt2", torch.float32)
+    with torch.no_grad():
+        other.transformer.wte.weight[0, 0] += 1
+    match = r"must have the fingerprint \w{32}.*base_fingerprint=None"
+    with pytest.raises(ValueError, match=match):
+        PeftModel.from_pretrained(other, tmp_path)
+    config = SubspaceConfig.from_pretrained(tmp_path)
+    config.base_fingerprint = None
+    PeftModel.from_pretrained(other, tmp_path, config=config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"dim": 0}, "dim must be in .*got 0: pass a dim of at least 1"),
+        ({"dim": 8, "max_dim": 4}, "max_dim=4.*got 8"),
+        ({"dim": 10**6}, r"at most \d+, the number of parameters, got 1000000"),
+        ({"operator": "fft"}, "operator must be one of"),
+        ({"layout": "round"}, "layout must be one of"),
+        ({"target_parameters": ["nothing"]}, "needs parameters, got none"),
+    ],
+)
+def test_bad_settings_are_refused(settings, match):
+    with pytest.raises(ValueError, match=match):
+        get_peft_model(
+            tiny_model("vit", torch.float32), SubspaceConfig(**{"dim": 16, **settings})
+        )
+
+
+def test_operators_that_do_not_fit_a_parameter_are_refused():
+    config = SubspaceConfig(dim=1000, operator="qk")
+    with pytest.raises(ValueError, match="got 1000: .* Or pass layout='flat'"):
+        get_peft_model(nn.Linear(300, 300), config)
+    config = SubspaceConfig(dim=1000, operator="qk", layout="flat")
+    assert len(get_peft_model(nn.Linear(300, 300), config).base_model.omega) == 1000
+
+
+def test_quantised_models_are_refused():
+    model = tiny_model("gpt2", torch.float32)
+    model.is_quantized = True
+    with pytest.raises(ValueError, match="quantised model.*quantization_config"):
+        get_peft_model(model, SubspaceConfig(dim=8))
+
+
+def test_recurrent_layers_are_refused():
+    model = nn.Sequential(nn.LSTM(4, 4))
+    with pytest.raises(ValueError, match="LSTM at 0, which keeps a list"):
+        get_peft_model(model, SubspaceConfig(dim=8))
+
+
+def test_old_versions_of_peft_are_refused(monkeypatch):
+    monkeypatch.setattr("hf_sketch.subspace_config.version", lambda _: "0.20.0")
+    with pytest.raises(ImportError, match=r"peft>=0\.21, got 0\.20\.0: pip install"):
+        SubspaceConfig(dim=8)
