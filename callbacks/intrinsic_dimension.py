@@ -104,7 +104,7 @@ class IntrinsicDimensionCallback(TrainerCallback):
         args.eval_on_start = True
         self._given = []
         start = len(tuner.omega) if self._start_dim is None else self._start_dim
-        grow_subspace(kwargs["model"], start)
+        grow_subspace(kwargs["model"], start, kwargs["optimizer"])
 
     def on_step_begin(
         self,

@@ -12,7 +12,6 @@ from peft.mapping import (
 )
 from peft.tuners.tuners_utils import (
     BaseTuner,
-    BaseTunerLayer,
     _delete_auxiliary_adapter,  # pyright: ignore[reportPrivateUsage]
 )
 from torch import Tensor, nn
@@ -20,29 +19,9 @@ from torch import Tensor, nn
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.subspace_base import BaseModel, draw_subspace
 from hf_sketch.subspace_config import PEFT_TYPE, SubspaceConfig
+from hf_sketch.subspace_coordinates import Coordinates
 from hf_sketch.subspace_gradient import OmegaGradient
 from hf_sketch.subspace_weights import MovedWeights
-
-
-class Coordinates(nn.Module, BaseTunerLayer):
-    """The coordinates omega of all adapters; what PEFT takes for the adapter's layer.
-
-    Shapes:
-        subspace_omega[name] (dim,)
-    """
-
-    adapter_layer_names = ("subspace_omega",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.subspace_omega = nn.ParameterDict()
-        self.merged_adapters: list[str] = []
-
-    def add(self, adapter_name: str, dim: int, like: Tensor) -> None:
-        """Zeros for a new adapter, in float32 at least."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        omega = torch.zeros(dim, dtype=dtype, device=like.device)
-        self.subspace_omega[adapter_name] = nn.Parameter(omega)
 
 
 class SubspaceModel(BaseTuner):
@@ -297,7 +276,11 @@ class SubspaceModel(BaseTuner):
         raise AssertionError("no module is targeted")
 
     def _inject_parameters(
-        self, peft_config: Any, model: nn.Module, adapter_name: str, **_: Any
+        self,
+        peft_config: Any,
+        model: nn.Module,
+        adapter_name: str,
+        low_cpu_mem_usage: bool,
     ) -> list[str]:
         return [name for name, _ in self._sketches[adapter_name].shapes]
 

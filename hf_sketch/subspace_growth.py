@@ -1,6 +1,7 @@
 """A subspace adapter grown to more dimensions, with its optimizer."""
 
 import math
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -43,8 +44,9 @@ def grow_subspace(
 
     Raises:
         TypeError: the model has no subspace adapter.
-        ValueError: `dim` is out of range, or the optimizer's state has other tensors
-            of omega's length than those of Adam, SGD, RMSprop and Adagrad.
+        ValueError: `dim` is out of range, the optimizer does not hold omega, or its
+            state has other tensors of omega's length than those of Adam, SGD, RMSprop
+            and Adagrad.
     """
     tuner = model.base_model
     if not isinstance(tuner, SubspaceModel):
@@ -60,17 +62,20 @@ def grow_subspace(
             "make the adapter with a larger SubspaceConfig(max_dim=...), which draws "
             "the subspace that it grows in."
         )
+    if dim == len(omega):
+        return
     factor = math.sqrt(dim / len(omega))
+    groups = _groups_of(optimizer, omega)
     state = _optimizer_state(optimizer, omega)
     grown = {
         name: _grown(tensor, dim, factor ** -_UNITS[name], _UNITS[name] == 2)
         for name, tensor in state.items()
     }
     new = tuner.replace_omega(_grown(omega.detach(), dim, factor, False))
-    if optimizer is not None:
-        _replace(optimizer, omega, new)
-        if grown:
-            optimizer.state[new].update(grown)
+    for group in groups:
+        group["params"] = [new if p is omega else p for p in group["params"]]
+    if optimizer is not None and state:
+        optimizer.state[new] = {**optimizer.state.pop(omega), **grown}
 
 
 def _optimizer_state(
@@ -92,12 +97,20 @@ def _optimizer_state(
     return tensors
 
 
-def _replace(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Put a parameter in the place of another."""
-    for group in optimizer.param_groups:
-        group["params"] = [new if p is old else p for p in group["params"]]
-    if old in optimizer.state:
-        optimizer.state[new] = optimizer.state.pop(old)
+def _groups_of(
+    optimizer: Optimizer | None, omega: nn.Parameter
+) -> list[dict[str, Any]]:
+    """The optimizer's groups of parameters that hold omega."""
+    if optimizer is None:
+        return []
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    holding = [g for g in groups if any(p is omega for p in g["params"])]
+    if not holding:
+        raise ValueError(
+            "the optimizer must train the adapter's coordinates, got one that does not "
+            "hold them: make it from the model's parameters after the last growth."
+        )
+    return holding
 
 
 def _grown(tensor: Tensor, dim: int, factor: float, fill_with_mean: bool) -> Tensor:

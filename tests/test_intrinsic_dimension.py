@@ -111,7 +111,7 @@ def test_the_plot_marks_doublings():
 
 
 SETTINGS = {"target": 0.2, "metric": "eval_loss", "greater_is_better": False}
-SETTINGS |= {"stage_steps": 4, "min_improvement": 0.05}
+SETTINGS |= {"stage_steps": 4, "min_improvement": 0.003}
 
 
 class Dims(TrainerCallback):
@@ -144,6 +144,7 @@ def test_the_trainer_searches_in_one_run(tmp_path):
     trainer.train()
     search = load_dimension_search(tmp_path)
     assert [stage.step for stage in search.path] == list(range(0, 29, 4))
+    assert len({stage.metric for stage in search.path}) == len(search.path)
     doubled = [stage.step for stage in search.path if stage.decision == "double"]
     expected = [4 * 2 ** sum(at < step for at in doubled) for step in range(1, 31)]
     assert doubled
@@ -191,7 +192,7 @@ def test_a_search_that_ended_does_not_go_on(tmp_path):
 def test_an_unknown_metric_is_refused_before_the_first_step(tmp_path):
     callback = IntrinsicDimensionCallback(target=0.9, metric="eval_accuracy")
     trainer = search_trainer(tmp_path, search=callback)
-    with pytest.raises(ValueError, match="'eval_accuracy', got .*'eval_loss'"):
+    with pytest.raises(ValueError, match=r"'eval_accuracy', got .*'eval_loss'"):
         trainer.train()
     assert trainer.state.global_step == 0
 

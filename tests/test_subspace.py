@@ -109,7 +109,7 @@ def test_activation_checkpointing_gives_the_same_gradient():
     torch.testing.assert_close(tuner.omega.grad, expected)
     assert all(isinstance(p, nn.Parameter) for p in model.parameters())
     inner.activation_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ValueError, match="use_reentrant=True.*'use_reentrant': False"):
+    with pytest.raises(ValueError, match=r"use_reentrant=True.*'use_reentrant': False"):
         model(**batch)
 
 
@@ -276,12 +276,12 @@ def test_frozen_and_excluded_parameters_stay(tmp_path):
 
 
 def test_only_the_named_parameters_move():
-    model, tuner = adapted(
+    _, tuner = adapted(
         tiny_model("gpt2", torch.float32), target_parameters=["c_attn.weight"]
     )
     covered = tuner.model_sketch.coverage().parameters
     assert covered == tuple(f"transformer.h.{i}.attn.c_attn.weight" for i in (0, 1))
-    model, tuner = adapted(
+    _, tuner = adapted(
         tiny_model("gpt2", torch.float32), target_parameters=r".*\.h\.1\..*bias"
     )
     assert all(
@@ -352,7 +352,7 @@ def test_bad_settings_are_refused(settings, match):
 
 def test_operators_that_do_not_fit_a_parameter_are_refused():
     config = SubspaceConfig(dim=1000, operator="qk")
-    with pytest.raises(ValueError, match="got 1000: .* Or pass layout='flat'"):
+    with pytest.raises(ValueError, match=r"got 1000: .* Or pass layout='flat'"):
         get_peft_model(nn.Linear(300, 300), config)
     config = SubspaceConfig(dim=1000, operator="qk", layout="flat")
     assert len(get_peft_model(nn.Linear(300, 300), config).base_model.omega) == 1000
@@ -361,7 +361,7 @@ def test_operators_that_do_not_fit_a_parameter_are_refused():
 def test_quantised_models_are_refused():
     model = tiny_model("gpt2", torch.float32)
     model.is_quantized = True
-    with pytest.raises(ValueError, match="quantised model.*quantization_config"):
+    with pytest.raises(ValueError, match=r"quantised model.*quantization_config"):
         get_peft_model(model, SubspaceConfig(dim=8))
 
 

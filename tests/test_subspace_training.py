@@ -208,10 +208,17 @@ def test_growing_refuses_unknown_optimizer_states():
     optimizer = torch.optim.Adadelta(model.parameters())
     model(**_batch()).loss.backward()
     optimizer.step()
-    with pytest.raises(ValueError, match="got .*acc_delta.*adamw_torch"):
+    with pytest.raises(ValueError, match=r"got .*acc_delta.*adamw_torch"):
         grow_subspace(model, 32, optimizer)
 
 
 def test_growing_needs_a_subspace_adapter():
     with pytest.raises(TypeError, match="must have a subspace adapter, got"):
         grow_subspace(tiny_bert(), 32)
+
+
+def test_growing_refuses_an_optimizer_of_other_parameters():
+    model = get_peft_model(undropped_bert(), SubspaceConfig(dim=16, max_dim=64))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(16))], lr=0.1)
+    with pytest.raises(ValueError, match="one that does not hold them: make it from"):
+        grow_subspace(model, 32, optimizer)
