@@ -55,7 +55,7 @@ class SubspaceModel(BaseTuner):
             self._fit_to_loaded
         )
         self._base = BaseModel(model)
-        self._weights = MovedWeights()
+        self._weights = MovedWeights(config.base_on_disk)
         self._sketches: dict[str, ModelSketch] = {}
         self._now: tuple[str, Tensor] | None = None
         self._depth = 0

@@ -50,6 +50,8 @@ class SubspaceConfig(PeftConfig):
             adds the heads of classifiers if `task_type` is given.
         base_fingerprint: digest of theta0, filled in when the adapter is made and
             checked when it is loaded. None loads it on any base model.
+        base_on_disk: keep the copy of theta0 in temporary files (`TMPDIR`), which the
+            system reads when omega moves, instead of in memory.
 
     Raises:
         ValueError: a size, an operator or a layout is bad.
@@ -77,6 +79,9 @@ class SubspaceConfig(PeftConfig):
     )
     base_fingerprint: str | None = field(
         default=None, metadata={"help": "Digest of the base model's parameters."}
+    )
+    base_on_disk: bool = field(
+        default=False, metadata={"help": "Keep theta0 in a file, not in memory."}
     )
     target_modules: str = field(
         default=DUMMY_TARGET_MODULES, metadata={"help": "Not used: no module changes."}

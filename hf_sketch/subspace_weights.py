@@ -1,6 +1,7 @@
 """A model's parameters moved along a subspace, in place."""
 
 from collections.abc import Callable, Mapping
+from tempfile import NamedTemporaryFile
 
 import torch
 import xxhash
@@ -13,9 +14,14 @@ class MovedWeights:
     """Parameters that hold theta0 + S.T omega, and theta0 beside them.
 
     theta0 is copied when it is first left; until then nothing is kept.
+
+    Args:
+        on_disk: keep the copy in temporary files, mapped to memory: they have no name
+            and are gone with the process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_disk: bool = False) -> None:
+        self._on_disk = on_disk
         self._base: dict[str, Tensor] = {}
         self._moved: dict[str, nn.Parameter] = {}
 
@@ -35,9 +41,10 @@ class MovedWeights:
         for name, part in model_sketch.adjoint_parts(vector):
             parameter = parameters[name]
             if name not in self._base:
-                self._base[name] = parameter.detach().clone()
+                self._base[name] = self._copy(parameter.detach())
             self._moved[name] = parameter
-            torch.add(self._base[name], part, out=parameter.detach())
+            base = self._base[name].to(part.device)
+            torch.add(base, part, out=parameter.detach())
 
     def restore(self) -> None:
         """Set all parameters back to theta0, bit for bit."""
@@ -49,7 +56,19 @@ class MovedWeights:
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Move or cast the copy of theta0, as `nn.Module._apply` does parameters."""
-        self._base = {name: function(tensor) for name, tensor in self._base.items()}
+        for name, tensor in self._base.items():
+            changed = function(tensor)
+            if changed is not tensor:
+                self._base[name] = self._copy(changed) if self._on_disk else changed
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        """A copy in memory, or on the CPU in a file without a name."""
+        if not self._on_disk:
+            return tensor.clone()
+        with NamedTemporaryFile(prefix="hf-sketch-") as file:
+            size, dtype = tensor.numel(), tensor.dtype
+            mapped = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+        return mapped.view(tensor.shape).copy_(tensor)
 
     @torch.no_grad()
     def _restore(self, names: set[str]) -> None:

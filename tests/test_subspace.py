@@ -198,6 +198,24 @@ def test_disabled_merged_and_unloaded_adapters_are_exact():
     assert not torch.equal(ours, theirs)
 
 
+def test_theta0_on_disk_gives_the_same_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    base, batch = tiny_model("gpt2", torch.float32), tiny_inputs("gpt2")
+    models = [
+        adapted(copy.deepcopy(base), base_on_disk=on_disk)[0]
+        for on_disk in (False, True)
+    ]
+    for _ in range(2):
+        losses = [model(**batch).loss for model in models]
+        assert torch.equal(*losses)
+        with torch.no_grad():
+            for model in models:
+                model.base_model.omega.add_(0.01)
+    assert not list(tmp_path.iterdir())
+    model = models[1].unload()
+    assert torch.equal(model(**batch).logits, base(**batch).logits)
+
+
 def test_unloading_gives_the_base_model_back():
     base = tiny_model("gpt2", torch.float32)
     plain = {name: p.clone() for name, p in base.named_parameters()}
@@ -308,10 +326,11 @@ def test_modules_to_save_are_trained_in_full(tmp_path):
     assert torch.equal(again(**batch).logits, model(**batch).logits)
 
 
-def test_moving_the_model_moves_theta0():
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_moving_the_model_moves_theta0(on_disk):
     base, batch = tiny_model("gpt2", torch.float32), tiny_inputs("gpt2")
     plain = copy.deepcopy(base).double()
-    model, _ = adapted(base)
+    model, _ = adapted(base, base_on_disk=on_disk)
     model(**batch)
     model.double()
     with model.disable_adapter():
