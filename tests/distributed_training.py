@@ -11,11 +11,14 @@ from pathlib import Path
 
 import torch
 from accelerate.state import PartialState
+from peft import get_peft_model
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch import SubspaceConfig
+from hf_sketch.callbacks import GradientSketchCallback, IntrinsicDimensionCallback
 from hf_sketch.gradient_sums import GradientSums
 from tests.conftest import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
 from tests.test_training_matrix import Pad, text_dataset, undropped
@@ -249,6 +252,44 @@ def memory(directory):
     GradientSums.add = plain_add
 
 
+def subspace_settings():
+    """An adapter of 32 dimensions, and rows that fill all batches."""
+    settings = even()
+    config = SubspaceConfig(dim=32, seed=1)
+    model = get_peft_model(settings.pop("model"), config)
+    dataset = tiny_dataset(settings.pop("rows"))
+    return {**settings, "model": model, "dataset": dataset, "learning_rate": 1e-2}
+
+
+def subspace(directory):
+    """omega alone is exchanged: the hook sees what DDP would all-reduce."""
+    exchanged = []
+
+    class Exchange(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            def note(group, bucket):
+                exchanged.append([p.numel() for p in bucket.parameters()])
+                return allreduce_hook(group, bucket)
+
+            trainer.model_wrapped.register_comm_hook(None, note)
+
+    trainer = trainer_of(directory, Exchange(), **subspace_settings())
+    trainer.train()
+    rank = PartialState().process_index
+    leave(directory, exchanged=exchanged)
+    torch.save(trainer.model.state_dict(), directory / f"weights-{rank}.pt")
+
+
+def subspace_search(directory):
+    """The search is refused in all processes."""
+    search = IntrinsicDimensionCallback(target=0.0, metric="eval_loss")
+    settings = {**subspace_settings(), "eval_dataset": tiny_dataset(8)}
+    try:
+        trainer_of(directory, search, **settings).train()
+    except ValueError as error:
+        leave(directory, error=str(error))
+
+
 SCENARIOS = {
     "continued": continued,
     "disk": disk,
@@ -262,6 +303,8 @@ SCENARIOS = {
     "rarely": rarely,
     "split": split,
     "stream": stream,
+    "subspace": subspace,
+    "subspace_search": subspace_search,
     "tokens": tokens,
     "uncovered": uncovered,
     "unused": unused,
