@@ -204,6 +204,7 @@ class SubspaceModel(BaseTuner):
         self._weights.restore()
         self._now = None
 
+    @torch.compiler.disable
     def _before(self, *_: Any) -> None:
         """Before the outermost forward pass: parameters as omega says, in the graph."""
         self._depth += 1
@@ -220,6 +221,7 @@ class SubspaceModel(BaseTuner):
                 self._keep_in_graph = self._base.recomputes()
                 self._base.enter_graph(OmegaGradient(*settings, self._base.leave_graph))
 
+    @torch.compiler.disable
     def _after(self, *_: Any) -> None:
         """After it: parameters as they were, unless the backward pass calls again."""
         self._depth -= 1

@@ -1,4 +1,5 @@
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -394,3 +395,34 @@ def test_old_versions_of_peft_are_refused(monkeypatch):
     monkeypatch.setattr("hf_sketch.subspace_config.version", lambda _: "0.20.0")
     with pytest.raises(ImportError, match=r"peft>=0\.21, got 0\.20\.0: pip install"):
         SubspaceConfig(dim=8)
+
+
+def test_copies_and_pickles_have_an_omega_of_their_own():
+    batch = tiny_inputs("gpt2")
+    model, tuner = adapted(tiny_model("gpt2", torch.float32))
+    with torch.inference_mode():
+        logits = model(**batch).logits
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(**batch).logits, logits)
+        with torch.no_grad():
+            copied.base_model.omega.mul_(2)
+        copied(**batch).loss.backward()
+        assert copied.base_model.omega.grad.any()
+        assert not torch.equal(copied(**batch).logits, logits)
+    assert torch.equal(model(**batch).logits, logits)
+    assert tuner.omega.grad is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_compiled_models_have_the_same_gradient():
+    batch = tiny_inputs("gpt2")
+    model, tuner = adapted(tiny_model("gpt2", torch.float32))
+    model(**batch).loss.backward()
+    expected, tuner.omega.grad = tuner.omega.grad, None
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(**batch).loss.backward()
+    torch.testing.assert_close(tuner.omega.grad, expected)
+    with torch.no_grad():
+        tuner.omega.mul_(2)
+        torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
