@@ -64,8 +64,8 @@ class SubspaceModel(BaseTuner):
             handle
             for module in self._base.entrances()
             for handle in (
-                module.register_forward_pre_hook(self._before),
-                module.register_forward_hook(self._after, always_call=True),
+                module.register_forward_pre_hook(cast(Any, self._before)),
+                module.register_forward_hook(cast(Any, self._after), always_call=True),
             )
         ]
 
