@@ -222,3 +222,40 @@ def test_growing_refuses_an_optimizer_of_other_parameters():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(16))], lr=0.1)
     with pytest.raises(ValueError, match="one that does not hold them: make it from"):
         grow_subspace(model, 32, optimizer)
+
+
+def test_as_many_dimensions_as_parameters_are_accepted():
+    model = undropped_bert()
+    elements = sum(p.numel() for p in model.parameters())
+    model = get_peft_model(model, SubspaceConfig(dim=elements))
+    model(**_batch()).loss.backward()
+    assert model.base_model.omega.grad.norm() > 0
+    with pytest.raises(ValueError, match=f"at most {elements}"):
+        get_peft_model(undropped_bert(), SubspaceConfig(dim=elements + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["affd", "afjl"])
+def test_growth_to_a_million_dimensions_keeps_the_loss(operator):
+    base = undropped_bert_of_a_million()
+    config = SubspaceConfig(dim=2**4, max_dim=2**20, operator=operator)
+    model = get_peft_model(base, config)
+    adam = torch.optim.AdamW([model.base_model.omega], lr=1e-3)
+    batch = _batch()
+    for bits in range(5, 21):
+        model(**batch).loss.backward()
+        adam.step()
+        adam.zero_grad()
+        with torch.no_grad():
+            before = model(**batch).loss
+            grow_subspace(model, 2**bits, adam)
+            assert abs(model(**batch).loss - before) < 1e-5
+    assert len(model.base_model.omega) == 2**20
+
+
+def undropped_bert_of_a_million():
+    settings = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6}
+    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = tiny_bert(**settings)
+    assert sum(p.numel() for p in model.parameters()) > 2**20
+    return model
