@@ -44,6 +44,8 @@ def test_the_wheel_holds_code_data_and_licences_and_no_more(wheel):
         "hf_sketch/recipes/demo.py",
         "hf_sketch/recipes/data/NOTICE",
         "hf_sketch/recipes/data/snli_train.jsonl.gz",
+        "hf_sketch/recipes/metrics/accuracy/accuracy.py",
+        "hf_sketch/recipes/metrics/rouge/rouge.py",
         "hf_sketch/sketches/affd.py",
     } <= names
     assert {name.split("/")[0] for name in names} == {
@@ -66,6 +68,8 @@ def test_the_installed_wheel_imports_in_an_empty_environment(wheel, tmp_path):
     script = (
         "import hf_sketch, hf_sketch.callbacks, hf_sketch.recipes.demo\n"
         "from hf_sketch.recipes.snli_sample import load_snli_sample\n"
+        "from hf_sketch.recipes.metric_scripts import load_metric\n"
+        "assert load_metric('rouge').name == 'rouge'\n"
         "print(len(load_snli_sample('train')), hf_sketch.callbacks.__file__)\n"
     )
     rows, file = run(python, "-c", script, cwd=tmp_path).split()

@@ -1,0 +1,1 @@
+"""Metric scripts that `evaluate` loads from their folders, without the Hub."""
