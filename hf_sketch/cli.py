@@ -23,6 +23,16 @@ from hf_sketch.recipes.hessian import (  # pyright: ignore[reportMissingImports]
     HessianTrainingArguments,
     run_hessian,
 )
+from hf_sketch.recipes.snli import (  # pyright: ignore[reportMissingImports]
+    SnliArguments,
+    SnliTrainingArguments,
+    run_snli,
+)
+from hf_sketch.recipes.xsum import (  # pyright: ignore[reportMissingImports]
+    XsumArguments,
+    XsumTrainingArguments,
+    run_xsum,
+)
 
 
 @dataclass
@@ -124,6 +134,12 @@ _COMMANDS = {
         run_hessian,
         takes_stores=False,
         training=HessianTrainingArguments,
+    ),
+    "snli": _Command(
+        SnliArguments, run_snli, takes_stores=False, training=SnliTrainingArguments
+    ),
+    "xsum": _Command(
+        XsumArguments, run_xsum, takes_stores=False, training=XsumTrainingArguments
     ),
     "info": _Command(InfoArguments, run_info),
     "verify": _Command(VerifyArguments, run_verify),

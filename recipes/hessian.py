@@ -1,10 +1,9 @@
 """Section 5.5 of the paper: Hessian spectra while a model is fine-tuned."""
 
 import argparse
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
@@ -12,6 +11,7 @@ from hf_sketch import ModelSketch, Spectrum, load_spectra
 from hf_sketch.callbacks import HessianSpectrumCallback
 from hf_sketch.callbacks.hessian import PAPER_EVERY, PAPER_STEPS
 from hf_sketch.recipes.setups import Setup, snli_setup, xsum_setup
+from hf_sketch.recipes.small_settings import with_small
 from hf_sketch.recipes.spectrum_report import (
     plots_if_installed,
     print_spectra,
@@ -19,8 +19,6 @@ from hf_sketch.recipes.spectrum_report import (
 )
 from hf_sketch.recipes.tables.report import save_report
 from hf_sketch.recipes.timed_spectra import TimedSpectra
-
-Arguments = TypeVar("Arguments")
 
 
 @dataclass
@@ -125,8 +123,8 @@ def run_hessian(
         ValueError: an argument, the training file or the sketch's size is bad.
     """
     if arguments.small:
-        arguments = _with_small(arguments, _SMALL)
-        training = _with_small(training, _SMALL_TRAINING)
+        arguments = with_small(arguments, _SMALL)
+        training = with_small(training, _SMALL_TRAINING)
     spectra_callback = _callback(arguments)
     set_seed(training.seed)
     setup = _setup(arguments)
@@ -146,19 +144,6 @@ def run_hessian(
     print_spectra(spectra)
     _save(arguments, training, setup, spectra, timed.seconds)
     return spectra
-
-
-def _with_small(arguments: Arguments, small: dict[str, Any]) -> Arguments:
-    """Small settings in the place of those that are still the default."""
-    defaults = {f.name: f.default for f in dataclasses.fields(arguments)}
-    return dataclasses.replace(
-        arguments,
-        **{
-            name: value
-            for name, value in small.items()
-            if getattr(arguments, name) == defaults[name]
-        },
-    )
 
 
 def _callback(arguments: HessianArguments) -> HessianSpectrumCallback:

@@ -14,6 +14,7 @@ from transformers import (
     BartForConditionalGeneration,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
+    EncoderDecoderModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -47,18 +48,28 @@ class Setup:
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
-def snli_setup(model: str | None, train_file: str | None, small: bool) -> Setup:
+def snli_setup(
+    model: str | None,
+    train_file: str | None,
+    small: bool,
+    max_length: int | None = None,
+    max_samples: int | None = None,
+    **config: int,
+) -> Setup:
     """A classifier of three classes with SNLI's training pairs.
 
     Args:
         model: name or folder; by default roberta-base, MiniLM if `small`.
         train_file: premise, hypothesis, label; by default the Hub's rows.
         small: the bundled sample instead of the Hub's rows.
+        max_length: tokens of a pair that are kept; None for all that fit.
+        max_samples: rows that are kept; None for all.
+        config: changes to the model's configuration, as num_hidden_layers.
     """
     name = model or (embedded_model_path() if small else "FacebookAI/roberta-base")
     tokenizer = AutoTokenizer.from_pretrained(name)
     classifier = AutoModelForSequenceClassification.from_pretrained(
-        name, num_labels=len(LABELS)
+        name, num_labels=len(LABELS), **config
     )
     if tokenizer.pad_token is None:  # GPT-2
         tokenizer.pad_token = tokenizer.eos_token
@@ -69,7 +80,7 @@ def snli_setup(model: str | None, train_file: str | None, small: bool) -> Setup:
         name=f"{'MiniLM' if small and model is None else Path(name).name} on SNLI",
         model=classifier,
         tokenizer=tokenizer,
-        train_dataset=tokenize(rows, tokenizer),
+        train_dataset=tokenize(first_rows(rows, max_samples), tokenizer, max_length),
         collator=DataCollatorWithPadding(tokenizer),
     )
 
@@ -80,6 +91,9 @@ def xsum_setup(
     small: bool,
     max_source_length: int = 512,
     max_target_length: int = 64,
+    max_samples: int | None = None,
+    num_hidden_layers: int | None = None,
+    encoder_decoder: bool = False,
 ) -> Setup:
     """An encoder-decoder with XSum's training documents.
 
@@ -90,14 +104,20 @@ def xsum_setup(
         small: eight short documents of our own instead of the Hub's rows.
         max_source_length: tokens of a document that are kept.
         max_target_length: tokens of a summary that are kept.
+        max_samples: rows that are kept; None for all.
+        num_hidden_layers: of the encoder, and of the decoder; None for all.
+        encoder_decoder: make both of an encoder, whose name or folder `model` is.
     """
     tiny = small and model is None
     name = model or ("tiny BART" if small else "facebook/bart-base")
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_path() if tiny else name)
     if tiny:
         seq2seq = _tiny_bart(tokenizer)
+    elif encoder_decoder:
+        seq2seq = encoder_twice(name, tokenizer, num_hidden_layers)
     else:
-        seq2seq = AutoModelForSeq2SeqLM.from_pretrained(name)
+        layers = _layers(("encoder_layers", "decoder_layers"), num_hidden_layers)
+        seq2seq = AutoModelForSeq2SeqLM.from_pretrained(name, **layers)
     own = small and train_file is None
     rows = load_short_documents() if own else load_xsum("train", train_file)
     return Setup(
@@ -105,10 +125,49 @@ def xsum_setup(
         model=seq2seq,
         tokenizer=tokenizer,
         train_dataset=tokenize_summaries(
-            rows, tokenizer, max_source_length, max_target_length
+            first_rows(rows, max_samples),
+            tokenizer,
+            max_source_length,
+            max_target_length,
         ),
-        collator=DataCollatorForSeq2Seq(tokenizer, seq2seq),
+        # EncoderDecoderModel makes the decoder's inputs itself, and warns of others.
+        collator=DataCollatorForSeq2Seq(
+            tokenizer, None if encoder_decoder else seq2seq
+        ),
     )
+
+
+def first_rows(rows: Dataset, count: int | None) -> Dataset:
+    """So many rows, or all."""
+    return rows if count is None else rows.select(range(min(count, len(rows))))
+
+
+def encoder_twice(
+    name: str, tokenizer: PreTrainedTokenizerBase, num_hidden_layers: int | None
+) -> PreTrainedModel:
+    """An encoder-decoder of an encoder's weights, with new cross-attention.
+
+    Args:
+        name: name or folder of the encoder, as of BERT.
+        tokenizer: of the encoder.
+        num_hidden_layers: of both; None for all.
+    """
+    names = ("encoder_num_hidden_layers", "decoder_num_hidden_layers")
+    model = EncoderDecoderModel.from_encoder_decoder_pretrained(
+        name, name, **_layers(names, num_hidden_layers)
+    )
+    first = tokenizer.bos_token_id or tokenizer.cls_token_id
+    last = tokenizer.eos_token_id or tokenizer.sep_token_id
+    for config in (model.config, model.generation_config):
+        config.decoder_start_token_id = first
+        config.eos_token_id = last
+        config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _layers(names: tuple[str, ...], count: int | None) -> dict[str, int]:
+    """Changes to a configuration; none if the count is None."""
+    return {} if count is None else dict.fromkeys(names, count)
 
 
 def _tiny_bart(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -54,10 +54,16 @@ def flip_labels(dataset: Dataset, fraction: float, seed: int) -> FlippedLabels:
     return FlippedLabels(changed, flipped, labels)
 
 
-def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Add the model's inputs for each pair of sentences."""
+def tokenize(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+) -> Dataset:
+    """Add the model's inputs for each pair of sentences, of so many tokens at most."""
     return dataset.map(
-        lambda rows: tokenizer(rows["premise"], rows["hypothesis"], truncation=True),
+        lambda rows: tokenizer(
+            rows["premise"], rows["hypothesis"], truncation=True, max_length=max_length
+        ),
         batched=True,
         desc="Tokenizing",
     )

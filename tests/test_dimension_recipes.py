@@ -1,0 +1,210 @@
+"""The recipes `hf-sketch snli` and `hf-sketch xsum`, shortened."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from hf_sketch import load_dimension_search
+from hf_sketch.cli import main
+from hf_sketch.recipes.demo import embedded_model_path
+from hf_sketch.recipes.dimension_arguments import DimensionArguments
+from hf_sketch.recipes.setups import xsum_setup
+from hf_sketch.recipes.snli import SnliArguments, SnliTrainingArguments, run_snli
+from hf_sketch.recipes.xsum import XsumArguments, XsumTrainingArguments, run_xsum
+from tests.test_hessian_recipe import own_cache, write_lines
+from tests.test_operator_tables import make_absent
+from tests.tiny_models import tiny_model
+
+__all__ = ["own_cache"]  # a fixture of every test here
+
+
+def small_xsum(directory, settings=None, **training):
+    """The small run on our documents, with a target that it does not reach."""
+    changes = {"target": 99.0, **(settings or {})}
+    return run_xsum(
+        XsumArguments(small=True, stage_steps=1, max_dim=64, **changes),
+        XsumTrainingArguments(
+            output_dir=str(directory), save_steps=1, disable_tqdm=True, **training
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def xsum_run(tmp_path_factory):
+    """A search that a small baseline ends, by the command."""
+    directory = tmp_path_factory.mktemp("xsum")
+    words = ["--small", "--baseline_steps", "2", "--baseline_learning_rate", "0"]
+    words += ["--stage_steps", "2", "--max_steps", "4", "--check_half"]
+    words += ["--max_eval_samples", "3", "--disable_tqdm", "true", "--seed", "3"]
+    main(["xsum", *words, "--output_dir", str(directory)])
+    return directory
+
+
+@pytest.mark.slow
+def test_the_command_saves_what_it_found(xsum_run):
+    saved = json.loads((xsum_run / "results.json").read_text())
+    search = load_dimension_search(xsum_run)
+    results, settings = saved["results"], saved["arguments"]
+    # A model that was not trained reaches nothing, 90% of which is reached at once.
+    assert (results["baseline"], results["target"]) == (0, 0)
+    assert results["dimension"] == search.dimension == 16
+    assert results["path"] == [dataclasses.asdict(stage) for stage in search.path]
+    assert [stage["step"] for stage in results["path"]] == [0, 2]
+    assert results["seconds"] > 0
+    assert settings["recipe"] == "xsum"
+    assert settings["name"] == "tiny BART on short documents"
+    assert settings["training"]["seed"] == 3
+    assert settings["training"]["lr_scheduler_type"] == "constant"
+    adapter = json.loads((xsum_run / "adapter_config.json").read_text())
+    assert (adapter["dim"], adapter["max_dim"], adapter["seed"]) == (16, 1024, 3)
+
+
+@pytest.mark.slow
+def test_half_of_the_dimension_is_trained_for_all_steps(xsum_run):
+    half = json.loads((xsum_run / "results.json").read_text())["results"]["half"]
+    assert half == {"dimension": 8, "best": 0, "below_target": False}
+
+
+@pytest.mark.slow
+def test_the_model_card_has_the_path_and_no_folder_of_this_machine(xsum_run):
+    card = (xsum_run / "README.md").read_text()
+    assert "| 2 | 16 | 0.0000 | reached |" in card
+    assert "Half of the dimension, 8, reached 0.0000: not below the target." in card
+    assert "base_model:" not in card
+    assert "of tiny BART move" in card
+    assert "/" not in card.replace("hf-sketch", "")
+    pytest.importorskip("matplotlib")
+    assert "<svg" in (xsum_run / "intrinsic_dimension.svg").read_text()
+
+
+@pytest.mark.slow
+def test_a_search_on_documents_is_resumed(tmp_path, capsys):
+    first = small_xsum(tmp_path, max_steps=2)
+    assert [stage.step for stage in first.path] == [0, 1, 2]
+    second = small_xsum(tmp_path, max_steps=3, resume_from_checkpoint="true")
+    assert [stage.dim for stage in second.path] == [16, 16, 32, 64]
+    assert second.path[:3] == first.path
+    assert second.path[-1].decision == "exhausted"
+    assert second.dimension is None
+    assert "Up to 64 dimensions did not reach eval_rouge1" in capsys.readouterr().out
+    whole = small_xsum(tmp_path / "whole", max_steps=3)
+    assert second == whole
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_the_figure_of_full_fine_tuning(tmp_path):
+    baseline = {"baseline_steps": 1, "target": None}
+    small_xsum(tmp_path, baseline, max_steps=1)
+    saved = tmp_path / "baseline" / "baseline.json"
+    saved.write_text(json.dumps({"eval_rouge1": 0.0, "mark": 1}))
+    small_xsum(tmp_path, baseline, max_steps=1, resume_from_checkpoint="true")
+    assert "mark" in json.loads(saved.read_text())
+    small_xsum(tmp_path, baseline, max_steps=1)
+    assert "mark" not in json.loads(saved.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["affd", "qk"])
+def test_a_classifier_in_files_of_ours_is_searched(tmp_path, operator):
+    words = [
+        {"premise": "a dog", "hypothesis": f"{n}", "label": n % 3} for n in range(8)
+    ]
+    path = write_lines(tmp_path / "pairs.jsonl.gz", words)
+    model = classifier_folder(tmp_path / "model")
+    arguments = SnliArguments(
+        model_name_or_path=model,
+        train_file=path,
+        validation_file=path,
+        operator=operator,
+        start_dim=4,
+        max_dim=16,
+        stage_steps=1,
+        target=1.0,
+        min_improvement=1.0,
+        max_train_samples=6,
+        max_eval_samples=5,
+        num_hidden_layers=1,
+    )
+    training = SnliTrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=5, disable_tqdm=True
+    )
+    search = run_snli(arguments, training)
+    assert [stage.dim for stage in search.path] == [4, 4, 8, 16]
+    assert all(round(5 * stage.metric, 6).is_integer() for stage in search.path)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["operator"] == operator
+    assert config["layout"] == {"affd": "blocked", "qk": "flat"}[operator]
+
+
+def classifier_folder(folder):
+    """A tiny BERT with the embedded model's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
+    tokenizer.save_pretrained(folder)
+    model = tiny_model("bert", torch.float32, vocab_size=len(tokenizer))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_an_encoder_becomes_an_encoder_and_a_decoder(tmp_path):
+    folder = classifier_folder(tmp_path / "model")
+    setup = xsum_setup(
+        folder,
+        None,
+        True,
+        16,
+        8,
+        num_hidden_layers=1,
+        encoder_decoder=True,
+        max_samples=3,
+    )
+    assert len(setup.train_dataset) == 3
+    model, tokenizer = setup.model, setup.tokenizer
+    assert (
+        len(model.encoder.encoder.layer) == len(model.decoder.bert.encoder.layer) == 1
+    )
+    assert model.config.decoder_start_token_id == tokenizer.cls_token_id
+    encoded = tokenizer("a dog runs", return_tensors="pt", return_token_type_ids=False)
+    tokens = model.generate(**encoded, max_length=5)
+    assert tokens[0, 0] == tokenizer.cls_token_id
+    assert model.generation_config.eos_token_id == tokenizer.sep_token_id
+    rows = [setup.train_dataset[0], setup.train_dataset[1]]
+    assert model(**setup.collator(rows)).loss.isfinite()
+
+
+def test_the_target_is_the_papers_unless_full_fine_tuning_is_measured():
+    assert DimensionArguments().given_target == 0.801
+    assert DimensionArguments(metric="eval_rouge1").given_target == 36.6
+    assert DimensionArguments(baseline=True).given_target is None
+    assert DimensionArguments(baseline=True, target=0.5).given_target == 0.5
+    with pytest.raises(ValueError, match=r"got 'eval_f1': pass --target or --baseline"):
+        _ = DimensionArguments(metric="eval_f1").given_target
+
+
+def test_defaults_are_the_papers():
+    arguments, training = SnliArguments(), SnliTrainingArguments()
+    assert (arguments.stage_steps, arguments.min_improvement) == (2000, 0.001)
+    assert (arguments.baseline_steps, training.max_steps) == (10_000, 10_000)
+    assert (arguments.baseline_learning_rate, training.learning_rate) == (2e-5, 1e-4)
+    arguments, training = XsumArguments(), XsumTrainingArguments()
+    assert (arguments.stage_steps, arguments.min_improvement) == (2000, 0.5)
+    assert (arguments.baseline_steps, training.max_steps) == (20_000, 40_000)
+    assert training.per_device_train_batch_size == 32
+    assert training.predict_with_generate
+
+
+@pytest.mark.slow
+def test_a_metric_that_evaluation_does_not_give_is_refused(tmp_path):
+    settings = {"target": None, "baseline_steps": 1, "metric": "eval_f1"}
+    with pytest.raises(ValueError, match=r"'eval_rouge1'.*got 'eval_f1'"):
+        small_xsum(tmp_path, settings, max_steps=1)
+
+
+@pytest.mark.slow
+def test_recipes_without_their_metrics_name_the_extra(tmp_path, monkeypatch):
+    make_absent(monkeypatch, "evaluate")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf-sketch\[recipes\]"):
+        small_xsum(tmp_path)
