@@ -130,10 +130,7 @@ def xsum_setup(
             max_source_length,
             max_target_length,
         ),
-        # EncoderDecoderModel makes the decoder's inputs itself, and warns of others.
-        collator=DataCollatorForSeq2Seq(
-            tokenizer, None if encoder_decoder else seq2seq
-        ),
+        collator=DataCollatorForSeq2Seq(tokenizer, seq2seq),
     )
 
 

@@ -148,6 +148,8 @@ def classifier_folder(folder):
     return str(folder)
 
 
+# EncoderDecoderModel warns of a change in 4.12 whenever it is given labels.
+@pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces:FutureWarning")
 @pytest.mark.slow
 def test_an_encoder_becomes_an_encoder_and_a_decoder(tmp_path):
     folder = classifier_folder(tmp_path / "model")
