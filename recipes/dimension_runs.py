@@ -75,9 +75,7 @@ def run_dimension(
     baseline = None
     if arguments.baseline:
         baseline = full_fine_tuning(task, arguments, training)
-    start = time.perf_counter()
-    search = search_dimension(task, arguments, training, baseline)
-    seconds = time.perf_counter() - start
+    search, seconds = timed_search(task, arguments, training, baseline)
     half = None
     if arguments.check_half and search.dimension is not None and search.dimension > 1:
         half = train_half(task, arguments, training, search)
@@ -115,13 +113,13 @@ def full_fine_tuning(
     return float(metrics[arguments.metric])
 
 
-def search_dimension(
+def timed_search(
     task: Task,
     arguments: DimensionArguments,
     training: DimensionTrainingArguments,
     baseline: float | None = None,
-) -> DimensionSearch:
-    """One search in output_dir, which keeps its path and the adapter.
+) -> tuple[DimensionSearch, float]:
+    """One search in output_dir, which keeps its path and the adapter; its seconds.
 
     Args:
         task: what is learned.
@@ -136,9 +134,11 @@ def search_dimension(
         min_improvement=arguments.min_improvement,
         baseline=baseline,
     )
+    start = time.perf_counter()
     model = _in_subspace(task, arguments, training, arguments.start_dim)
     _train(task, model, training, callback).save_model()
-    return load_dimension_search(training.output_dir)
+    seconds = time.perf_counter() - start
+    return load_dimension_search(training.output_dir), seconds
 
 
 def train_half(

@@ -13,9 +13,10 @@ from hf_sketch.recipes.demo import embedded_model_path
 from hf_sketch.recipes.dimension_arguments import DimensionArguments
 from hf_sketch.recipes.setups import xsum_setup
 from hf_sketch.recipes.snli import SnliArguments, SnliTrainingArguments, run_snli
+from hf_sketch.recipes.tables.table10 import Table10Arguments, log2_dims, run_table10
 from hf_sketch.recipes.xsum import XsumArguments, XsumTrainingArguments, run_xsum
 from tests.test_hessian_recipe import own_cache, write_lines
-from tests.test_operator_tables import make_absent
+from tests.test_operator_tables import assert_saved, make_absent
 from tests.tiny_models import tiny_model
 
 __all__ = ["own_cache"]  # a fixture of every test here
@@ -210,3 +211,27 @@ def test_recipes_without_their_metrics_name_the_extra(tmp_path, monkeypatch):
     make_absent(monkeypatch, "evaluate")
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf-sketch\[recipes\]"):
         small_xsum(tmp_path)
+
+
+@pytest.mark.slow
+def test_table_10_keeps_the_runs_that_have_ended(tmp_path, capsys):
+    arguments = Table10Arguments(str(tmp_path), "affd,qk", seeds=1, tiny=True)
+    results = run_table10(arguments)
+    assert_saved(tmp_path / "table10.json", results)
+    assert "affd  " in capsys.readouterr().out
+    kept = tmp_path / "table10" / "qk-0" / "results.json"
+    report = json.loads(kept.read_text())
+    assert report["results"]["path"] == results["qk"][0]["path"]
+    report["results"]["seconds"] = 12345.0
+    kept.write_text(json.dumps(report))
+    again = run_table10(arguments)
+    assert again["affd"] == results["affd"]
+    assert again["qk"][0]["seconds"] == 12345.0
+    changed = dataclasses.replace(arguments, min_improvement=0.5)
+    with pytest.raises(ValueError, match=r"got .*0\.02.*pass another --output_dir"):
+        run_table10(changed)
+
+
+def test_dimensions_are_told_by_their_logarithms():
+    runs = [{"dimension": 16}, {"dimension": None}, {"dimension": 2**13}]
+    assert log2_dims(runs) == [4, None, 13]

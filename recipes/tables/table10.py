@@ -1,0 +1,216 @@
+"""Table 10: the intrinsic dimension on SNLI, by operator and seed."""
+
+import argparse
+import dataclasses
+import importlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, set_seed
+
+from hf_sketch.recipes.dimension_report import save_run
+from hf_sketch.recipes.dimension_runs import (
+    DimensionRun,
+    Task,
+    full_fine_tuning,
+    timed_search,
+)
+from hf_sketch.recipes.snli import SnliArguments, SnliTrainingArguments, snli_task
+from hf_sketch.recipes.spectrum_report import plots_if_installed
+from hf_sketch.recipes.tables.report import save_report
+
+# log2 of D* for three seeds (Schioppa 2024, Table 10), of RoBERTa on SNLI.
+PAPER = {"ffd": (14, 13, 13), "afjl": (14, 13, 13), "qk": (13, 13, 13)}
+
+
+@dataclass
+class Table10Arguments:
+    """D* on SNLI for operators and seeds; by default MiniLM's first two layers.
+
+    A run that has ended is kept in <output_dir>/table10 and not repeated; one that was
+    interrupted goes on from its last checkpoint.
+    """
+
+    output_dir: str = field(
+        default="out/tables", metadata={"help": "Where the JSON and the plot go."}
+    )
+    operators: str = field(
+        default="affd,afjl,qk,ffd", metadata={"help": "Operators, comma-separated."}
+    )
+    seeds: int = field(default=3, metadata={"help": "Runs of each operator."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "By default the embedded MiniLM."}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "By default the bundled 2,000 rows."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "By default the bundled 300 rows."}
+    )
+    num_hidden_layers: int = field(default=2, metadata={"help": "The first ones."})
+    max_length: int = field(default=48, metadata={"help": "Tokens of a pair."})
+    max_eval_samples: int = field(
+        default=1000, metadata={"help": "Rows of an evaluation."}
+    )
+    start_dim: int = field(default=2**4, metadata={"help": "Of each search."})
+    max_dim: int = field(default=2**13, metadata={"help": "Of each search."})
+    stage_steps: int = field(
+        default=25, metadata={"help": "Optimizer steps between evaluations."}
+    )
+    max_steps: int = field(default=500, metadata={"help": "Of each search."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Of each search."})
+    min_improvement: float = field(
+        default=0.02,
+        metadata={"help": "A stage that improves accuracy by less doubles."},
+    )
+    baseline_steps: int = field(default=400, metadata={"help": "Of full fine-tuning."})
+    baseline_learning_rate: float = field(
+        default=5e-4, metadata={"help": "Of full fine-tuning."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Examples in a batch."})
+    tiny: bool = field(
+        default=False, metadata={"help": "A few steps and rows, as a check."}
+    )
+
+
+_TINY = {"stage_steps": 2, "max_steps": 4, "baseline_steps": 2, "max_eval_samples": 12}
+_TINY |= {"num_hidden_layers": 1, "max_dim": 2**6, "batch_size": 4, "max_length": 16}
+
+
+def run_table10(arguments: Table10Arguments) -> dict[str, Any]:
+    """Search, print beside the paper's figures, save, and plot with matplotlib.
+
+    Raises:
+        ValueError: a run that is kept had other settings.
+    """
+    if arguments.tiny:
+        arguments = dataclasses.replace(arguments, **_TINY)
+    directory = Path(arguments.output_dir) / "table10"
+    results: dict[str, Any] = {name: [] for name in arguments.operators.split(",")}
+    baseline: float | None = None
+    for seed in range(arguments.seeds):
+        task = _task(arguments, seed)
+        if baseline is None:
+            training = _training(arguments, directory, seed)
+            settings = _settings(arguments, "affd")
+            baseline = full_fine_tuning(task, settings, training)
+        for operator, runs in results.items():
+            folder = directory / f"{operator}-{seed}"
+            runs.append(_run(arguments, task, operator, seed, folder, baseline))
+    _print(results)
+    path = save_report(
+        arguments.output_dir,
+        "table10",
+        argparse.Namespace(**vars(arguments), baseline=baseline),
+        results,
+    )
+    print("saved", path)
+    if plots_if_installed() is not None:
+        save_plot(path.with_suffix(".svg"), results)
+        print("saved", path.with_suffix(".svg"))
+    return results
+
+
+def log2_dims(runs: list[dict[str, Any]]) -> list[int | None]:
+    """log2 of D* of each run, rounded down; None where it was not found."""
+    found = [run["dimension"] for run in runs]
+    return [None if dim is None else dim.bit_length() - 1 for dim in found]
+
+
+def save_plot(path: Path, results: dict[str, Any]) -> None:
+    """Accuracy over the steps of each run, and log2 of D* of each operator."""
+    figure = importlib.import_module("matplotlib.figure").Figure(
+        figsize=(9, 4), layout="constrained"
+    )
+    curves, dims = figure.subplots(1, 2)
+    for place, (operator, runs) in enumerate(results.items()):
+        for number, run in enumerate(runs):
+            curves.plot(
+                [stage["step"] for stage in run["path"]],
+                [stage["metric"] for stage in run["path"]],
+                color=f"C{place}",
+                label=operator.upper() if number == 0 else None,
+            )
+        found = [dim for dim in log2_dims(runs) if dim is not None]
+        offsets = [place + 0.1 * (i - 1) for i in range(len(found))]
+        dims.plot(offsets, found, "o", color=f"C{place}")
+    curves.axhline(runs[0]["target"], linestyle="--", color="grey")
+    curves.set(xlabel="optimizer step", ylabel="accuracy; dashed, the target")
+    curves.legend()
+    dims.set_xticks(range(len(results)), [name.upper() for name in results])
+    dims.set_ylabel("log2 of D*, a point for each seed")
+    figure.savefig(path)
+
+
+def _task(arguments: Table10Arguments, seed: int) -> Task:
+    """The classifier, whose head the seed draws, and the rows."""
+    set_seed(seed)
+    return snli_task(_settings(arguments, "affd"))
+
+
+def _settings(arguments: Table10Arguments, operator: str) -> SnliArguments:
+    """Of the recipe, which the table's are named like."""
+    names = {f.name for f in dataclasses.fields(SnliArguments)}
+    own = {name: value for name, value in vars(arguments).items() if name in names}
+    return SnliArguments(**own, operator=operator, small=True, baseline=True)
+
+
+def _training(
+    arguments: Table10Arguments, folder: Path, seed: int
+) -> SnliTrainingArguments:
+    """Of the Trainer, for a run that goes on where it was interrupted."""
+    return SnliTrainingArguments(
+        output_dir=str(folder),
+        seed=seed,
+        max_steps=arguments.max_steps,
+        learning_rate=arguments.learning_rate,
+        per_device_train_batch_size=arguments.batch_size,
+        per_device_eval_batch_size=100,
+        save_steps=arguments.stage_steps,
+        dataloader_pin_memory=False,
+        report_to=[],
+        resume_from_checkpoint="true",
+    )
+
+
+def _run(
+    arguments: Table10Arguments,
+    task: Task,
+    operator: str,
+    seed: int,
+    folder: Path,
+    baseline: float,
+) -> dict[str, Any]:
+    """What the report of a run keeps: as it was saved, or after a search."""
+    settings = _settings(arguments, operator)
+    saved = folder / "results.json"
+    if not saved.is_file():
+        training = _training(arguments, folder, seed)
+        search, seconds = timed_search(task, settings, training, baseline)
+        run = DimensionRun(search, baseline, None, seconds)
+        save_run("table10", task, settings, training, run)
+    report = json.loads(saved.read_text())
+    given = vars(settings)
+    kept = {name: report["arguments"][name] for name in given}
+    if kept != given or report["results"]["baseline"] != baseline:
+        raise ValueError(
+            f"the run in {folder} must have the settings {given} and the baseline "
+            f"{baseline}, got {kept} and {report['results']['baseline']}: pass another "
+            "--output_dir, or delete that folder."
+        )
+    return report["results"]
+
+
+def _print(results: dict[str, Any]) -> None:
+    """log2 of D* of each operator beside the paper's."""
+    print("log2 of D* by seed, and the paper's for RoBERTa")
+    for operator, runs in results.items():
+        hours = sum(run["seconds"] for run in runs) / 3600
+        ours = log2_dims(runs)
+        print(f"  {operator:5s} {ours} in {hours:.2f} h  paper {PAPER.get(operator)}")
+
+
+if __name__ == "__main__":
+    run_table10(*HfArgumentParser(Table10Arguments).parse_args_into_dataclasses())
