@@ -1,6 +1,7 @@
 """The doubling search for the intrinsic dimension, in one run of the Trainer."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,13 @@ class IntrinsicDimensionCallback(TrainerCallback):
             return
         dim = len(_tuner(kwargs["model"]).omega)
         value = float(metrics[search.metric])
+        if not search.path and search.reaches(value):
+            warnings.warn(
+                f"{search.metric} must be worse than the target of {search.target} "
+                f"before training, got {value}: a search from here says nothing; train "
+                "the baseline for longer, or pass a better target.",
+                stacklevel=2,
+            )
         self._search = search = search.after(state.global_step, dim, value)
         grow_subspace(kwargs["model"], search.next_dim(), kwargs["optimizer"])
         control.should_training_stop |= search.ended

@@ -99,12 +99,17 @@ class DimensionSearch:
         kept = tuple(stage for stage in self.path if stage.step <= step)
         return dataclasses.replace(self, path=kept)
 
+    def reaches(self, metric: float) -> bool:
+        """Whether a metric is as good as the target."""
+        sign = 1 if self.greater_is_better else -1
+        return sign * (metric - self.target) >= 0
+
     def _decision(self, dim: int, metric: float) -> str:
         if not self.path:
             return "start"
-        sign = 1 if self.greater_is_better else -1
-        if sign * (metric - self.target) >= 0:
+        if self.reaches(metric):
             return "reached"
+        sign = 1 if self.greater_is_better else -1
         if sign * (metric - self.path[-1].metric) >= self.min_improvement:
             return "continue"
         return "double" if dim < self.max_dim else "exhausted"

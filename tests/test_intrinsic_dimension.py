@@ -162,7 +162,8 @@ def test_the_trainer_searches_in_one_run(tmp_path):
 def test_reaching_the_target_stops_training(tmp_path):
     first = {**SETTINGS, "target": 100.0}
     trainer = search_trainer(tmp_path, search=IntrinsicDimensionCallback(**first))
-    trainer.train()
+    with pytest.warns(UserWarning, match=r"before training, got .*: a search from"):
+        trainer.train()
     assert trainer.state.global_step == 4
     assert load_dimension_search(tmp_path).dimension == 4
 
@@ -182,7 +183,8 @@ def test_a_search_resumes_in_the_middle_of_a_stage(tmp_path):
 
 def test_a_search_that_ended_does_not_go_on(tmp_path):
     first = {**SETTINGS, "target": 100.0, "stage_steps": 3}
-    search_trainer(tmp_path, search=IntrinsicDimensionCallback(**first)).train()
+    with pytest.warns(UserWarning, match="says nothing"):
+        search_trainer(tmp_path, search=IntrinsicDimensionCallback(**first)).train()
     again = search_trainer(tmp_path, search=IntrinsicDimensionCallback(**first))
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step <= 4
