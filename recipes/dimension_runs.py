@@ -88,11 +88,18 @@ def full_fine_tuning(
     """The metric of the whole model, fine-tuned in output_dir/baseline.
 
     A run that is resumed takes the figure that is there.
+
+    Raises:
+        ValueError: that is of other settings, or evaluation does not give the metric.
     """
     directory = Path(training.output_dir) / "baseline"
     saved = directory / _BASELINE
+    settings = {
+        "steps": arguments.baseline_steps,
+        "learning_rate": arguments.baseline_learning_rate,
+    }
     if training.resume_from_checkpoint and saved.is_file():
-        return float(json.loads(saved.read_text())[arguments.metric])
+        return _saved_metric(saved, arguments.metric, settings)
     changed = dataclasses.replace(
         training,
         output_dir=str(directory),
@@ -108,9 +115,22 @@ def full_fine_tuning(
             f"metric must be one of those of evaluation, {sorted(metrics)}, got "
             f"{arguments.metric!r}."
         )
-    saved.write_text(json.dumps(metrics, indent=1))
+    saved.write_text(json.dumps({**settings, "metrics": metrics}, indent=1))
     print(f"full fine-tuning: {arguments.metric} {metrics[arguments.metric]:.4g}")
     return float(metrics[arguments.metric])
+
+
+def _saved_metric(path: Path, metric: str, settings: dict[str, float]) -> float:
+    """Of full fine-tuning that has ended, with these settings."""
+    content = json.loads(path.read_text())
+    found = {name: content[name] for name in settings}
+    if found != settings:
+        raise ValueError(
+            f"full fine-tuning in {path.parent} must have had {settings}, got {found}: "
+            "pass these as --baseline_steps and --baseline_learning_rate, or delete "
+            "that folder."
+        )
+    return float(content["metrics"][metric])
 
 
 def timed_search(
