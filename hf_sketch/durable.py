@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,6 +11,46 @@ import xxhash
 
 _SEAL: Final = b'{\n "xxh3_128": "'
 _NO_DIGEST: Final = b"0" * 32
+
+
+class Draft:
+    """A file under a temporary name, which gets its own when it is on the disk.
+
+    Args:
+        path: its own.
+        data: all of it.
+
+    Raises:
+        OSError: it cannot be written, here or in `finish`: then it is removed.
+    """
+
+    def __init__(self, path: Path, data: bytes | memoryview) -> None:
+        self._path = path
+        self._temporary = path.with_name(path.name + ".tmp")
+        self._file = self._temporary.open("wb")
+        with self._removed_on_error():
+            self._file.write(data)
+            self._file.flush()
+
+    def finish(self) -> None:
+        """Sync the data, then name the file; its directory is not synced."""
+        with self._removed_on_error():
+            os.fsync(self._file.fileno())
+            os.replace(self._temporary, self._path)  # noqa: PTH105 - as it is named
+            self._file.close()
+
+    def discard(self) -> None:
+        """Remove the file; one that is finished stays."""
+        self._temporary.unlink(missing_ok=True)
+        self._file.close()
+
+    @contextmanager
+    def _removed_on_error(self) -> Generator[None]:
+        try:
+            yield
+        except OSError:
+            self.discard()
+            raise
 
 
 def replace_file(path: Path, data: bytes | memoryview) -> None:
@@ -21,16 +62,7 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
     Raises:
         OSError: the file cannot be written; what was there before still is.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)  # noqa: PTH105 - the call's name is its promise
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    Draft(path, data).finish()
     sync_directory(path.parent)
 
 

@@ -1,6 +1,6 @@
 """The kinds of rows in a store, their columns, and how sketches are kept in them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import pyarrow as pa
@@ -15,6 +15,7 @@ ROW_DTYPES: Final = ("float32", "float16", "int8")
 _INT8_STEPS = 127
 _FLOAT16_BITS = 15  # the largest entry lies in [2**14, 2**15)
 _LEAST_EXPONENT = -100
+_PIECE_BYTES = 2**21
 
 _COLUMNS = {
     PER_EXAMPLE: {
@@ -86,38 +87,70 @@ def joined(parts: Sequence[Mapping[str, Tensor]], row_dtype: str) -> dict[str, T
     Shapes:
         every column (rows,), `sketch` (rows, out_size)
     """
-    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    names = [name for name in parts[0] if name != "sketch"]
+    columns = {name: torch.cat([part[name] for part in parts]) for name in names}
+    sketches = [part["sketch"] for part in parts]
     if row_dtype == "float32":
-        return columns
-    sketches = columns["sketch"].to(torch.float32)
-    scale, sketches = encode(sketches, row_dtype)
-    return {**columns, "scale": scale, "sketch": sketches}
+        return {**columns, "sketch": torch.cat(sketches)}
+    scale, kept = encode(sketches, row_dtype)
+    return {**columns, "scale": scale, "sketch": kept}
 
 
-def encode(sketches: Tensor, row_dtype: str) -> tuple[Tensor, Tensor]:
+def encode(parts: Sequence[Tensor], row_dtype: str) -> tuple[Tensor, Tensor]:
     """Each row's scale and its numbers divided by it, in a dtype.
 
     "float16" has powers of two as scales, so that nothing but the rounding to 11 bits
     is lost, whatever the row's size; "int8" rounds to 1/127 of the largest number.
     A row that is not finite stays so: its scale is 1, or NaN with "int8".
-    May overwrite its argument.
 
     Shapes:
-        sketches (rows, n), float32 -> (rows,), float32 and (rows, n)
+        each part (its rows, n) -> (all rows,), float32 and (all rows, n)
     """
+    shape = sum(map(len, parts)), parts[0].shape[1]
+    kept = parts[0].new_empty(shape, dtype=getattr(torch, row_dtype))
+    scales: list[Tensor] = []
+    low = 0
+    for piece in _pieces(parts):
+        high = low + len(piece)
+        scales.append(_encode_piece(piece, kept[low:high]))
+        low = high
+    return torch.cat(scales), kept
+
+
+def _pieces(parts: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The same rows in float32, as many at a time as a processor's cache holds."""
+    most = max(1, _PIECE_BYTES // (4 * parts[0].shape[1]))
+    groups: list[list[Tensor]] = []
+    rows = most
+    for part in parts:
+        if rows >= most:
+            groups.append([])
+            rows = 0
+        groups[-1].append(part)
+        rows += len(part)
+    for group in groups:
+        for piece in torch.cat(group).split(most):
+            yield piece.to(torch.float32)
+
+
+def _encode_piece(sketches: Tensor, kept: Tensor) -> Tensor:
+    """Fill `kept`, which has the dtype, and return the scales."""
+    if kept.dtype == torch.float32:
+        kept.copy_(sketches)
+        return sketches.new_ones(len(sketches))
     largest = sketches.abs().amax(1)
-    if row_dtype == "float32":
-        return torch.ones_like(largest), sketches
-    usable = largest.isfinite() & (largest > 0)
-    if row_dtype == "float16":
+    finite = largest.isfinite()
+    usable = finite & (largest > 0)
+    if kept.dtype == torch.float16:
         exponents = largest.frexp().exponent.clamp(min=_LEAST_EXPONENT)
         powers = torch.exp2((exponents - _FLOAT16_BITS).to(largest))
         scale = powers.where(usable, 1.0)
-        return scale, sketches.div_(scale.unsqueeze(1)).to(torch.float16)
-    finite = largest.isfinite()
+        torch.div(sketches, scale.unsqueeze(1), out=kept)
+        return scale
     scale = (largest / _INT8_STEPS).where(usable, 1.0).where(finite, torch.nan)
-    whole = sketches.div_(scale.unsqueeze(1)).round_()
-    return scale, whole.where(finite.unsqueeze(1), 0.0).to(torch.int8)
+    whole = (sketches / scale.unsqueeze(1)).round_()
+    kept.copy_(whole.where(finite.unsqueeze(1), 0.0))
+    return scale
 
 
 def decode(scale: Tensor, sketches: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import xxhash
 from datasets import Dataset, Features
 from datasets.table import ConcatenationTable, MemoryMappedTable
 
-from hf_sketch.durable import replace_file
+from hf_sketch.durable import Draft, sync_directory
 
 _READ_BYTES = 2**20
 _VERIFIED_BYTES = 2**30
@@ -42,6 +42,11 @@ class Shard:
     head_xxh3_128: str
     xxh3_128: str
 
+    @property
+    def number(self) -> int:
+        """The running number in the file's name."""
+        return int(Path(self.file).stem.rsplit("-", 1)[1])
+
 
 def write_shard(
     directory: Path, kind: str, rank: int, number: int, table: pa.Table
@@ -51,13 +56,26 @@ def write_shard(
     Raises:
         OSError: it cannot be written.
     """
+    draft, shard = draft_shard(directory, kind, rank, number, table)
+    draft.finish()
+    sync_directory(directory)
+    return shard
+
+
+def draft_shard(
+    directory: Path, kind: str, rank: int, number: int, table: pa.Table
+) -> tuple[Draft, Shard]:
+    """Write rows as one Arrow file that is not synced and has no name of its own yet.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
     data = memoryview(sink.getvalue())
     path = directory / f"{kind}-{rank:05d}-{number:06d}.arrow"
-    replace_file(path, data)
-    return _describe(path.name, data, table)
+    return Draft(path, data), _describe(path.name, data, table)
 
 
 def describe_shard(path: Path) -> Shard:

@@ -1,18 +1,19 @@
 """Adding rows to a store, step by step, and resuming it."""
 
 import warnings
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from hf_sketch.durable import set_aside
 from hf_sketch.measured_error import MeasuredError
-from hf_sketch.rows import arrow_table, joined
-from hf_sketch.shards import Shard, read_shard, write_shard
+from hf_sketch.shard_queue import Rows, ShardQueue
+from hf_sketch.shards import read_shard, write_shard
 from hf_sketch.store import (
     HEADER,
     Gap,
@@ -25,10 +26,6 @@ from hf_sketch.store import (
     write_manifest,
     write_measured_error,
 )
-
-_PARTS_IN_MEMORY = 4  # rows that come, rows that are written, and two copies of those
-
-Rows = dict[str, list[Mapping[str, Tensor]]]
 
 
 class SketchWriter:
@@ -46,7 +43,7 @@ class SketchWriter:
             earlier run is renamed to `sketches-before-<n>`, with a warning.
         rank: of this process.
         world_size: number of processes.
-        buffer_bytes: the most memory that rows take before they are on disk; a quarter
+        buffer_bytes: the most memory that rows take before they are in files; a part
             of it at a time is written.
 
     Raises:
@@ -65,19 +62,19 @@ class SketchWriter:
         buffer_bytes: int = 64 * 2**20,
     ) -> None:
         self.directory = directory
-        self._row_dtype = header.row_dtype
-        self._part_bytes = buffer_bytes // _PARTS_IN_MEMORY
+        kept = getattr(torch, header.row_dtype).itemsize / torch.float32.itemsize
+        # Rows that come, those that came before, and a copy of these as they are kept;
+        # when those are gone, the copy and the file.
+        self._part_bytes = buffer_bytes / (2 + kept)
         self._buffer: Rows = {}
         self._buffered_bytes = 0
         if rank == 0 or not _is_prepared(directory, rank, resume_step):
             _prepare(directory, header, resume_step, rank)
             for manifest in read_manifests(directory):
                 _truncate(directory, manifest, resume_step)
-        self._manifest = _own_manifest(directory, rank, world_size)
-        self._next_number = 1 + max(map(_number, self._manifest.shards), default=0)
+        manifest = _own_manifest(directory, rank, world_size)
+        self._queue = ShardQueue(directory, manifest, header.row_dtype)
         self.measured_error = read_header(directory).measured_error
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hf-sketch")
-        self._written: Future[None] | None = None
 
     def append(self, kind: str, columns: Mapping[str, Tensor]) -> None:
         """Add rows: every column (rows,), `sketch` (rows, out_size)."""
@@ -100,12 +97,14 @@ class SketchWriter:
         Raises:
             OSError: they, or what was started before, could not be written.
         """
-        self._start()
-        self._wait()
+        if self._buffer:
+            self._start()
+        with self._errors_explained():
+            self._queue.flush()
 
     def close(self) -> None:
         """Wait for what is being written; rows that are not flushed are dropped."""
-        self._thread.shutdown()
+        self._queue.close()
 
     def note_measured_error(self, error: MeasuredError) -> None:
         """Put the error of the rows, measured on examples, into the header."""
@@ -115,7 +114,7 @@ class SketchWriter:
     @property
     def last_step(self) -> int:
         """The greatest step of which there is a row in the store; 0 for none."""
-        return self._manifest.last_step
+        return self._queue.manifest.last_step
 
     def note_gap(self, reason: str, last_step: int | None = None) -> None:
         """Drop the buffer, and say in the manifest that later rows are missing.
@@ -130,44 +129,28 @@ class SketchWriter:
         """
         self.close()
         first = 1 + (self.last_step if last_step is None else last_step)
-        gaps = (*self._manifest.gaps, Gap(first, reason))
-        self._manifest = replace(self._manifest, gaps=gaps)
-        write_manifest(self.directory, self._manifest)
+        manifest = self._queue.manifest
+        gaps = (*manifest.gaps, Gap(first, reason))
+        write_manifest(self.directory, replace(manifest, gaps=gaps))
 
     def _start(self) -> None:
-        """Hand the buffer to the thread, after what it had before."""
-        self._wait()
-        buffer, self._buffer, self._buffered_bytes = self._buffer, {}, 0
-        if buffer:
-            self._written = self._thread.submit(self._write, buffer)
+        """Hand the buffer to the threads."""
+        with self._errors_explained():
+            self._queue.put(self._buffer)
+        self._buffer, self._buffered_bytes = {}, 0
 
-    def _wait(self) -> None:
-        """Wait for the thread; raise what went wrong in it."""
-        written, self._written = self._written, None
-        if written is None:
-            return
+    @contextmanager
+    def _errors_explained(self) -> Generator[None]:
+        """Say what an error of the threads means for the rows, and what mends it."""
         try:
-            written.result()
+            yield
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"rows after step {self._manifest.last_step} cannot be written to "
+                f"rows after step {self.last_step} cannot be written to "
                 f"{self.directory} ({error.strerror}): make room there and resume from "
                 "the last checkpoint, or train on without them by on_error='warn'",
             ) from error
-
-    def _write(self, buffer: Rows) -> None:
-        """Write a shard of each kind, then name them in the manifest."""
-        shards: list[Shard] = []
-        for kind, parts in buffer.items():
-            table = arrow_table(kind, joined(parts, self._row_dtype))
-            arguments = (self._manifest.rank, self._next_number, table)
-            shards.append(write_shard(self.directory, kind, *arguments))
-            self._next_number += 1
-        manifest = self._manifest
-        manifest = replace(manifest, shards=(*manifest.shards, *shards))
-        write_manifest(self.directory, manifest)
-        self._manifest = manifest
 
 
 def _is_prepared(directory: Path, rank: int, resume_step: int) -> bool:
@@ -215,7 +198,7 @@ def _truncate(directory: Path, manifest: Manifest, last_step: int) -> None:
     if not later and gaps == manifest.gaps:
         return
     kept = [shard for shard in manifest.shards if shard not in later]
-    number = 1 + max(map(_number, manifest.shards), default=0)
+    number = 1 + max((s.number for s in manifest.shards), default=0)
     for shard in later:
         if shard.first_step <= last_step:
             table = read_shard(directory, shard)
@@ -236,8 +219,3 @@ def _check_settings(directory: Path, header: Header) -> None:
             f"{directory} holds rows of {theirs.settings}, the callback was given "
             f"{header.settings}: pass the store's settings, or another output_dir."
         )
-
-
-def _number(shard: Shard) -> int:
-    """The running number in a shard's file name."""
-    return int(Path(shard.file).stem.rsplit("-", 1)[1])

@@ -68,8 +68,8 @@ def assert_checkpoints_are_intact(tmp_path, uninterrupted, monkeypatch):
 
 
 # The making of the store syncs seven times, the measured error twice and a flush of two
-# kinds of rows six times: these are the calls of the second flush.
-@pytest.mark.parametrize("syncs", range(15, 20))
+# kinds of rows five times: these are the calls of the second flush.
+@pytest.mark.parametrize("syncs", range(14, 18))
 def test_a_full_disk_stops_training_with_a_clear_error(
     tmp_path, uninterrupted, monkeypatch, syncs
 ):

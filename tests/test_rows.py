@@ -23,13 +23,13 @@ def scales():
 
 def test_float32_rows_are_kept_as_they_are():
     rows = scales()
-    scale, kept = encode(rows.clone(), "float32")
+    scale, kept = encode([rows], "float32")
     assert torch.equal(decode(scale, kept), rows)
 
 
 def test_float16_rows_are_rounded_to_11_bits_whatever_their_size():
     rows = scales()
-    scale, kept = encode(rows.clone(), "float16")
+    scale, kept = encode([rows], "float16")
     assert kept.dtype == torch.float16
     error = (decode(scale, kept) - rows).abs()
     # Half a unit in the last place, and of numbers far below the largest 2**-25 of
@@ -40,7 +40,7 @@ def test_float16_rows_are_rounded_to_11_bits_whatever_their_size():
 
 def test_int8_rows_are_rounded_to_steps_of_the_largest():
     rows = scales()
-    scale, kept = encode(rows.clone(), "int8")
+    scale, kept = encode([rows], "int8")
     assert kept.dtype == torch.int8
     step = rows.abs().amax(1, True) / 127
     error = (decode(scale, kept) - rows).abs()
@@ -54,7 +54,7 @@ def test_zero_and_broken_rows_stay_what_they_are(row_dtype):
     rows[0] = 0.0
     rows[1, 7] = torch.nan
     rows[2, 7] = torch.inf
-    got = decode(*encode(rows.clone(), row_dtype))
+    got = decode(*encode([rows], row_dtype))
     assert not got[0].any()
     assert got.isfinite().all(1).tolist() == [True, False, False, True]
 
@@ -66,7 +66,7 @@ def test_zero_and_broken_rows_stay_what_they_are(row_dtype):
 )
 def test_inner_products_are_off_by_what_rounding_explains(row_dtype, error):
     rows = torch.nn.functional.normalize(normal(200), dim=1)
-    kept = decode(*encode(rows.clone(), row_dtype)).double()
+    kept = decode(*encode([rows], row_dtype)).double()
     rows = rows.double()
     pairs = torch.triu_indices(200, 200, offset=1)
     off = (kept @ kept.T - rows @ rows.T)[pairs[0], pairs[1]]
@@ -77,6 +77,19 @@ def test_inner_products_are_off_by_what_rounding_explains(row_dtype, error):
         step = rows.abs().amax(1).mean() / 127
         bound = float(error * step) * 2**0.5
     assert 0.3 * bound < float(off.square().mean().sqrt()) < 1.1 * bound
+
+
+@pytest.mark.parametrize("row_dtype", ROW_DTYPES)
+@pytest.mark.parametrize("sizes", [[13], [1] * 13, [2, 6, 5]], ids=str)
+def test_rows_are_rounded_alike_in_however_many_parts_they_come(
+    row_dtype, sizes, monkeypatch
+):
+    rows = scales()
+    expected = encode([rows], row_dtype)
+    monkeypatch.setattr("hf_sketch.rows._PIECE_BYTES", 3 * 4 * SIZE)
+    got = encode(rows.split(sizes), row_dtype)
+    assert all(map(torch.equal, got, expected))
+    assert torch.equal(rows, scales())
 
 
 @pytest.mark.parametrize("row_dtype", ROW_DTYPES)
@@ -94,4 +107,4 @@ def test_a_store_gives_back_the_rows_it_can_keep(tmp_path, row_dtype):
     steps = load_sketches(tmp_path).steps
     assert steps.features["sketch"].feature.dtype == row_dtype
     assert ("scale" in steps.column_names) == (row_dtype != "float32")
-    assert torch.equal(sketch_matrix(steps), decode(*encode(rows.clone(), row_dtype)))
+    assert torch.equal(sketch_matrix(steps), decode(*encode([rows], row_dtype)))

@@ -206,12 +206,12 @@ def test_resuming_continues_the_numbers_of_the_shards(store):
 
 
 def test_unflushed_rows_count_towards_the_buffer(tmp_path):
-    writer = SketchWriter(tmp_path, Header(SKETCH), buffer_bytes=4 * 100)
+    writer = SketchWriter(tmp_path, Header(SKETCH), buffer_bytes=3 * 100)
     for step in (1, 2, 3, 4, 5):
         writer.append(PER_STEP, step_row(step))
         writer.end_step()
     writer.close()
-    # A row holds 57 bytes: two fill the quarter that is written at once.
+    # A row holds 57 bytes: two fill the third that is written at once.
     assert load_sketches(tmp_path).steps["step"][:] == [1, 2, 3, 4]
 
 

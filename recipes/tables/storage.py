@@ -69,9 +69,12 @@ def write_rows(directory: Path, rows: int, sketches: Tensor) -> tuple[float, flo
     """Seconds to write float16 rows, all in all and in the thread that trains."""
     header = Header(ModelSketch((("w", (2 * _WIDTH,)),), _WIDTH), row_dtype="float16")
     writer = SketchWriter(directory, header)
+    numbers = torch.arange(1, rows // _ROWS_A_STEP + 1)
+    steps = numbers.unsqueeze(1).repeat(1, _ROWS_A_STEP).unbind()
+    columns = columns_of(0, sketches)
     start, inside = time.perf_counter(), 0.0
-    for step in range(1, rows // _ROWS_A_STEP + 1):
-        columns = columns_of(step, sketches)
+    for step in steps:
+        columns["step"] = step
         before = time.perf_counter()
         writer.append(PER_EXAMPLE, columns)
         writer.end_step()
@@ -186,7 +189,7 @@ def measure_rounding() -> dict[str, float]:
     exact = (rows.double() @ rows.double().T)[pairs[0], pairs[1]]
     errors: dict[str, float] = {}
     for row_dtype in ROW_DTYPES:
-        kept = decode(*encode(rows.clone(), row_dtype)).double()
+        kept = decode(*encode([rows], row_dtype)).double()
         got = (kept @ kept.T)[pairs[0], pairs[1]]
         errors[row_dtype] = float((got - exact).square().mean().sqrt())
     return errors
