@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from hf_sketch import SubspaceConfig
+from hf_sketch import ModelSketch, SubspaceConfig
+from hf_sketch.subspace_weights import MovedWeights
 from tests.test_subspace import adapted, moved_copy
 from tests.tiny_models import tiny_inputs, tiny_model
 
@@ -199,6 +200,19 @@ def test_moving_the_model_moves_theta0(on_disk):
     model.double()
     with model.disable_adapter():
         assert torch.equal(model(**batch).logits, plain(**batch).logits)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_theta0_follows_the_parameters(on_disk):
+    parameter = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+    sketch = ModelSketch((("w", (2, 3)),), 2)
+    weights, seen = MovedWeights(on_disk), []
+    weights.move({"w": parameter}, sketch, torch.ones(2))
+    weights.apply(torch.Tensor.double)
+    weights.apply(lambda tensor: seen.append(tensor) or tensor)
+    expected = torch.arange(6, dtype=torch.float64).view(2, 3)
+    assert [tensor.dtype for tensor in seen] == [torch.float64]
+    assert torch.equal(seen[0], expected)
 
 
 def test_another_base_model_is_refused(tmp_path):
