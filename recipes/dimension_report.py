@@ -30,6 +30,10 @@ of a fixed {operator} map (seed {seed}). {finding}
 
 {half}Trained with Adam, a constant learning rate of {rate:g} and {batch} examples in a
 batch. All settings are in `results.json`.
+
+Parameters that {model} lacks, as a classifier's head, were drawn after
+`transformers.set_seed({seed})`. Do the same before you make the base model that
+`PeftModel.from_pretrained` gets; it refuses another one.
 """
 
 

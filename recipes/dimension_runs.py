@@ -39,11 +39,13 @@ class Task:
         setup: the model and the rows that it is trained on; every run copies the model.
         eval_dataset: tokenized.
         compute_metrics: of the Trainer's predictions.
+        metrics: what that gives, by the names that the Trainer reports.
     """
 
     setup: Setup
     eval_dataset: Dataset
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    metrics: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,14 @@ def full_fine_tuning(
     A run that is resumed takes the figure that is there.
 
     Raises:
-        ValueError: that is of other settings, or evaluation does not give the metric.
+        ValueError: that is of other settings, or evaluation does not give the metric,
+            which is said before training.
     """
+    if arguments.metric not in task.metrics:
+        raise ValueError(
+            f"metric must be one of those of evaluation, {list(task.metrics)}, got "
+            f"{arguments.metric!r}: pass one of them as --metric."
+        )
     directory = Path(training.output_dir) / "baseline"
     saved = directory / _BASELINE
     settings = {
@@ -110,11 +118,6 @@ def full_fine_tuning(
     print(f"full fine-tuning for {changed.max_steps:,} steps")
     trainer = _train(task, copy.deepcopy(task.setup.model), changed)
     metrics = trainer.evaluate()
-    if arguments.metric not in metrics:
-        raise ValueError(
-            f"metric must be one of those of evaluation, {sorted(metrics)}, got "
-            f"{arguments.metric!r}."
-        )
     saved.write_text(json.dumps({**settings, "metrics": metrics}, indent=1))
     print(f"full fine-tuning: {arguments.metric} {metrics[arguments.metric]:.4g}")
     return float(metrics[arguments.metric])

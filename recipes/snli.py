@@ -100,7 +100,7 @@ def snli_task(arguments: SnliArguments) -> Task:
         )
 
     eval_dataset = tokenize(rows, setup.tokenizer, arguments.max_length)
-    return Task(setup, eval_dataset, compute_metrics)
+    return Task(setup, eval_dataset, compute_metrics, ("eval_accuracy",))
 
 
 if __name__ == "__main__":

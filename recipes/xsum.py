@@ -144,7 +144,8 @@ def xsum_task(arguments: XsumArguments) -> Task:
         )
 
     eval_dataset = tokenize_summaries(rows, setup.tokenizer, *lengths)
-    return Task(setup, eval_dataset, compute_metrics)
+    metrics = tuple(f"eval_{kind}" for kind in ("rouge1", "rouge2", "rougeL"))
+    return Task(setup, eval_dataset, compute_metrics, metrics)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from peft import PeftModel
+from transformers import AutoTokenizer, set_seed
 
 from hf_sketch import load_dimension_search
 from hf_sketch.cli import main
@@ -13,7 +14,12 @@ from hf_sketch.recipes.demo import embedded_model_path
 from hf_sketch.recipes.dimension_arguments import DimensionArguments
 from hf_sketch.recipes.setups import xsum_setup
 from hf_sketch.recipes.snli import SnliArguments, SnliTrainingArguments, run_snli
-from hf_sketch.recipes.tables.table10 import Table10Arguments, log2_dims, run_table10
+from hf_sketch.recipes.tables.table10 import (
+    Table10Arguments,
+    log2_dims,
+    run_table10,
+    settings_of,
+)
 from hf_sketch.recipes.xsum import XsumArguments, XsumTrainingArguments, run_xsum
 from tests.test_hessian_recipe import own_cache, write_lines
 from tests.test_operator_tables import assert_saved, make_absent
@@ -66,6 +72,18 @@ def test_the_command_saves_what_it_found(xsum_run):
     assert settings["training"]["lr_scheduler_type"] == "constant"
     adapter = json.loads((xsum_run / "adapter_config.json").read_text())
     assert (adapter["dim"], adapter["max_dim"], adapter["seed"]) == (16, 1024, 3)
+
+
+@barely_trained
+@pytest.mark.slow
+def test_the_adapter_is_loaded_on_a_model_drawn_as_the_card_says(xsum_run):
+    assert "transformers.set_seed(3)" in (xsum_run / "README.md").read_text()
+    set_seed(4)
+    with pytest.raises(ValueError, match="fingerprint"):
+        PeftModel.from_pretrained(xsum_setup(None, None, True).model, xsum_run)
+    set_seed(3)
+    base = xsum_setup(None, None, True).model
+    assert len(PeftModel.from_pretrained(base, xsum_run).base_model.omega) == 16
 
 
 @barely_trained
@@ -215,6 +233,7 @@ def test_a_metric_that_evaluation_does_not_give_is_refused(tmp_path):
     settings = {"target": None, "baseline_steps": 1, "metric": "eval_f1"}
     with pytest.raises(ValueError, match=r"'eval_rouge1'.*got 'eval_f1'"):
         small_xsum(tmp_path, settings, max_steps=1)
+    assert not list(tmp_path.iterdir())  # nothing was trained
 
 
 @pytest.mark.slow
@@ -239,9 +258,30 @@ def test_table_10_keeps_the_runs_that_have_ended(tmp_path, capsys):
     again = run_table10(arguments)
     assert again["affd"] == results["affd"]
     assert again["qk"][0]["seconds"] == 12345.0
-    changed = dataclasses.replace(arguments, min_improvement=0.5)
-    with pytest.raises(ValueError, match=r"got .*0\.02.*pass another --output_dir"):
-        run_table10(changed)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"min_improvement": 0.5}, {"learning_rate": 0.5}, {"batch_size": 7}]
+)
+def test_table_10_refuses_to_mix_settings(tmp_path, changes):
+    (tmp_path / "table10").mkdir()
+    kept = tmp_path / "table10" / "settings.json"
+    kept.write_text(json.dumps(settings_of(Table10Arguments())))
+    ((name, value),) = changes.items()
+    message = rf"must have {{'{name}': .*got {{'{name}': {value}}}: pass another --out"
+    with pytest.raises(ValueError, match=message):
+        run_table10(Table10Arguments(str(tmp_path), **changes))
+
+
+@barely_trained
+@pytest.mark.slow
+def test_table_10_has_documents(tmp_path, capsys):
+    results = run_table10(Table10Arguments(str(tmp_path), "qk", 1, "xsum", tiny=True))
+    assert_saved(tmp_path / "table10_xsum.json", results)
+    assert results["qk"][0]["metric"] == "eval_rouge1"
+    saved = json.loads((tmp_path / "table10_xsum.json").read_text())
+    assert saved["arguments"]["min_improvement"] == 0.5
+    assert "paper (26, 25, 26)" in capsys.readouterr().out
 
 
 def test_dimensions_are_told_by_their_logarithms():
