@@ -168,11 +168,12 @@ def test_reaching_the_target_stops_training(tmp_path):
     assert load_dimension_search(tmp_path).dimension == 4
 
 
-def test_a_search_resumes_in_the_middle_of_a_stage(tmp_path):
+@pytest.mark.parametrize("step", [9, 17])  # at 8, after the checkpoint, it doubles
+def test_a_search_resumes_in_the_middle_of_a_stage(tmp_path, step):
     search_trainer(tmp_path / "whole").train()
     whole = load_dimension_search(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        search_trainer(tmp_path / "cut", Interrupt(17)).train()
+        search_trainer(tmp_path / "cut", Interrupt(step)).train()
     search_trainer(tmp_path / "cut").train(resume_from_checkpoint=True)
     assert load_dimension_search(tmp_path / "cut") == whole
     other = IntrinsicDimensionCallback(**{**SETTINGS, "stage_steps": 5})

@@ -166,3 +166,17 @@ def test_after_an_error_no_later_rows_are_listed(tmp_path, monkeypatch):
     writer.close()
     assert load_sketches(tmp_path).steps["step"][:] == [1]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_cannot_be_synced_is_said_at_the_next_part(tmp_path, monkeypatch):
+    writer = SketchWriter(tmp_path, Header(SKETCH), buffer_bytes=1)
+
+    def fsync(descriptor):
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    record(writer, [1])
+    with pytest.raises(OSError, match="the disk is gone"):
+        writer.flush()  # waits until it has failed
+    with pytest.raises(OSError, match=r"rows after step 0 .*the disk is gone"):
+        record(writer, [2])
