@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, PreTrainedModel
 
 from hf_sketch import SubspaceConfig
 from hf_sketch.recipes.tables.language_model import random_language_model
@@ -58,14 +58,18 @@ def step_of(model: torch.nn.Module, ids: Tensor) -> tuple[Step, int]:
     return step, sum(tensor.nbytes for tensor in held if torch.is_tensor(tensor))
 
 
-def activation_bytes(model: torch.nn.Module, ids: Tensor) -> int:
-    """What a forward pass leaves for the backward pass."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        loss = model(input_ids=ids, labels=ids).loss
-    events = profile.profiler.kineto_results.events()
-    kept = sum(event.nbytes() for event in events if event.name() == "[memory]")
-    del loss
-    return kept
+def activation_bytes(model: PreTrainedModel, ids: Tensor) -> int:
+    """The peak of a step that leaves out the gradients of parameters.
+
+    What the forward pass keeps for them is there, and all gradients of activations.
+    """
+    inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
+
+    def step() -> None:
+        loss = model(inputs_embeds=inputs, labels=ids).loss
+        torch.autograd.grad(loss, inputs)
+
+    return peak_extra_bytes(step)
 
 
 def measure(arguments: SubspaceCostArguments) -> dict[str, dict[str, float]]:
