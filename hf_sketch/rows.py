@@ -118,37 +118,41 @@ def encode(parts: Sequence[Tensor], row_dtype: str) -> tuple[Tensor, Tensor]:
 
 
 def _pieces(parts: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The same rows in float32, as many at a time as a processor's cache holds."""
-    most = max(1, _PIECE_BYTES // (4 * parts[0].shape[1]))
-    groups: list[list[Tensor]] = []
-    rows = most
-    for part in parts:
-        if rows >= most:
-            groups.append([])
-            rows = 0
-        groups[-1].append(part)
-        rows += len(part)
-    for group in groups:
-        for piece in torch.cat(group).split(most):
-            yield piece.to(torch.float32)
+    """The same rows in float32, as many at a time as a processor's cache holds.
+
+    A piece may be changed; the next one takes its memory.
+    """
+    width = parts[0].shape[1]
+    most = max(1, _PIECE_BYTES // (4 * width))
+    memory = parts[0].new_empty(most, width, dtype=torch.float32)
+    group: list[Tensor] = []
+    free = most
+    for rows in (rows for part in parts for rows in part.split(most)):
+        if len(rows) > free:
+            yield torch.cat(group, out=memory[: most - free])
+            group, free = [], most
+        group.append(rows)
+        free -= len(rows)
+    if group:
+        yield torch.cat(group, out=memory[: most - free])
 
 
 def _encode_piece(sketches: Tensor, kept: Tensor) -> Tensor:
-    """Fill `kept`, which has the dtype, and return the scales."""
+    """Fill `kept`, which has the dtype, and return the scales; `sketches` change."""
     if kept.dtype == torch.float32:
         kept.copy_(sketches)
         return sketches.new_ones(len(sketches))
-    largest = sketches.abs().amax(1)
+    largest = torch.maximum(sketches.amax(1), -sketches.amin(1))
     finite = largest.isfinite()
     usable = finite & (largest > 0)
     if kept.dtype == torch.float16:
         exponents = largest.frexp().exponent.clamp(min=_LEAST_EXPONENT)
         powers = torch.exp2((exponents - _FLOAT16_BITS).to(largest))
         scale = powers.where(usable, 1.0)
-        torch.div(sketches, scale.unsqueeze(1), out=kept)
+        kept.copy_(sketches.div_(scale.unsqueeze(1)))
         return scale
     scale = (largest / _INT8_STEPS).where(usable, 1.0).where(finite, torch.nan)
-    whole = (sketches / scale.unsqueeze(1)).round_()
+    whole = sketches.div_(scale.unsqueeze(1)).round_()
     kept.copy_(whole.where(finite.unsqueeze(1), 0.0))
     return scale
 

@@ -97,35 +97,58 @@ def write_plainly(path: Path, size_bytes: int) -> float:
     return time.perf_counter() - start
 
 
+def write_synced_files(directory: Path, size_bytes: int, files: int) -> float:
+    """Seconds to write as many bytes to equal files, each synced before the next."""
+    part = os.urandom(size_bytes // files)
+    directory.mkdir()
+    start = time.perf_counter()
+    for number in range(files):
+        with (directory / str(number)).open("wb") as file:
+            file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
 def size_of(directory: Path) -> int:
     """Bytes of all files."""
     return sum(path.stat().st_size for path in directory.iterdir())
 
 
 def measure_writing(work: Path, rows: int, rounds: int) -> dict[str, Any]:
-    """Writing beside a plain file of the same size, in turn."""
+    """Writing beside plain files of the same size, in turn."""
     sketches = torch.randn(_ROWS_A_STEP, _WIDTH)
     ours: list[float] = []
     plain: list[float] = []
+    synced: list[float] = []
     inside: list[float] = []
     size = 0
     for number in tqdm(range(rounds + 1), desc="Writing"):
         with TemporaryDirectory(dir=work) as name:
             seconds, share = write_rows(Path(name) / "sketches", rows, sketches)
             size = size_of(Path(name) / "sketches")
-            floor = write_plainly(Path(name) / "plain", size)
+            files = len(list((Path(name) / "sketches").glob("*.arrow")))
+            whole = write_plainly(Path(name) / "plain", size)
+            parts = write_synced_files(Path(name) / "synced", size, files)
         if number:
             ours.append(seconds)
-            plain.append(floor)
+            plain.append(whole)
+            synced.append(parts)
             inside.append(share / (rows / _ROWS_A_STEP))
-    ratio = median(floor / own for floor, own in zip(plain, ours, strict=True))
     return {
         "bytes": size,
         "store": spread(ours),
         "plain_file": spread(plain),
-        "speed_of_plain": ratio,
+        "synced_files": spread(synced),
+        "speed_of_plain": speed_ratio(plain, ours),
+        "speed_of_synced_files": speed_ratio(synced, ours),
         "thread_seconds_a_step": median(inside),
     }
+
+
+def speed_ratio(floors: list[float], seconds: list[float]) -> float:
+    """The median over rounds of the store's speed as a part of the floor's."""
+    return median(floor / own for floor, own in zip(floors, seconds, strict=True))
 
 
 def build_store(directory: Path, shards: int, rows: int) -> None:
@@ -213,7 +236,9 @@ def run_storage(arguments: StorageArguments) -> dict[str, Any]:
         f"writing {arguments.rows:,} float16 rows of {_WIDTH}, "
         f"{writing['bytes'] / 2**20:.0f} MiB: {store['median_seconds']:.2f} s; a plain "
         f"file, synced at its end: {plain['median_seconds']:.2f} s; "
-        f"{writing['speed_of_plain']:.0%} of its speed\n"
+        f"{writing['speed_of_plain']:.0%} of its speed; as many files as the store "
+        f"has, each synced: {writing['synced_files']['median_seconds']:.2f} s; "
+        f"{writing['speed_of_synced_files']:.0%} of their speed\n"
         f"the training thread spends {1e3 * writing['thread_seconds_a_step']:.3f} ms a "
         f"step of {_ROWS_A_STEP} rows\n"
         f"opening {opening['rows']:,} rows in {arguments.shards:,} files, "
