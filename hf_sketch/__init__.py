@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from hf_sketch.collection import Sketches, load_sketches
+from hf_sketch.collection import Sketches
 from hf_sketch.curvature import HessianOperator, hessian_vector_product
 from hf_sketch.curvature_check import CurvatureCheck
 from hf_sketch.example_losses import ExampleLosses, example_losses
@@ -14,7 +14,9 @@ from hf_sketch.intrinsic_dimension import (
     load_dimension_search,
 )
 from hf_sketch.lanczos import LanczosResult, lanczos
+from hf_sketch.loading import load_sketches
 from hf_sketch.measured_error import MeasuredError
+from hf_sketch.methods import Cosine, Dot, Influence, Method, Preconditioned, TracIn
 from hf_sketch.model_sketch import Coverage, ModelSketch
 from hf_sketch.per_example import ExampleRows, PerExampleSketcher
 from hf_sketch.sketch_dataset import sketch_dataset
@@ -53,20 +55,25 @@ __all__ = [
     "QK",
     "SRHT",
     "Composed",
+    "Cosine",
     "CounterRandom",
     "Coverage",
     "CurvatureCheck",
     "Dense",
     "DimensionSearch",
+    "Dot",
     "EmpiricalFisherOperator",
     "ExampleLosses",
     "ExampleRows",
     "GaussNewtonOperator",
     "HessianOperator",
+    "Influence",
     "LanczosResult",
     "MeasuredError",
+    "Method",
     "ModelSketch",
     "PerExampleSketcher",
+    "Preconditioned",
     "Sketch",
     "SketchedHessian",
     "Sketches",
@@ -75,6 +82,7 @@ __all__ = [
     "Stage",
     "SubspaceConfig",
     "SymmetricOperator",
+    "TracIn",
     "TraceEstimate",
     "estimate_trace",
     "example_losses",

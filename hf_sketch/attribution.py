@@ -1,108 +1,201 @@
-"""Which rows of a store speak for or against a query."""
+"""Scores of rows and queries, in one pass over a store that need not fit in memory."""
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_sketch.rows import decode
+from hf_sketch.methods import Method
+from hf_sketch.row_blocks import RowBlock, row_blocks
 
-METHODS = ("dot", "cosine")
-_CHUNK_ELEMENTS = 2**22
 _QUERIES_AT_ONCE = 1024
+_SUMS_AT_ONCE = 2**26
 
 
-def top_rows(
-    dataset: Dataset, queries: Tensor, top_k: int, method: str, largest: bool
-) -> tuple[Tensor, Tensor]:
-    """The rows with the greatest (or least) scores, in one pass over the data.
-
-    Memory does not grow with the number of rows: `top_k` of them are kept per query.
-    Rows that are not finite are passed over, with a warning.
+@dataclass(frozen=True, eq=False)
+class QueryMatrix:
+    """Sketches of queries, at one state of the model or at several.
 
     Shapes:
-        queries (q, out_size) -> scores (q, k), row numbers (q, k), best first;
-        k = min(top_k, number of finite rows)
+        each of `states` (queries, out_size); steps (states,), int64, ascending
 
-    Raises:
-        ValueError: unknown method, or `top_k` below 1.
+    Args:
+        states: the sketches at each.
+        steps: optimizer steps that were made before each; None for one state.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}: pass 1 or more.")
-    parts = [
-        _top_rows(dataset, chunk, top_k, method, largest)
-        for chunk in queries.split(_QUERIES_AT_ONCE)
-    ]
-    scores, rows = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    if largest:
-        return scores, rows
-    return -scores, rows
+
+    states: tuple[Tensor, ...]
+    steps: Tensor | None = None
+
+    def split(self, size: int) -> "list[QueryMatrix]":
+        """Some of the queries at a time."""
+        parts = zip(*(state.split(size) for state in self.states), strict=True)
+        return [QueryMatrix(part, self.steps) for part in parts]
+
+    def transformed(self, method: Method) -> "QueryMatrix":
+        """Ready to be multiplied with rows."""
+        states = tuple(method.transform(state) for state in self.states)
+        return QueryMatrix(states, self.steps)
+
+    def times(self, block: RowBlock) -> Tensor:
+        """Inner products with rows, (queries, rows), without the rows' scale.
+
+        A row meets the queries of the state that is nearest to its own: that which its
+        optimizer step began with, if training recorded it, or that of its `step`.
+        """
+        if self.steps is None:
+            return self.states[0] @ block.kept.T
+        made = block.columns["step"] - int("weight" in block.columns)
+        nearest = (made.unsqueeze(1) - self.steps).abs().argmin(1)
+        products = torch.empty(len(self.states[0]), len(block.kept))
+        for state in nearest.unique().tolist():
+            rows = (nearest == state).nonzero().squeeze(1)
+            products[:, rows] = self.states[state] @ block.kept[rows].T
+        return products
 
 
-def sketch_matrix(dataset: Dataset) -> Tensor:
-    """The sketches of a (small) dataset as one matrix (rows, out_size), float32."""
-    none = torch.empty(0, dataset.features["sketch"].length)
-    return torch.cat([none, *(sketches for _, sketches in sketch_chunks(dataset))])
+@dataclass(frozen=True, eq=False)
+class BestRows:
+    """The strongest of the rows (or groups), greatest score first.
+
+    Shapes:
+        scores, places (queries, kept)
+    """
+
+    scores: Tensor
+    places: Tensor
+
+    @classmethod
+    def none(cls, queries: int) -> "BestRows":
+        """Of no rows."""
+        return cls(torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64))
+
+    def and_of(self, scores: Tensor, places: Tensor, count: int) -> "BestRows":
+        """With others, `count` in all."""
+        both = torch.cat([self.scores, scores], 1)
+        best, order = both.topk(min(count, both.shape[1]), dim=1)
+        places = torch.cat([self.places, places.expand(len(scores), -1)], 1)
+        return BestRows(best, places.gather(1, order))
 
 
-def _top_rows(
-    dataset: Dataset, queries: Tensor, top_k: int, method: str, largest: bool
-) -> tuple[Tensor, Tensor]:
-    """`top_rows` for queries that fit in memory; scores negated for the least."""
-    sign = 1.0 if largest else -1.0
-    best = torch.empty(len(queries), 0)
-    index = torch.empty(len(queries), 0, dtype=torch.int64)
-    queries = _normalised(queries) if method == "cosine" else queries
+def best_rows(
+    dataset: Dataset, queries: QueryMatrix, method: Method, top: int, bottom: int
+) -> tuple[BestRows, BestRows]:
+    """The rows of the greatest and of the least scores (these first, and negated).
+
+    Memory does not grow with the number of rows.
+    """
+    found: list[tuple[BestRows, BestRows]] = []
+    for part in queries.split(_QUERIES_AT_ONCE):
+        count = len(part.states[0])
+        best, worst = BestRows.none(count), BestRows.none(count)
+        for scores, rows in score_blocks(dataset, part, method):
+            best = best.and_of(scores, rows, top)
+            worst = worst.and_of(-scores, rows, bottom)
+        found.append((best, worst))
+    return _joined([best for best, _ in found]), _joined([worst for _, worst in found])
+
+
+def best_groups(sums: Tensor, top: int, bottom: int) -> tuple[BestRows, BestRows]:
+    """The columns of the greatest and of the least sums (these first, and negated)."""
+    groups, none = torch.arange(sums.shape[1]), BestRows.none(len(sums))
+    return none.and_of(sums, groups, top), none.and_of(-sums, groups, bottom)
+
+
+def dense_scores(dataset: Dataset, queries: QueryMatrix, method: Method) -> Tensor:
+    """All scores, (queries, rows), float32; NaN for rows that are not finite."""
+    scores = torch.full((len(queries.states[0]), len(dataset)), torch.nan)
+    for part, rows in score_blocks(dataset, queries, method):
+        scores[:, rows] = part
+    return scores
+
+
+def group_scores(
+    dataset: Dataset,
+    queries: QueryMatrix,
+    method: Method,
+    groups: Tensor,
+    count: int,
+) -> Tensor:
+    """Sums over the rows of each group, (queries, count), float64.
+
+    Shapes:
+        groups (rows,), int64, each in [0, count)
+    """
+    sums: list[Tensor] = []
+    for part in queries.split(max(1, _SUMS_AT_ONCE // max(1, count))):
+        sums.append(torch.zeros(len(part.states[0]), count, dtype=torch.float64))
+        for scores, rows in score_blocks(dataset, part, method):
+            sums[-1].index_add_(1, groups[rows], scores.double())
+    return torch.cat(sums)
+
+
+def self_scores(dataset: Dataset, method: Method) -> Tensor:
+    """Each row's score as its own query, (rows,), float32; NaN if not finite."""
+    scores = torch.full((len(dataset),), torch.nan)
+    for block in _with_progress(dataset, method):
+        sketches = block.sketches
+        own = (method.transform(sketches) * sketches).sum(1)
+        weights = method.weights(block)
+        own = own if weights is None else own * weights
+        scores[block.start : block.start + len(own)] = own
+    return scores
+
+
+def covariance(dataset: Dataset) -> Tensor:
+    """The mean of r r^T over all finite rows r, (out_size, out_size), float64."""
+    out_size: int = dataset.features["sketch"].length
+    total = torch.zeros(out_size, out_size, dtype=torch.float64)
+    count = 0
+    for block in _with_progress(dataset, None):
+        sketches = block.sketches
+        sketches = sketches[sketches.isfinite().all(1)]
+        total += (sketches.T @ sketches).double()
+        count += len(sketches)
+    return total / max(1, count)
+
+
+def score_blocks(
+    dataset: Dataset, queries: QueryMatrix, method: Method
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores (queries, n) and row numbers (n,) of finite rows, in order.
+
+    Rows that are not finite are passed over, with a warning when all are read.
+    """
+    queries = queries.transformed(method)
     skipped = 0
-    total = tqdm(total=len(dataset), desc="Scoring rows", unit="row")
-    for start, sketches in sketch_chunks(dataset):
-        finite = sketches.isfinite().all(1)
-        skipped += len(sketches) - int(finite.sum())
-        rows = start + finite.nonzero().squeeze(1)
-        kept = sketches[finite]
-        kept = _normalised(kept) if method == "cosine" else kept
-        best = torch.cat([best, sign * (queries @ kept.T)], 1)
-        index = torch.cat([index, rows.expand(len(queries), -1)], 1)
-        best, order = best.topk(min(top_k, best.shape[1]), dim=1)
-        index = index.gather(1, order)
-        total.update(len(sketches))
-    total.close()
+    for block in _with_progress(dataset, method):
+        weights = method.weights(block)
+        scale = block.scale if weights is None else block.scale * weights
+        scores = queries.times(block).mul_(scale)
+        finite = scores.isfinite().all(0)
+        rows = torch.arange(block.start, block.start + len(finite))
+        if not bool(finite.all()):
+            scores, rows = scores[:, finite], rows[finite]
+            skipped += len(finite) - len(rows)
+        yield scores, rows
     if skipped:
         warnings.warn(
             f"{skipped} rows with a NaN or infinite gradient were passed over: they are"
             " those with finite=False in store.dataset.",
             stacklevel=4,
         )
-    return best, index
 
 
-def sketch_chunks(dataset: Dataset) -> Iterator[tuple[int, Tensor]]:
-    """Runs of sketches: (number of the first row, (rows, out_size)), float32."""
-    names = [name for name in ("scale", "sketch") if name in dataset.column_names]
-    arrow = dataset.select_columns(names).with_format("arrow")
-    start = 0
-    out_size: int = dataset.features["sketch"].length
-    chunk: Any
-    for chunk in arrow.iter(max(1, _CHUNK_ELEMENTS // out_size)):
-        sketches = _tensor(chunk["sketch"].combine_chunks().flatten())
-        sketches = sketches.view(-1, out_size)
-        if "scale" in names:
-            sketches = decode(_tensor(chunk["scale"].combine_chunks()), sketches)
-        yield start, sketches
-        start += chunk.num_rows
+def _with_progress(dataset: Dataset, method: Method | None) -> Iterator[RowBlock]:
+    """All blocks, under a progress bar."""
+    names = set[str]() if method is None else {*method.columns, "step", "weight"}
+    with tqdm(total=len(dataset), desc="Reading rows", unit="row") as progress:
+        for block in row_blocks(dataset, *sorted(names)):
+            yield block
+            progress.update(len(block.scale))
 
 
-def _tensor(array: Any) -> Tensor:
-    """The numbers of an Arrow array."""
-    return torch.tensor(array.to_numpy(zero_copy_only=False))
-
-
-def _normalised(rows: Tensor) -> Tensor:
-    """Rows of length 1; zero rows stay zero."""
-    return torch.nn.functional.normalize(rows, dim=1)
+def _joined(parts: list[BestRows]) -> BestRows:
+    """Those of all queries."""
+    scores = torch.cat([part.scores for part in parts])
+    return BestRows(scores, torch.cat([part.places for part in parts]))

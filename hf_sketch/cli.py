@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_sketch.collection import load_sketches
 from hf_sketch.export import export_sketches
 from hf_sketch.hub import store_directory
+from hf_sketch.loading import load_sketches
 from hf_sketch.maintenance import describe, find_problems, merge, repair
 
 # The folder is mapped into the package when it is installed, which pyright cannot see.

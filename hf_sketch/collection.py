@@ -1,27 +1,37 @@
 """Sketches as a user holds them: rows, the map that made them, and their scores."""
 
-import dataclasses
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from torch import Tensor
 
-from hf_sketch.attribution import sketch_matrix, top_rows
-from hf_sketch.hub import push_store, store_directory
+from hf_sketch.attribution import (
+    BestRows,
+    QueryMatrix,
+    best_groups,
+    best_rows,
+    covariance,
+    dense_scores,
+    group_scores,
+    self_scores,
+)
+from hf_sketch.hub import push_store
 from hf_sketch.measured_error import MeasuredError
+from hf_sketch.methods import METHODS, Method, Preconditioned, TracIn
 from hf_sketch.model_sketch import ModelSketch
-from hf_sketch.rows import PER_EXAMPLE, PER_STEP, features
-from hf_sketch.shards import Shard, check_shard, contents_are_checked, open_shards
-from hf_sketch.store import (
-    Manifest,
-    missing_ranks,
-    read_header,
-    read_manifests,
-    shards_of,
+from hf_sketch.row_blocks import sketch_matrix
+from hf_sketch.row_columns import (
+    column,
+    matching_rows,
+    row_groups,
+    taken_rows,
+    told_columns,
+    with_columns,
 )
 
 
@@ -67,45 +77,162 @@ class Sketches:
     def where(self, **values: Any) -> "Sketches":
         """The rows whose columns equal the given values, e.g. `where(epoch=2)`.
 
+        A list, set or range is for any of its values: `where(step=range(100, 200))`.
+
         Raises:
-            ValueError: there is no such column.
+            ValueError: there is no such column, or no such row.
         """
-        rows = torch.arange(len(self.dataset))
-        columns = self.dataset.with_format("numpy")
-        for name, value in values.items():
-            if name not in self.dataset.column_names or name == "sketch":
-                names = [n for n in self.dataset.column_names if n != "sketch"]
-                raise ValueError(f"a column must be one of {names}, got {name!r}.")
-            equal = torch.as_tensor(columns[name][:] == value)
-            rows = rows[equal[rows]]
-        return dataclasses.replace(self, dataset=self.dataset.select(rows.tolist()))
+        return replace(self, dataset=matching_rows(self.dataset, values))
+
+    def join(self, dataset: Dataset, *names: str, on: str | None = None) -> "Sketches":
+        """Add columns of the dataset whose examples the rows are of.
+
+        They can then be used in `where` and as `groups`, and `attribute` tells them.
+
+        Args:
+            dataset: the `train_dataset`.
+            names: of its columns.
+            on: its column that holds each example's example_id; by default that is the
+                row's number.
+
+        Raises:
+            ValueError: an example is not in the dataset.
+        """
+        return replace(self, dataset=with_columns(self.dataset, dataset, names, on))
+
+    def step_rows(self) -> "Sketches":
+        """The same with a row for each optimizer step, for queries of the trajectory.
+
+        `store.step_rows().attribute(queries, method="tracin")` tells which steps moved
+        the query: the score is what the step took off its loss, for plain SGD and to
+        first order.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.steps is None or not len(self.steps):
+            raise ValueError(
+                "there are no rows of steps, got sketches made outside of training, or "
+                "with per_step=False: pass those of a GradientSketchCallback."
+            )
+        return replace(self, dataset=self.steps, steps=None)
+
+    def preconditioned(self, damping: float = 0.1) -> Preconditioned:
+        """The method of these rows' own covariance, for `attribute` and `scores`.
+
+        It is taken in one pass, of all finite rows, and solved once.
+
+        Args:
+            damping: as a part of the covariance's mean eigenvalue.
+        """
+        return Preconditioned(covariance(self.dataset), damping)
 
     def attribute(
         self,
-        queries: "Sketches",
+        queries: "Sketches | Mapping[int, Sketches]",
         top_k: int = 10,
-        method: str = "dot",
-        largest: bool = True,
+        method: str | Method = "dot",
+        *,
+        bottom_k: int = 0,
+        groups: str | None = None,
     ) -> Dataset:
-        """The rows that moved the model most for, or against, each query.
+        """The rows that moved the model most for and against each query.
 
-        The score of a row and a query is the inner product of their gradients ("dot")
-        or its cosine ("cosine"). A positive score marks a proponent: a small gradient
-        step on the row's example lowers the query's loss, by learning rate * score to
-        first order. `largest=False` gives the strongest opponents instead.
+        A positive score marks a proponent: a small gradient step on the row's example
+        lowers the query's loss, with "dot" by learning rate * score to first order.
 
         An example met in several epochs has a row for each; `where(epoch=...)` picks
-        one. Rows are read from disk in one pass; memory does not grow with them.
+        one, and `groups="example_id"` sums them. Rows are read from disk in one pass;
+        memory does not grow with them.
+
+        Args:
+            queries: sketched by the same map; or, for a model that changed, those at
+                several of its states, by the step of each: a row meets the nearest.
+            top_k: how many of the greatest scores.
+            method: "dot", "cosine", "tracin", "preconditioned", or a method of
+                `hf_sketch` with its own settings.
+            bottom_k: how many of the least scores, the strongest opponents.
+            groups: a column, as "label": scores are summed over rows of each value, and
+                the lines are of these instead of rows.
 
         Returns:
-            one line per query and rank, best first: query (its row in `queries`),
-            query_id, rank (from 0), score, and of the row its example_id, loss and,
-            if it was recorded in training, step and epoch.
+            for each query its lines from the greatest score to the least: query (its
+            row in `queries`), query_id, rank (from 0 for the top, from -1 for the
+            bottom, as in a list), score, and the row's or group's columns.
 
         Raises:
             ValueError: the queries were sketched by another map, a query is not finite,
-                `top_k` is below 1, or the method is unknown.
+                top_k and bottom_k are below 0 or both 0, the method is unknown or needs
+                columns that are not there, or there is no column `groups`.
         """
+        if min(top_k, bottom_k) < 0 or top_k + bottom_k == 0:
+            raise ValueError(
+                f"top_k must be at least 1, or bottom_k, got {top_k} and {bottom_k}: "
+                "pass 1 or more of either."
+            )
+        ids, matrix = self._query_matrix(queries)
+        chosen = self._method(method)
+        if groups is None:
+            found = best_rows(self.dataset, matrix, chosen, top_k, bottom_k)
+            return _lines(ids, *found, told_columns(self.dataset))
+        values, codes = row_groups(self.dataset, groups)
+        sums = group_scores(self.dataset, matrix, chosen, codes, len(values))
+        told = {groups: values, "rows": torch.bincount(codes).numpy()}
+        return _lines(ids, *best_groups(sums, top_k, bottom_k), Dataset.from_dict(told))
+
+    def scores(
+        self,
+        queries: "Sketches | Mapping[int, Sketches]",
+        method: str | Method = "dot",
+        groups: str | None = None,
+    ) -> Tensor:
+        """All scores as one matrix; see `attribute`.
+
+        Returns:
+            (queries, rows), float32, NaN for rows that are not finite; or (queries,
+            groups), float64, groups in the order of their sorted values.
+        """
+        _, matrix = self._query_matrix(queries)
+        chosen = self._method(method)
+        if groups is None:
+            return dense_scores(self.dataset, matrix, chosen)
+        values, codes = row_groups(self.dataset, groups)
+        return group_scores(self.dataset, matrix, chosen, codes, len(values))
+
+    def self_influence(self, method: str | Method = "dot") -> Tensor:
+        """Each row's score as its own query: large for hard and for mislabelled ones.
+
+        Returns:
+            (rows,), float32; NaN for rows that are not finite.
+        """
+        return self_scores(self.dataset, self._method(method))
+
+    def _query_matrix(
+        self, queries: "Sketches | Mapping[int, Sketches]"
+    ) -> tuple[np.ndarray[Any, Any], QueryMatrix]:
+        """The queries' example ids, and their sketches by state."""
+        if isinstance(queries, Sketches):
+            return self._ids(queries), QueryMatrix((self._matrix(queries),))
+        if "step" not in self.dataset.column_names:
+            raise ValueError(
+                "queries at several states need rows with a step, got the columns "
+                f"{self.dataset.column_names}: take those of training, or of "
+                "sketch_checkpoints."
+            )
+        steps = sorted(queries)
+        states = [queries[step] for step in steps]
+        ids = [self._ids(state) for state in states]
+        if not steps or any(not np.array_equal(ids[0], other) for other in ids):
+            raise ValueError(
+                "the same queries are needed at every state, got "
+                f"{ {s: len(q.dataset) for s, q in queries.items()} } queries by step: "
+                "make them with sketch_checkpoints of one dataset."
+            )
+        matrices = tuple(self._matrix(state) for state in states)
+        return ids[0], QueryMatrix(matrices, torch.tensor(steps))
+
+    def _matrix(self, queries: "Sketches") -> Tensor:
+        """Their sketches, checked: (queries, out_size)."""
         if queries.model_sketch != self.model_sketch:
             raise ValueError(
                 "the queries must be sketched by the map of this store, got another: "
@@ -118,104 +245,45 @@ class Sketches:
                 f"every query needs a finite gradient, got NaN or infinity in rows "
                 f"{broken[:5]}: leave them out with queries.where(finite=True)."
             )
-        scores, rows = top_rows(self.dataset, matrix, top_k, method, largest)
-        count, kept = rows.shape
-        chosen = self.dataset.select(rows.flatten().tolist()).with_format("numpy")
-        ids = torch.as_tensor(queries.dataset["example_id"][:], dtype=torch.int64)
-        lines: dict[str, Any] = {
-            "query": torch.arange(count).repeat_interleave(kept).numpy(),
-            "query_id": ids.repeat_interleave(kept).numpy(),
-            "rank": torch.arange(kept).repeat(count).numpy(),
-            "score": scores.flatten().numpy(),
-        }
-        for name in ("example_id", "loss", "step", "epoch"):
-            if name in self.dataset.column_names:
-                lines[name] = chosen[name][:]
-        return Dataset.from_dict(lines)
+        return matrix
+
+    @staticmethod
+    def _ids(queries: "Sketches") -> np.ndarray[Any, Any]:
+        """Of the queries' examples, or of their steps."""
+        columns = queries.dataset.column_names
+        name = "example_id" if "example_id" in columns else "step"
+        return column(queries.dataset, name)
+
+    def _method(self, method: str | Method) -> Method:
+        """The method of a name, checked against the rows."""
+        if method == "tracin":
+            method = TracIn.of_steps(self.steps)
+        elif method == "preconditioned":
+            method = self.preconditioned()
+        elif isinstance(method, str):
+            if method not in METHODS:
+                names = (*METHODS, "tracin", "preconditioned")
+                raise ValueError(f"method must be one of {names}, got {method!r}.")
+            method = METHODS[method]
+        problem = method.problem(self.model_sketch, self.dataset.column_names)
+        if problem is not None:
+            raise ValueError(problem)
+        return method
 
 
-def load_sketches(
-    path: str | Path,
-    skip_damaged: bool = False,
-    verify: bool | None = None,
-    **hub_options: Any,
-) -> Sketches:
-    """Open the sketches that a GradientSketchCallback left beside the checkpoints.
-
-    The rows are memory-mapped. What is missing from the store, because a process died
-    or recording was off, is told in a warning.
-
-    Args:
-        path: the Trainer's `output_dir`, the `sketches` directory in it, or the id of
-            a dataset repository on the Hub.
-        skip_damaged: leave out files that are missing or damaged, with a warning,
-            instead of raising.
-        verify: compare every byte with the digests that were written with it; by
-            default this is done for stores of up to 1 GiB, and of larger ones only the
-            lengths and the heads of the files are compared (`hf-sketch verify` does it
-            all).
-        hub_options: for `huggingface_hub.snapshot_download`, as `revision`, `token` or
-            `repo_type="model"`.
-
-    Raises:
-        FileNotFoundError: there is no store.
-        ValueError: a file is damaged, or the header is of another version or map.
-    """
-    directory = store_directory(path, **hub_options)
-    header = read_header(directory)
-    manifests = read_manifests(directory)
-    _tell_what_is_missing(directory, manifests)
-    shards = [shard for manifest in manifests for shard in manifest.shards]
-    if verify is None:
-        verify = contents_are_checked(shards)
-        if not verify:
-            warnings.warn(
-                f"{directory} holds {sum(s.size_bytes for s in shards) / 2**30:.1f} "
-                "GiB, whose numbers are not compared with their digests on opening: "
-                "pass verify=True to compare them, False to hear of it no more.",
-                stacklevel=2,
-            )
-    damaged = _damaged(directory, shards, verify, skip_damaged)
-    opened: dict[str, Dataset] = {}
-    for kind in (PER_EXAMPLE, PER_STEP):
-        whole = [s for s in shards_of(manifests, kind) if s.file not in damaged]
-        columns = features(kind, header.model_sketch.out_size, header.row_dtype)
-        opened[kind] = open_shards(directory, whole, columns)
-    return Sketches(
-        header.model_sketch,
-        opened[PER_EXAMPLE],
-        opened[PER_STEP],
-        header.measured_error,
-        directory,
-    )
-
-
-def _damaged(
-    directory: Path, shards: Sequence[Shard], contents: bool, skip: bool
-) -> set[str]:
-    """The files that cannot be read, each with a warning; raises unless `skip`."""
-    damaged: set[str] = set()
-    for shard in shards:
-        try:
-            check_shard(directory, shard, contents)
-        except ValueError as error:
-            if not skip:
-                raise
-            damaged.add(shard.file)
-            message = f"{shard.rows} rows left out: {error}"
-            warnings.warn(message, stacklevel=3)
-    return damaged
-
-
-def _tell_what_is_missing(directory: Path, manifests: Sequence[Manifest]) -> None:
-    """Warn of rows that the store should have."""
-    if missing := missing_ranks(manifests):
-        warnings.warn(
-            f"{directory} has no rows of the processes {missing}: they died before they"
-            " wrote any, or their files are on another machine; join them with "
-            "hf-sketch merge.",
-            stacklevel=3,
-        )
-    for manifest in manifests:
-        for gap in manifest.gaps:
-            warnings.warn(f"{directory} has no rows {gap}", stacklevel=3)
+def _lines(
+    ids: np.ndarray[Any, Any], best: BestRows, worst: BestRows, told: Dataset
+) -> Dataset:
+    """A line for each query and place, of the scores and of what is told of it."""
+    places = torch.cat([best.places, worst.places.flip(1)], 1)
+    scores = torch.cat([best.scores, -worst.scores.flip(1)], 1)
+    top, bottom = best.places.shape[1], worst.places.shape[1]
+    ranks = torch.cat([torch.arange(top), torch.arange(-bottom, 0)])
+    lines = {
+        "query": np.arange(len(ids)).repeat(len(ranks)),
+        "query_id": ids.repeat(len(ranks)),
+        "rank": ranks.repeat(len(ids)).numpy(),
+        "score": scores.flatten().numpy(),
+    }
+    columns = taken_rows(told, places.flatten().numpy())
+    return concatenate_datasets([Dataset.from_dict(lines), columns], axis=1)

@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from datasets import Dataset
 from pyarrow import parquet as pq
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_sketch.attribution import sketch_chunks
 from hf_sketch.collection import Sketches
+from hf_sketch.row_blocks import row_blocks, sketch_matrix
 from hf_sketch.rows import PER_EXAMPLE, PER_STEP
 
 _FILE_ELEMENTS = 2**28
@@ -50,10 +49,11 @@ def _to_parquet(dataset: Dataset, output: Path, kind: str) -> list[Path]:
     columns: Any = dataset.select_columns(_plain_columns(dataset)).with_format("arrow")
     with ExitStack() as stack:
         writer: pq.ParquetWriter | None = None
-        for start, part in tqdm(sketch_chunks(dataset), desc="Exporting"):
+        for block in tqdm(row_blocks(dataset), desc="Exporting"):
+            part = block.sketches
             flat = pa.array(part.reshape(-1).numpy())
             sketches = pa.FixedSizeListArray.from_arrays(flat, size)
-            table = columns[start : start + len(part)]
+            table = columns[block.start : block.start + len(part)]
             table = table.append_column("sketch", sketches).replace_schema_metadata()
             if writer is None:
                 writer = stack.enter_context(pq.ParquetWriter(path, table.schema))
@@ -71,8 +71,8 @@ def _to_npy(dataset: Dataset, output: Path, kind: str) -> list[Path]:
     rows = np.lib.format.open_memmap(
         paths[-1], mode="w+", dtype=np.float32, shape=shape
     )
-    for start, part in tqdm(sketch_chunks(dataset), desc="Exporting"):
-        rows[start : start + len(part)] = part.numpy()
+    for block in tqdm(row_blocks(dataset), desc="Exporting"):
+        rows[block.start : block.start + len(block.kept)] = block.sketches.numpy()
     rows.flush()
     return paths
 
@@ -92,8 +92,7 @@ def _tensors(dataset: Dataset) -> Iterator[dict[str, Tensor]]:
         part = dataset.select(range(start, min(start + rows, len(dataset))))
         columns = part.with_format("torch")
         tensors: dict[str, Any] = {n: columns[n][:] for n in _plain_columns(dataset)}
-        parts = [sketches for _, sketches in sketch_chunks(part)]
-        yield {**tensors, "sketch": torch.cat(parts)}
+        yield {**tensors, "sketch": sketch_matrix(part)}
 
 
 def _plain_columns(dataset: Dataset) -> list[str]:

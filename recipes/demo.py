@@ -161,8 +161,9 @@ def _print_attributions(
     flipped: FlippedLabels,
 ) -> None:
     """Print each query with the training examples that speak for and against it."""
-    for_them = list(store.attribute(queries, top_k=3))
-    against_them = list(store.attribute(queries, top_k=3, largest=False))
+    lines = list(store.attribute(queries, top_k=3, bottom_k=3))
+    for_them = [line for line in lines if line["rank"] >= 0]
+    against_them = [line for line in reversed(lines) if line["rank"] < 0]
     for number, row in enumerate(validation):
         guess = LABELS[int(predicted[number])]
         print(f"\nQuery {number}: {_pair(row)}")

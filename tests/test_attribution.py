@@ -35,21 +35,24 @@ def random_rows(rows, seed):
 
 
 @pytest.mark.parametrize("method", ["dot", "cosine"])
-@pytest.mark.parametrize("largest", [True, False])
-def test_scores_are_those_of_the_full_matrix(monkeypatch, method, largest):
-    monkeypatch.setattr("hf_sketch.attribution._CHUNK_ELEMENTS", 4 * 7)
+def test_scores_are_those_of_the_full_matrix(monkeypatch, method):
+    monkeypatch.setattr("hf_sketch.row_blocks._BLOCK_ELEMENTS", 4 * 7)
     monkeypatch.setattr("hf_sketch.attribution._QUERIES_AT_ONCE", 2)
     rows, queries = random_rows(50, 0), random_rows(5, 1)
-    top = sketches_of(rows).attribute(sketches_of(queries), 6, method, largest)
+    store, asked = sketches_of(rows), sketches_of(queries)
+    lines = store.attribute(asked, 6, method, bottom_k=3)
     scores = queries @ rows.T
     if method == "cosine":
         scores /= queries.norm(dim=1)[:, None] * rows.norm(dim=1)[None]
-    best = scores.topk(6, largest=largest)
-    assert top["query"][:] == [q for q in range(5) for _ in range(6)]
-    assert top["query_id"][:] == [100 + q for q in range(5) for _ in range(6)]
-    assert top["rank"][:] == [*range(6)] * 5
-    assert top["example_id"][:] == (best.indices.flatten() + 100).tolist()
-    assert top["score"][:] == pytest.approx(best.values.flatten().tolist(), rel=1e-5)
+    order = scores.argsort(1, descending=True)
+    order = torch.cat([order[:, :6], order[:, -3:]], 1)
+    assert lines["query"][:] == [q for q in range(5) for _ in range(9)]
+    assert lines["query_id"][:] == [100 + q for q in range(5) for _ in range(9)]
+    assert lines["rank"][:] == [0, 1, 2, 3, 4, 5, -3, -2, -1] * 5
+    assert lines["example_id"][:] == (order.flatten() + 100).tolist()
+    expected = scores.gather(1, order).flatten().tolist()
+    assert lines["score"][:] == pytest.approx(expected, rel=1e-5)
+    assert torch.allclose(store.scores(asked, method), scores, rtol=1e-5, atol=1e-6)
 
 
 def test_a_top_k_beyond_the_rows_gives_them_all():
@@ -71,10 +74,10 @@ def test_memory_does_not_grow_with_the_store(monkeypatch):
         sizes.append(self.shape[1])
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr("hf_sketch.attribution._CHUNK_ELEMENTS", 4 * 10)
+    monkeypatch.setattr("hf_sketch.row_blocks._BLOCK_ELEMENTS", 4 * 10)
     monkeypatch.setattr(torch.Tensor, "topk", noting)
     sketches_of(random_rows(200, 0)).attribute(sketches_of(random_rows(1, 1)), 3)
-    assert len(sizes) == 20
+    assert len(sizes) == 2 * 20  # for the greatest and for the least
     assert max(sizes) == 3 + 10
 
 
@@ -91,8 +94,12 @@ def test_where_picks_rows_by_columns():
     store = sketches_of(random_rows(4, 0), epoch=[0, 0, 1, 1], step=[1, 2, 1, 2])
     assert store.where(epoch=1).dataset["example_id"][:] == [102, 103]
     assert store.where(epoch=1, step=2).dataset["example_id"][:] == [103]
+    assert store.where(step=[2, 3], epoch=0).dataset["example_id"][:] == [101]
+    assert store.where(step=range(5)).dataset["example_id"][:] == [100, 101, 102, 103]
     with pytest.raises(ValueError, match=r"one of \[.*'epoch'.*\], got 'epochs'"):
         store.where(epochs=1)
+    with pytest.raises(ValueError, match=r"must have \{'epoch': 7\}, got none: see"):
+        store.where(epoch=7)
 
 
 def test_bad_queries_are_named():
@@ -104,7 +111,7 @@ def test_bad_queries_are_named():
     with pytest.raises(ValueError, match=r"in rows \[0, 1\]: leave them out with"):
         store.attribute(broken)
     queries = sketches_of(random_rows(1, 0))
-    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="or bottom_k, got 0 and 0: pass 1 or more"):
         store.attribute(queries, top_k=0)
     with pytest.raises(ValueError, match=r"method must be one of .*, got 'euclid'"):
         store.attribute(queries, method="euclid")
@@ -133,8 +140,9 @@ def test_one_sgd_step_on_a_proponent_lowers_the_querys_loss(trained):
     query = data.select([2])
     at_end = sketch_dataset(model, data, store.model_sketch)
     queries = sketch_dataset(model, query, store.model_sketch)
-    for largest in (True, False):
-        line = at_end.attribute(queries, top_k=1, largest=largest)[0]
+    for proponent, line in zip(
+        (True, False), at_end.attribute(queries, top_k=1, bottom_k=1), strict=True
+    ):
         stepped = copy.deepcopy(model).eval()
         before = loss_of(stepped, query[0]).detach()
         loss_of(stepped, data[line["example_id"]]).backward()
@@ -143,7 +151,7 @@ def test_one_sgd_step_on_a_proponent_lowers_the_querys_loss(trained):
             for parameter in stepped.parameters():
                 parameter -= rate * parameter.grad
         lowered = float(before - loss_of(stepped, query[0]).detach())
-        assert (lowered > 0) == (line["score"] > 0) == largest
+        assert (lowered > 0) == (line["score"] > 0) == proponent
         # To first order the loss falls by rate * score; the sketch adds its error.
         assert abs(lowered / rate - line["score"]) < 0.25 * abs(line["score"])
 

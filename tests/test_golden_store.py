@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from hf_sketch import load_sketches
-from hf_sketch.attribution import sketch_matrix
 from hf_sketch.maintenance import find_problems
+from hf_sketch.row_blocks import sketch_matrix
 from tests.test_store import SKETCH
 
 GOLDEN = Path(__file__).parent / "golden" / "sketches"

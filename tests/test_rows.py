@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_sketch import ModelSketch, load_sketches
-from hf_sketch.attribution import sketch_matrix
+from hf_sketch.row_blocks import sketch_matrix
 from hf_sketch.rows import PER_STEP, ROW_DTYPES, decode, encode
 from hf_sketch.store import Header
 from hf_sketch.writer import SketchWriter

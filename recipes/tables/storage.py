@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_sketch import ModelSketch, load_sketches
-from hf_sketch.attribution import sketch_chunks
 from hf_sketch.recipes.tables.measure import spread
 from hf_sketch.recipes.tables.report import save_report
+from hf_sketch.row_blocks import row_blocks
 from hf_sketch.rows import PER_EXAMPLE, ROW_DTYPES, arrow_table, decode, encode
 from hf_sketch.shards import write_shard
 from hf_sketch.store import Header, Manifest, create_store, write_manifest
@@ -187,8 +187,8 @@ def measure_opening(work: Path, shards: int, rows: int, rounds: int) -> dict[str
             mapped.append(after.shared - before.shared)
             memory.append(after.rss - before.rss - mapped[-1])
             start = time.perf_counter()
-            for _, part in sketch_chunks(dataset):
-                part.sum()
+            for block in row_blocks(dataset):
+                block.kept.sum()
             passes.append(time.perf_counter() - start)
             start = time.perf_counter()
             for path in directory.iterdir():

@@ -1,0 +1,68 @@
+"""Rows of a store, block by block, straight from the mapped files."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 2**21
+
+
+@dataclass(frozen=True, eq=False)
+class RowBlock:
+    """Some rows that follow each other.
+
+    Shapes:
+        kept (rows, out_size), float32, overwritten by the next block; scale (rows,)
+
+    Args:
+        start: number of the first row.
+        kept: the sketches as they are kept, to be multiplied by `scale`.
+        scale: of each row.
+        columns: others that were asked for and are there, (rows,) each.
+    """
+
+    start: int
+    kept: Tensor
+    scale: Tensor
+    columns: dict[str, Tensor]
+
+    @property
+    def sketches(self) -> Tensor:
+        """The sketches, (rows, out_size), in memory of their own."""
+        return self.kept * self.scale.unsqueeze(1)
+
+
+def row_blocks(dataset: Dataset, *names: str) -> Iterator[RowBlock]:
+    """All rows in order; memory does not grow with their number.
+
+    Args:
+        dataset: of a store.
+        names: columns of numbers to read beside the sketches, where they are there.
+    """
+    present = [name for name in ("scale", *names) if name in dataset.column_names]
+    arrow = dataset.select_columns([*present, "sketch"]).with_format("arrow")
+    out_size: int = dataset.features["sketch"].length
+    memory = torch.empty(max(1, _BLOCK_ELEMENTS // out_size), out_size)
+    start = 0
+    table: Any
+    for table in arrow.iter(len(memory)):
+        kept = memory[: table.num_rows]
+        low = 0
+        for chunk in table["sketch"].chunks:
+            part = torch.from_dlpack(chunk.flatten()).view(-1, out_size)
+            kept[low : low + len(part)] = part
+            low += len(part)
+        columns = {name: torch.tensor(table[name].to_numpy()) for name in present}
+        scale = columns.pop("scale", torch.ones(len(kept)))
+        yield RowBlock(start, kept, scale, columns)
+        start += len(kept)
+
+
+def sketch_matrix(dataset: Dataset) -> Tensor:
+    """The sketches of a (small) dataset as one matrix (rows, out_size), float32."""
+    none = torch.empty(0, dataset.features["sketch"].length)
+    return torch.cat([none, *(block.sketches for block in row_blocks(dataset))])
