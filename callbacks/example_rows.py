@@ -1,7 +1,7 @@
 """Rows of the store with each example's gradient."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,9 @@ from hf_sketch.measured_error import MeasuredError, measure_error
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.per_example import ExampleRows, PerExampleSketcher
 from hf_sketch.rows import PER_EXAMPLE
-from hf_sketch.writer import SketchWriter
 
 from .example_ids import ExampleIds, check_stream, content_ids
+from .held_rows import Columns, HeldRows
 from .moment import Moment
 
 _MEASURED_EXAMPLES = 8
@@ -43,6 +43,7 @@ class ExampleRecorder:
         world_size: int,
     ) -> None:
         self._rank, self._world_size = rank, world_size
+        loader = getattr(loader, "dataloader", loader)  # within torch_xla's
         self._loader = loader
         check_stream(loader, world_size)
         self._sketcher = PerExampleSketcher(model, model_sketch, loss)
@@ -52,6 +53,7 @@ class ExampleRecorder:
         self._sketcher.__enter__()
         self._step_sum: Tensor | None = None
         self._step_inputs: list[Mapping[str, Any]] = []
+        self._losses: Tensor | None = None
         self._warned = False
 
     def skipped_batches(self, steps: int, batches_per_step: int) -> int:
@@ -73,7 +75,7 @@ class ExampleRecorder:
         self._step_inputs = []
 
     def end_micro_batch(
-        self, moment: Moment, writer: SketchWriter, loss_scale: float
+        self, moment: Moment, rows: HeldRows, loss_scale: float
     ) -> None:
         """A backward pass has run: write its rows."""
         ids = None if self._ids is None else self._ids.next_batch()
@@ -96,8 +98,15 @@ class ExampleRecorder:
         self._step_sum = (
             weighted if self._step_sum is None else self._step_sum + weighted
         )
-        self._write(moment, writer, ids, batch)
-        if len(self._step_inputs) < _MEASURED_EXAMPLES and not self._warned:
+        self._losses = batch.losses
+        kept = [place for place, example in enumerate(ids) if example is not None]
+        if kept:  # those whose turn it is
+            if len(kept) < len(ids):
+                parts = batch.rows, batch.losses, batch.weights
+                batch = ExampleRows(*(part[kept] for part in parts))
+            own = [ids[place] for place in kept]
+            rows.append(PER_EXAMPLE, _columns(moment, self._rank, own, batch))
+        if len(self._step_inputs) < _MEASURED_EXAMPLES:
             self._step_inputs.append(split.first(inputs, _MEASURED_EXAMPLES))
 
     def end_step(self) -> Tensor | None:
@@ -112,7 +121,8 @@ class ExampleRecorder:
 
     def measure_error(self, low_precision: bool) -> MeasuredError | None:
         """The error of the step's first rows, if the model has a loss of its own."""
-        if not self._step_inputs:
+        losses = self._losses
+        if not self._step_inputs or losses is None or bool(losses.isnan().all()):
             return None
         return measure_error(
             self._sketcher,
@@ -121,39 +131,17 @@ class ExampleRecorder:
             low_precision=low_precision,
         )
 
-    def _write(
-        self,
-        moment: Moment,
-        writer: SketchWriter,
-        ids: Sequence[int | None],
-        batch: ExampleRows,
-    ) -> None:
-        """Write the rows of the examples whose turn it is: those that have an id."""
-        kept = [place for place, example in enumerate(ids) if example is not None]
-        if len(kept) < len(ids):
-            columns = batch.rows, batch.losses, batch.weights
-            batch = ExampleRows(*(column[kept] for column in columns))
-        own = [example for example in ids if example is not None]
-        if not own:
-            return
-        finite = batch.rows.isfinite().all(1)
-        self._warn(moment, own, batch, finite)
-        writer.append(PER_EXAMPLE, _columns(moment, self._rank, own, batch, finite))
-
-    def _warn(
-        self, moment: Moment, ids: list[int], batch: ExampleRows, finite: Tensor
-    ) -> None:
-        """Say what is special about the rows."""
+    def warn(self, columns: Columns) -> None:
+        """Say what is special about the rows of a micro-batch, on the CPU."""
+        finite = columns["finite"]
         if not finite.all():
-            broken = [
-                i for i, good in zip(ids, finite.tolist(), strict=True) if not good
-            ]
+            broken = columns["example_id"][~finite].tolist()
             warnings.warn(
-                f"step {moment.step}: the gradients of examples {broken} are NaN or "
-                "infinite; their rows are kept, with finite=False.",
+                f"step {int(columns['step'][0])}: the gradients of examples {broken} "
+                "are NaN or infinite; their rows are kept, with finite=False.",
                 stacklevel=3,
             )
-        if batch.losses.isnan().all() and finite.all() and not self._warned:
+        if columns["loss"].isnan().all() and finite.all() and not self._warned:
             self._warned = True
             warnings.warn(
                 "the loss is computed outside of the model (label smoothing, or "
@@ -171,7 +159,7 @@ class ExampleRecorder:
 
 
 def _columns(
-    moment: Moment, rank: int, ids: list[int], batch: ExampleRows, finite: Tensor
+    moment: Moment, rank: int, ids: list[int | None], batch: ExampleRows
 ) -> dict[str, Tensor]:
     """The columns of a micro-batch's rows."""
     count = len(ids)
@@ -187,6 +175,6 @@ def _columns(
         "loss": batch.losses,
         "weight": batch.weights,
         "gradient_norm": batch.rows.norm(dim=1),
-        "finite": finite,
+        "finite": batch.rows.isfinite().all(1),
         "sketch": batch.rows,
     }

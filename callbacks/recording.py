@@ -9,10 +9,12 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 
+from hf_sketch.rows import PER_EXAMPLE
 from hf_sketch.store import Header
 from hf_sketch.writer import SketchWriter
 
 from .example_rows import ExampleRecorder
+from .held_rows import Columns, HeldRows
 from .moment import Moment
 from .processes import in_turn, reduced
 from .step_rows import StepRecorder, check_sum
@@ -51,6 +53,7 @@ class Recording:
             self._writer = SketchWriter(
                 directory, header, state.global_step, rank=rank, world_size=world_size
             )
+        self._rows = HeldRows(self._hand_on)
         self._every_steps = every_steps
         self._examples = (
             ExampleRecorder(model, sketch, loader, header.loss, rank, world_size)
@@ -89,7 +92,7 @@ class Recording:
         """A backward pass has run: write its examples."""
         if self._examples is not None:
             moment, scale = self._moment(state, optimizer), _loss_scale(optimizer)
-            self._examples.end_micro_batch(moment, self._writer, scale)
+            self._examples.end_micro_batch(moment, self._rows, scale)
         self._micro_step += 1
 
     def end_gradient(self, state: TrainerState, optimizer: Optimizer) -> None:
@@ -102,7 +105,7 @@ class Recording:
             total = reduced(total, "sum")
         if self._steps is not None:
             moment, scale = self._moment(state, optimizer), _loss_scale(optimizer)
-            sketch = self._steps.end_step(moment, self._writer, scale)
+            sketch = self._steps.end_step(moment, self._rows, scale)
             if not self._verified and sketch is not None and total is not None:
                 check_sum(total, sketch, self._low_precision)
                 self._verified = True
@@ -111,10 +114,12 @@ class Recording:
 
     def end_step(self) -> None:
         """The optimizer has stepped."""
+        self._rows.end_step()
         self._writer.end_step()
 
     def flush(self) -> None:
         """Put all rows so far into the store."""
+        self._rows.flush()
         self._writer.flush()
 
     def close(self) -> None:
@@ -139,6 +144,12 @@ class Recording:
         with contextlib.suppress(OSError):  # the error that matters is told already
             self._writer.note_gap(reason, last_step)
         return self._writer.last_step
+
+    def _hand_on(self, kind: str, columns: Columns) -> None:
+        """Give rows to the writer."""
+        if kind == PER_EXAMPLE and self._examples is not None:
+            self._examples.warn(columns)
+        self._writer.append(kind, columns)
 
     def _moment(self, state: TrainerState, optimizer: Optimizer) -> Moment:
         """The present micro-batch's place in training."""

@@ -1,6 +1,5 @@
 """Rows of the store with each step's gradient."""
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.rows import PER_STEP
 from hf_sketch.sketches.operator import accumulation_dtype
-from hf_sketch.writer import SketchWriter
 
+from .held_rows import HeldRows
 from .moment import Moment
 from .processes import reduced
 
@@ -51,13 +50,13 @@ class StepRecorder:
         self._witnesses = {}
 
     def end_step(
-        self, moment: Moment, writer: SketchWriter, loss_scale: float
+        self, moment: Moment, rows: HeldRows, loss_scale: float
     ) -> Tensor | None:
         """The optimizer is about to step: write the row. All processes call it.
 
         Args:
             moment: the step.
-            writer: where it goes.
+            rows: where it goes.
             loss_scale: of a GradScaler; the Trainer undoes it where it clips.
 
         Returns:
@@ -69,26 +68,23 @@ class StepRecorder:
             n: p.grad for n, p in self._parameters.items() if p.grad is not None
         }
         factor = self._factor(gradients)
-        norm = _norm(gradients) / (factor or 1) / loss_scale
         # Near 1 before the scale is undone, near 1 / loss_scale after.
-        scaled = abs(math.log(factor or 1)) < abs(math.log((factor or 1) * loss_scale))
-        clip_factor = factor if scaled else factor * loss_scale
+        divisor = factor.where(factor != 0, 1.0)
+        scaled = divisor.log().abs() < (divisor * loss_scale).log().abs()
+        clip_factor = torch.where(scaled, factor, factor * loss_scale)
         sketch = self._model_sketch.sketch(gradients)
-        if scaled:
-            sketch = sketch / loss_scale
-        row = {
-            "epoch": moment.epoch,
-            "step": moment.step,
-            "learning_rate": moment.learning_rate,
-            "gradient_norm": norm,
-            "clip_factor": clip_factor,
-            "finite": bool(sketch.isfinite().all()),
+        sketch = sketch / torch.where(scaled, loss_scale, 1.0)
+        columns = {
+            "epoch": torch.tensor([moment.epoch]),
+            "step": torch.tensor([moment.step]),
+            "learning_rate": torch.tensor([moment.learning_rate], dtype=torch.float64),
+            "gradient_norm": (_norm(gradients) / divisor / loss_scale).reshape(1),
+            "clip_factor": clip_factor.reshape(1),
+            "finite": sketch.isfinite().all().reshape(1),
+            "sketch": sketch.unsqueeze(0),
         }
-        columns = {name: torch.tensor([value]) for name, value in row.items()}
-        for name in ("learning_rate", "gradient_norm", "clip_factor"):
-            columns[name] = torch.tensor([row[name]], dtype=torch.float64)
         if PartialState().is_main_process:
-            writer.append(PER_STEP, {**columns, "sketch": sketch.unsqueeze(0)})
+            rows.append(PER_STEP, columns)
         return sketch / clip_factor
 
     def close(self) -> None:
@@ -96,13 +92,14 @@ class StepRecorder:
         for handle in self._handles:
             handle.remove()
 
-    def _factor(self, gradients: Mapping[str, Tensor]) -> float:
+    def _factor(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """What the gradients were multiplied by since the backward pass, if not 0."""
         before = reduced(self._laid_out(self._witnesses), "mean")
         now = self._laid_out({n: self._witness(g) for n, g in gradients.items()})
-        norm = float(torch.linalg.vector_norm(before))
-        factor = float(torch.linalg.vector_norm(now)) / norm if norm else 1.0
-        return 1.0 if abs(factor - 1) < _ROUNDING else factor
+        norm = torch.linalg.vector_norm(before)
+        factor = torch.linalg.vector_norm(now) / norm
+        unchanged = (norm == 0) | ((factor - 1).abs() < _ROUNDING)
+        return torch.where(unchanged, 1.0, factor)
 
     def _laid_out(self, witnesses: Mapping[str, Tensor]) -> Tensor:
         """The witnesses of all parameters end to end, zeros where there are none."""
@@ -129,15 +126,13 @@ class StepRecorder:
         return keep
 
 
-def _norm(gradients: Mapping[str, Tensor]) -> float:
+def _norm(gradients: Mapping[str, Tensor]) -> Tensor:
     """The norm of a gradient that is given in parts."""
     norms = [
         torch.linalg.vector_norm(g, dtype=accumulation_dtype(g.dtype))
         for g in gradients.values()
     ]
-    if not norms:
-        return 0.0
-    return math.hypot(*torch.stack(norms).tolist())
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
 def check_sum(total: Tensor, sketch: Tensor, low_precision: bool) -> None:

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from hf_sketch.checkpoint_sketches import concatenate_sketches, sketch_checkpoints
 from hf_sketch.collection import Sketches
 from hf_sketch.curvature import HessianOperator, hessian_vector_product
 from hf_sketch.curvature_check import CurvatureCheck
@@ -84,6 +85,7 @@ __all__ = [
     "SymmetricOperator",
     "TracIn",
     "TraceEstimate",
+    "concatenate_sketches",
     "estimate_trace",
     "example_losses",
     "grow_subspace",
@@ -94,6 +96,7 @@ __all__ = [
     "load_dimension_search",
     "load_sketches",
     "load_spectra",
+    "sketch_checkpoints",
     "sketch_dataset",
     "spectral_density",
 ]

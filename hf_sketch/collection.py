@@ -117,7 +117,7 @@ class Sketches:
             )
         return replace(self, dataset=self.steps, steps=None)
 
-    def preconditioned(self, damping: float = 0.1) -> Preconditioned:
+    def preconditioned(self, damping: float = 1.0) -> Preconditioned:
         """The method of these rows' own covariance, for `attribute` and `scores`.
 
         It is taken in one pass, of all finite rows, and solved once.

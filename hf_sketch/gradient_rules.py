@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_sketch.example_split import ExampleSplit
+from hf_sketch.sketches.lazy import is_lazy
 
 
 class Contribution(NamedTuple):
@@ -217,6 +218,8 @@ def _elementwise(call: Call) -> Backward | None:
 
 def _divides_well(weight: Tensor) -> bool:
     """Whether y = w * n gives n back with nearly all of its bits."""
+    if is_lazy(weight):
+        return False  # to know would take longer than to compute n again
     sizes = weight.detach().abs()
     return weight.element_size() >= 4 and bool(sizes.min() > 1e-4 * sizes.max())
 

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from hf_sketch import Sketches, load_sketches, sketch_dataset
 from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.evaluation import mislabel_auc
 from hf_sketch.recipes.snli_sample import (
     LABELS,
     FlippedLabels,
@@ -115,16 +116,6 @@ def embedded_model_path() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-def roc_auc(scores: Tensor, positive: Tensor) -> float:
-    """The probability that a positive scores above a negative; ties count half.
-
-    Shapes:
-        scores (n,), positive (n,) bool, both kinds present
-    """
-    above = scores[positive].unsqueeze(1) - scores[~positive].unsqueeze(0)
-    return float((above.sign().double().mean() + 1) / 2)
-
-
 def _new_model() -> PreTrainedModel:
     """The pretrained MiniLM with a new classifier on top."""
     level = logging.get_verbosity()
@@ -201,8 +192,8 @@ def _find_flipped(
     wrong = flipped.flipped[rows["example_id"]]
     return DemoResult(
         accuracy=accuracy,
-        auc_self_influence=roc_auc(rows["gradient_norm"].square(), wrong),
-        auc_loss=roc_auc(rows["loss"], wrong),
+        auc_self_influence=mislabel_auc(rows["gradient_norm"].square(), wrong),
+        auc_loss=mislabel_auc(rows["loss"], wrong),
     )
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_sketch.cli import main
-from hf_sketch.recipes.demo import DemoArguments, roc_auc, run_demo
+from hf_sketch.recipes.demo import DemoArguments, run_demo
 from hf_sketch.recipes.snli_sample import flip_labels, load_snli_sample
 
 
@@ -42,15 +42,6 @@ def test_a_tenth_of_the_labels_is_flipped_and_remembered():
     assert torch.equal(flipped.true_labels, true)
     assert set(got.tolist()) == {0, 1, 2}
     assert flipped.dataset["premise"][:] == data["premise"][:]
-
-
-@pytest.mark.parametrize(
-    ("scores", "expected"),
-    [([1.0, 2.0, 3.0, 4.0], 1.0), ([4.0, 3.0, 2.0, 1.0], 0.0), ([1.0] * 4, 0.5)],
-)
-def test_the_area_under_the_curve(scores, expected):
-    positive = torch.tensor([False, False, True, True])
-    assert roc_auc(torch.tensor(scores), positive) == expected
 
 
 def test_a_missing_model_package_is_named(monkeypatch, tmp_path):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hf_sketch.sketches.lazy import is_lazy
+
 
 def form_outer(left: Tensor, right: Tensor, low: int, high: int) -> Tensor:
     """Elements [low, high) of the flattened sum_t left_t (x) right_t of each example.
@@ -15,6 +17,11 @@ def form_outer(left: Tensor, right: Tensor, low: int, high: int) -> Tensor:
     first, last = low // width, -(-high // width)
     if left.is_floating_point():
         part = torch.matmul(left[:, :, first:last].transpose(1, 2), right)
+    elif is_lazy(left):
+        inside = (left >= first) & (left < last)
+        places = (left - first).where(inside, 0).unsqueeze(-1).expand_as(right)
+        part = right.new_zeros(right.shape[0], last - first, width)
+        part.scatter_add_(1, places, right * inside.unsqueeze(-1))
     else:
         part = right.new_zeros(right.shape[0], last - first, width)
         example, token = ((left >= first) & (left < last)).nonzero(as_tuple=True)
@@ -26,6 +33,6 @@ def form_outer(left: Tensor, right: Tensor, low: int, high: int) -> Tensor:
 
 def is_touched(left: Tensor, first: int, last: int) -> bool:
     """Whether rows [first, last) of the sum of outer products can be non-zero."""
-    if left.is_floating_point():
+    if left.is_floating_point() or is_lazy(left):
         return True
     return bool(((left >= first) & (left < last)).any())

@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hf_sketch.sketches.lazy import is_lazy
 from hf_sketch.sketches.random import CounterRandom
 
 ROLES = ("before", "after")  # the transform
@@ -21,6 +22,9 @@ def flip(x: Tensor, masks: Tensor, out: Tensor | None = None) -> Tensor:
         masks: int32, top bits only.
         out: where the result goes, x itself too; by default memory of its own.
     """
+    if is_lazy(x):  # it reads numbers as others by way of the CPU
+        flipped = torch.where(masks < 0, -x, x)
+        return flipped if out is None else out.copy_(flipped)
     if x.dtype == torch.float64:
         masks = masks.to(torch.int64) << 32
     out = torch.empty_like(x) if out is None else out
