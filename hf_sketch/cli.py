@@ -1,6 +1,7 @@
 """The command `hf-sketch`."""
 
 import argparse
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +15,15 @@ from hf_sketch.loading import load_sketches
 from hf_sketch.maintenance import describe, find_problems, merge, repair
 
 # The folder is mapped into the package when it is installed, which pyright cannot see.
+from hf_sketch.recipes.attribute import (  # pyright: ignore[reportMissingImports]
+    AttributeArguments,
+    run_attribute,
+)
+from hf_sketch.recipes.attribution import (  # pyright: ignore[reportMissingImports]
+    AttributionArguments,
+    AttributionTrainingArguments,
+    run_attribution,
+)
 from hf_sketch.recipes.demo import (  # pyright: ignore[reportMissingImports]
     DemoArguments,
     run_demo,
@@ -28,11 +38,16 @@ from hf_sketch.recipes.snli import (  # pyright: ignore[reportMissingImports]
     SnliTrainingArguments,
     run_snli,
 )
+from hf_sketch.recipes.spectrum_report import (  # pyright: ignore[reportMissingImports]
+    print_spectra,
+)
 from hf_sketch.recipes.xsum import (  # pyright: ignore[reportMissingImports]
     XsumArguments,
     XsumTrainingArguments,
     run_xsum,
 )
+from hf_sketch.report import write_report
+from hf_sketch.spectrum_files import load_spectra
 
 
 @dataclass
@@ -63,6 +78,29 @@ class ExportArguments:
 
     to: str = field(metadata={"help": "parquet, npy or safetensors."})
     output_dir: str = field(metadata={"help": "A new directory for the files."})
+
+
+@dataclass
+class SpectrumArguments:
+    """Print the Hessian's spectra that a run recorded, and draw them if asked."""
+
+    plot: str | None = field(
+        default=None,
+        metadata={"help": "A .svg, .png or .pdf file for RNEG and R(n), as Figure 2."},
+    )
+
+
+@dataclass
+class ReportArguments:
+    """Write one HTML page of all that was recorded: it opens without a network.
+
+    It shows the sketches, what hf-sketch attribute answered, spectra and the search for
+    the intrinsic dimension, each if it is there.
+    """
+
+    output_file: str | None = field(
+        default=None, metadata={"help": "The page; by default DIR/report.html."}
+    )
 
 
 def run_info(arguments: InfoArguments, directories: list[str]) -> None:
@@ -104,6 +142,29 @@ def run_export(arguments: ExportArguments, directories: list[str]) -> None:
         print(path)
 
 
+def run_spectrum(arguments: SpectrumArguments, directories: list[str]) -> None:
+    """Print the spectra of each run, and draw all of them in one picture."""
+    spectra = {directory: load_spectra(directory) for directory in directories}
+    for directory, found in spectra.items():
+        print(directory)
+        print_spectra(found)
+    if arguments.plot is not None:
+        plots = importlib.import_module("hf_sketch.plots")
+        plots.plot_figure_2(spectra).savefig(arguments.plot)
+        print(f"saved {arguments.plot}")
+
+
+def run_report(arguments: ReportArguments, directories: list[str]) -> None:
+    """Write a page for each run."""
+    if arguments.output_file is not None and len(directories) != 1:
+        raise ValueError(
+            f"output_file is for one DIR, got {len(directories)}: leave it out, and "
+            "each gets its own report.html."
+        )
+    for directory in directories:
+        print(f"saved {write_report(directory, arguments.output_file)}")
+
+
 @dataclass(frozen=True)
 class _Command:
     """A subcommand.
@@ -129,6 +190,12 @@ class _Command:
 
 _COMMANDS = {
     "demo": _Command(DemoArguments, run_demo, takes_stores=False),
+    "attribution": _Command(
+        AttributionArguments,
+        run_attribution,
+        takes_stores=False,
+        training=AttributionTrainingArguments,
+    ),
     "hessian": _Command(
         HessianArguments,
         run_hessian,
@@ -141,6 +208,9 @@ _COMMANDS = {
     "xsum": _Command(
         XsumArguments, run_xsum, takes_stores=False, training=XsumTrainingArguments
     ),
+    "attribute": _Command(AttributeArguments, run_attribute),
+    "spectrum": _Command(SpectrumArguments, run_spectrum),
+    "report": _Command(ReportArguments, run_report),
     "info": _Command(InfoArguments, run_info),
     "verify": _Command(VerifyArguments, run_verify),
     "repair": _Command(RepairArguments, run_repair),
@@ -162,7 +232,10 @@ def main(words: Sequence[str] | None = None) -> None:
     for name, command in _COMMANDS.items():
         help_text = command.arguments.__doc__
         sub = commands.add_parser(
-            name, dataclass_types=command.dataclasses, help=help_text
+            name,
+            dataclass_types=command.dataclasses,
+            help=help_text,
+            description=help_text,
         )
         if command.takes_stores:
             what = "An output_dir of a Trainer, or the sketches directory in it."
@@ -176,3 +249,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def _filled(kind: type, given: Mapping[str, Any]) -> Any:
     """A dataclass with those of the options that are its own."""
     return kind(**{f.name: given[f.name] for f in fields(kind) if f.init})
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,6 @@ from hf_sketch.rows import PER_EXAMPLE, PER_STEP
 from hf_sketch.shards import Shard, check_shard, describe_shard
 from hf_sketch.store import (
     Gap,
-    Header,
     Manifest,
     create_store,
     missing_ranks,
@@ -53,7 +52,7 @@ def describe(directory: Path) -> str:
             f"  {kind}: {rows:,} rows in {len(mine)} files, {size / 2**20:.1f} MiB; "
             f"steps {steps}"
         )
-    lines.append(f"  measured error: {_error_of(header)}")
+    lines.append(f"  measured error: {header.measured_error or 'not measured'}")
     for manifest in manifests:
         lines.append(
             f"  process {manifest.rank} of {manifest.world_size}: "
@@ -227,16 +226,3 @@ def _copy(directory: Path, shard: Shard, output: Path, rank: int) -> Shard:
     name = f"{shard.kind}-{rank:05d}-{number}.arrow"
     replace_file(output / name, (directory / shard.file).read_bytes())
     return replace(shard, file=name)
-
-
-def _error_of(header: Header) -> str:
-    """The measured error in words."""
-    error = header.measured_error
-    if error is None:
-        return "not measured"
-    r = "-" if error.pearson_r is None else f"{error.pearson_r:.4f}"
-    relative = "-" if error.relative_error is None else f"{error.relative_error:.2e}"
-    return (
-        f"Pearson r {r}, median relative error {relative} of inner products of "
-        f"{error.examples} examples; rows are off by {error.row_error:.1e}"
-    )

@@ -35,6 +35,14 @@ class MeasuredError:
     relative_error: float | None
     row_error: float
 
+    def __str__(self) -> str:
+        r = "-" if self.pearson_r is None else f"{self.pearson_r:.4f}"
+        relative = "-" if self.relative_error is None else f"{self.relative_error:.2e}"
+        return (
+            f"Pearson r {r}, median relative error {relative} of inner products of "
+            f"{self.examples} examples; rows are off by {self.row_error:.1e}"
+        )
+
 
 def measure_error(
     sketcher: PerExampleSketcher,

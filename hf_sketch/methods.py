@@ -183,7 +183,7 @@ class Influence(Method):
     """
 
     spectrum: Spectrum
-    damping: float
+    damping: float = 0.1
 
     def __post_init__(self) -> None:
         _check_damping(self.damping)

@@ -1,11 +1,14 @@
-"""Pictures of spectra and of searches for a dimension; needs the extra `plot`."""
+"""Pictures of what a run left behind; needs the extra `plot`."""
 
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
+from hf_sketch.collection import Sketches
 from hf_sketch.intrinsic_dimension import DimensionSearch
+from hf_sketch.row_columns import column
 from hf_sketch.spectrum import Spectrum
 
 try:
@@ -211,6 +214,29 @@ def plot_dimension_search(search: DimensionSearch) -> Figure:
         axes.text(step, 1.01, f"{dim:,}", transform=place, rotation=60, fontsize=7)
     axes.set_xlabel("optimizer step; above, the dimension from there on")
     axes.set_ylabel(search.metric)
+    return figure
+
+
+def plot_training(store: Sketches) -> Figure:
+    """The mean loss of the examples of each step, and the gradient's norm.
+
+    Args:
+        store: with rows of steps.
+    """
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps, losses = column(store.dataset, "step"), column(store.dataset, "loss")
+    known = np.isfinite(losses)
+    counts = np.bincount(steps[known])
+    there = counts.nonzero()[0]
+    sums = np.bincount(steps[known], losses[known])
+    left.plot(there, sums[there] / counts[there], linewidth=1)
+    left.set(xlabel="step of the optimizer", ylabel="mean loss of its examples")
+    if store.steps is not None:
+        norms = column(store.steps, "gradient_norm")
+        right.plot(column(store.steps, "step"), norms, linewidth=1)
+        right.set_yscale("log")
+    right.set(xlabel="step of the optimizer", ylabel="norm of the gradient")
     return figure
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 
-_READERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
+_READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 
 
 def read_data_file(path: str) -> Dataset:
-    """The rows of a .json, .jsonl or .csv file, which may be compressed (.gz).
+    """The rows of a .json, .jsonl, .csv or .txt file, which may be compressed (.gz).
 
     Raises:
         FileNotFoundError: it is not there.

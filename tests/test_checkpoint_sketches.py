@@ -60,7 +60,7 @@ def test_folders_that_are_no_checkpoints_are_named(tmp_path):
         sketch_checkpoints(load, [tmp_path], tiny_dataset(), sketch)
     state = {"global_step": 3, "log_history": [{"loss": 1.0}]}
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="must tell a learning rate, got a log without"):
+    with pytest.raises(ValueError, match="tell a learning rate, got a log without"):
         sketch_checkpoints(load, [tmp_path], tiny_dataset(), sketch)
 
 

@@ -1,0 +1,216 @@
+"""Answer queries from a store: which training examples moved the model."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from hf_sketch import Influence, Sketches, load_sketches, load_spectra, sketch_dataset
+from hf_sketch.attribution_record import (
+    FILE,
+    AttributionRecord,
+    QueryRecord,
+    record_attribution,
+)
+from hf_sketch.hub import store_directory
+from hf_sketch.methods import Method
+from hf_sketch.recipes.data_files import read_data_file
+from hf_sketch.recipes.text_rows import (
+    TextModel,
+    load_text_model,
+    text_columns,
+    token_losses,
+    tokenized,
+)
+
+
+@dataclass
+class AttributeArguments:
+    """Tell which training examples moved the model most for and against each query.
+
+    The queries' gradients are taken at the model given, which should be the run's last
+    checkpoint or another one near it. Scores are sums over all occasions on which
+    training met an example. Positive: training on it lowered the query's loss.
+    """
+
+    queries: str = field(
+        metadata={
+            "help": "A .json, .jsonl, .csv or .txt file, or one with .gz: a row for "
+            "each query, with the text and, for a classifier, its label."
+        }
+    )
+    model: str = field(
+        metadata={"help": "Folder of a checkpoint, or a model of the Hub."}
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "The training rows in the same form and order, to show the "
+            "examples' texts."
+        },
+    )
+    method: str = field(
+        default="dot",
+        metadata={
+            "help": "dot, cosine, tracin (each step with its learning rate), "
+            "preconditioned (by the rows' own covariance) or influence (by the last "
+            "spectrum in DIR/curvature)."
+        },
+    )
+    damping: float | None = field(
+        default=None, metadata={"help": "Of preconditioned and influence."}
+    )
+    top_k: int = field(default=5, metadata={"help": "Proponents of each query."})
+    bottom_k: int = field(default=5, metadata={"help": "Opponents of each query."})
+    text_columns: str | None = field(
+        default=None,
+        metadata={"help": "Comma-separated; by default the usual ones of the task."},
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens that are kept; give training's."}
+    )
+    max_queries: int = field(default=100, metadata={"help": "The first ones."})
+    batch_size: int = field(default=8, metadata={"help": "Queries in one pass."})
+    output_file: str | None = field(
+        default=None,
+        metadata={"help": f"JSON for hf-sketch report; by default DIR/{FILE}."},
+    )
+
+
+def run_attribute(
+    arguments: AttributeArguments, directories: list[str]
+) -> AttributionRecord:
+    """Attribute, print and save.
+
+    Raises:
+        ValueError: there is not one store, or an argument is bad.
+        FileNotFoundError: a file or the store is not there.
+    """
+    if len(directories) != 1:
+        raise ValueError(
+            f"attribute takes one store, got {len(directories)}: join them with "
+            "hf-sketch merge."
+        )
+    store = load_sketches(directories[0])
+    text_model = load_text_model(arguments.model)
+    rows = read_data_file(arguments.queries)
+    rows = rows.select(range(min(arguments.max_queries, len(rows))))
+    train = arguments.train_file and read_data_file(arguments.train_file)
+    method = method_of(store, arguments.method, arguments.damping)
+    record = attribute_texts(
+        store,
+        text_model,
+        rows,
+        train or None,
+        text_columns(rows, text_model.kind, arguments.text_columns),
+        max_length=arguments.max_length,
+        batch_size=arguments.batch_size,
+        method=method,
+        top_k=arguments.top_k,
+        bottom_k=arguments.bottom_k,
+    )
+    print_record(record)
+    beside = store_directory(directories[0]).parent / FILE
+    path = Path(arguments.output_file or beside)
+    record.save(path)
+    print(f"saved {path}")
+    return record
+
+
+def method_of(store: Sketches, name: str, damping: float | None) -> str | Method:
+    """The method of a name.
+
+    Raises:
+        ValueError: it takes no damping.
+        FileNotFoundError: influence needs a spectrum, and there is none.
+    """
+    settings = {} if damping is None else {"damping": damping}
+    if name == "preconditioned":
+        return store.preconditioned(**settings)
+    if name == "influence":
+        directory = store.directory and store.directory.parent
+        return Influence(load_spectra(str(directory))[-1], **settings)
+    if settings:
+        raise ValueError(
+            f"damping is for preconditioned and influence, got it for {name!r}: leave "
+            "it out."
+        )
+    return name
+
+
+def attribute_texts(
+    store: Sketches,
+    text_model: TextModel,
+    queries: Dataset,
+    train: Dataset | None,
+    columns: list[str],
+    *,
+    max_length: int | None = None,
+    batch_size: int = 8,
+    **options: Any,
+) -> AttributionRecord:
+    """Sketch the queries at the model's weights and attribute them.
+
+    Args:
+        store: the rows of training.
+        text_model: at the weights that the queries are taken at.
+        queries: rows with texts.
+        train: the rows trained on, in the order of their ids; None if not at hand.
+        columns: those of the texts, of both.
+        max_length: tokens that are kept.
+        batch_size: queries in one pass.
+        options: for `record_attribution`.
+    """
+    inputs = tokenized(queries, text_model, columns, max_length)
+    sketches = sketch_dataset(
+        text_model.model,
+        inputs,
+        store.model_sketch,
+        batch_size=batch_size,
+        data_collator=text_model.collator,
+    )
+    tokens = None
+    if text_model.kind == "causal":
+        tokens = [token_losses(text_model, row) for row in inputs]
+    return record_attribution(
+        store,
+        sketches,
+        texts_of(queries, columns),
+        train_texts=None if train is None else texts_of(train, columns),
+        tokens=tokens,
+        **options,
+    )
+
+
+def texts_of(dataset: Dataset, columns: list[str]) -> list[str]:
+    """Each row on one line, with its label if it has one."""
+    parts = [dataset[name][:] for name in columns]
+    texts = [" ⇒ ".join(map(str, row)) for row in zip(*parts, strict=True)]
+    if "label" not in dataset.column_names:
+        return texts
+    names = getattr(dataset.features["label"], "names", None)
+    labels = [names[i] if names else i for i in dataset["label"][:]]
+    return [f"[{lab}] {text}" for lab, text in zip(labels, texts, strict=True)]
+
+
+def print_record(record: AttributionRecord) -> None:
+    """Each query with its proponents and its opponents."""
+    for query in record.queries:
+        print(f"\nQuery {query.query_id}, loss {query.loss:.3f}: {_short(query.text)}")
+        _print_side(query, "Proponents (training on them lowered this loss)", 1)
+        _print_side(query, "Opponents (training on them raised it)", -1)
+
+
+def _print_side(query: QueryRecord, title: str, sign: int) -> None:
+    lines = [line for line in query.lines if (line["rank"] >= 0) == (sign > 0)]
+    if lines:
+        print(f"  {title}")
+    for line in lines[::sign]:
+        text = _short(line.get("text", ""))
+        print(f"    {line['score']:+10.4g}  #{line['example_id']:<6} {text}")
+
+
+def _short(text: str, length: int = 120) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
