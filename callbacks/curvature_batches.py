@@ -3,7 +3,7 @@
 import copy
 import itertools
 import random
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -56,6 +56,34 @@ def draw_batches(
         ]
         collate = _twin(loader.collate_fn, {})
         return [tensors_of(collate(part)) for part in parts]
+
+
+def batches_of(
+    given: int | Sequence[Mapping[str, Any]],
+    loader: DataLoader[Any],
+    batch_size: int,
+    seed: int,
+) -> list[dict[str, Tensor]]:
+    """Batches as given, or as many drawn; see `draw_batches`."""
+    if isinstance(given, int):
+        return draw_batches(loader, given, batch_size, seed)
+    return [tensors_of(batch) for batch in given]
+
+
+def kept_batches(
+    directory: Path, resumed: bool, make: Callable[[], list[dict[str, Tensor]]]
+) -> list[dict[str, Tensor]]:
+    """Those in a directory if training is resumed, else new ones, which are put there.
+
+    Raises:
+        OSError: the directory cannot be written.
+        ValueError: the file there is damaged.
+    """
+    batches = load_batches(directory) if resumed else None
+    if batches is None:
+        batches = make()
+        save_batches(directory, batches)
+    return batches
 
 
 def tensors_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -1,12 +1,12 @@
 """The callback that takes Hessian spectra while a Trainer trains."""
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils.operations import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -26,7 +26,9 @@ from hf_sketch.sketched_hessian import SketchedHessian
 from hf_sketch.spectrum import Spectrum, hessian_spectrum
 from hf_sketch.spectrum_files import DIRECTORY, continue_spectra, save_spectrum
 
-from .curvature_batches import draw_batches, load_batches, save_batches, tensors_of
+from .curvature_batches import batches_of, kept_batches
+from .processes import Together, check_others, check_processes
+from .shared_hessian import SharedHessian, own_batches
 
 PAPER_STEPS = (0, 10, 50, 100, 150, 200, 250, 500)
 PAPER_EVERY = 1000
@@ -57,6 +59,9 @@ class HessianSpectrumCallback(TrainerCallback):
     The largest eigenvalues, RNEG, outliers and alignment go to `state.log_history`, and
     by `set_trainer(trainer)` to the Trainer's loggers: the Trainer gives its callbacks
     no way to them.
+
+    Several processes share the batches, add up their products, which are of `out_size`
+    numbers, and fail together; the first one writes. They must hold the whole model.
 
     Args:
         steps: after which spectra are taken, 0 for the start; with neither `steps` nor
@@ -171,34 +176,29 @@ class HessianSpectrumCallback(TrainerCallback):
         model: nn.Module,
         loader: DataLoader[Any],
     ) -> None:
-        """Set up the operator, the directory and the batches."""
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise ValueError(
-                "HessianSpectrumCallback runs in one process on one device, got "
-                f"{max(args.world_size, args.n_gpu)}: train without it."
-            )
+        """Set up the operator, the directory and the batches, in all processes."""
         seed = args.seed if self.seed is None else self.seed
-        sketch = ModelSketch.from_model(
-            model, self.out_size, self.layout, seed, self.operator
-        )
-        self._directory = Path(args.output_dir or ".") / DIRECTORY
-        continue_spectra(self._directory, sketch, state.global_step)
-        batches = load_batches(self._directory) if state.global_step else None
-        if batches is None:
-            if isinstance(self.batches, int):
+        with Together():
+            check_processes(args, model, type(self).__name__, compiled=True)
+            sketch = ModelSketch.from_model(
+                model, self.out_size, self.layout, seed, self.operator
+            )
+            self._directory = Path(args.output_dir or ".") / DIRECTORY
+            batches = None
+            if state.is_world_process_zero:
+                continue_spectra(self._directory, sketch, state.global_step)
                 size = self.batch_size or args.per_device_train_batch_size
-                batches = draw_batches(loader, self.batches, size, seed)
-            else:
-                batches = [tensors_of(batch) for batch in self.batches]
-            save_batches(self._directory, batches)
-        hessian = HessianOperator(
-            model,
-            [send_to_device(batch, args.device) for batch in batches],
-            self.loss_fn,
-            mode=self.mode,
-            unit=self.unit,
-        )
-        self._hessian = SketchedHessian(hessian, sketch)
+                batches = kept_batches(
+                    self._directory,
+                    bool(state.global_step),
+                    lambda: batches_of(self.batches, loader, size, seed),
+                )
+            check_others()
+            own, idle = own_batches(batches, args.device)
+            hessian = HessianOperator(
+                model, own, self.loss_fn, mode=self.mode, unit=self.unit
+            )
+        self._hessian = SketchedHessian(SharedHessian(hessian, idle), sketch)
 
     def _take_if_due(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl
@@ -209,15 +209,8 @@ class HessianSpectrumCallback(TrainerCallback):
         if self._hessian is None or not due:
             return
         try:
-            spectrum = hessian_spectrum(
-                self._hessian,
-                self.krylov_dim,
-                step=step,
-                keep_vectors=self.keep_vectors,
-                seed=self._hessian.model_sketch.seed,
-                progress=not args.disable_tqdm,
-            )
-            save_spectrum(self._directory, spectrum)
+            with Together():
+                spectrum = self._spectrum(self._hessian, args, state)
         except _FAILURES as error:
             warnings.warn(
                 f"the Hessian's spectrum of step {step} is missing, training goes on: "
@@ -232,6 +225,25 @@ class HessianSpectrumCallback(TrainerCallback):
             control.should_log = should_log
         else:
             state.log_history.append({**logs, "epoch": state.epoch, "step": step})
+
+    def _spectrum(
+        self, hessian: SketchedHessian, args: TrainingArguments, state: TrainerState
+    ) -> Spectrum:
+        """Take the spectrum; the first process writes it."""
+        first = state.is_world_process_zero
+        spectrum = hessian_spectrum(
+            hessian,
+            self.krylov_dim,
+            step=state.global_step,
+            keep_vectors=self.keep_vectors,
+            seed=hessian.model_sketch.seed,
+            progress=first and not args.disable_tqdm,
+        )
+        assert isinstance(hessian.curvature, SharedHessian)
+        spectrum = dataclasses.replace(spectrum, check=hessian.curvature.own.check)
+        if first:
+            save_spectrum(self._directory, spectrum)
+        return spectrum
 
 
 def _check_choices(operator: str, layout: str, mode: str, unit: str) -> None:

@@ -1,7 +1,8 @@
 """What the processes that train together share: a model, a place and their failures."""
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -16,8 +17,20 @@ _SHARDED = (
 )
 
 
-def check_processes(args: TrainingArguments, model: nn.Module) -> None:
+def check_processes(
+    args: TrainingArguments,
+    model: nn.Module,
+    callback: str = "GradientSketchCallback",
+    *,
+    compiled: bool = False,
+) -> None:
     """Raise unless every process trains the whole model, and as it is.
+
+    Args:
+        args: of the Trainer.
+        model: that it trains.
+        callback: that needs it.
+        compiled: whether the model may be compiled.
 
     Raises:
         ValueError: the Trainer's settings, or the model, are not covered.
@@ -26,7 +39,7 @@ def check_processes(args: TrainingArguments, model: nn.Module) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     refused = {
         "several GPUs in one process": args.n_gpu > 1,
-        "torch_compile=True": args.torch_compile,
+        "torch_compile=True": args.torch_compile and not compiled,
         kind.value: kind in _SHARDED,
         "several processes of torch_xla": kind == DistributedType.XLA
         and args.world_size > 1,
@@ -35,8 +48,9 @@ def check_processes(args: TrainingArguments, model: nn.Module) -> None:
     found = [name for name, present in refused.items() if present]
     if found:
         raise ValueError(
-            "GradientSketchCallback needs the whole model, uncompiled, in each process,"
-            f" got {', '.join(found)}: train without, or take the callback out."
+            f"{callback} needs the whole model, {'' if compiled else 'uncompiled, '}"
+            f"in each process, got {', '.join(found)}: train without, or take the "
+            "callback out."
         )
 
 
@@ -65,3 +79,40 @@ def gathered(value: int) -> list[int]:
     values = gather(torch.tensor([value], device=PartialState().device))
     assert isinstance(values, Tensor)
     return values.tolist()
+
+
+class OtherProcessFailedError(RuntimeError):
+    """What processes do together failed in another of them."""
+
+
+class Together(AbstractContextManager[None]):
+    """Work that all processes do at once, and that fails in all where it does in one.
+
+    All enter it together, and call `check_others` before each exchange inside. One that
+    fails, at whatever place, answers the check that the others come to next, at the
+    latest that on leaving; so none waits for an exchange that never comes.
+
+    Raises:
+        OtherProcessFailedError: on leaving, another process failed.
+    """
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            check_others()
+        elif not isinstance(error, OtherProcessFailedError):
+            gathered(1)
+
+
+def check_others() -> None:
+    """Wait until all processes are here.
+
+    Raises:
+        OtherProcessFailedError: another process failed in what they do together.
+    """
+    if any(gathered(0)):
+        raise OtherProcessFailedError("it failed in another process")

@@ -90,17 +90,18 @@ class MeanLoss:
     @property
     def batches(self) -> Sequence[CurvatureBatch]:
         """The batches that are run: the given ones, or parts of them."""
+        check_items(self.items)
+        return self._counted
+
+    @property
+    def items(self) -> int:
+        """The tokens or examples that the mean is over; 0 if no token has a label."""
         if not self._counted:
             with evaluation_mode(self.model), torch.no_grad():
                 self._counted = [
                     part for inputs in self._given for part in self._count(inputs)
                 ]
-            if not self._counted:
-                raise ValueError(
-                    "curvature needs a loss on at least one token, got labels that are "
-                    "all -100: pass other batches."
-                )
-        return self._counted
+        return sum(batch.items for batch in self._counted)
 
     def run(self, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
         """The model's output and loss on a batch.
@@ -145,9 +146,8 @@ class MeanLoss:
         place = 0
         while place < len(self.batches):
             batch = self.batches[place]
-            items = sum(each.items for each in self.batches)
             try:
-                part = part_of(batch.inputs, batch.items / items)
+                part = part_of(batch.inputs, batch.items / self.items)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -243,6 +243,15 @@ class MeanLoss:
     def _split(self, inputs: Mapping[str, Any]) -> ExampleSplit:
         main_input = getattr(self.model, "main_input_name", "input_ids")
         return ExampleSplit.of_inputs(inputs, main_input)
+
+
+def check_items(items: int) -> None:
+    """Raise unless there is something that a mean loss can be over."""
+    if not items:
+        raise ValueError(
+            "curvature needs a loss on at least one token, got labels that are all "
+            "-100: pass other batches."
+        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -5,8 +5,10 @@ import math
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
+import hf_sketch.callbacks.processes as processes
 import hf_sketch.spectrum_files as files
 from hf_sketch import load_spectra
 from hf_sketch.callbacks import HessianSpectrumCallback
@@ -177,3 +179,17 @@ def test_models_with_too_few_parameters_or_none_are_told(tmp_path):
         UserWarning, match=r"no Hessian spectra.*out_size must be in \[1"
     ):
         train(tmp_path, callback, max_steps=1)
+
+
+def test_a_model_that_no_process_has_whole_is_told(tmp_path, plain, monkeypatch):
+    class Sharded:
+        distributed_type = DistributedType.FSDP
+
+    monkeypatch.setattr(processes, "AcceleratorState", Sharded)
+    message = (
+        "no Hessian spectra are taken, .*ValueError: HessianSpectrumCallback needs the "
+        "whole model, in each process, got FSDP: train without, or take the callback"
+    )
+    with pytest.warns(UserWarning, match=message):
+        trainer = train(tmp_path, spectra_callback(), **SHORT)
+    assert_trained_alike(plain, trainer)

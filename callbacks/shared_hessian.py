@@ -1,0 +1,111 @@
+"""The Hessian of a loss over batches that several processes share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import broadcast_object_list, send_to_device
+from torch import Tensor
+
+from hf_sketch.curvature import CurvatureOperator, HessianOperator, Vector
+from hf_sketch.mean_loss import check_items
+from hf_sketch.model_sketch import ModelSketch
+from hf_sketch.sketches.operator import accumulation_dtype
+
+from .processes import check_others, gathered, reduced
+
+Batch = Mapping[str, Any]
+
+
+class SharedHessian(CurvatureOperator):
+    """The Hessian of the mean loss over the batches of all processes.
+
+    Each takes products with its own batches, on the bare model, so that DDP's hooks do
+    nothing; their sum, weighted by tokens or examples, is one all-reduce of as many
+    numbers as the product has: those of the sketch. All processes call the same things
+    in the same order, inside `Together`.
+
+    Args:
+        own: of this process's batches.
+        idle: whether they belong to another process, and count for nothing here.
+
+    Raises:
+        ValueError: on first use, no token of any process has a label.
+        OtherProcessFailedError: another process failed.
+    """
+
+    def __init__(self, own: HessianOperator, idle: bool) -> None:
+        self.own = own
+        self.mode, self.mode_reason = own.mode, own.mode_reason
+        self.mean_loss = own.mean_loss
+        self._idle = idle
+        self._share: float | None = None
+
+    def __matmul__(self, vector: Vector) -> dict[str, Tensor]:
+        """The Hessian-vector product."""
+        return self._mean(lambda: self.own @ vector, self.parameters)
+
+    def gradient(self) -> dict[str, Tensor]:
+        return self._mean(self.own.gradient, self.parameters)
+
+    def sketched_product(self, model_sketch: ModelSketch, vector: Tensor) -> Tensor:
+        product = self._mean(
+            lambda: {"": self.own.sketched_product(model_sketch, vector)},
+            {"": vector},
+        )
+        return product[""]
+
+    def loss_and_sketched_gradient(
+        self, model_sketch: ModelSketch
+    ) -> tuple[float, Tensor]:
+        def own() -> dict[str, Tensor]:
+            loss, gradient = self.own.loss_and_sketched_gradient(model_sketch)
+            return {"": torch.cat([gradient, gradient.new_tensor([loss])])}
+
+        like = next(iter(self.parameters.values())).new_empty(model_sketch.out_size + 1)
+        *_, total = self._mean(own, {"": like}).values()
+        return float(total[-1]), total[:-1]
+
+    def _mean(
+        self, own: Callable[[], dict[str, Tensor]], like: Vector
+    ) -> dict[str, Tensor]:
+        """The processes' weighted mean; zeros of one that has nothing to weigh."""
+        share = self._own_share()
+        if share:
+            parts = own()
+            self.mode, self.mode_reason = self.own.mode, self.own.mode_reason
+        else:
+            parts = {name: torch.zeros_like(part) for name, part in like.items()}
+        check_others()
+        return {
+            name: reduced(share * part.to(accumulation_dtype(part.dtype)), "sum")
+            for name, part in parts.items()
+        }
+
+    def _own_share(self) -> float:
+        """The part of all tokens or examples that is in this process's batches."""
+        if self._share is None:
+            items = 0 if self._idle else self.mean_loss.items
+            check_others()
+            total = sum(gathered(items))
+            check_items(total)
+            self._share = items / total
+        return self._share
+
+
+def own_batches(
+    batches: Sequence[Batch] | None, device: torch.device
+) -> tuple[list[Batch], bool]:
+    """This process's share of the batches of the first one; all call together.
+
+    Returns:
+        the batches, on the device; the first one and True if there are too few for all.
+    """
+    everyones: list[Any] = [batches]
+    broadcast_object_list(everyones)
+    all_batches: Sequence[Batch] = everyones[0]
+    processes = PartialState()
+    own = all_batches[processes.process_index :: processes.num_processes]
+    idle = not own
+    return [send_to_device(b, device) for b in own or all_batches[:1]], idle

@@ -1,0 +1,191 @@
+"""Spectra and searches in several processes, for tests to start and to look at.
+
+`torchrun --nproc_per_node 2 --module tests.joint_training <directory> spectra`.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate.state import PartialState
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+import hf_sketch.spectrum_files as spectrum_files
+from hf_sketch.callbacks import HessianSpectrumCallback
+from tests.conftest import Interrupt
+from tests.distributed_training import leave, train, trainer_of
+from tests.launching import TORCHRUN
+from tests.test_training_matrix import Pad, text_dataset, undropped
+
+ROOT = Path(__file__).parents[1]
+STEPS = (0, 2, 3)
+SHORT = {"max_steps": 3, "save_steps": 1}
+
+
+def spectra_of(steps=STEPS, **options):
+    """A callback that is quick; three batches, of which some process has more."""
+    settings = {"batches": 3, "batch_size": 4, "krylov_dim": 6, "out_size": 64}
+    return HessianSpectrumCallback(steps, **{**settings, "keep_vectors": 4, **options})
+
+
+class Weights(TrainerCallback):
+    """Writes the weights that spectra are taken of."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        if state.is_world_process_zero:
+            torch.save(model.state_dict(), self.directory / f"at-{state.global_step}")
+
+    on_step_end = on_train_begin
+
+
+class Logs(TrainerCallback):
+    """Keeps what the history has of spectra."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.logs = [e for e in state.log_history if "curvature_rneg" in e]
+
+
+class FailsAt:
+    """A loss that raises at its call of a number, in some processes."""
+
+    def __init__(self, error, call, ranks):
+        self.error, self.left = error, call
+        self.fails = PartialState().process_index in ranks
+
+    def __call__(self, output, inputs):
+        self.left -= 1
+        if self.fails and self.left == 0:
+            raise self.error
+        return output.loss
+
+
+def plain(directory):
+    train(directory, **SHORT)
+
+
+def spectra(directory):
+    """A classifier with dropout; each process notes what is logged."""
+    directory.mkdir(parents=True, exist_ok=True)
+    notes = Logs()
+    train(directory, Weights(directory), notes, spectra_of(), **SHORT)
+    leave(directory, logs=notes.logs)
+
+
+def weighted(directory, **options):
+    """A language model, whose batches have different numbers of tokens."""
+    directory.mkdir(parents=True, exist_ok=True)
+    trainer = trainer_of(
+        directory,
+        Weights(directory),
+        spectra_of(**options),
+        model=undropped("gpt2"),
+        dataset=text_dataset(),
+        remove_unused_columns=False,
+        **SHORT,
+    )
+    trainer.data_collator = Pad()
+    trainer.train()
+
+
+def differences(directory):
+    weighted(directory, mode="finite_difference")
+
+
+def resumed(directory):
+    """As `spectra`, with an interruption."""
+    try:
+        train(directory, spectra_of(), Interrupt(2), **SHORT)
+    except KeyboardInterrupt:
+        PartialState().wait_for_everyone()
+    train(directory, spectra_of(batches=1), resume=True, **SHORT)
+
+
+def unlabelled(directory):
+    """Of two batches, the first process has the one without any label."""
+    batch = Pad()([text_dataset()[row] for row in range(4)])
+    batch = {name: torch.as_tensor(value) for name, value in batch.items()}
+    without = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    weighted(directory, batches=[without, batch])
+
+
+def failing(directory):
+    """The last process fails in a product, later the first one on writing."""
+    error = torch.OutOfMemoryError("the device is full")
+    loss_fn = FailsAt(error, 12, [PartialState().num_processes - 1])
+    replace_file = spectrum_files.replace_file
+
+    def full(path, data):
+        if path.name.startswith("step-00000002"):
+            raise OSError(28, "No space left on device")
+        replace_file(path, data)
+
+    spectrum_files.replace_file = full
+    train(directory, spectra_of(loss_fn=loss_fn, batch_size=1), **SHORT)
+    spectrum_files.replace_file = replace_file
+
+
+def unwritable(directory):
+    """The first process cannot make the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if PartialState().is_main_process:
+        (directory / "curvature").write_text("a file where the directory should be")
+    train(directory, spectra_of(), **SHORT)
+
+
+def broken(directory):
+    """The last process raises what no callback expects."""
+
+    class OddError(Exception):
+        pass
+
+    last = PartialState().num_processes - 1
+    loss_fn = FailsAt(OddError("an odd end"), 6, [last])
+    train(directory, spectra_of((0,), loss_fn=loss_fn), **SHORT)
+
+
+SCENARIOS = {
+    "broken": broken,
+    "differences": differences,
+    "failing": failing,
+    "plain": plain,
+    "resumed": resumed,
+    "spectra": spectra,
+    "unlabelled": unlabelled,
+    "unwritable": unwritable,
+    "weighted": weighted,
+}
+
+
+def run_together(processes, directory, scenarios, longest_seconds=300):
+    """Run scenarios, one after the other; (exit code, standard error, seconds)."""
+    module = ("--module", "tests.joint_training", str(directory), *scenarios)
+    started = time.monotonic()
+    run = subprocess.Popen(
+        [sys.executable, "-m", *TORCHRUN, str(processes), *module],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        _, errors = run.communicate(timeout=longest_seconds)
+    except subprocess.TimeoutExpired:
+        run.terminate()  # the launcher ends its processes, which killing it would not
+        _, errors = run.communicate()
+    return run.returncode, errors, time.monotonic() - started
+
+
+if __name__ == "__main__":
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    top = Path(sys.argv[1])
+    for name in sys.argv[2:]:
+        SCENARIOS[name](top / name)
