@@ -203,7 +203,8 @@ def print_record(record: AttributionRecord) -> None:
 
 
 def _print_side(query: QueryRecord, title: str, sign: int) -> None:
-    lines = [line for line in query.lines if (line["rank"] >= 0) == (sign > 0)]
+    lines = [line for line in query.lines if sign * line["score"] > 0]
+    lines = [line for line in lines if (line["rank"] >= 0) == (sign > 0)]
     if lines:
         print(f"  {title}")
     for line in lines[::sign]:

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_sketch.evaluation_mode import evaluation_mode
 from hf_sketch.recipes.data_files import check_columns
 
 _TEXTS = {
@@ -144,9 +145,11 @@ def tokenized(
 
 def token_losses(text_model: TextModel, row: Mapping[str, Any]) -> list[list[Any]]:
     """Each token of a causal model's row and its loss, 0 of the first."""
-    ids = torch.tensor([row["input_ids"]], device=text_model.model.device)
-    with torch.no_grad():
-        logits = text_model.model(input_ids=ids).logits[0, :-1].float()
-    losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    device = text_model.model.device
+    inputs = {name: torch.tensor([row[name]], device=device) for name in row}
+    labels = inputs.pop("labels")[0, 1:]
+    with torch.no_grad(), evaluation_mode(text_model.model):
+        logits = text_model.model(**inputs).logits[0, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     tokens = text_model.tokenizer.convert_ids_to_tokens(row["input_ids"])
     return [list(pair) for pair in zip(tokens, [0.0, *losses.tolist()], strict=True)]

@@ -76,7 +76,7 @@ def exact_scores(
 def fisher_influence(
     dot: Tensor, between: Tensor, damping: float, out_size: int
 ) -> Tensor:
-    """q @ inverse(C + damping * trace(C) / out_size) @ r, C the rows' mean of r r^T.
+    """Scores by the inverse of C + damping * trace(C) / out_size, C the mean of r r^T.
 
     By the identity of Woodbury it takes the rows' products only.
 
@@ -153,7 +153,8 @@ def spectrum_of(
     task: Task, model: nn.Module, sketch: ModelSketch, how: How
 ) -> Spectrum:
     """Of the Hessian of the rows' loss, sketched."""
-    hessian = HessianOperator(model, task.batches(how.hessian_rows))
+    batches = task.batches(how.hessian_rows)
+    hessian = HessianOperator(model, batches, self_check=task.smooth)
     return hessian_spectrum(
         SketchedHessian(hessian, sketch),
         how.krylov_dim,

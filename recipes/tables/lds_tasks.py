@@ -45,6 +45,7 @@ class Task(ABC):
         epochs: passes over the rows.
         batch_size: examples in a step.
         batch_at_once: examples in a pass without a step.
+        smooth: whether finite differences of the gradient can check a Hessian.
     """
 
     rows: Any
@@ -53,6 +54,7 @@ class Task(ABC):
     epochs: int
     batch_size: int
     batch_at_once: int
+    smooth: bool
 
     @abstractmethod
     def new_model(self) -> nn.Module:
@@ -90,9 +92,9 @@ class Task(ABC):
         """The model's inputs of some examples."""
         return self.collate([examples[i] for i in numbers.tolist()])
 
-    def batches(self) -> list[Mapping[str, Any]]:
-        """All rows, for a Hessian."""
-        numbers = torch.arange(len(self.rows)).split(self.batch_at_once)
+    def batches(self, rows: int) -> list[Mapping[str, Any]]:
+        """The first rows, for a Hessian."""
+        numbers = torch.arange(min(rows, len(self.rows))).split(self.batch_at_once)
         return [self.batch(self.rows, some) for some in numbers]
 
     def losses(self, model: nn.Module) -> Tensor:
@@ -146,6 +148,7 @@ class Digits(Task):
         self.rows, self.queries = examples[:rows], examples[rows : rows + queries]
         self.collate = default_collate
         self.epochs, self.batch_size, self.batch_at_once = epochs, 32, 250
+        self.smooth = False  # the kinks of ReLU
 
     def new_model(self) -> nn.Module:
         return Perceptron()
@@ -184,9 +187,10 @@ class Snli(Task):
             pairs = load_snli("validation", validation_file)
         asked = tokenize(pairs.select(range(queries)), setup.tokenizer)
         self._model = setup.model
-        self.rows, self.queries = inputs_only(setup.train_dataset), inputs_only(asked)
+        self.rows, self.queries = inputs_of(setup.train_dataset), inputs_of(asked)
         self.collate = setup.collator
         self.epochs, self.batch_size, self.batch_at_once = epochs, 16, 32
+        self.smooth = True
 
     def new_model(self) -> nn.Module:
         model = deepcopy(self._model)
@@ -197,7 +201,6 @@ class Snli(Task):
         return torch.optim.AdamW(model.parameters(), lr=1e-4)
 
 
-def inputs_only(dataset: Dataset) -> Dataset:
-    """Without the texts."""
-    names = [n for n in ("premise", "hypothesis") if n in dataset.column_names]
-    return dataset.remove_columns(names)
+def inputs_of(dataset: Dataset) -> list[dict[str, Any]]:
+    """The rows in memory, without their texts."""
+    return dataset.remove_columns(["premise", "hypothesis"]).to_list()
