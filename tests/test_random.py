@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from hf_sketch import CounterRandom
+from hf_sketch.sketches.random import ascending_order
 
 COUNT = 2**17
 
@@ -93,3 +94,16 @@ def test_the_global_generator_is_not_touched():
     rng.words(0, 10)
     rng.normals(0, 10)
     rng.permutation(10)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000, 1025])
+def test_the_ascending_order_is_the_stable_one(size):
+    words = CounterRandom(0, "ties").words(0, 3 * size).view(3, size)
+    words = words % 7 - 3 if size % 2 else words  # with ties and signs
+    assert torch.equal(ascending_order(words), words.argsort(dim=1, stable=True))
+
+
+def test_normals_do_not_depend_on_the_slice_they_are_drawn_in():
+    rng = CounterRandom(0, "normals")
+    whole = rng.normals(0, 50_000)
+    assert torch.equal(whole[123:40_000], rng.normals(123, 40_000 - 123))

@@ -13,7 +13,7 @@ from hf_sketch.sketches.hadamard import (
 )
 from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
 from hf_sketch.sketches.outer import form_outer
-from hf_sketch.sketches.random import CounterRandom
+from hf_sketch.sketches.random import CounterRandom, ascending_order
 from hf_sketch.sketches.signs import flip, sign_masks
 
 _PIECE_ELEMENTS = 2**20
@@ -139,7 +139,7 @@ class FFD(Sketch):
             for number in range(first, last)
         )
         words = torch.stack([rng.words(0, block) for rng in orders])
-        order = words.argsort(dim=1, stable=True)
+        order = ascending_order(words)
         order += torch.arange(0, size, block).unsqueeze(1)
         return (
             gaussian.normals(low, size).to(like),
