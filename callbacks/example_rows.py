@@ -13,6 +13,7 @@ from hf_sketch.measured_error import MeasuredError, measure_error
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.per_example import ExampleRows, PerExampleSketcher
 from hf_sketch.rows import PER_EXAMPLE
+from hf_sketch.sketches.lazy import is_lazy
 
 from .example_ids import ExampleIds, check_stream, content_ids
 from .held_rows import Columns, HeldRows
@@ -120,9 +121,14 @@ class ExampleRecorder:
         return self._step_sum
 
     def measure_error(self, low_precision: bool) -> MeasuredError | None:
-        """The error of the step's first rows, if the model has a loss of its own."""
+        """The error of the step's first rows, if the model has a loss of its own.
+
+        None on a lazy device, which would compile each backward pass and product.
+        """
         losses = self._losses
-        if not self._step_inputs or losses is None or bool(losses.isnan().all()):
+        if not self._step_inputs or losses is None or is_lazy(losses):
+            return None
+        if bool(losses.isnan().all()):
             return None
         return measure_error(
             self._sketcher,

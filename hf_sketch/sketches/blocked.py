@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.fused import accumulate_fused, can_fuse
+from hf_sketch.sketches.lazy import is_lazy
 from hf_sketch.sketches.mixing import Permuted
 from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
 from hf_sketch.sketches.outer import form_outer, is_touched
@@ -126,7 +127,7 @@ class BlockedSketch(Sketch):
             blocks = len(piece.places)
             one = segments == 1
             x = mixed.repeat(1, blocks, 1) if one else mixed[:, piece.places]
-            piece.flip_("after", x)
+            x = piece.flip_("after", x)
             x = self.transform_adjoint(x.view(batch * blocks, width))
             x = piece.flip_("before", x.reshape(batch, blocks, block))
             kept = piece.high - piece.low
@@ -187,6 +188,8 @@ class BlockedSketch(Sketch):
             x = piece.flip_("after", x.reshape(batch, blocks, width))
             if segments == 1:
                 total.baddbmm_(x.new_ones(batch, 1, blocks), x)
+            elif is_lazy(x):
+                total.index_add_(1, piece.places, x)
             else:
                 for example, part in enumerate(x):
                     total[example].index_add_(0, piece.places, part)

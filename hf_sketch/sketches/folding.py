@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hf_sketch.sketches.lazy import is_lazy
 from hf_sketch.sketches.random import CounterRandom
 
 _MOST_TERMS = 64  # beyond, a product with the dense matrix reads memory once
@@ -36,6 +37,9 @@ def fold(x: Tensor, signs: Tensor, width: int) -> Tensor:
     """
     if len(signs) > _MOST_TERMS * width:
         return x @ folding_columns(signs, width)
+    if is_lazy(x):  # one sum: a program of many small ones takes long to compile
+        flipped = torch.nn.functional.pad(x * signs, (0, -len(signs) % width))
+        return flipped.unflatten(-1, (-1, width)).sum(-2)
     folded = x[..., :width] * signs[:width]
     for start in range(width, len(signs), width):
         part = x[..., start : start + width]

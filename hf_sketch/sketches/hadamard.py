@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_sketch.sketches.lazy import is_lazy
+
 LARGEST_FACTOR = 32
 
 
@@ -53,7 +55,7 @@ def apply_kronecker(
     Returns:
         (b, m_1 * ... * m_k)
     """
-    if scratch is not None:
+    if scratch is not None and not is_lazy(rows):
         return _apply_in_place(rows, factors, scratch)
     before = rows.shape[0]
     after = math.prod(factor.shape[1] for factor in factors)

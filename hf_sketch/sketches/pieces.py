@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_sketch.sketches.lazy import is_lazy
 from hf_sketch.sketches.signs import ROLES, RUN, StreamSigns, flip
 
 
@@ -26,8 +27,15 @@ class Piece:
     masks: dict[str, list[tuple[slice, Tensor]] | None]
 
     def flip(self, role: str, x: Tensor, out: Tensor) -> Tensor:
-        """Flip signs of x (b, blocks, n), n at most the block, into `out`."""
+        """Flip signs of x (b, blocks, n), n at most the block, into `out`.
+
+        A lazy device has no memory to spare by that: its result is a tensor of its own.
+        """
         runs = self.masks[role]
+        if is_lazy(x):
+            if runs is None:
+                return x
+            return flip(x, torch.cat([masks for _, masks in runs])[:, : x.shape[2]])
         if runs is None:
             return out.copy_(x)
         for blocks, masks in runs:
@@ -35,7 +43,7 @@ class Piece:
         return out
 
     def flip_(self, role: str, x: Tensor) -> Tensor:
-        """The same in place."""
+        """The same in place of x, which is not to be used any more."""
         return x if self.masks[role] is None else self.flip(role, x, out=x)
 
 

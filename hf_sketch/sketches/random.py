@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_sketch.sketches.lazy import is_lazy
+
 _WORD: Final = 1 << 32
 # Constants and shifts of the public-domain integer hash "triple32" (C. Wellons, 2018).
 MIX: Final = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
@@ -125,4 +127,5 @@ def _mix(x: Tensor) -> Tensor:
 
 def _xor_shift(x: Tensor, shift: int) -> Tensor:
     """X ^ (x >> shift) with the zeros of an unsigned shift."""
-    return x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))
+    high = x & -(1 << shift) if is_lazy(x) else x  # torch_xla's >> rounds towards zero
+    return x ^ ((high >> shift) & ((1 << (32 - shift)) - 1))
