@@ -14,7 +14,12 @@ from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.recipes.attribute import attribute_texts, method_of, print_record
 from hf_sketch.recipes.data_files import read_data_file
 from hf_sketch.recipes.setups import first_rows
-from hf_sketch.recipes.text_rows import load_text_model, text_columns, tokenized
+from hf_sketch.recipes.text_rows import (
+    TextModel,
+    load_text_model,
+    text_columns,
+    tokenized,
+)
 from hf_sketch.report import write_report
 
 _HUB_ROWS = ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -88,24 +93,14 @@ def run_attribution(
             f"the model must be a causal language model, got a {text_model.kind} model:"
             " record it in your own Trainer, and ask with hf-sketch attribute."
         )
-    train = first_rows(
-        _passages("train", arguments.train_file, arguments.min_words),
-        arguments.max_train_samples,
-    )
-    queries = first_rows(
-        _passages("validation", arguments.query_file, arguments.min_words),
-        arguments.num_queries,
-    )
+    least = arguments.min_words
+    train = _passages("train", arguments.train_file, least)
+    train = first_rows(train, arguments.max_train_samples)
+    queries = _passages("validation", arguments.query_file, least)
+    queries = first_rows(queries, arguments.num_queries)
     columns = text_columns(train, text_model.kind)
-    trainer = Trainer(
-        text_model.model,
-        training,
-        data_collator=text_model.collator,
-        train_dataset=tokenized(train, text_model, columns, arguments.max_length),
-        processing_class=text_model.tokenizer,
-        callbacks=[GradientSketchCallback(out_size=arguments.out_size)],
-    )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    inputs = tokenized(train, text_model, columns, arguments.max_length)
+    _train(text_model, inputs, arguments, training)
     store = load_sketches(training.output_dir)
     record = attribute_texts(
         store,
@@ -125,6 +120,24 @@ def run_attribution(
     else:
         print("no report: matplotlib is not installed, pip install 'hf-sketch[plot]'")
     return record
+
+
+def _train(
+    text_model: TextModel,
+    inputs: Dataset,
+    arguments: AttributionArguments,
+    training: AttributionTrainingArguments,
+) -> None:
+    """Fine-tune the model and record sketches."""
+    trainer = Trainer(
+        text_model.model,
+        training,
+        data_collator=text_model.collator,
+        train_dataset=inputs,
+        processing_class=text_model.tokenizer,
+        callbacks=[GradientSketchCallback(out_size=arguments.out_size)],
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
 
 
 def _passages(split: str, file: str | None, min_words: int) -> Dataset:
