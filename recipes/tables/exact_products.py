@@ -31,13 +31,13 @@ def exact_products(
             have one in common; what is in no part is one more. None for one part.
 
     Returns:
-        name -> (queries, rows), float32; their sum is that of the whole model.
+        name -> (queries, rows), of the parameters' type; their sum is the model's.
     """
     model.eval()
     members = parameters_by_part(model, parts or {})
     parameters = [p for group in members.values() for p in group]
     sizes = [sum(p.numel() for p in group) for group in members.values()]
-    asked = torch.empty(len(queries), sum(sizes))
+    asked = parameters[0].new_empty(len(queries), sum(sizes))
     for line, gradient in zip(
         asked, gradients(model, parameters, queries, collate), strict=True
     ):

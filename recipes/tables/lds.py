@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import HfArgumentParser
 
 from hf_sketch import ModelSketch
@@ -39,13 +39,13 @@ _SNLI = {
     "queries": 40,
     "subsets": 30,
     "seeds": 1,
-    "epochs": 2,
+    "epochs": 3,
     "out_sizes": "1024,4096",
     "sketch_seeds": 1,
     "moments": 2,
     "krylov_dim": 20,
     "keep_vectors": 10,
-    "hessian_rows": 32,
+    "hessian_rows": 16,
 }
 _TINY = {
     "rows": 24,
@@ -110,7 +110,7 @@ class LdsArguments:
         metadata={"help": "Other packages, left out where they are not installed."},
     )
     peer_dampings: str = field(
-        default="0,0.1,1,10",
+        default="0,0.1,0.3,1,3,10",
         metadata={"help": "Of TRAK, as a part of the mean eigenvalue; 0 by default."},
     )
     hessian_dampings: str = field(
@@ -140,7 +140,8 @@ def task_of(arguments: LdsArguments) -> Task:
     sizes = (arguments.rows, arguments.queries, arguments.epochs)
     if arguments.task == "digits":
         return Digits(*sizes)
-    return Snli(*sizes, arguments.train_file, arguments.validation_file)
+    files = (arguments.train_file, arguments.validation_file)
+    return Snli(*sizes, *files, num_hidden_layers=1 if arguments.tiny else None)
 
 
 def ground_truth(task: Task, arguments: LdsArguments) -> tuple[Tensor, Tensor]:
@@ -149,17 +150,17 @@ def ground_truth(task: Task, arguments: LdsArguments) -> tuple[Tensor, Tensor]:
     saved = SavedLosses(
         Path(arguments.output_dir) / f"lds_{arguments.task}_losses.json",
         {name: getattr(arguments, name) for name in names},
-        lambda rows, seed: task.losses(task.train(rows, seed)[0]),
+        lambda rows, seed: task.losses(task.train(rows, seed)[-1].model),
     )
     subsets = random_subsets(arguments.subsets, arguments.rows)
     return subsets, retrain_on_subsets(saved, subsets, arguments.seeds)
 
 
 def all_scores(
-    task: Task, model: nn.Module, moments: list[Moment], arguments: LdsArguments
+    task: Task, moments: list[Moment], arguments: LdsArguments
 ) -> Iterable[tuple[Row, Tensor]]:
     """Those of every line of the table, by sketch or projection once for each seed."""
-    digits = isinstance(task, Digits)
+    digits, model = isinstance(task, Digits), moments[-1].model
     sizes = _numbers(arguments.out_sizes, int)
     dampings = _numbers(arguments.dampings)
     yield from exact_scores(task, model, dampings, max(sizes), gram=digits)
@@ -173,10 +174,10 @@ def all_scores(
     for size in sizes:
         for seed in range(arguments.sketch_seeds):
             sketch = ModelSketch.from_model(model, size, seed=seed)
-            yield from sketched_scores(task, model, moments, sketch, how)
+            yield from sketched_scores(task, moments, sketch, how)
     if digits:
         ridges = (arguments.peer_dampings, arguments.hessian_dampings)
-        study = PeerStudy(task, model, moments, *map(_numbers, ridges))
+        study = PeerStudy(task, moments, *map(_numbers, ridges))
         yield from _peers(study, arguments)
 
 
@@ -191,12 +192,12 @@ def measure(task: Task, arguments: LdsArguments) -> tuple[dict[Row, list[float]]
     subsets, losses = ground_truth(task, arguments)
     step = max(1, arguments.epochs // arguments.moments)
     epochs = range(arguments.epochs, 0, -step)[: arguments.moments]
-    model, moments = task.train(torch.arange(arguments.rows), 0, epochs)
+    moments = task.train(torch.arange(arguments.rows), 0, epochs)
     found: dict[Row, list[float]] = {}
-    for row, scores in all_scores(task, model, moments, arguments):
+    for row, scores in all_scores(task, moments, arguments):
         lds = linear_datamodeling_score(scores, subsets, losses).nanmean()
         found.setdefault(row, []).append(float(lds))
-    return found, sum(p.numel() for p in model.parameters())
+    return found, sum(p.numel() for p in moments[-1].model.parameters())
 
 
 def kept(found: dict[Row, list[float]]) -> dict[Row, float]:
@@ -234,8 +235,8 @@ def print_table(found: dict[Row, list[float]]) -> None:
         spread = f"({min(scores):.3f}..{max(scores):.3f})" if len(scores) > 1 else ""
         print(f"  {row!s:40s} {size:10s} {mean(scores):6.3f} {spread}{part}")
     for size, best in best_by_size(found).items():
-        lines = (f"{who} {mean(found[row]):.3f} ({row})" for who, row in best.items())
-        print(f"best at D = {size}: {', '.join(lines)}")
+        lines = [f"{mean(found[best[w]]):.3f} {w} ({best[w]})" for w in sorted(best)]
+        print(f"best at D = {size}: {', '.join(reversed(lines))}")
 
 
 def run_lds(arguments: LdsArguments) -> dict[str, Any]:

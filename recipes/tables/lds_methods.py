@@ -90,27 +90,28 @@ def fisher_influence(
 
 
 def sketched_scores(
-    task: Task, model: nn.Module, moments: list[Moment], sketch: ModelSketch, how: "How"
+    task: Task, moments: list[Moment], sketch: ModelSketch, how: "How"
 ) -> Scores:
-    """By sketches of one size and seed."""
+    """By sketches of one size and seed, at the last moment but for TracIn."""
 
     def both(state: nn.Module) -> tuple[Sketches, Sketches]:
         rows, queries = (sketched(task, state, of, sketch) for of in _sets(task))
         return rows, queries
 
-    size = sketch.out_size
-    rows, queries = both(model)
-    yield Row("dot", size), rows.scores(queries)
+    size, last = sketch.out_size, moments[-1]
+    rows, queries = both(last.model)
+    dot = rows.scores(queries)
+    yield Row("dot", size), dot
     yield Row("cosine", size), rows.scores(queries, "cosine")
     for damping in how.dampings:
         scores = rows.scores(queries, rows.preconditioned(damping))
         yield Row("preconditioned", size, damping), scores
-    spectrum = spectrum_of(task, model, sketch, how)
+    spectrum = spectrum_of(task, last.model, sketch, how)
     for damping in how.influence_dampings:
         scores = rows.scores(queries, Influence(spectrum, damping))
         yield Row("influence", size, damping), scores
-    tracin = torch.zeros_like(scores)
-    for moment in moments:
+    tracin = last.learning_rate * dot
+    for moment in moments[:-1]:
         rows, queries = both(moment.model)
         tracin += moment.learning_rate * rows.scores(queries)
     yield Row("tracin", size), tracin

@@ -26,7 +26,6 @@ class PeerStudy:
 
     Args:
         task: its rows and queries.
-        model: that was trained.
         moments: of its training.
         dampings: of TRAK's matrix X^T X, as a part of its mean eigenvalue; with 0, the
             default of both packages.
@@ -34,10 +33,14 @@ class PeerStudy:
     """
 
     task: Digits
-    model: nn.Module
     moments: list[Moment]
     dampings: list[float]
     hessian_dampings: list[float]
+
+    @property
+    def net(self) -> nn.Module:
+        """The trained model, from pixels to logits."""
+        return self.moments[-1].model.net
 
 
 def installed() -> dict[str, str]:
@@ -63,7 +66,7 @@ def peer_scores(
 def traker_scores(study: PeerStudy, out_size: int, seed: int) -> Scores:
     """Of TRAKer with its projector for a CPU, in float32."""
     scale = float(margin_gradients(study).square().sum(1).mean())
-    size = sum(p.numel() for p in study.model.parameters())
+    size = sum(p.numel() for p in study.net.parameters())
     for damping in study.dampings:
         ridge = damping * scale * len(study.task.rows) / size
         scores = _traker(study, out_size, seed, ridge)
@@ -71,7 +74,7 @@ def traker_scores(study: PeerStudy, out_size: int, seed: int) -> Scores:
 
 
 def _traker(study: PeerStudy, out_size: int, seed: int, ridge: float) -> Tensor:
-    net = study.model.net
+    net = study.net
     rows, queries = _loader(study.task.rows, 100), _loader(study.task.queries, 100)
     with TemporaryDirectory() as directory:
         traker = importlib.import_module("trak").TRAKer(
@@ -100,7 +103,7 @@ def _traker(study: PeerStudy, out_size: int, seed: int, ridge: float) -> Tensor:
 def dattri_scores(study: PeerStudy, out_size: int, seed: int) -> Scores:
     """Of dattri's TRAK and TracIn with its projector for a CPU."""
     logging.getLogger("dattri").setLevel(logging.WARNING)
-    net = study.model.net
+    net = study.net
     projector = {"proj_dim": out_size, "proj_max_batch_size": 32, "proj_seed": seed}
     projector["device"] = "cpu"
     rows, queries = _loader(study.task.rows), _loader(study.task.queries)
@@ -124,7 +127,7 @@ def dattri_scores(study: PeerStudy, out_size: int, seed: int) -> Scores:
 
 def dattri_influence(study: PeerStudy) -> Scores:
     """Of dattri's influence function with the dense Hessian, without a projection."""
-    net = study.model.net
+    net = study.net
     function = importlib.import_module("dattri.algorithm.influence_function")
     rows, queries = _loader(study.task.rows), _loader(study.task.queries)
     for damping in study.hessian_dampings:
@@ -151,7 +154,7 @@ PACKAGES: dict[
 
 def margin_gradients(study: PeerStudy) -> Tensor:
     """Exact gradients of what TRAK takes them of, (rows, elements)."""
-    net = study.model.net
+    net = study.net
     weights = {name: p.detach() for name, p in net.named_parameters()}
     (batch,) = _loader(study.task.rows)
     found = vmap(grad(_margin(net)), (None, 0))(weights, batch)

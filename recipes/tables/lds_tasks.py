@@ -1,6 +1,7 @@
 """Trainings that are cheap to repeat on subsets of their rows, and queries of them."""
 
 import importlib
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
@@ -27,8 +28,8 @@ class Moment:
     """A model on its way.
 
     Args:
-        learning_rate: of the next step.
-        model: a copy, in evaluation mode.
+        learning_rate: of its steps.
+        model: in evaluation mode.
     """
 
     learning_rate: float
@@ -66,27 +67,25 @@ class Task(ABC):
 
     def train(
         self, rows: Tensor, seed: int, epochs: Collection[int] = ()
-    ) -> tuple[nn.Module, list[Moment]]:
+    ) -> list[Moment]:
         """Train a new model on the rows of these numbers.
 
         Returns:
-            the model, in evaluation mode, and what it was before these epochs, where
-            the number of all is for after the last.
+            what it was after so many epochs, and after all.
         """
         set_seed(seed)
         model = self.new_model().eval()  # without dropout, losses follow the rows alone
         optimizer = self.optimizer(model)
+        rate = optimizer.param_groups[0]["lr"]
         moments: list[Moment] = []
-        for epoch in range(self.epochs + 1):
+        for epoch in range(self.epochs):
             if epoch in epochs:
-                rate = optimizer.param_groups[0]["lr"]
                 moments.append(Moment(rate, deepcopy(model)))
-            if epoch < self.epochs:
-                for batch in rows[torch.randperm(len(rows))].split(self.batch_size):
-                    model(**self.batch(self.rows, batch))["loss"].backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-        return model, moments
+            for batch in rows[torch.randperm(len(rows))].split(self.batch_size):
+                model(**self.batch(self.rows, batch))["loss"].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return [*moments, Moment(rate, model)]
 
     def batch(self, examples: Any, numbers: Tensor) -> Mapping[str, Any]:
         """The model's inputs of some examples."""
@@ -140,6 +139,11 @@ class Digits(Task):
     """
 
     def __init__(self, rows: int, queries: int, epochs: int) -> None:
+        if importlib.util.find_spec("sklearn") is None:
+            raise ModuleNotFoundError(
+                "the digits need the package scikit-learn, got none installed: call "
+                "pip install scikit-learn."
+            )
         digits = importlib.import_module("sklearn.datasets").load_digits()
         order = CounterRandom(0, "digits").permutation(len(digits.data)).tolist()
         images = torch.tensor(digits.data / 16, dtype=torch.float32)
@@ -166,6 +170,7 @@ class Snli(Task):
         epochs: passes over the rows.
         train_file: premise, hypothesis, label; by default the bundled sample.
         validation_file: the same for queries.
+        num_hidden_layers: that are kept; None for all.
     """
 
     def __init__(
@@ -175,11 +180,13 @@ class Snli(Task):
         epochs: int,
         train_file: str | None = None,
         validation_file: str | None = None,
+        num_hidden_layers: int | None = None,
     ) -> None:
         level = logging.get_verbosity()
         logging.set_verbosity_error()  # the classifier is new, as it should be
         set_seed(0)
-        setup = snli_setup(None, train_file, small=True, max_samples=rows)
+        layers = {"num_hidden_layers": num_hidden_layers} if num_hidden_layers else {}
+        setup = snli_setup(None, train_file, True, max_samples=rows, **layers)
         logging.set_verbosity(level)
         if validation_file is None:
             pairs = load_snli_sample("validation")

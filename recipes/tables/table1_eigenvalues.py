@@ -41,10 +41,20 @@ class Table1EigenvaluesArguments:
 
 
 def layers_of(model: nn.Module) -> dict[str, str]:
-    """The parts that are compared, and the prefixes of their parameters."""
-    count = len(model.bert.encoder.layer)
-    layers = {f"layer {n + 1}": f"bert.encoder.layer.{n}." for n in range(count)}
-    return {"token embedding": "bert.embeddings.word_embeddings.", **layers}
+    """The parts that are compared, and the prefixes of their parameters.
+
+    The layers are the members of the model's longest lists of modules.
+    """
+    token = model.get_input_embeddings()
+    embedding = next(name for name, module in model.named_modules() if module is token)
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    longest = max(map(len, lists.values()))
+    stacks = [name for name, blocks in lists.items() if len(blocks) == longest]
+    layers = {"token embedding": f"{embedding}."}
+    for name in stacks:
+        label = "layer" if len(stacks) == 1 else f"{name.split('.')[-2]} layer"
+        layers |= {f"{label} {n + 1}": f"{name}.{n}." for n in range(longest)}
+    return layers
 
 
 def fitted(part: Tensor, whole: Tensor) -> Tensor:
