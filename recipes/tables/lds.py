@@ -115,7 +115,10 @@ class LdsArguments:
     )
     hessian_dampings: str = field(
         default="0.03,0.01,0.003",
-        metadata={"help": "Of dattri's dense Hessian, added to its diagonal."},
+        metadata={
+            "help": "Of dattri's dense Hessian, added to its diagonal. It takes "
+            "gigabytes; none if empty."
+        },
     )
     tiny: bool = field(default=False, metadata={"help": "A few rows, as a check."})
 
