@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
+from torch.optim import Optimizer
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -24,6 +25,9 @@ from hf_sketch.intrinsic_dimension import (
 from hf_sketch.subspace import SubspaceModel
 from hf_sketch.subspace_growth import grow_subspace
 
+from .ddp_wrapper import DdpWrapper
+from .processes import Together, check_others, check_processes, of_first
+
 
 class IntrinsicDimensionCallback(TrainerCallback):
     """Doubles a subspace adapter's dimension until a metric reaches a target.
@@ -40,7 +44,8 @@ class IntrinsicDimensionCallback(TrainerCallback):
         load_dimension_search(args.output_dir).dimension
 
     The path is in `<output_dir>/intrinsic_dimension.json` and in `state.log_history`.
-    A run resumed from a checkpoint goes on where that was written.
+    A run resumed from a checkpoint goes on where that was written. Several processes
+    follow the first one's metric and grow together; see `DdpWrapper` for how.
 
     Args:
         target: of the metric; None for 90% of `baseline`.
@@ -79,6 +84,7 @@ class IntrinsicDimensionCallback(TrainerCallback):
         self._start_dim = start_dim
         self._max_dim = max_dim
         self._given: list[str] = []
+        self._ddp: DdpWrapper | None = None
 
     def on_train_begin(
         self,
@@ -88,7 +94,9 @@ class IntrinsicDimensionCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         tuner = _tuner(kwargs["model"])
-        _check_processes(args)
+        if args.world_size > 1:
+            check_processes(args, kwargs["model"], type(self).__name__)
+            self._ddp = DdpWrapper(kwargs["model"])
         largest: int = tuner.model_sketch.out_size
         if self._max_dim is not None and self._max_dim > largest:
             raise ValueError(
@@ -105,7 +113,7 @@ class IntrinsicDimensionCallback(TrainerCallback):
         args.eval_on_start = True
         self._given = []
         start = len(tuner.omega) if self._start_dim is None else self._start_dim
-        grow_subspace(kwargs["model"], start, kwargs["optimizer"])
+        self._grow(start, **kwargs)
 
     def on_step_begin(
         self,
@@ -141,11 +149,13 @@ class IntrinsicDimensionCallback(TrainerCallback):
         self._given = sorted({*self._given, *metrics})
         search = self._search
         measured = {stage.step for stage in search.path}
-        due = state.global_step % search.stage_steps == 0
-        if not due or state.global_step in measured or search.metric not in metrics:
+        if state.global_step % search.stage_steps or state.global_step in measured:
             return
+        value = of_first(metrics.get(search.metric))
+        if value is None:
+            return
+        value = float(value)
         dim = len(_tuner(kwargs["model"]).omega)
-        value = float(metrics[search.metric])
         if not search.path and search.reaches(value):
             warnings.warn(
                 f"{search.metric} must be worse than the target of {search.target} "
@@ -154,7 +164,7 @@ class IntrinsicDimensionCallback(TrainerCallback):
                 stacklevel=2,
             )
         self._search = search = search.after(state.global_step, dim, value)
-        grow_subspace(kwargs["model"], search.next_dim(), kwargs["optimizer"])
+        self._grow(search.next_dim(), **kwargs)
         control.should_training_stop |= search.ended
         log: dict[str, Any] = {
             "step": state.global_step,
@@ -164,14 +174,55 @@ class IntrinsicDimensionCallback(TrainerCallback):
             "subspace_decision": search.path[-1].decision,
         }
         state.log_history.append(log)
-        if state.is_world_process_zero:
-            save_dimension_search(Path(args.output_dir or "."), search)
+        with Together():
+            if state.is_world_process_zero:
+                save_dimension_search(Path(args.output_dir or "."), search)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self._ddp is not None and not self._ddp.found:
+            raise RuntimeError(
+                f"the search in {args.world_size} processes needs the model in "
+                "DistributedDataParallel, got none that was called: launch it in one "
+                "process."
+            )
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self._ddp is not None:
+            self._ddp.close()
+
+    def _grow(
+        self, dim: int, *, model: PeftModel, optimizer: Optimizer, **_: Any
+    ) -> None:
+        """Grow the subspace, and tell DDP."""
+        before = _tuner(model).omega
+        grow_subspace(model, dim, optimizer)
+        if self._ddp is not None and _tuner(model).omega is not before:
+            self._ddp.renew()
 
     def _resume(
         self, args: TrainingArguments, state: TrainerState, tuner: SubspaceModel
     ) -> None:
         """Go on with the search as it was at the checkpoint."""
-        search = load_dimension_search(args.output_dir or ".").up_to(state.global_step)
+        with Together():
+            stored = None
+            if state.is_world_process_zero:
+                stored = load_dimension_search(args.output_dir or ".")
+            check_others()
+            search = of_first(stored)
+        assert search is not None
+        search = search.up_to(state.global_step)
         if dataclasses.replace(search, path=()) != self._search:
             raise ValueError(
                 f"{FILE} in {args.output_dir} has a search of "
@@ -196,12 +247,3 @@ def _tuner(model: nn.Module) -> SubspaceModel:
             f"{type(tuner).__name__}: call get_peft_model(model, SubspaceConfig(...))."
         )
     return tuner
-
-
-def _check_processes(args: TrainingArguments) -> None:
-    """Raise where the search cannot be carried out."""
-    if args.world_size > 1:
-        raise ValueError(
-            f"the search needs one process, got {args.world_size}: DDP cannot follow a "
-            "parameter that grows; launch it without torchrun."
-        )

@@ -3,13 +3,20 @@
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, gather, reduce
+from accelerate.utils import (
+    DistributedType,
+    broadcast_object_list,
+    gather,
+    reduce,
+)
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+Value = TypeVar("Value")
 _SHARDED = (
     DistributedType.DEEPSPEED,
     DistributedType.FSDP,
@@ -81,6 +88,13 @@ def gathered(value: int) -> list[int]:
     return values.tolist()
 
 
+def of_first(value: Value) -> Value:
+    """What the first process has; all of them must call together."""
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
 class OtherProcessFailedError(RuntimeError):
     """What processes do together failed in another of them."""
 
@@ -115,4 +129,4 @@ def check_others() -> None:
         OtherProcessFailedError: another process failed in what they do together.
     """
     if any(gathered(0)):
-        raise OtherProcessFailedError("it failed in another process")
+        raise OtherProcessFailedError("it failed in another process, which tells why")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from hf_sketch.curvature import CurvatureOperator, HessianOperator, Vector
@@ -13,7 +13,7 @@ from hf_sketch.mean_loss import check_items
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.sketches.operator import accumulation_dtype
 
-from .processes import check_others, gathered, reduced
+from .processes import check_others, gathered, of_first, reduced
 
 Batch = Mapping[str, Any]
 
@@ -102,9 +102,8 @@ def own_batches(
     Returns:
         the batches, on the device; the first one and True if there are too few for all.
     """
-    everyones: list[Any] = [batches]
-    broadcast_object_list(everyones)
-    all_batches: Sequence[Batch] = everyones[0]
+    all_batches = of_first(batches)
+    assert all_batches is not None
     processes = PartialState()
     own = all_batches[processes.process_index :: processes.num_processes]
     idle = not own

@@ -1,5 +1,6 @@
 """Per-example gradients of modules of any kind, by running them again."""
 
+import importlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ def random_state(device: torch.device) -> tuple[Tensor, ...]:
     """The states of the generators that a module on this device draws from."""
     if device.type == "cpu":
         return (torch.get_rng_state(),)
-    return torch.get_rng_state(), torch.get_device_module(device).get_rng_state(device)
+    return torch.get_rng_state(), _accelerator(device).get_rng_state(device)
 
 
 @contextmanager
@@ -170,7 +171,14 @@ def kept_random_state(
 def _set_random_state(state: tuple[Tensor, ...], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     for accelerator in state[1:]:
-        torch.get_device_module(device).set_rng_state(accelerator, device)
+        _accelerator(device).set_rng_state(accelerator, device)
+
+
+def _accelerator(device: torch.device) -> Any:
+    """The module that keeps the device's random state: torch_xla's is not in torch."""
+    if device.type == "xla":
+        return importlib.import_module("torch_xla.core.xla_model")
+    return torch.get_device_module(device)
 
 
 def _part_of(split: ExampleSplit, index: int) -> Callable[[Any], Any]:

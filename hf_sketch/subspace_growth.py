@@ -36,6 +36,9 @@ def grow_subspace(
     gradients have the same distribution; Adam has no step count of their own, so that
     zeros would make their first step three times the learning rate.
 
+    DDP does not notice: wrap the model again, unless `IntrinsicDimensionCallback` grows
+    it, which sees to that.
+
     Args:
         model: from `get_peft_model(model, SubspaceConfig(...))`.
         dim: the new length of omega, at least the old one and at most `max_dim`.

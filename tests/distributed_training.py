@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_sketch import SubspaceConfig
-from hf_sketch.callbacks import GradientSketchCallback, IntrinsicDimensionCallback
+from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.gradient_sums import GradientSums
 from tests.conftest import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
 from tests.test_training_matrix import Pad, text_dataset, undropped
@@ -280,16 +280,6 @@ def subspace(directory):
     torch.save(trainer.model.state_dict(), directory / f"weights-{rank}.pt")
 
 
-def subspace_search(directory):
-    """The search is refused in all processes."""
-    search = IntrinsicDimensionCallback(target=0.0, metric="eval_loss")
-    settings = {**subspace_settings(), "eval_dataset": tiny_dataset(8)}
-    try:
-        trainer_of(directory, search, **settings).train()
-    except ValueError as error:
-        leave(directory, error=str(error))
-
-
 SCENARIOS = {
     "continued": continued,
     "disk": disk,
@@ -304,7 +294,6 @@ SCENARIOS = {
     "split": split,
     "stream": stream,
     "subspace": subspace,
-    "subspace_search": subspace_search,
     "tokens": tokens,
     "uncovered": uncovered,
     "unused": unused,

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import torch
 from accelerate.state import PartialState
+from peft import get_peft_model
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 import hf_sketch.spectrum_files as spectrum_files
-from hf_sketch.callbacks import HessianSpectrumCallback
-from tests.conftest import Interrupt
-from tests.distributed_training import leave, train, trainer_of
+from hf_sketch import SubspaceConfig
+from hf_sketch.callbacks import HessianSpectrumCallback, IntrinsicDimensionCallback
+from tests.conftest import Interrupt, tiny_dataset
+from tests.distributed_training import even, leave, train, trainer_of
 from tests.launching import TORCHRUN
 from tests.test_training_matrix import Pad, text_dataset, undropped
 
@@ -150,7 +153,120 @@ def broken(directory):
     train(directory, spectra_of((0,), loss_fn=loss_fn), **SHORT)
 
 
+SEARCH = {"target": 0.2, "metric": "eval_loss", "greater_is_better": False}
+SEARCH |= {"stage_steps": 4, "min_improvement": 0.003}
+
+
+def search_settings(**config):
+    """A subspace of float64 that grows, and rows that fill all batches."""
+    settings = even()
+    model = settings.pop("model").double()
+    adapter = SubspaceConfig(dim=4, max_dim=64, seed=1, **config)
+    dataset = tiny_dataset(settings.pop("rows"))
+    return {
+        **settings,
+        "model": get_peft_model(model, adapter),
+        "dataset": dataset,
+        "eval_dataset": dataset,
+        "learning_rate": 1e-2,
+        "max_steps": 30,
+        "save_steps": 3,
+    }
+
+
+class Exchanged(TrainerCallback):
+    """Keeps the sizes of what DDP averages, by a communication hook."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        def note(group, bucket):
+            self.sizes.append(sum(p.numel() for p in bucket.parameters()))
+            return allreduce_hook(group, bucket)
+
+        self.trainer.model_wrapped.register_comm_hook(None, note)
+
+
+def search(directory, *callbacks, resume=None, config=None, **options):
+    callback = IntrinsicDimensionCallback(**{**SEARCH, **options})
+    exchanged = Exchanged()
+    settings = search_settings(**(config or {}))
+    trainer = trainer_of(directory, callback, exchanged, *callbacks, **settings)
+    exchanged.trainer = trainer
+    trainer.train(resume_from_checkpoint=resume)
+    leave(directory, exchanged=exchanged.sizes)
+    rank = PartialState().process_index
+    torch.save(trainer.model.state_dict(), directory / f"weights-{rank}.pt")
+    PartialState().wait_for_everyone()
+
+
+HEAD = {"modules_to_save": ["classifier"]}
+HEADED = {"start_dim": 8, "min_improvement": 0.05}
+
+
+def search_with_a_head(directory):
+    """It starts in more dimensions than the adapter has, and trains a head too."""
+    search(directory, config=HEAD, **HEADED)
+
+
+def search_resumed(directory):
+    """As `search`, with an interruption after a doubling."""
+    try:
+        search(directory, Interrupt(13))
+    except KeyboardInterrupt:
+        PartialState().wait_for_everyone()
+    search(directory, resume=True)
+
+
+def search_unwritable(directory):
+    """The first process cannot write the second evaluation down."""
+
+    class Gone(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            path = directory / "intrinsic_dimension.json"
+            if state.is_world_process_zero and path.is_file():
+                path.unlink()
+                path.mkdir()
+
+    try:
+        search(directory, Gone())
+    except (OSError, RuntimeError) as error:
+        leave(directory, error=f"{type(error).__name__}: {error}")
+
+
+def search_refused(directory):
+    """A model that is compiled, and one that nothing averages the gradients of."""
+    for name, arguments in (("compiled", {"torch_compile": True}), ("bare", {})):
+        callback = IntrinsicDimensionCallback(**SEARCH)
+        settings = {**search_settings(), **arguments}
+        trainer = trainer_of(directory, callback, **settings)
+        if name == "bare":
+            trainer.accelerator.prepare_model = lambda model, **kwargs: model
+        try:
+            trainer.train()
+        except (ValueError, RuntimeError) as error:
+            leave(directory, **{name: str(error)})
+
+
+def search_broken(directory):
+    """The last process raises what the others do not, after an evaluation."""
+
+    class Broken(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            if state.global_step and PartialState().is_last_process:
+                raise ArithmeticError("an odd end")
+
+    search(directory, Broken())
+
+
 SCENARIOS = {
+    "search": search,
+    "search_broken": search_broken,
+    "search_refused": search_refused,
+    "search_resumed": search_resumed,
+    "search_unwritable": search_unwritable,
+    "search_with_a_head": search_with_a_head,
     "broken": broken,
     "differences": differences,
     "failing": failing,

@@ -17,7 +17,7 @@ OMEGA = "base_model.coordinates.subspace_omega.default"
 def two(tmp_path_factory):
     """What two processes leave."""
     directory = tmp_path_factory.mktemp("two")
-    return launch(TORCHRUN, 2, directory, ("subspace", "subspace_search"))
+    return launch(TORCHRUN, 2, directory, ("subspace",))
 
 
 @pytest.mark.slow
@@ -37,9 +37,3 @@ def test_omega_is_that_of_one_process_with_the_same_batches(two, tmp_path):
 @pytest.mark.slow
 def test_processes_exchange_omega_alone(two):
     assert told(two / "subspace", "exchanged") == [[[32]] * 6] * 2
-
-
-@pytest.mark.slow
-def test_the_search_says_that_it_needs_one_process(two):
-    for message in told(two / "subspace_search", "error"):
-        assert "the search needs one process, got 2" in message

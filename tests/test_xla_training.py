@@ -231,11 +231,6 @@ def test_steps_in_a_subspace_are_those_of_the_cpu_and_compile_three_times_at_mos
     assert differences(counts)[2:] == [0, 0]
 
 
-@pytest.mark.xfail(
-    raises=RuntimeError,
-    strict=True,
-    reason="torch has no module of this device, where its random state would be kept",
-)
 def test_a_hessian_vector_product_is_that_of_the_cpu():
     plain, device = model().eval(), torch_xla.device()
     generator = torch.Generator().manual_seed(0)
