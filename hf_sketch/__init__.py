@@ -20,6 +20,7 @@ from hf_sketch.measured_error import MeasuredError
 from hf_sketch.methods import Cosine, Dot, Influence, Method, Preconditioned, TracIn
 from hf_sketch.model_sketch import Coverage, ModelSketch
 from hf_sketch.per_example import ExampleRows, PerExampleSketcher
+from hf_sketch.row_index import RowIndex
 from hf_sketch.sketch_dataset import sketch_dataset
 from hf_sketch.sketched_hessian import SketchedHessian
 from hf_sketch.sketches import (
@@ -75,6 +76,7 @@ __all__ = [
     "ModelSketch",
     "PerExampleSketcher",
     "Preconditioned",
+    "RowIndex",
     "Sketch",
     "SketchedHessian",
     "Sketches",

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from torch import Tensor
 
 from hf_sketch.attribution import (
-    BestRows,
     QueryMatrix,
     best_groups,
     best_rows,
@@ -26,13 +25,14 @@ from hf_sketch.methods import METHODS, Method, Preconditioned, TracIn
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.row_blocks import sketch_matrix
 from hf_sketch.row_columns import (
+    answer_lines,
     column,
     matching_rows,
     row_groups,
-    taken_rows,
     told_columns,
     with_columns,
 )
+from hf_sketch.row_index import RowIndex, index_rows
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,26 @@ class Sketches:
         """
         return Preconditioned(covariance(self.dataset), damping)
 
+    def build_index(
+        self,
+        method: str | Method = "dot",
+        lists: int | None = None,
+        probed: int | None = None,
+    ) -> RowIndex:
+        """An index for approximate search; `RowIndex.recall` tells how approximate.
+
+        Args:
+            method: as of `attribute`.
+            lists: among which rows are dealt out; by default 4 * sqrt(rows).
+            probed: lists that a search looks at, by default 16: more find more, and
+                take longer.
+
+        Raises:
+            ModuleNotFoundError: the extra `faiss` is not installed.
+            ValueError: the method is unknown, or a number of lists is out of range.
+        """
+        return index_rows(self.dataset, self._method(method), lists, probed)
+
     def attribute(
         self,
         queries: "Sketches | Mapping[int, Sketches]",
@@ -174,11 +194,13 @@ class Sketches:
         chosen = self._method(method)
         if groups is None:
             found = best_rows(self.dataset, matrix, chosen, top_k, bottom_k)
-            return _lines(ids, *found, told_columns(self.dataset))
+            return answer_lines(ids, *found, told_columns(self.dataset))
         values, codes = row_groups(self.dataset, groups)
         sums = group_scores(self.dataset, matrix, chosen, codes, len(values))
         told = {groups: values, "rows": torch.bincount(codes).numpy()}
-        return _lines(ids, *best_groups(sums, top_k, bottom_k), Dataset.from_dict(told))
+        return answer_lines(
+            ids, *best_groups(sums, top_k, bottom_k), Dataset.from_dict(told)
+        )
 
     def scores(
         self,
@@ -269,21 +291,3 @@ class Sketches:
         if problem is not None:
             raise ValueError(problem)
         return method
-
-
-def _lines(
-    ids: np.ndarray[Any, Any], best: BestRows, worst: BestRows, told: Dataset
-) -> Dataset:
-    """A line for each query and place, of the scores and of what is told of it."""
-    places = torch.cat([best.places, worst.places.flip(1)], 1)
-    scores = torch.cat([best.scores, -worst.scores.flip(1)], 1)
-    top, bottom = best.places.shape[1], worst.places.shape[1]
-    ranks = torch.cat([torch.arange(top), torch.arange(-bottom, 0)])
-    lines = {
-        "query": np.arange(len(ids)).repeat(len(ranks)),
-        "query_id": ids.repeat(len(ranks)),
-        "rank": ranks.repeat(len(ids)).numpy(),
-        "score": scores.flatten().numpy(),
-    }
-    columns = taken_rows(told, places.flatten().numpy())
-    return concatenate_datasets([Dataset.from_dict(lines), columns], axis=1)

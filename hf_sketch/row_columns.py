@@ -9,6 +9,8 @@ from datasets import Dataset, concatenate_datasets
 from datasets.table import InMemoryTable
 from torch import Tensor
 
+from hf_sketch.attribution import BestRows
+
 _NOT_TOLD = ("sketch", "scale", "finite", "micro_step", "rank")
 
 
@@ -86,3 +88,21 @@ def column(dataset: Dataset, name: str) -> np.ndarray[Any, Any]:
             "train_dataset with store.join(train_dataset, ...)."
         )
     return np.asarray(dataset.with_format("numpy")[name][:])
+
+
+def answer_lines(
+    ids: np.ndarray[Any, Any], best: BestRows, worst: BestRows, told: Dataset
+) -> Dataset:
+    """A line for each query and place, of the scores and of what is told of it."""
+    places = torch.cat([best.places, worst.places.flip(1)], 1)
+    scores = torch.cat([best.scores, -worst.scores.flip(1)], 1)
+    top, bottom = best.places.shape[1], worst.places.shape[1]
+    ranks = torch.cat([torch.arange(top), torch.arange(-bottom, 0)])
+    lines = {
+        "query": np.arange(len(ids)).repeat(len(ranks)),
+        "query_id": ids.repeat(len(ranks)),
+        "rank": ranks.repeat(len(ids)).numpy(),
+        "score": scores.flatten().numpy(),
+    }
+    columns = taken_rows(told, places.flatten().numpy())
+    return concatenate_datasets([Dataset.from_dict(lines), columns], axis=1)
