@@ -183,7 +183,7 @@ class Influence(Method):
     """
 
     spectrum: Spectrum
-    damping: float = 0.1
+    damping: float = 0.03
 
     def __post_init__(self) -> None:
         _check_damping(self.damping)
