@@ -76,6 +76,8 @@ class BestRows:
 
     def and_of(self, scores: Tensor, places: Tensor, count: int) -> "BestRows":
         """With others, `count` in all."""
+        if count == 0:
+            return self
         both = torch.cat([self.scores, scores], 1)
         best, order = both.topk(min(count, both.shape[1]), dim=1)
         places = torch.cat([self.places, places.expand(len(scores), -1)], 1)

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 2**21
+_BLOCK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True, eq=False)
