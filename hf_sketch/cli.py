@@ -13,6 +13,7 @@ from hf_sketch.export import export_sketches
 from hf_sketch.hub import store_directory
 from hf_sketch.loading import load_sketches
 from hf_sketch.maintenance import describe, find_problems, merge, repair
+from hf_sketch.plan_command import PlanArguments, run_plan
 
 # The folder is mapped into the package when it is installed, which pyright cannot see.
 from hf_sketch.recipes.attribute import (  # pyright: ignore[reportMissingImports]
@@ -208,6 +209,7 @@ _COMMANDS = {
     "xsum": _Command(
         XsumArguments, run_xsum, takes_stores=False, training=XsumTrainingArguments
     ),
+    "plan": _Command(PlanArguments, run_plan, takes_stores=False),
     "attribute": _Command(AttributeArguments, run_attribute),
     "spectrum": _Command(SpectrumArguments, run_spectrum),
     "report": _Command(ReportArguments, run_report),
