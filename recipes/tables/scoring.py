@@ -95,6 +95,33 @@ def own_bytes() -> int:
     return memory.rss - memory.shared
 
 
+def measure_scoring(work: Path, arguments: ScoringArguments) -> dict[str, Any]:
+    """Scoring beside its floors, in turn."""
+    sketch = ModelSketch((("w", (2 * arguments.out_size,)),), arguments.out_size)
+    queries = queries_of(sketch, arguments.queries)
+    matrix = torch.randn(arguments.queries, arguments.out_size)
+    build_store(work / "sketches", sketch, arguments.rows)
+    store = load_sketches(work, verify=False)
+    seconds: dict[str, list[float]] = {"scoring": [], "reading": [], "product": []}
+    own: list[int] = []
+    for _ in range(arguments.rounds):
+        before, start = own_bytes(), time.perf_counter()
+        store.attribute(queries, top_k=10)
+        seconds["scoring"].append(time.perf_counter() - start)
+        own.append(own_bytes() - before)
+        seconds["reading"].append(read_files(work / "sketches"))
+        seconds["product"].append(product_alone(arguments.rows, matrix))
+    floors = zip(seconds["reading"], seconds["product"], strict=True)
+    ratios = [s / max(f) for s, f in zip(seconds["scoring"], floors, strict=True)]
+    return {
+        "rows": len(store.dataset),
+        "bytes": size_of(work / "sketches"),
+        "ratio_to_the_larger_floor": median(ratios),
+        "own_bytes": max(own),
+        **{name: spread(values) for name, values in seconds.items()},
+    }
+
+
 def run_scoring(arguments: ScoringArguments) -> dict[str, Any]:
     """Measure, print and save."""
     if arguments.tiny:
@@ -102,40 +129,19 @@ def run_scoring(arguments: ScoringArguments) -> dict[str, Any]:
             arguments, rows=4096, out_size=64, queries=3, rounds=1
         )
     torch.manual_seed(0)
-    sketch = ModelSketch((("w", (2 * arguments.out_size,)),), arguments.out_size)
-    queries = queries_of(sketch, arguments.queries)
-    matrix = torch.randn(arguments.queries, arguments.out_size)
-    seconds: dict[str, list[float]] = {"scoring": [], "reading": [], "product": []}
     with TemporaryDirectory(dir=arguments.work_dir) as name:
-        directory = Path(name) / "sketches"
-        build_store(directory, sketch, arguments.rows)
-        store = load_sketches(directory, verify=False)
-        own: list[int] = []
-        for _ in range(arguments.rounds):
-            before = own_bytes()
-            start = time.perf_counter()
-            store.attribute(queries, top_k=10)
-            seconds["scoring"].append(time.perf_counter() - start)
-            own.append(own_bytes() - before)
-            seconds["reading"].append(read_files(directory))
-            seconds["product"].append(product_alone(arguments.rows, matrix))
-        size = size_of(directory)
-    floors = zip(seconds["reading"], seconds["product"], strict=True)
-    ratios = [s / max(f) for s, f in zip(seconds["scoring"], floors, strict=True)]
-    results = {
-        "rows": len(store.dataset),
-        "bytes": size,
-        "ratio_to_the_larger_floor": median(ratios),
-        "own_bytes": max(own),
-        **{name: spread(values) for name, values in seconds.items()},
+        results = measure_scoring(Path(name), arguments)
+    medians = {
+        name: results[name]["median_seconds"]
+        for name in ("scoring", "reading", "product")
     }
     print(
-        f"{len(store.dataset):,} float16 rows of {arguments.out_size}, "
-        f"{size / 2**30:.2f} GiB, {arguments.queries} queries: scoring "
-        f"{median(seconds['scoring']):.2f} s, reading the files "
-        f"{median(seconds['reading']):.2f} s, the product alone "
-        f"{median(seconds['product']):.2f} s; {median(ratios):.2f} times the larger;"
-        f" {max(own) / 2**20:.0f} MiB more memory of its own"
+        f"{results['rows']:,} float16 rows of {arguments.out_size}, "
+        f"{results['bytes'] / 2**30:.2f} GiB, {arguments.queries} queries: scoring "
+        f"{medians['scoring']:.2f} s, reading the files {medians['reading']:.2f} s, "
+        f"the product alone {medians['product']:.2f} s; "
+        f"{results['ratio_to_the_larger_floor']:.2f} times the larger; "
+        f"{results['own_bytes'] / 2**20:.0f} MiB more memory of its own"
     )
     print("saved", save_report(arguments.output_dir, "scoring", arguments, results))
     return results
