@@ -12,7 +12,7 @@ from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.per_example import PerExampleSketcher
 from hf_sketch.sketches.folding import fold
 
-_ROUNDS: Final = 20
+_ROUNDS: Final = 50
 _SIDE: Final = 1024  # of the matrices that are multiplied
 _ROWS, _WIDTH = 8192, 512  # of what is folded: more than a cache holds
 _MODULES: Final = 32

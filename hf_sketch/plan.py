@@ -69,10 +69,12 @@ class Memory:
     """Bytes that one rank needs beyond those of plain training.
 
     Args:
-        held_bytes: on the device from the forward to the backward pass, when plain
-            training's memory peaks; an estimate.
+        held_bytes: on the device when the backward pass begins, where plain training's
+            memory peaks; an estimate.
         working_bytes: on the device at other times; an estimate.
         host_bytes: of rows on their way to the disk, at most.
+        opening_bytes: on the host while a store is made or opened, of the probe by
+            which its map is checked.
         first_step_bytes: on the device in the first step, of the first rank alone: of
             exact gradients, which rows are compared with.
     """
@@ -80,6 +82,7 @@ class Memory:
     held_bytes: float
     working_bytes: float
     host_bytes: int
+    opening_bytes: int
     first_step_bytes: int
 
 
@@ -236,7 +239,16 @@ def _memory(
         working = max(working, step_bytes(sketch, batch.element_bytes, parts))
     each = sketch.in_size * batch.element_bytes
     exact = min(_MEASURED_EXAMPLES, 1 + max(1, _MEASURED_BYTES // each))
-    return Memory(work.held_bytes, working, BUFFER_BYTES, exact * each)
+    held = work.held_bytes + work.converted_bytes
+    by_size = sorted(sketch.shapes, key=lambda item: math.prod(item[1]))
+    probed = {sketch.shapes[0], sketch.shapes[-1], by_size[0], by_size[-1]}
+    return Memory(
+        held_bytes=held,
+        working_bytes=working + work.converted_bytes,
+        host_bytes=BUFFER_BYTES,
+        opening_bytes=_SUMS_BYTES * sum(math.prod(shape) for _, shape in probed),
+        first_step_bytes=exact * each,
+    )
 
 
 def _network(

@@ -163,7 +163,8 @@ def table_of(plan: Plan) -> dict[str, str]:
         "device memory, at training's peak": f"~{as_bytes(memory.held_bytes)} a rank",
         "device memory, at other times": f"~{as_bytes(memory.working_bytes)} a rank",
         "device memory, first step": f"{as_bytes(memory.first_step_bytes)} on rank 0",
-        "host memory": f"{as_bytes(memory.host_bytes)} a rank",
+        "host memory": f"{as_bytes(memory.host_bytes)} a rank, "
+        f"{as_bytes(memory.opening_bytes)} while the store is opened",
         "network, a recorded step": f"{as_bytes(plan.network.recording_bytes)} a rank, "
         f"beside {as_bytes(plan.network.training_bytes)} of gradients",
         "Hessian-vector products": f"{spectrum.products} a spectrum, each "

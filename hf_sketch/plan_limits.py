@@ -43,7 +43,7 @@ def _of_the_model(
         yield (
             f"training itself needs {needed:.3g} bytes on each device for parameters, "
             f"gradients and AdamW, and the device has {machine.memory_bytes:.3g}: "
-            "train in shards, or with LoRA, whose factors alone are then sketched"
+            "freeze parameters, or take larger devices"
         )
     elif plan.memory.first_step_bytes > free:
         yield (

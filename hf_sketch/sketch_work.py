@@ -16,7 +16,7 @@ from hf_sketch.watched_modules import Watched, watched_modules
 # How often an element is read or written, on a scale on which memory is as fast as for
 # folding what lies in a cache: as GPT-2's shapes were measured on a processor.
 _FOLD: Final = 6  # the side once, its folded sum twice, and from memory that is cold
-_BLOCKED: Final = 9  # formed, copied, flipped, two factors, flipped and added
+_BLOCKED: Final = 12  # formed, copied, flipped, two factors, flipped and added
 _SUM: Final = 1
 _NORM: Final = 3
 _LAYER_NORM: Final = 7
@@ -25,6 +25,7 @@ _RMS_NORM_AGAIN: Final = 12  # in 16 bits it is not told from its output
 _LOOKED_UP: Final = 3
 _CONVERT: Final = 2
 _LOSS: Final = 7  # an exponential among them
+_SMALL_FACTORS: Final = 3  # so much slower are products of 32 x 32 matrices
 _SUMS_BYTES: Final = 4  # rows are summed in float32
 _WORKING_BYTES: Final = 4 * 2**22  # pieces of blocks
 
@@ -59,6 +60,8 @@ class Work:
         calls: of modules that are sketched.
         held_bytes: from the forward pass to the backward pass.
         summed_bytes: until all rows are made.
+        converted_bytes: of the largest float32 copy of what a layer takes or gives, in
+            a model of 16 bits; such copies come one after the other.
         uncounted: paths of modules whose work is not known.
     """
 
@@ -67,6 +70,7 @@ class Work:
     calls: int = 0
     held_bytes: float = 0
     summed_bytes: float = 0
+    converted_bytes: float = 0
     uncounted: tuple[str, ...] = ()
 
     def __add__(self, other: "Work") -> "Work":
@@ -76,6 +80,7 @@ class Work:
             self.calls + other.calls,
             self.held_bytes + other.held_bytes,
             self.summed_bytes + other.summed_bytes,
+            max(self.converted_bytes, other.converted_bytes),
             self.uncounted + other.uncounted,
         )
 
@@ -87,6 +92,7 @@ class Work:
             round(self.calls * times),
             self.held_bytes,
             self.summed_bytes,
+            self.converted_bytes,
             self.uncounted,
         )
 
@@ -211,11 +217,15 @@ def _parts(
 ) -> Iterator[Work]:
     """The work of each of a module's parameters, by its rule."""
     tokens, size = batch.all_tokens, batch.element_bytes
+    looked_up = isinstance(watched.module, nn.Embedding)
     for attribute, shape in shapes.items():
         if len(shape) > 2:
             yield Work(uncounted=(watched.path,))
         elif len(shape) == 2:
             operator = sketch.operators.get(watched.names[attribute])
+            if size < _SUMS_BYTES and not looked_up:
+                copied = max(shape) if is_factored(operator) else sum(shape)
+                yield Work(converted_bytes=tokens * copied * _SUMS_BYTES)
             if is_factored(operator):
                 yield _factored_work(operator, shape, batch, watched.module)
             else:
@@ -275,5 +285,5 @@ def is_factored(operator: Sketch | None) -> TypeGuard[QK]:
 def _flops_an_element(operator: Sketch) -> float:
     """Of a transform in blocks; of a dense map for all others."""
     if isinstance(operator, BlockedSketch):
-        return 2.0 * sum(kronecker_sizes(operator.block))
+        return 2.0 * _SMALL_FACTORS * sum(kronecker_sizes(operator.block))
     return 2.0 * operator.shape[0]

@@ -14,6 +14,7 @@ from hf_sketch.plan_command import PlanArguments, as_bytes, as_seconds, run_plan
 from hf_sketch.plan_limits import limits_of
 from hf_sketch.plan_settings import RowSettings, SpectrumSettings, TrainingRun
 from hf_sketch.recipes.meta_models import load_config, meta_model
+from hf_sketch.recipes.tables.measure import peak_extra_bytes
 from hf_sketch.rows import PER_EXAMPLE, PER_STEP, ROW_DTYPES
 from hf_sketch.sketch_work import BatchShape, training_flops
 from hf_sketch.store import Header
@@ -188,6 +189,14 @@ def test_the_blocked_layout_forms_what_the_factored_one_does_not(small):
     assert blocked.memory.held_bytes < factored.memory.held_bytes
 
 
+def test_models_of_16_bits_need_a_float32_copy_of_their_widest_gradient():
+    held = [
+        plan_recording(meta_model(GPT2Config(**SMALL), dtype), RUN).memory.held_bytes
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    assert held[0] - held[1] == 4 * 32 * 300 * 4  # of the logits
+
+
 def test_witnesses_alone_go_over_the_network_and_in_shards_the_sketch_too(small):
     def bytes_of(**options):
         run = TrainingRun(1000, batch_size=4, tokens=32, **options)
@@ -198,6 +207,13 @@ def test_witnesses_alone_go_over_the_network_and_in_shards_the_sketch_too(small)
     witnesses = sum(min(each, p.numel()) for p in small.parameters())
     assert bytes_of(ranks=4) == 4 * witnesses
     assert bytes_of(ranks=4, sharded=True) == 4 * (witnesses + 4096)
+
+
+def test_opening_a_store_takes_a_probe_as_large_as_some_parameters():
+    model = meta_model(GPT2Config(**{**SMALL, "vocab_size": 200_000}), torch.float32)
+    planned = plan_recording(model, RUN, RowSettings(64)).memory.opening_bytes
+    measured = peak_extra_bytes(ModelSketch.from_model(model, 64).check_value)
+    assert planned == pytest.approx(measured, rel=0.25)
 
 
 def test_a_spectrum_takes_its_basis_and_its_products(small):

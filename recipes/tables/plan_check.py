@@ -119,24 +119,22 @@ class Bench:
         """Of plain steps, and of all that rows of examples and of the step add."""
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
         found: dict[str, list[float]] = {"step": [], "sketch": []}
-        for number in range(rounds + 1):
-            plain, ours = Clock(), Clock()
-            self.model.zero_grad()
-            with plain.running():
-                self.differentiate()
-                optimizer.step()
-            self.model.zero_grad()
-            with (
-                PerExampleSketcher(self.model, self.sketch) as sketcher,
-                ours.running_in_hooks(),
-            ):
-                self.differentiate()
+        with PerExampleSketcher(self.model, self.sketch) as sketcher:
+            for number in range(rounds + 1):
+                plain, ours = Clock(), Clock()
+                self.model.zero_grad()
+                with sketcher.paused(), plain.running():
+                    self.differentiate()
+                    optimizer.step()
+                self.model.zero_grad()
+                with ours.running_in_hooks():
+                    self.differentiate()
                 with ours.running():
                     sketcher.take()
                     self._sketch_step()
-            if number:  # the first makes what operators keep
-                found["step"].append(plain.seconds)
-                found["sketch"].append(ours.seconds)
+                if number:  # the first makes what operators and hooks keep
+                    found["step"].append(plain.seconds)
+                    found["sketch"].append(ours.seconds)
         return found
 
     def _sketch_step(self) -> None:
@@ -227,13 +225,13 @@ def print_result(name: str, result: Mapping[str, Mapping[str, float]]) -> None:
 def run_plan_check(arguments: PlanCheckArguments) -> dict[str, Any]:
     """Plan, measure, print and save."""
     shapes = _TINY if arguments.tiny else _SHAPES
+    machine = Machine.measured()
     results: dict[str, Any] = {}
     print("figure, planned, measured, difference")
     for size, numbers in tqdm(shapes.items(), desc="Sizes"):
         shape = shape_of(arguments.model_type, *numbers)
         setting = Setting.of_shape(shape, arguments.steps)
         for layout in arguments.layouts.split(","):
-            machine = Machine.measured()
             plan, told = planned(shape, layout, arguments, machine)
             results[f"{size} {layout}"] = result = {
                 "elements": plan.elements,
