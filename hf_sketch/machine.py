@@ -31,7 +31,7 @@ class Machine:
         float32_flops_per_second: that those in float32 reach, as a sketch takes them.
         bytes_per_second: that elementwise operations read and write.
         seconds_per_call: of Python and of launching kernels, to sketch one call of a
-            module.
+            layer; training it is taken to need as much.
         disk_bytes_per_second: at which one process reads the store.
         memory_bytes: of the device.
     """

@@ -21,7 +21,7 @@ from hf_sketch.sketch_work import (
 )
 from hf_sketch.store_size import BUFFER_BYTES, RowFormat, StoreSize, store_size
 
-_TRAINING_PASSES: Final = 28  # over what layers take and give: GPT-2's in eager mode
+_TRAINING_PASSES: Final = 32  # over what layers take and give: GPT-2's in eager mode
 _OPTIMIZER_BYTES: Final = 28  # AdamW reads and writes seven numbers for each
 _WITNESSES: Final = 2**18  # numbers by which a step's clipping is told
 _MEASURED_EXAMPLES: Final = 8  # whose exact gradients are taken in the first step
@@ -213,7 +213,11 @@ def batch_seconds(model: nn.Module, batch: BatchShape, machine: Machine) -> floa
     elements = batch.all_tokens * layer_elements(model)
     moved = _TRAINING_PASSES * elements * batch.element_bytes
     products = training_flops(model, batch) / machine.flops_per_second
-    return products + moved / machine.bytes_per_second
+    layers = sum(
+        any(True for _ in m.parameters(recurse=False)) for m in model.modules()
+    )
+    launches = layers * machine.seconds_per_call
+    return products + moved / machine.bytes_per_second + launches
 
 
 def _store(run: TrainingRun, rows: RowSettings) -> StoreSize:

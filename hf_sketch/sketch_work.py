@@ -25,6 +25,7 @@ _RMS_NORM_AGAIN: Final = 12  # in 16 bits it is not told from its output
 _LOOKED_UP: Final = 3
 _CONVERT: Final = 2
 _LOSS: Final = 7  # an exponential among them
+_BATCH_CALLS: Final = 10  # as long take splitting the loss and taking the rows
 _SMALL_FACTORS: Final = 3  # so much slower are products of 32 x 32 matrices
 _SUMS_BYTES: Final = 4  # rows are summed in float32
 _WORKING_BYTES: Final = 4 * 2**22  # pieces of blocks
@@ -206,7 +207,8 @@ def _loss_work(model: nn.Module, batch: BatchShape) -> Work:
     """Each example's own loss: the logits are those of the last linear layer."""
     heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
     width = heads[-1].out_features if heads else 0
-    return Work(moved_bytes=_LOSS * batch.all_tokens * width * _SUMS_BYTES)
+    moved = _LOSS * batch.all_tokens * width * _SUMS_BYTES
+    return Work(moved_bytes=moved, calls=_BATCH_CALLS)
 
 
 def _parts(
