@@ -26,7 +26,7 @@ _LOOKED_UP: Final = 3
 _CONVERT: Final = 2
 _LOSS: Final = 7  # an exponential among them
 _BATCH_CALLS: Final = 10  # as long take splitting the loss and taking the rows
-_SMALL_FACTORS: Final = 3  # so much slower are products of 32 x 32 matrices
+_SMALL_FACTORS: Final = 2  # so much slower are products of 32 x 32 matrices
 _SUMS_BYTES: Final = 4  # rows are summed in float32
 _WORKING_BYTES: Final = 4 * 2**22  # pieces of blocks
 
@@ -231,7 +231,7 @@ def _parts(
             if is_factored(operator):
                 yield _factored_work(operator, shape, batch, watched.module)
             else:
-                yield _formed_work(operator, shape, batch)
+                yield _formed_work(operator, shape, batch, looked_up)
         elif attribute == "weight":
             passes = _RMS_NORM if size >= _SUMS_BYTES else _RMS_NORM_AGAIN
             if isinstance(watched.module, nn.LayerNorm):
@@ -268,11 +268,11 @@ def _factored_work(
 
 
 def _formed_work(
-    operator: Sketch | None, shape: tuple[int, ...], batch: BatchShape
+    operator: Sketch | None, shape: tuple[int, ...], batch: BatchShape, looked_up: bool
 ) -> Work:
     """Forming each example's gradient, and sketching it."""
     formed = batch.examples * math.prod(shape)
-    flops = 2.0 * batch.all_tokens * math.prod(shape)
+    flops = 0.0 if looked_up else 2.0 * batch.all_tokens * math.prod(shape)
     if operator is None:  # it is sketched with all that share an operator
         return Work(flops, 3 * formed * _SUMS_BYTES)
     flops += formed * _flops_an_element(operator)
