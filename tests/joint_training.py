@@ -305,3 +305,5 @@ if __name__ == "__main__":
     top = Path(sys.argv[1])
     for name in sys.argv[2:]:
         SCENARIOS[name](top / name)
+    # Threads of the group must have ended when the interpreter does.
+    PartialState().destroy_process_group()
