@@ -16,6 +16,8 @@ _CAUSAL = ("CausalLM", "LMHead")
 _ELEMENTS_AT_ONCE = 2**18
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5}
 _LOW_PRECISION_TOLERANCE = 2e-2
+_LOW_PRECISION_SHARE = _LOW_PRECISION_TOLERANCE / _TOLERANCE[torch.float32]
+_LOOKED_AT = 2**10  # logits, to tell their precision
 _CERTAIN = 0.1  # of the tolerance: the first rule that comes so near is taken
 
 
@@ -91,7 +93,7 @@ def example_losses(
             "per_example=False."
         )
     distance, _, nearest = min(found, key=lambda candidate: candidate[0])
-    if distance > 1:
+    if distance > (_LOW_PRECISION_SHARE if _has_16_bits(logits) else 1):
         totals = sorted({f"{total:.6g}" for _, total, _ in found})
         raise ValueError(
             "per-example gradients need a loss that is a mean of the examples' own "
@@ -178,6 +180,19 @@ def _per_example(x: Tensor, split: ExampleSplit) -> Tensor:
             "per_example=False."
         )
     return rows.flatten(1).sum(1) if rows.dim() > 1 else rows
+
+
+def _has_16_bits(logits: Tensor) -> bool:
+    """Whether float32 logits were computed in 16 bits, as autocast does.
+
+    Their loss may have been rounded too, on the way: log-probabilities keep the type
+    of the logits there.
+    """
+    some = logits.detach().flatten()[:_LOOKED_AT]
+    if some.dtype != torch.float32:
+        return False
+    halves = (torch.bfloat16, torch.float16)
+    return any(bool((some.to(half) == some).all()) for half in halves)
 
 
 def _distance(loss: Tensor, expected: float) -> float:

@@ -282,15 +282,20 @@ def sum_strips(
     splits = tl.num_programs(1)
     scratch_ptr += row.to(tl.int64) * units * (LEADING * _SIDE * _TILE)
     factor = _factor(factors_ptr, 2, LEADING, BFLOAT16)
-    leading = _leading_factor(leading_ptr, LEADING)
+    row_of = tl.arange(0, LEADING)[:, None, None] * LEADING
     line = tl.arange(0, LEADING * _SIDE) * _TILE + strip * _SIDE
     place = tl.arange(0, _SIDE)[None, None, :]
     at = tl.reshape(line, (LEADING, _SIDE, 1)) + place
+    tile_at = tl.arange(0, _SIDE)[None, :, None] * _TILE + strip * _SIDE + place
     partial_ptr += (row.to(tl.int64) * splits + split) * width
     total = tl.load(partial_ptr + at, mask=at < width, other=0.0)
     for number in tl.range(split, units, splits, num_stages=2):
         unit = tl.cast(number, tl.int64) * (LEADING * _SIDE * _TILE)
-        x = tl.sum(leading * tl.load(scratch_ptr + unit + at[None]), 1)
+        x = tl.zeros((LEADING, _SIDE, _SIDE), tl.float32)
+        for tile in tl.static_range(LEADING):
+            column = tl.load(leading_ptr + row_of + tile)
+            strip_at = unit + tile * (_SIDE * _TILE) + tile_at
+            x += column * tl.load(scratch_ptr + strip_at)
         y = _multiply_left(factor, x, BFLOAT16)
         first = _table_index(start + unit, after_run_1, after_run_2, RUN)
         signs = _signs(first + line.to(tl.uint32), after_1, after_2)

@@ -108,14 +108,14 @@ class QK(Sketch):
             rows = torch.nn.functional.pad(rows, (0, missing))
         if self.rotation == "signs":
             return self._fold_all(rows)[:, : self.out_size]
-        factors = [factor.T.to(rows) for factor in self._rotations]
+        factors = [self._rotation(axis, rows).T for axis in range(len(self._sizes[0]))]
         return apply_kronecker(rows, factors)[:, : self.out_size] * self._scale
 
     def adjoint_rows(self, rows: Tensor) -> Tensor:
         """Apply the transpose to each row: (b, out_size) -> (b, in_size)."""
         missing = math.prod(self._sizes[1]) - self.out_size
         padded = torch.nn.functional.pad(rows, (0, missing))
-        factors = [factor.to(rows) for factor in self._rotations]
+        factors = [self._rotation(axis, rows) for axis in range(len(self._sizes[0]))]
         return apply_kronecker(padded, factors)[:, : self.in_size] * self._scale
 
     def apply_outer(self, left: Tensor, right: Tensor) -> Tensor:
@@ -142,10 +142,10 @@ class QK(Sketch):
         """
         if factor.is_floating_point() and self.rotation == "signs":
             return fold(factor, self._signs[side].to(factor), self._sizes[1][side])
-        rotation = self._rotations[side]
+        rotation = self._rotation(side, factor)
         if factor.is_floating_point():
-            return factor @ rotation.to(factor)
-        return torch.nn.functional.embedding(factor, rotation.to(factor.device))
+            return factor @ rotation
+        return torch.nn.functional.embedding(factor, rotation)
 
     def apply_folded(self, left: Tensor, right: Tensor) -> Tensor:
         """`apply_outer` of factors that were folded, side 0 and side 1.
@@ -195,6 +195,22 @@ class QK(Sketch):
         if self.rotation == "signs":
             return tuple(map(folding_columns, self._signs, out))
         return tuple(map(haar_columns, self._sizes[0], out, self._generators))
+
+    def _rotation(self, axis: int, like: Tensor) -> Tensor:
+        """Q_axis transposed where `like` is, kept: each copy there is waited for.
+
+        Its type is that of `like`, or float32 beside integers.
+        """
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        key = axis, like.device, dtype
+        if key not in self._placed:
+            self._placed[key] = self._rotations[axis].to(like.device, dtype)
+        return self._placed[key]
+
+    @cached_property
+    def _placed(self) -> dict[tuple[int, torch.device, torch.dtype], Tensor]:
+        """Rotations by axis, device and type."""
+        return {}
 
     @cached_property
     def _signs(self) -> tuple[Tensor, ...]:

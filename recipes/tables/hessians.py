@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from hf_sketch import HessianOperator
 from hf_sketch.recipes.demo import embedded_model_path
 from hf_sketch.recipes.snli_sample import load_snli_sample, tokenize
+from hf_sketch.recipes.tables.placement import device
 
 
 class FlatHessian:
@@ -63,5 +64,7 @@ def random_tokens(
     """One batch of random text of full length."""
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (examples, tokens), generator=generator)
+    ids = torch.randint(vocabulary, (examples, tokens), generator=generator).to(
+        device()
+    )
     return [{"input_ids": ids, "labels": ids}]

@@ -16,6 +16,7 @@ from hf_sketch.recipes.tables.eigenvalue_runs import compare_eigenvalues
 from hf_sketch.recipes.tables.gradients import fine_tuned_minilm
 from hf_sketch.recipes.tables.hessians import random_tokens, snli_batches
 from hf_sketch.recipes.tables.measure import peak_extra_bytes, spread, timed
+from hf_sketch.recipes.tables.placement import device
 from hf_sketch.recipes.tables.report import save_report
 
 _NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -54,7 +55,7 @@ def causal_model(**config: Any) -> torch.nn.Module:
     """GPT-2 with random weights and without dropout."""
     torch.manual_seed(0)
     configuration = AutoConfig.for_model("gpt2", **_NO_DROPOUT, **config)
-    return AutoModelForCausalLM.from_config(configuration).eval()
+    return AutoModelForCausalLM.from_config(configuration).eval().to(device())
 
 
 def products(
@@ -73,7 +74,7 @@ def products(
             sketch = ModelSketch.from_model(
                 model, 2**arguments.bits, "blocked", 0, operator
             )
-            vector = torch.randn(sketch.out_size)
+            vector = torch.randn(sketch.out_size, device=device())
             sketched = SketchedHessian(hessian, sketch)
             actions[f"{mode}, {operator}"] = partial(sketched.__matmul__, vector)
     return actions

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_sketch.recipes.tables.placement import device
+
 _TINY = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -19,14 +21,14 @@ def random_language_model(model_type: str, tiny: bool) -> nn.Module:
     """A model of a type's default shape, or of a small one, always the same."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **(_TINY if tiny else {}))
-    return AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(config).eval().to(device())
 
 
 def fill_gradients(model: nn.Module) -> None:
     """Leave the gradient of the loss on random tokens in the parameters' `.grad`."""
     size = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(size, (1, _TOKENS), generator=generator)
+    tokens = torch.randint(size, (1, _TOKENS), generator=generator).to(device())
     model(input_ids=tokens, labels=tokens).loss.backward()
 
 

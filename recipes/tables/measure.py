@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_sketch import Sketch
+from hf_sketch.recipes.tables.placement import synchronize
 
 
 def fitting_bits(bits: str, elements: int) -> list[int]:
@@ -49,8 +50,10 @@ def timed(actions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
     for number in tqdm(range(rounds + 1), desc="Rounds"):
         for name, action in actions.items():
             action()
+            synchronize()
             start = time.perf_counter()
             action()
+            synchronize()
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return seconds

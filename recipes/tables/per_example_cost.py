@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_sketch import ModelSketch
 from hf_sketch.recipes.tables.measure import peak_extra_bytes, spread
 from hf_sketch.recipes.tables.peers import PEERS
+from hf_sketch.recipes.tables.placement import device_name
 from hf_sketch.recipes.tables.recorded_runs import (
     SHAPES,
     Setting,
@@ -111,6 +112,7 @@ def inspect(
         if recorder is None:
             return figures, ""
         recorded = recorder.recorded(_INSPECTED_BATCHES * size, size)
+    exact = {name: products.cpu() for name, products in exact.items()}
     elements = {name: setting.weights[name].numel() for name in exact}
     seen = [products for name, products in exact.items() if name in recorded.covered]
     figures |= {
@@ -246,7 +248,7 @@ def print_setting(setting: Setting, shape: Shape, versions: Mapping[str, str]) -
     elements = sum(p.numel() for p in setting.model.parameters())
     print(
         f"{shape.model_type}: {elements:,} elements, {shape.batch_size} x "
-        f"{shape.tokens} tokens a step, on the processor with "
+        f"{shape.tokens} tokens a step, on {device_name()}, "
         f"{torch.get_num_threads()} threads; torch {torch.__version__}, transformers "
         f"{transformers.__version__}, peers: {versions or 'none installed'}"
     )

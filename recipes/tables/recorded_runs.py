@@ -2,7 +2,7 @@
 
 import gc
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import (
     default_data_collator,
 )
 
+from hf_sketch.recipes.tables.placement import device, synchronize
 from hf_sketch.recipes.tables.recorders import (
     PostHocRecorder,
     Recorder,
@@ -37,17 +38,20 @@ class Shape:
         config: what differs from the type's default configuration.
         batch_size: examples in a batch.
         tokens: in an example.
+        bf16: whether training is in mixed precision.
     """
 
     model_type: str
     config: dict[str, Any]
     batch_size: int
     tokens: int
+    bf16: bool = False
 
     @property
     def tiny(self) -> "Shape":
         """Of the same type, for a check."""
-        return Shape(self.model_type, {**self.config, **_TINY}, 8, 16)
+        config = {**self.config, **_TINY}
+        return replace(self, config=config, batch_size=8, tokens=16)
 
 
 _NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -55,6 +59,7 @@ _LLAMA = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4}
 _LLAMA |= {"num_attention_heads": 4, "vocab_size": 1024, "tie_word_embeddings": True}
 SHAPES = {
     "gpt2-small": Shape("gpt2", _NO_DROPOUT, 8, 128),
+    "gpt2-small-bf16": Shape("gpt2", _NO_DROPOUT, 32, 512, bf16=True),
     "tiny-llama": Shape("llama", _LLAMA, 16, 64),
 }
 _TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2}
@@ -71,24 +76,26 @@ class Setting:
         weights: its initial state.
         data: examples, read in order.
         batch_size: examples in a batch.
+        bf16: whether training is in mixed precision.
     """
 
     model: nn.Module
     weights: dict[str, Tensor]
     data: Dataset
     batch_size: int
+    bf16: bool = False
 
     @classmethod
     def of_shape(cls, shape: Shape, batches: int) -> "Setting":
         """Random weights without dropout, and random text."""
         torch.manual_seed(0)
         config = AutoConfig.for_model(shape.model_type, **shape.config)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config).to(device())
         weights = {name: x.clone() for name, x in model.state_dict().items()}
         examples = batches * shape.batch_size
         ids = random_text(config.vocab_size, examples, shape.tokens).tolist()
         data = Dataset.from_dict({"input_ids": ids, "labels": ids})
-        return cls(model, weights, data, shape.batch_size)
+        return cls(model, weights, data, shape.batch_size, shape.bf16)
 
     def restore(self) -> None:
         """Give the model its initial weights back, and free what earlier runs held."""
@@ -109,6 +116,7 @@ class StepEnds(TrainerCallback):
         self.times: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        synchronize()
         self.times.append(time.perf_counter())
 
 
@@ -142,7 +150,8 @@ def train(
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=device().type == "cpu",
+            bf16=setting.bf16,
             dataloader_pin_memory=False,
         ),
         train_dataset=setting.loader(steps).dataset,
@@ -178,7 +187,9 @@ def exact_products(setting: Setting) -> dict[str, Tensor]:
     (batch,) = setting.loader(1)
     gradients: list[tuple[Tensor, ...]] = []
     for index in range(setting.batch_size):
-        alone = {name: x[index : index + 1] for name, x in batch.items()}
+        alone = {
+            name: x[index : index + 1].to(model.device) for name, x in batch.items()
+        }
         gradients.append(torch.autograd.grad(model(**alone).loss, [*named.values()]))
     products: dict[str, Tensor] = {}
     for name, parts in zip(named, zip(*gradients, strict=True), strict=True):

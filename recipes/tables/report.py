@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import hf_sketch
+from hf_sketch.recipes.tables.placement import device_name
 
 
 def save_report(output_dir: str, name: str, arguments: Any, results: Any) -> Path:
@@ -23,6 +24,7 @@ def save_report(output_dir: str, name: str, arguments: Any, results: Any) -> Pat
         },
         "machine": {
             "processor": platform.machine(),
+            "device": device_name(),
             "threads": torch.get_num_threads(),
         },
         "arguments": vars(arguments),

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 from hf_sketch import SubspaceConfig
 from hf_sketch.recipes.tables.language_model import random_language_model
 from hf_sketch.recipes.tables.measure import peak_extra_bytes, spread, timed
+from hf_sketch.recipes.tables.placement import device
 from hf_sketch.recipes.tables.report import save_report
 
 Step = Callable[[], Any]
@@ -78,7 +79,7 @@ def measure(arguments: SubspaceCostArguments) -> dict[str, dict[str, float]]:
     dim = 64 if arguments.tiny else arguments.dim
     base = random_language_model(arguments.model_type, arguments.tiny).train()
     size = sum(p.nbytes for p in base.parameters())
-    ids = torch.randint(0, base.config.vocab_size, sizes)
+    ids = torch.randint(0, base.config.vocab_size, sizes).to(device())
     kept = activation_bytes(base, ids)
     results: dict[str, dict[str, float]] = {}
     for name in arguments.operators.split(","):

@@ -24,6 +24,7 @@ from hf_sketch.recipes.tables.measure import (
     timed,
 )
 from hf_sketch.recipes.tables.peers import PEERS
+from hf_sketch.recipes.tables.placement import device, device_name
 from hf_sketch.recipes.tables.report import save_report
 
 # Schioppa 2024, Table 11: milliseconds on one V100 for sketches of 2^12, 2^13, ...
@@ -109,7 +110,7 @@ def traker_projection(in_size: int, matrix_bytes: float, out_size: int) -> Proje
         proj_dim=out_size,
         seed=0,
         proj_type="normal",
-        device="cpu",
+        device=str(device()),
         block_size=columns,
     )
 
@@ -229,7 +230,7 @@ def print_table(arguments: Table11Arguments, results: Mapping[str, Any]) -> None
     """Every projection beside the paper's."""
     print(
         f"Table 11: one gradient of a {arguments.model_type}; ms are medians "
-        "(least..greatest), here on the processor with "
+        f"(least..greatest), here on {device_name()}, "
         f"{torch.get_num_threads()} threads,\nthe paper's on one V100, of another "
         f"model. The floor is one read of {results['gradient_bytes'] / 1e6:.4g} MB: "
         f"{milliseconds(results['read'])} ms"

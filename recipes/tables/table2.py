@@ -74,7 +74,7 @@ def layer_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def project(rows: int, gradient: Tensor) -> Tensor:
     """Draw `rows` rows of a Gaussian matrix and apply them."""
-    return torch.randn(rows, len(gradient)) @ gradient
+    return torch.randn(rows, len(gradient), device=gradient.device) @ gradient
 
 
 def largest_rows(gradient: Tensor, memory_bytes: int) -> int:
@@ -101,7 +101,7 @@ def measure_group(gradient: Tensor, memory_bytes: int, rounds: int) -> dict[str,
             f"{memory_bytes / 2**30:g}: pass --memory_gib {needed:g} or more."
         )
     srht = choose_operator("srht", len(gradient), OUT_SIZE, 0, "", flat=False)
-    matrix = torch.empty(rows, len(gradient))
+    matrix = gradient.new_empty(rows, len(gradient))
     actions = {
         "pass": lambda: matrix.normal_() @ gradient,
         "product": lambda: matrix @ gradient,

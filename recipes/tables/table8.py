@@ -61,7 +61,7 @@ def explicit(operator: Sketch, gradient: Tensor) -> Tensor:
 
 def implicit(operator: Sketch, gradient: Tensor, weights: Tensor) -> Tensor:
     """The gradient in omega of <g, weights + S.T omega> at 0, by autograd."""
-    omega = torch.zeros(operator.shape[0], requires_grad=True)
+    omega = gradient.new_zeros(operator.shape[0]).requires_grad_()
     loss = gradient @ (weights + _Lift.apply(omega, operator))
     (sketch,) = torch.autograd.grad(loss, omega)
     return sketch
