@@ -122,9 +122,8 @@ def _factor(factors_ptr, number, COPIES: tl.constexpr, BFLOAT16: tl.constexpr):
 @triton.jit
 def _leading_factor(leading_ptr, LEADING: tl.constexpr):
     """The leading factor, to be multiplied by (1, LEADING, m, n) and summed over 1."""
-    row = tl.arange(0, LEADING)[:, None]
-    column = tl.arange(0, LEADING)[None, :]
-    return tl.load(leading_ptr + row * LEADING + column)[:, :, None, None]
+    at = tl.arange(0, LEADING)[:, None] * LEADING + tl.arange(0, LEADING)[None, :]
+    return tl.load(leading_ptr + at)[:, :, None, None]
 
 
 @triton.jit
@@ -279,7 +278,6 @@ def sum_strips(
         partial (b, splits, width)
     """
     row, split, strip = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    splits = tl.num_programs(1)
     scratch_ptr += row.to(tl.int64) * units * (LEADING * _SIDE * _TILE)
     factor = _factor(factors_ptr, 2, LEADING, BFLOAT16)
     row_of = tl.arange(0, LEADING)[:, None, None] * LEADING
@@ -287,15 +285,14 @@ def sum_strips(
     place = tl.arange(0, _SIDE)[None, None, :]
     at = tl.reshape(line, (LEADING, _SIDE, 1)) + place
     tile_at = tl.arange(0, _SIDE)[None, :, None] * _TILE + strip * _SIDE + place
-    partial_ptr += (row.to(tl.int64) * splits + split) * width
+    partial_ptr += (row.to(tl.int64) * tl.num_programs(1) + split) * width
     total = tl.load(partial_ptr + at, mask=at < width, other=0.0)
-    for number in tl.range(split, units, splits, num_stages=2):
+    for number in tl.range(split, units, tl.num_programs(1), num_stages=2):
         unit = tl.cast(number, tl.int64) * (LEADING * _SIDE * _TILE)
         x = tl.zeros((LEADING, _SIDE, _SIDE), tl.float32)
         for tile in tl.static_range(LEADING):
             column = tl.load(leading_ptr + row_of + tile)
-            strip_at = unit + tile * (_SIDE * _TILE) + tile_at
-            x += column * tl.load(scratch_ptr + strip_at)
+            x += column * tl.load(scratch_ptr + unit + tile * _SIDE * _TILE + tile_at)
         y = _multiply_left(factor, x, BFLOAT16)
         first = _table_index(start + unit, after_run_1, after_run_2, RUN)
         signs = _signs(first + line.to(tl.uint32), after_1, after_2)
