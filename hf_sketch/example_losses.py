@@ -16,7 +16,6 @@ _CAUSAL = ("CausalLM", "LMHead")
 _ELEMENTS_AT_ONCE = 2**18
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5}
 _LOW_PRECISION_TOLERANCE = 2e-2
-_LOW_PRECISION_SHARE = _LOW_PRECISION_TOLERANCE / _TOLERANCE[torch.float32]
 _LOOKED_AT = 2**10  # logits, to tell their precision
 _CERTAIN = 0.1  # of the tolerance: the first rule that comes so near is taken
 
@@ -93,7 +92,7 @@ def example_losses(
             "per_example=False."
         )
     distance, _, nearest = min(found, key=lambda candidate: candidate[0])
-    if distance > (_LOW_PRECISION_SHARE if _has_16_bits(logits) else 1):
+    if distance > 1 and distance > _rounding(logits):
         totals = sorted({f"{total:.6g}" for _, total, _ in found})
         raise ValueError(
             "per-example gradients need a loss that is a mean of the examples' own "
@@ -182,17 +181,20 @@ def _per_example(x: Tensor, split: ExampleSplit) -> Tensor:
     return rows.flatten(1).sum(1) if rows.dim() > 1 else rows
 
 
-def _has_16_bits(logits: Tensor) -> bool:
-    """Whether float32 logits were computed in 16 bits, as autocast does.
+def _rounding(logits: Tensor) -> float:
+    """How far autocast may have rounded a float32 loss, in tolerances.
 
-    Their loss may have been rounded too, on the way: log-probabilities keep the type
-    of the logits there.
+    Log-probabilities keep the type of the logits there, which float32 logits show that
+    are all numbers of 16 bits. Each is off by half a unit in its last place; twice that
+    is allowed.
     """
-    some = logits.detach().flatten()[:_LOOKED_AT]
+    some = logits.flatten()[:_LOOKED_AT]
     if some.dtype != torch.float32:
-        return False
-    halves = (torch.bfloat16, torch.float16)
-    return any(bool((some.to(half) == some).all()) for half in halves)
+        return 1.0
+    for half in (torch.bfloat16, torch.float16):
+        if bool((some.to(half) == some).all()):
+            return torch.finfo(half).eps / _TOLERANCE[torch.float32]
+    return 1.0
 
 
 def _distance(loss: Tensor, expected: float) -> float:

@@ -10,6 +10,7 @@ from hf_sketch import ModelSketch, PerExampleSketcher, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.callbacks.moment import Moment
 from hf_sketch.callbacks.step_rows import StepRecorder
+from hf_sketch.example_losses import example_losses
 from tests.conftest import tiny_batch, tiny_bert, tiny_trainer
 from tests.tiny_models import NAMES, tiny_inputs, tiny_model
 
@@ -175,3 +176,21 @@ def test_batch_normalisation_is_refused(tmp_path):
     trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE), model=model)
     with pytest.raises(ValueError, match="got BatchNorm1d in training mode"):
         trainer.train()
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_a_loss_that_autocast_rounded_is_split_and_no_other(half):
+    """CUDA's autocast takes cross-entropy from log-probabilities of 16 bits."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(8) % 3
+    rounded = torch.randn(8, 3, generator=generator).to(half)
+    loss = functional.nll_loss(rounded.log_softmax(-1).float(), labels)
+    logits = rounded.float()
+    expected = functional.cross_entropy(logits, labels, reduction="none")
+    assert abs(loss - expected.mean()) > 3e-5  # too far for float32
+    torch.testing.assert_close(example_losses(loss, logits, labels).losses, expected)
+    smoothed = functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    unrounded = logits + 1e-6 * torch.randn(8, 3, generator=generator)
+    for bad in ((smoothed, logits), (loss, unrounded)):
+        with pytest.raises(ValueError, match="a mean of the examples' own losses"):
+            example_losses(*bad, labels)
