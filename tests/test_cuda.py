@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from peft import get_peft_model
 from transformers import TrainerCallback
 
 from hf_sketch import (
@@ -18,7 +17,6 @@ from hf_sketch import (
     HessianOperator,
     ModelSketch,
     SketchedHessian,
-    SubspaceConfig,
     lanczos,
     load_sketches,
 )
@@ -27,12 +25,19 @@ from hf_sketch.callbacks.held_rows import HeldRows
 from hf_sketch.sketches.random import CounterRandom
 from hf_sketch.sketches.signs import flip, sign_masks
 from tests.conftest import tiny_batch, tiny_bert, tiny_trainer
+from tests.device_oracles import (
+    WITHOUT_DROPOUT,
+    assert_same_operator_on,
+    random,
+    subspace_steps,
+)
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+CUDA = torch.device("cuda")
 SIZE = 256
 STEPS = 8
 MIXES = ("hadamard", "fft", "kronecker")
@@ -46,11 +51,6 @@ OPERATORS = [
     QK(60, 16, 0, in_factors=(10, 6), out_factors=(4, 4), rotation="signs"),
 ]
 each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=repr)
-DROPOUT_FREE = {
-    "num_hidden_layers": 1,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
 ON_CUDA = {
     "use_cpu": False,
     "gradient_accumulation_steps": 1,
@@ -59,38 +59,15 @@ ON_CUDA = {
 }
 
 
-def random(*shape):
-    return torch.randn(*shape, generator=torch.Generator())
-
-
-def assert_same_on_both(function, *arguments):
-    expected = function(*arguments)
-    got = function(*(x.cuda() for x in arguments))
-    assert got.is_cuda
-    distance = torch.linalg.vector_norm(got.cpu() - expected)
-    assert distance <= 1e-5 * torch.linalg.vector_norm(expected)
-
-
 @each_operator
-def test_sketches_and_their_adjoints_are_those_of_the_cpu(operator):
-    assert_same_on_both(lambda rows: rows @ operator.T, random(3, operator.in_size))
-    assert_same_on_both(lambda rows: rows @ operator, random(3, operator.out_size))
-
-
-@each_operator
-def test_outer_products_and_looked_up_rows_are_sketched_as_on_the_cpu(operator):
-    width = next(n for n in (6, 5, 4, 3, 7, 1) if operator.in_size % n == 0)
-    height = operator.in_size // width
-    right = random(2, 3, width)
-    assert_same_on_both(operator.apply_outer, random(2, 3, height), right)
-    ids = torch.arange(6).view(2, 3) * 5 % height
-    assert_same_on_both(operator.apply_outer, ids, right)
+def test_operators_are_those_of_the_cpu(operator):
+    assert_same_operator_on(CUDA, operator)
 
 
 def test_random_words_have_the_bits_of_the_cpu():
     rng = CounterRandom(3, "a role")
     expected = rng.words(2**32 - 500, 1000)
-    got = rng.words(2**32 - 500, 1000, torch.device("cuda"))
+    got = rng.words(2**32 - 500, 1000, CUDA)
     assert torch.equal(got.cpu(), expected)
 
 
@@ -139,7 +116,7 @@ class Waits(TrainerCallback):
 
 
 def train(directory, *callbacks, model=None, **arguments):
-    model = tiny_bert(**DROPOUT_FREE) if model is None else model
+    model = tiny_bert(**WITHOUT_DROPOUT) if model is None else model
     settings = {**ON_CUDA, **arguments}
     trainer = tiny_trainer(directory, *callbacks, model=model, **settings)
     trainer.train()
@@ -231,7 +208,7 @@ def test_rows_that_are_held_leave_while_training_goes_on():
 
 def curvature(device):
     """A Hessian-vector product and sketched eigenvalues."""
-    plain = tiny_bert(**DROPOUT_FREE).eval().to(device)
+    plain = tiny_bert(**WITHOUT_DROPOUT).eval().to(device)
     batch = {name: column.to(device) for name, column in tiny_batch(4).items()}
     hessian = HessianOperator(plain, [batch])
     generator = torch.Generator().manual_seed(0)
@@ -245,28 +222,13 @@ def curvature(device):
 
 
 def test_curvature_is_that_of_the_cpu():
-    for got, expected in zip(curvature("cuda"), curvature("cpu"), strict=True):
+    for got, expected in zip(curvature(CUDA), curvature("cpu"), strict=True):
         assert (got - expected).norm() <= 1e-3 * expected.norm()
 
 
-def subspace_steps(device):
-    """Losses of five steps of plain descent in a subspace, and omega after them."""
-    plain = tiny_bert(**DROPOUT_FREE)
-    wrapped = get_peft_model(plain, SubspaceConfig(dim=32, seed=0)).to(device)
-    batch = {name: column.to(device) for name, column in tiny_batch(4).items()}
-    omega = wrapped.base_model.omega
-    losses = []
-    for _ in range(5):
-        loss = wrapped(**batch).loss
-        (gradient,) = torch.autograd.grad(loss, omega)
-        with torch.no_grad():
-            omega -= 0.1 * gradient
-        losses.append(loss.detach())
-    return torch.stack([*losses]).cpu(), omega.detach().cpu()
-
-
 def test_steps_in_a_subspace_are_those_of_the_cpu():
-    for got, expected in zip(
-        subspace_steps("cuda"), subspace_steps("cpu"), strict=True
-    ):
+    results = [
+        subspace_steps(tiny_bert(**WITHOUT_DROPOUT), device) for device in (CUDA, "cpu")
+    ]
+    for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)

@@ -11,6 +11,7 @@ import torch
 from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, Dense, ModelSketch
 from hf_sketch.sketches.random import CounterRandom
 from hf_sketch.sketches.signs import flip, sign_masks
+from tests.device_oracles import assert_same_operator_on, random
 
 torch_xla = pytest.importorskip("torch_xla")
 metrics = pytest.importorskip("torch_xla.debug.metrics")
@@ -41,32 +42,9 @@ OPERATORS = [
 each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=repr)
 
 
-def random(*shape):
-    return torch.randn(*shape, generator=torch.Generator())
-
-
-def assert_same_on_both(function, *arguments):
-    expected = function(*arguments)
-    got = function(*(x.to(torch_xla.device()) for x in arguments))
-    assert got.device.type == "xla"
-    distance = torch.linalg.vector_norm(got.cpu() - expected)
-    assert distance <= 1e-5 * torch.linalg.vector_norm(expected)
-
-
 @each_operator
-def test_sketches_and_their_adjoints_are_those_of_the_cpu(operator):
-    assert_same_on_both(lambda rows: rows @ operator.T, random(3, operator.in_size))
-    assert_same_on_both(lambda rows: rows @ operator, random(3, operator.out_size))
-
-
-@each_operator
-def test_outer_products_and_looked_up_rows_are_sketched_as_on_the_cpu(operator):
-    width = next(n for n in (6, 5, 4, 3, 7, 1) if operator.in_size % n == 0)
-    height = operator.in_size // width
-    right = random(2, 3, width)
-    assert_same_on_both(operator.apply_outer, random(2, 3, height), right)
-    ids = torch.arange(6).view(2, 3) * 5 % height
-    assert_same_on_both(operator.apply_outer, ids, right)
+def test_operators_are_those_of_the_cpu(operator):
+    assert_same_operator_on(torch_xla.device(), operator)
 
 
 def test_random_words_have_the_bits_of_the_cpu():

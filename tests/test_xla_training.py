@@ -6,13 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from peft import get_peft_model
 from transformers import TrainerCallback
 
-from hf_sketch import HessianOperator, SubspaceConfig, load_sketches
+from hf_sketch import HessianOperator, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.callbacks.held_rows import HeldRows
 from tests.conftest import tiny_batch, tiny_bert, tiny_trainer
+from tests.device_oracles import WITHOUT_DROPOUT, subspace_steps
 
 torch_xla = pytest.importorskip("torch_xla")
 metrics = pytest.importorskip("torch_xla.debug.metrics")
@@ -28,15 +28,8 @@ SIZE = 256
 STEPS = 8
 
 
-MODEL = {
-    "num_hidden_layers": 1,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-
-
 def model():
-    return tiny_bert(**MODEL)
+    return tiny_bert(**WITHOUT_DROPOUT)
 
 
 class Counts(TrainerCallback):
@@ -113,7 +106,7 @@ def everything(tmp_path_factory):
 def on_cpu(tmp_path_factory):
     directory = str(tmp_path_factory.mktemp("cpu"))
     script = ON_CPU.format(
-        model=MODEL,
+        model=WITHOUT_DROPOUT,
         size=SIZE,
         directory=directory,
         settings={**SETTINGS, "use_cpu": True},
@@ -206,28 +199,17 @@ def test_rows_that_are_not_finite_are_told_when_they_are_read(tmp_path):
     assert rows["finite"].tolist() == [True] * 4 + [False] * 4
 
 
-def subspace_steps(device):
-    """Losses of five steps of plain descent in a subspace, and omega after them."""
-    wrapped = get_peft_model(model(), SubspaceConfig(dim=32, seed=0)).to(device)
-    batch = {name: column.to(device) for name, column in tiny_batch(4).items()}
-    omega = wrapped.base_model.omega
-    losses, counts = [], []
-    for _ in range(5):
-        loss = wrapped(**batch).loss
-        (gradient,) = torch.autograd.grad(loss, omega)
-        with torch.no_grad():
-            omega -= 0.1 * gradient
-        losses.append(loss.detach())
+def test_steps_in_a_subspace_are_those_of_the_cpu_and_compile_three_times_at_most():
+    counts = []
+
+    def after_step():
         torch_xla.sync()
         counts.append(programs())
-    return torch.stack([*losses]).cpu(), omega.detach().cpu(), counts
 
-
-def test_steps_in_a_subspace_are_those_of_the_cpu_and_compile_three_times_at_most():
-    losses, omega, counts = subspace_steps(torch_xla.device())
-    expected_losses, expected_omega, _ = subspace_steps(torch.device("cpu"))
-    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(omega, expected_omega, rtol=1e-4, atol=1e-6)
+    results = subspace_steps(model(), torch_xla.device(), after_step)
+    losses, omega = subspace_steps(model(), torch.device("cpu"))
+    torch.testing.assert_close(results[0], losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results[1], omega, rtol=1e-4, atol=1e-6)
     assert differences(counts)[2:] == [0, 0]
 
 
