@@ -1,16 +1,15 @@
 """Scores of rows and queries, in one pass over a store that need not fit in memory."""
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_sketch.methods import Method
-from hf_sketch.row_blocks import RowBlock, row_blocks
+from hf_sketch.row_blocks import RowBlock, sketch_matrix
+from hf_sketch.row_shares import RowShare
 
 _QUERIES_AT_ONCE = 1024
 _SUMS_AT_ONCE = 2**26
@@ -79,13 +78,37 @@ class BestRows:
         if count == 0:
             return self
         both = torch.cat([self.scores, scores], 1)
-        best, order = both.topk(min(count, both.shape[1]), dim=1)
+        best, order = _topk(both, min(count, both.shape[1]))
         places = torch.cat([self.places, places.expand(len(scores), -1)], 1)
         return BestRows(best, places.gather(1, order))
 
+    def joined_over(self, share: RowShare, count: int) -> "BestRows":
+        """With those that the other processes found, `count` in all."""
+        found: list[BestRows] = share.gathered(self)
+        best = found[0]
+        for other in found[1:]:
+            best = best.and_of(other.scores, other.places, count)
+        return best
+
+
+def query_sketches(dataset: Dataset) -> Tensor:
+    """The sketches of queries as one matrix, (queries, out_size).
+
+    Raises:
+        ValueError: one is not finite.
+    """
+    matrix = sketch_matrix(dataset)
+    broken = (~matrix.isfinite().all(1)).nonzero().squeeze(1).tolist()
+    if broken:
+        raise ValueError(
+            f"every query needs a finite gradient, got NaN or infinity in rows "
+            f"{broken[:5]}: leave them out with queries.where(finite=True)."
+        )
+    return matrix
+
 
 def best_rows(
-    dataset: Dataset, queries: QueryMatrix, method: Method, top: int, bottom: int
+    share: RowShare, queries: QueryMatrix, method: Method, top: int, bottom: int
 ) -> tuple[BestRows, BestRows]:
     """The rows of the greatest and of the least scores (these first, and negated).
 
@@ -95,10 +118,10 @@ def best_rows(
     for part in queries.split(_QUERIES_AT_ONCE):
         count = len(part.states[0])
         best, worst = BestRows.none(count), BestRows.none(count)
-        for scores, rows in score_blocks(dataset, part, method):
+        for scores, rows in score_blocks(share, part, method):
             best = best.and_of(scores, rows, top)
             worst = worst.and_of(-scores, rows, bottom)
-        found.append((best, worst))
+        found.append((best.joined_over(share, top), worst.joined_over(share, bottom)))
     return _joined([best for best, _ in found]), _joined([worst for _, worst in found])
 
 
@@ -108,16 +131,16 @@ def best_groups(sums: Tensor, top: int, bottom: int) -> tuple[BestRows, BestRows
     return none.and_of(sums, groups, top), none.and_of(-sums, groups, bottom)
 
 
-def dense_scores(dataset: Dataset, queries: QueryMatrix, method: Method) -> Tensor:
+def dense_scores(share: RowShare, queries: QueryMatrix, method: Method) -> Tensor:
     """All scores, (queries, rows), float32; NaN for rows that are not finite."""
-    scores = torch.full((len(queries.states[0]), len(dataset)), torch.nan)
-    for part, rows in score_blocks(dataset, queries, method):
+    scores = torch.full((len(queries.states[0]), len(share.dataset)), torch.nan)
+    for part, rows in score_blocks(share, queries, method):
         scores[:, rows] = part
-    return scores
+    return torch.cat(share.gathered(scores[:, share.rows.start : share.rows.stop]), 1)
 
 
 def group_scores(
-    dataset: Dataset,
+    share: RowShare,
     queries: QueryMatrix,
     method: Method,
     groups: Tensor,
@@ -131,38 +154,39 @@ def group_scores(
     sums: list[Tensor] = []
     for part in queries.split(max(1, _SUMS_AT_ONCE // max(1, count))):
         sums.append(torch.zeros(len(part.states[0]), count, dtype=torch.float64))
-        for scores, rows in score_blocks(dataset, part, method):
+        for scores, rows in score_blocks(share, part, method):
             sums[-1].index_add_(1, groups[rows], scores.double())
-    return torch.cat(sums)
+    return share.summed(torch.cat(sums))
 
 
-def self_scores(dataset: Dataset, method: Method) -> Tensor:
+def self_scores(share: RowShare, method: Method) -> Tensor:
     """Each row's score as its own query, (rows,), float32; NaN if not finite."""
-    scores = torch.full((len(dataset),), torch.nan)
-    for block in _with_progress(dataset, method):
+    scores = torch.full((len(share.dataset),), torch.nan)
+    for block in share.blocks(method):
         sketches = block.sketches
         own = (method.transform(sketches) * sketches).sum(1)
         weights = method.weights(block)
         own = own if weights is None else own * weights
         scores[block.start : block.start + len(own)] = own
-    return scores
+    return torch.cat(share.gathered(scores[share.rows.start : share.rows.stop]))
 
 
-def covariance(dataset: Dataset) -> Tensor:
+def covariance(share: RowShare) -> Tensor:
     """The mean of r r^T over all finite rows r, (out_size, out_size), float64."""
-    out_size: int = dataset.features["sketch"].length
+    out_size: int = share.dataset.features["sketch"].length
     total = torch.zeros(out_size, out_size, dtype=torch.float64)
     count = 0
-    for block in _with_progress(dataset, None):
+    for block in share.blocks():
         sketches = block.sketches
         sketches = sketches[sketches.isfinite().all(1)]
         total += (sketches.T @ sketches).double()
         count += len(sketches)
-    return total / max(1, count)
+    count = int(share.summed(torch.tensor(count)))
+    return share.summed(total) / max(1, count)
 
 
 def score_blocks(
-    dataset: Dataset, queries: QueryMatrix, method: Method
+    share: RowShare, queries: QueryMatrix, method: Method
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Scores (queries, n) and row numbers (n,) of finite rows, in order.
 
@@ -170,7 +194,7 @@ def score_blocks(
     """
     queries = queries.transformed(method)
     skipped = 0
-    for block in _with_progress(dataset, method):
+    for block in share.blocks(method):
         weights = method.weights(block)
         scale = block.scale if weights is None else block.scale * weights
         scores = queries.times(block).mul_(scale)
@@ -180,24 +204,25 @@ def score_blocks(
             scores, rows = scores[:, finite], rows[finite]
             skipped += len(finite) - len(rows)
         yield scores, rows
-    if skipped:
-        warnings.warn(
-            f"{skipped} rows with a NaN or infinite gradient were passed over: they are"
-            " those with finite=False in store.dataset.",
-            stacklevel=4,
-        )
-
-
-def _with_progress(dataset: Dataset, method: Method | None) -> Iterator[RowBlock]:
-    """All blocks, under a progress bar."""
-    names = set[str]() if method is None else {*method.columns, "step", "weight"}
-    with tqdm(total=len(dataset), desc="Reading rows", unit="row") as progress:
-        for block in row_blocks(dataset, *sorted(names)):
-            yield block
-            progress.update(len(block.scale))
+    share.tell_skipped(skipped)
 
 
 def _joined(parts: list[BestRows]) -> BestRows:
     """Those of all queries."""
     scores = torch.cat([part.scores for part in parts])
     return BestRows(scores, torch.cat([part.places for part in parts]))
+
+
+def _topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The greatest of each row and where they are; of equal ones, the first.
+
+    torch.topk takes any of equal ones, which would depend on the rows beside them.
+    """
+    best, places = scores.topk(count, dim=1)
+    least = best[:, -1:]
+    if int((scores == least).sum()) > int((best == least).sum()):
+        best, places = scores.sort(dim=1, descending=True, stable=True)
+        return best[:, :count], places[:, :count]
+    places = places.sort(dim=1).values
+    best, order = scores.gather(1, places).sort(dim=1, descending=True, stable=True)
+    return best, places.gather(1, order)

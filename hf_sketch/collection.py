@@ -17,13 +17,13 @@ from hf_sketch.attribution import (
     covariance,
     dense_scores,
     group_scores,
+    query_sketches,
     self_scores,
 )
 from hf_sketch.hub import push_store
 from hf_sketch.measured_error import MeasuredError
 from hf_sketch.methods import METHODS, Method, Preconditioned, TracIn
 from hf_sketch.model_sketch import ModelSketch
-from hf_sketch.row_blocks import sketch_matrix
 from hf_sketch.row_columns import (
     answer_lines,
     column,
@@ -33,6 +33,7 @@ from hf_sketch.row_columns import (
     with_columns,
 )
 from hf_sketch.row_index import RowIndex, index_rows
+from hf_sketch.row_shares import RowShare
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Sketches:
         measured_error: how far inner products of these rows are from exact ones, as
             measured on the first examples; None if it was not measured.
         directory: the store; None for sketches in memory.
+        split: whether the processes that Accelerate knows of share all passes over the
+            rows; see `over_processes`.
     """
 
     model_sketch: ModelSketch
@@ -53,6 +56,16 @@ class Sketches:
     steps: Dataset | None = None
     measured_error: MeasuredError | None = None
     directory: Path | None = None
+    split: bool = False
+
+    def over_processes(self) -> "Sketches":
+        """The same, each pass over the rows split among the processes of `accelerate`.
+
+        All processes must have opened the same store, and call the same methods
+        together; each reads its part of the rows, and all get the whole answer, which
+        does not depend on how many there are.
+        """
+        return replace(self, split=True)
 
     def push_to_hub(
         self, repo_id: str, private: bool | None = None, token: str | None = None
@@ -125,7 +138,7 @@ class Sketches:
         Args:
             damping: as a part of the covariance's mean eigenvalue.
         """
-        return Preconditioned(covariance(self.dataset), damping)
+        return Preconditioned(covariance(self._share), damping)
 
     def build_index(
         self,
@@ -187,16 +200,15 @@ class Sketches:
         """
         if min(top_k, bottom_k) < 0 or top_k + bottom_k == 0:
             raise ValueError(
-                f"top_k must be at least 1, or bottom_k, got {top_k} and {bottom_k}: "
-                "pass 1 or more of either."
+                f"top_k or bottom_k must be at least 1, got {top_k} and {bottom_k}."
             )
         ids, matrix = self._query_matrix(queries)
         chosen = self._method(method)
         if groups is None:
-            found = best_rows(self.dataset, matrix, chosen, top_k, bottom_k)
+            found = best_rows(self._share, matrix, chosen, top_k, bottom_k)
             return answer_lines(ids, *found, told_columns(self.dataset))
         values, codes = row_groups(self.dataset, groups)
-        sums = group_scores(self.dataset, matrix, chosen, codes, len(values))
+        sums = group_scores(self._share, matrix, chosen, codes, len(values))
         told = {groups: values, "rows": torch.bincount(codes).numpy()}
         return answer_lines(
             ids, *best_groups(sums, top_k, bottom_k), Dataset.from_dict(told)
@@ -217,9 +229,9 @@ class Sketches:
         _, matrix = self._query_matrix(queries)
         chosen = self._method(method)
         if groups is None:
-            return dense_scores(self.dataset, matrix, chosen)
+            return dense_scores(self._share, matrix, chosen)
         values, codes = row_groups(self.dataset, groups)
-        return group_scores(self.dataset, matrix, chosen, codes, len(values))
+        return group_scores(self._share, matrix, chosen, codes, len(values))
 
     def self_influence(self, method: str | Method = "dot") -> Tensor:
         """Each row's score as its own query: large for hard and for mislabelled ones.
@@ -227,14 +239,21 @@ class Sketches:
         Returns:
             (rows,), float32; NaN for rows that are not finite.
         """
-        return self_scores(self.dataset, self._method(method))
+        return self_scores(self._share, self._method(method))
+
+    @property
+    def _share(self) -> RowShare:
+        """The rows that this process reads: all, unless they are split."""
+        if self.split:
+            return RowShare.of_process(self.dataset)
+        return RowShare(self.dataset)
 
     def _query_matrix(
         self, queries: "Sketches | Mapping[int, Sketches]"
     ) -> tuple[np.ndarray[Any, Any], QueryMatrix]:
         """The queries' example ids, and their sketches by state."""
         if isinstance(queries, Sketches):
-            return self._ids(queries), QueryMatrix((self._matrix(queries),))
+            return _ids(queries.dataset), QueryMatrix((self._matrix(queries),))
         if "step" not in self.dataset.column_names:
             raise ValueError(
                 "queries at several states need rows with a step, got the columns "
@@ -243,7 +262,7 @@ class Sketches:
             )
         steps = sorted(queries)
         states = [queries[step] for step in steps]
-        ids = [self._ids(state) for state in states]
+        ids = [_ids(state.dataset) for state in states]
         if not steps or any(not np.array_equal(ids[0], other) for other in ids):
             raise ValueError(
                 "the same queries are needed at every state, got "
@@ -260,21 +279,7 @@ class Sketches:
                 "the queries must be sketched by the map of this store, got another: "
                 "make them with sketch_dataset(model, data, store.model_sketch)."
             )
-        matrix = sketch_matrix(queries.dataset)
-        broken = (~matrix.isfinite().all(1)).nonzero().squeeze(1).tolist()
-        if broken:
-            raise ValueError(
-                f"every query needs a finite gradient, got NaN or infinity in rows "
-                f"{broken[:5]}: leave them out with queries.where(finite=True)."
-            )
-        return matrix
-
-    @staticmethod
-    def _ids(queries: "Sketches") -> np.ndarray[Any, Any]:
-        """Of the queries' examples, or of their steps."""
-        columns = queries.dataset.column_names
-        name = "example_id" if "example_id" in columns else "step"
-        return column(queries.dataset, name)
+        return query_sketches(queries.dataset)
 
     def _method(self, method: str | Method) -> Method:
         """The method of a name, checked against the rows."""
@@ -291,3 +296,9 @@ class Sketches:
         if problem is not None:
             raise ValueError(problem)
         return method
+
+
+def _ids(dataset: Dataset) -> np.ndarray[Any, Any]:
+    """Of the examples, or else of the steps, that rows are of."""
+    examples = "example_id" in dataset.column_names
+    return column(dataset, "example_id" if examples else "step")

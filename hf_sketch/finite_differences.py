@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_sketch.replayed_gradients import kept_random_state, random_state
 from hf_sketch.sketch_sum import SketchSum
+from hf_sketch.sketches.lazy import is_lazy
 
 # Of the parameters' norm. On tiny GPT-2, Llama, BERT, T5, BART and ViT in float32 the
 # product with a random direction is within 1e-3, and kinks are rarely crossed.
@@ -19,6 +20,7 @@ _STEP: Final = 3e-5
 _LARGEST_CHANGE: Final = 4e-2
 _TARGET_CHANGE: Final = 1e-2
 _LEAST_FRACTION: Final = 0.03
+_MOST_FAR: Final = 0.1  # of the elements; each takes 12 bytes
 
 
 def central_difference(
@@ -60,7 +62,7 @@ class _Displacement:
         self._parameters = parameters
         theta = _norm([p.detach() for p in parameters.values()])
         self.step = _STEP * (theta or 1.0) / (norm or 1.0)
-        self._saved: dict[str, Tensor] = {}
+        self._before: dict[str, _Before] = {}
 
     def both_sides(
         self,
@@ -87,20 +89,66 @@ class _Displacement:
             with torch.no_grad():
                 for name, part in direction:
                     parameter = self._parameters[name]
-                    self._saved[name] = parameter.detach().clone()
-                    parameter.add_(part.to(parameter.dtype), alpha=self.step)
+                    moved = parameter.add(part.to(parameter.dtype), alpha=self.step)
+                    self._move(name, parameter.detach().clone(), moved)
             yield
         finally:
             with torch.no_grad():
-                for name, saved in self._saved.items():
-                    self._parameters[name].copy_(saved)
-            self._saved = {}
+                for name, before in self._before.items():
+                    parameter = self._parameters[name]
+                    parameter.copy_(before.restored(parameter))
+            self._before = {}
 
     def reverse(self) -> None:
         """From theta + d to theta - d, with the very d that rounding left."""
         with torch.no_grad():
-            for name, saved in self._saved.items():
-                self._parameters[name].sub_(saved).neg_().add_(saved)
+            for name, before in self._before.items():
+                parameter = self._parameters[name]
+                theta = before.restored(parameter)
+                self._move(name, theta, (theta - parameter).add_(theta))
+
+    def _move(self, name: str, theta: Tensor, moved: Tensor) -> None:
+        """Put a parameter elsewhere, and remember where it was."""
+        before = self._before[name] = _Before(theta)
+        self._parameters[name].copy_(moved)
+        before.compress(moved)
+
+
+class _Before:
+    """What a tensor was before it moved a little, in half of its memory.
+
+    Read as integers, float32 numbers and those near them differ by few units, kept in
+    16 bits; the elements of which this is not so are kept as they were.
+
+    Args:
+        theta: the tensor, which must not change.
+    """
+
+    def __init__(self, theta: Tensor) -> None:
+        self._theta: Tensor | None = theta
+
+    def compress(self, moved: Tensor) -> None:
+        """Keep what is needed to restore it from where it went, if that is less."""
+        theta = self._theta
+        if theta is None or theta.dtype != torch.float32 or is_lazy(theta):
+            return
+        units = theta.view(torch.int32) - moved.view(torch.int32)
+        self._units = units.to(torch.int16)
+        self._far = (self._units != units).reshape(-1).nonzero().squeeze(1)
+        if len(self._far) < _MOST_FAR * theta.numel():
+            self._values = theta.reshape(-1)[self._far]
+            self._theta = None
+        else:
+            del self._units, self._far
+
+    def restored(self, moved: Tensor) -> Tensor:
+        """The tensor as it was, bit for bit, from where it is now."""
+        if self._theta is not None:
+            return self._theta
+        theta = moved.detach().view(torch.int32).add(self._units).view(torch.float32)
+        flat = theta.reshape(-1)
+        flat[self._far] = self._values
+        return flat.view_as(moved)
 
 
 @contextmanager

@@ -36,18 +36,23 @@ class RowBlock:
         return self.kept * self.scale.unsqueeze(1)
 
 
-def row_blocks(dataset: Dataset, *names: str) -> Iterator[RowBlock]:
+def block_rows(dataset: Dataset) -> int:
+    """How many rows a block has, but for the last."""
+    return max(1, _BLOCK_ELEMENTS // dataset.features["sketch"].length)
+
+
+def row_blocks(dataset: Dataset, *names: str, start: int = 0) -> Iterator[RowBlock]:
     """All rows in order; memory does not grow with their number.
 
     Args:
         dataset: of a store.
         names: columns of numbers to read beside the sketches, where they are there.
+        start: number of the first row.
     """
     present = [name for name in ("scale", *names) if name in dataset.column_names]
     arrow = dataset.select_columns([*present, "sketch"]).with_format("arrow")
     out_size: int = dataset.features["sketch"].length
-    memory = torch.empty(max(1, _BLOCK_ELEMENTS // out_size), out_size)
-    start = 0
+    memory = torch.empty(block_rows(dataset), out_size)
     table: Any
     for table in arrow.iter(len(memory)):
         kept = memory[: table.num_rows]

@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_sketch.attribution import QueryMatrix, best_rows
 from hf_sketch.methods import Method
 from hf_sketch.row_blocks import row_blocks
+from hf_sketch.row_shares import RowShare
 
 _LISTS_A_ROOT = 4  # inverted lists: so many times the root of the number of rows
 _TRAINED_A_LIST = 64
@@ -55,7 +56,7 @@ class RowIndex:
             queries (q, out_size)
         """
         exact, _ = best_rows(
-            self.dataset, QueryMatrix((queries,)), self.method, top_k, 0
+            RowShare(self.dataset), QueryMatrix((queries,)), self.method, top_k, 0
         )
         _, found = self.search(queries, top_k)
         hits = (exact.places.unsqueeze(2) == found.unsqueeze(1)).any(2)

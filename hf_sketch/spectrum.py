@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from hf_sketch.curvature import HessianOperator
 from hf_sketch.curvature_check import CurvatureCheck
 from hf_sketch.lanczos import LanczosResult, lanczos
 from hf_sketch.model_sketch import ModelSketch
+from hf_sketch.sketch_bias import unbiased_eigenvalues, variance_of_sum
 from hf_sketch.sketched_hessian import SketchedHessian
 from hf_sketch.spectral_density import (
     SpectralDensity,
@@ -27,9 +29,9 @@ _CONVERGED = 1e-2
 class Spectrum:
     """Eigenvalues of S @ H @ S.T, and what they tell of H.
 
-    A sketch moves all eigenvalues up by about `shift` = tr(H) / out_size and scatters
-    each of the large ones by a relative sqrt(2 / out_size); `eigenvalues` are without
-    the shift. All statistics are taken of these.
+    A sketch moves all eigenvalues up by about `shift` = tr(H) / out_size, pushes the
+    large ones further out and scatters each of them by a relative sqrt(2 / out_size);
+    `eigenvalues` are without what can be undone of it, and all statistics are of these.
 
     Shapes:
         sketched, residuals, weights, gradient_along (krylov_dim,), float64, ascending
@@ -53,7 +55,7 @@ class Spectrum:
 
     Reference:
         Schioppa 2024, arXiv:2402.03994, Sec. 5.5: RNEG, R(n), outliers, alignment. The
-        shift is ours: E[S @ H @ S.T] has tr(H) / out_size on its diagonal.
+        correction of eigenvalues is ours: see `unbiased_eigenvalues`.
     """
 
     model_sketch: ModelSketch
@@ -71,44 +73,54 @@ class Spectrum:
     unit: str
     check: CurvatureCheck | None = None
 
-    @property
-    def trace(self) -> TraceEstimate:
-        """tr(H): the large eigenvalues, and the quadrature's mean of all others.
+    @cached_property
+    def _multiplicities(self) -> tuple[Tensor, Tensor]:
+        """How many eigenvalues each Ritz value stands for, and those of it unproven.
 
-        The start vector's parts along the large eigenvectors say nothing of the trace,
-        so they are left out, as in Hutch++.
+        Large ones that have converged stand for themselves, all others for as many as
+        the quadrature gives them. The start vector's parts along the large eigenvectors
+        say nothing of the others, so they are left out, as in Hutch++.
         """
-        size = self.model_sketch.out_size
         large = torch.zeros(len(self.sketched), dtype=torch.bool)
         large[self.vector_places] = True
         large &= self.residuals <= _CONVERGED * self.sketched.abs()
-        exact = float(self.sketched[large].sum())
-        values, weights = self.sketched[~large], self.weights[~large]
-        others = size - int(large.sum())
-        if not others or not len(values) or not float(weights.sum()):
-            return TraceEstimate(exact, 0.0)
-        weights = weights / weights.sum()
-        mean = float((weights * values).sum())
-        variance = float((weights * (values - mean).square()).sum())
-        return TraceEstimate(exact + others * mean, math.sqrt(2 * others * variance))
+        weights = self.weights.masked_fill(large, 0.0)
+        others = self.model_sketch.out_size - int(large.sum())
+        others = others * weights / (float(weights.sum()) or 1.0)
+        return large + others, others
+
+    @property
+    def trace(self) -> TraceEstimate:
+        """tr(H): the large eigenvalues, and the quadrature's mean of all others."""
+        multiplicities, others = self._multiplicities
+        variance = variance_of_sum(self.sketched.unsqueeze(0), others)
+        return TraceEstimate(
+            float(multiplicities @ self.sketched), math.sqrt(float(variance))
+        )
 
     @property
     def shift(self) -> float:
         """What the sketch adds to every eigenvalue: tr(H) / out_size."""
         return self.trace.value / self.model_sketch.out_size
 
+    @cached_property
+    def _unbiased(self) -> tuple[Tensor, Tensor]:
+        size = self.model_sketch.out_size
+        return unbiased_eigenvalues(self.sketched, *self._multiplicities, size)
+
     @property
     def eigenvalues(self) -> Tensor:
-        """Estimates of the eigenvalues of H at both ends of its spectrum, ascending."""
-        return self.sketched - self.shift
+        """Estimates of the eigenvalues of H at both ends of its spectrum, ascending.
+
+        What the sketch does to them on average is undone; `unbiased_eigenvalues` says
+        how.
+        """
+        return self._unbiased[0]
 
     @property
     def standard_errors(self) -> Tensor:
-        """Of `eigenvalues`: the scatter of the sketch, the residual and the shift's."""
-        size = self.model_sketch.out_size
-        scatter = 2 / size * self.eigenvalues.square()
-        shift = (self.trace.standard_error / size) ** 2
-        return (scatter + self.residuals.square() + shift).sqrt()
+        """Of `eigenvalues`: the scatter of the sketch, the residual, and the bias's."""
+        return (self._unbiased[1] + self.residuals.square()).sqrt()
 
     @property
     def rneg(self) -> float:

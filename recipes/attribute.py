@@ -23,6 +23,7 @@ from hf_sketch.recipes.text_rows import (
     token_losses,
     tokenized,
 )
+from hf_sketch.row_shares import processes
 
 
 @dataclass
@@ -32,6 +33,9 @@ class AttributeArguments:
     The queries' gradients are taken at the model given, which should be the run's last
     checkpoint or another one near it. Scores are sums over all occasions on which
     training met an example. Positive: training on it lowered the query's loss.
+
+    Several processes (accelerate launch -m hf_sketch.cli attribute ...) share the
+    store's rows, and give the same answer.
     """
 
     queries: str = field(
@@ -92,7 +96,7 @@ def run_attribute(
             f"attribute takes one store, got {len(directories)}: join them with "
             "hf-sketch merge."
         )
-    store = load_sketches(directories[0])
+    store = load_sketches(directories[0]).over_processes()
     text_model = load_text_model(arguments.model)
     rows = read_data_file(arguments.queries)
     rows = rows.select(range(min(arguments.max_queries, len(rows))))
@@ -110,11 +114,12 @@ def run_attribute(
         top_k=arguments.top_k,
         bottom_k=arguments.bottom_k,
     )
-    print_record(record)
-    beside = store_directory(directories[0]).parent / FILE
-    path = Path(arguments.output_file or beside)
-    record.save(path)
-    print(f"saved {path}")
+    if processes().is_main_process:
+        print_record(record)
+        beside = store_directory(directories[0]).parent / FILE
+        path = Path(arguments.output_file or beside)
+        record.save(path)
+        print(f"saved {path}")
     return record
 
 

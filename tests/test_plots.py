@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_spectrum import SIZE, VALUES, made_of
+from tests.test_spectrum import VALUES, WIDE, made_of
 
 pytest.importorskip("matplotlib")
 
@@ -15,13 +15,14 @@ from hf_sketch import plots
 
 RNEG = 0.3  # of VALUES, as test_spectrum.py has it
 RATIOS = [1, 0.4, 0.1, 0.05]
-ERRORS = {value: (2 / SIZE * value**2 + 0.25) ** 0.5 for value in VALUES}
+ERRORS = {value: (2 / WIDE.out_size * value**2 + 0.25) ** 0.5 for value in VALUES}
 
 
 def known(step=0, values=VALUES, residual=0.5, **fields):
     """A spectrum of these eigenvalues and a shift of their weighted mean."""
     residuals = torch.full((len(values),), residual, dtype=torch.float64)
-    return made_of(values, step=step, residuals=residuals, kept=(), **fields)
+    fields = {"model_sketch": WIDE, "step": step, "kept": (), **fields}
+    return made_of(values, residuals=residuals, **fields)
 
 
 def all_negative(step):

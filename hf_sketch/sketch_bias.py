@@ -1,0 +1,66 @@
+"""What a sketch does to the eigenvalues of a matrix, undone as far as it can be."""
+
+import torch
+from torch import Tensor
+
+_MOST_GAIN = 10.0
+
+
+def unbiased_eigenvalues(
+    sketched: Tensor, multiplicities: Tensor, others: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Estimates of H's eigenvalues from those of S @ H @ S.T, and their errors.
+
+    An eigenvalue l of H that lies outside of the bulk appears in the sketch at about
+    l + sum_j l_j / (1 - l_j / l) / D: the first term of the sum, tr(H) / D, moves all
+    eigenvalues up, the others push large ones away from the rest. Solved for l, with
+    the sketch's own eigenvalues s_j, this is 1 / l = sum_j 1 / (s - s_j) / D over all
+    but s itself. A neighbour within the sketch's scatter, s * sqrt(2 / D), pushes less
+    than its distance says. The scatter of l grows by the slope of this map.
+
+    Within the bulk, where the slope is steep, only tr(H) / D is taken off.
+
+    Shapes:
+        sketched, multiplicities, others (n,), float64 -> two of (n,)
+
+    Args:
+        sketched: Ritz values, ascending.
+        multiplicities: how many eigenvalues of the sketch each stands for.
+        others: the part of `multiplicities` that was estimated with one probe.
+        size: D, of the sketch.
+
+    Reference:
+        Silverstein and Bai 1995, doi:10.1006/jmva.1995.1083; Lawley 1956,
+        doi:10.1093/biomet/43.1-2.128, of sample covariances, which S @ H @ S.T is like.
+    """
+    distances = sketched.unsqueeze(1) - sketched
+    scatter = 2 / size * sketched.square()
+    squares = distances.square() + scatter.unsqueeze(1)
+    inverses = (distances / squares).fill_diagonal_(0).nan_to_num_()
+    slopes = squares.reciprocal().nan_to_num_(posinf=0.0).fill_diagonal_(0)
+    values = size / (inverses @ multiplicities)
+    gains = values.square() * (slopes @ multiplicities) / size
+    shift = float(multiplicities @ sketched) / size
+    bulk = ~(gains < _MOST_GAIN) | ((values > 0) != (sketched > shift))
+    probed = variance_of_sum(inverses, others) / size**2
+    variances = 2 / size * gains * values.square()
+    variances += values.square().square() * probed
+    shifted = 2 / size * (sketched - shift).square()
+    shifted += variance_of_sum(sketched.unsqueeze(0), others) / size**2
+    values = torch.where(bulk, sketched - shift, values)
+    return _ascending(values, sketched > shift), torch.where(bulk, shifted, variances)
+
+
+def variance_of_sum(terms: Tensor, others: Tensor) -> Tensor:
+    """Of sum_j others_j * terms_ij, known by one probe: 2 * count * variance."""
+    count = float(others.sum())
+    if not count:
+        return terms.new_zeros(len(terms))
+    weights = others / count
+    return 2 * count * (terms.square() @ weights - (terms @ weights).square()).clamp(0)
+
+
+def _ascending(values: Tensor, upper: Tensor) -> Tensor:
+    """The same in order: from both ends inwards, none lies beyond one before it."""
+    low, high = values[~upper], values[upper]
+    return torch.cat([low.cummax(0).values, high.flip(0).cummin(0).values.flip(0)])
