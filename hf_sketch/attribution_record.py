@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from hf_sketch.collection import Sketches
 from hf_sketch.durable import replace_file
-from hf_sketch.methods import Method
+from hf_sketch.methods import Cosine, Method
 from hf_sketch.row_columns import column
 
 FILE: Final = "attribution.json"
@@ -31,6 +31,8 @@ class QueryRecord:
         lines: of `Sketches.attribute`, with `text` where it is known.
         steps: the first optimizer step of each column of the map; none without steps.
         contributions: scores by line and column, summed; empty without steps.
+        token_scores: parts of the lines' scores by line and token; empty where they
+            were not taken.
     """
 
     query_id: int
@@ -40,6 +42,7 @@ class QueryRecord:
     tokens: list[list[Any]]
     steps: list[int]
     contributions: list[list[float]]
+    token_scores: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def record_attribution(
     method: str | Method = "dot",
     train_texts: Sequence[str] | None = None,
     tokens: Sequence[list[list[Any]]] | None = None,
+    token_sketches: Sequence[Sketches] | None = None,
 ) -> AttributionRecord:
     """Attribute queries to training examples, over all occasions of each.
 
@@ -104,10 +108,20 @@ def record_attribution(
         method: as for `Sketches.attribute`.
         train_texts: of each example, by example_id; None if they are not known.
         tokens: of each query, see `QueryRecord`.
+        token_sketches: of each query, the gradients of each token's loss but the
+            first's, whose mean is the query's.
 
     Raises:
-        ValueError: see `Sketches.attribute`.
+        ValueError: see `Sketches.attribute`; or tokens are to have scores by "cosine",
+            which is not a sum over them.
     """
+    if token_sketches is not None and (
+        method == "cosine" or isinstance(method, Cosine)
+    ):
+        raise ValueError(
+            "tokens have scores by methods that are linear in the query, got cosine: "
+            "take another method, or no scores of tokens."
+        )
     lines = store.attribute(
         queries, top_k, method, bottom_k=bottom_k, groups="example_id"
     )
@@ -130,6 +144,9 @@ def record_attribution(
                 contributions=[maps[number][example] for example in ids]
                 if maps
                 else [],
+                token_scores=[]
+                if token_sketches is None
+                else _token_scores(store, token_sketches[number], method, ids),
             )
         )
     return AttributionRecord(
@@ -142,6 +159,18 @@ def _told(line: Mapping[str, Any], train_texts: Sequence[str] | None) -> dict[st
     if train_texts is None or not 0 <= line["example_id"] < len(train_texts):
         return dict(line)
     return {**line, "text": train_texts[line["example_id"]]}
+
+
+def _token_scores(
+    store: Sketches, tokens: Sketches, method: str | Method, ids: list[int]
+) -> list[list[float]]:
+    """What each token of a query has of the examples' scores: by example and token."""
+    if not len(tokens.dataset):
+        return [[0.0] for _ in ids]
+    met = store.where(example_id=ids)
+    parts = met.scores(tokens, method, groups="example_id") / len(tokens.dataset)
+    places = np.searchsorted(np.unique(ids), ids)
+    return [[0.0, *parts[:, place].tolist()] for place in places]
 
 
 def _contributions(

@@ -47,6 +47,7 @@ from hf_sketch.recipes.xsum import (  # pyright: ignore[reportMissingImports]
     XsumTrainingArguments,
     run_xsum,
 )
+from hf_sketch.remote import is_remote
 from hf_sketch.report import write_report
 from hf_sketch.spectrum_files import load_spectra
 
@@ -120,6 +121,11 @@ def run_verify(arguments: VerifyArguments, directories: list[str]) -> None:
 
 def run_repair(arguments: RepairArguments, directories: list[str]) -> None:
     """Mend each store and print how."""
+    if remote := [directory for directory in directories if is_remote(directory)]:
+        raise ValueError(
+            f"repair takes directories, got {remote}: mend a copy of it, and put that "
+            "in its place."
+        )
     done = [line for d in directories for line in repair(store_directory(d))]
     print("\n".join(done) or "there was nothing to mend")
 
@@ -240,7 +246,7 @@ def main(words: Sequence[str] | None = None) -> None:
             description=help_text,
         )
         if command.takes_stores:
-            what = "An output_dir of a Trainer, or the sketches directory in it."
+            what = "An output_dir of a Trainer or the sketches in it, or its URL."
             sub.add_argument("directories", nargs="+", metavar="DIR", help=what)
     given = vars(parser.parse_args(words))
     command = _COMMANDS[given.pop("command")]

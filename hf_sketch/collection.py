@@ -47,8 +47,7 @@ class Sketches:
         measured_error: how far inner products of these rows are from exact ones, as
             measured on the first examples; None if it was not measured.
         directory: the store; None for sketches in memory.
-        split: whether the processes that Accelerate knows of share all passes over the
-            rows; see `over_processes`.
+        split: whether processes share the passes over the rows; see `over_processes`.
     """
 
     model_sketch: ModelSketch
@@ -59,11 +58,10 @@ class Sketches:
     split: bool = False
 
     def over_processes(self) -> "Sketches":
-        """The same, each pass over the rows split among the processes of `accelerate`.
+        """The same, each pass over the rows split among Accelerate's processes.
 
-        All processes must have opened the same store, and call the same methods
-        together; each reads its part of the rows, and all get the whole answer, which
-        does not depend on how many there are.
+        All must have opened the same store, and call the same methods together. Each
+        reads its part of the rows; all get the whole answer, whatever their number.
         """
         return replace(self, split=True)
 
@@ -82,8 +80,7 @@ class Sketches:
         """
         if self.directory is None:
             raise ValueError(
-                "only a store on disk can be pushed, got sketches in memory: pass those"
-                " of load_sketches."
+                "only a store on disk can be pushed, got one in memory: load_sketches."
             )
         return push_store(self.directory, repo_id, private, token)
 
@@ -200,7 +197,8 @@ class Sketches:
         """
         if min(top_k, bottom_k) < 0 or top_k + bottom_k == 0:
             raise ValueError(
-                f"top_k or bottom_k must be at least 1, got {top_k} and {bottom_k}."
+                f"top_k must be at least 1, or bottom_k, got {top_k} and {bottom_k}: "
+                "pass 1 or more of either."
             )
         ids, matrix = self._query_matrix(queries)
         chosen = self._method(method)
@@ -244,9 +242,7 @@ class Sketches:
     @property
     def _share(self) -> RowShare:
         """The rows that this process reads: all, unless they are split."""
-        if self.split:
-            return RowShare.of_process(self.dataset)
-        return RowShare(self.dataset)
+        return (RowShare.of_process if self.split else RowShare)(self.dataset)
 
     def _query_matrix(
         self, queries: "Sketches | Mapping[int, Sketches]"
@@ -269,8 +265,8 @@ class Sketches:
                 f"{ {s: len(q.dataset) for s, q in queries.items()} } queries by step: "
                 "make them with sketch_checkpoints of one dataset."
             )
-        matrices = tuple(self._matrix(state) for state in states)
-        return ids[0], QueryMatrix(matrices, torch.tensor(steps))
+        matrices = map(self._matrix, states)
+        return ids[0], QueryMatrix(tuple(matrices), torch.tensor(steps))
 
     def _matrix(self, queries: "Sketches") -> Tensor:
         """Their sketches, checked: (queries, out_size)."""

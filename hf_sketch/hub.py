@@ -1,4 +1,4 @@
-"""Stores on the Hugging Face Hub."""
+"""Stores on the Hugging Face Hub, and where else they are opened from."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
+from hf_sketch.remote import fetch_store, is_remote
 from hf_sketch.store import HEADER
 
 _FOLDER = "sketches"
@@ -13,14 +14,17 @@ _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def store_directory(path: str | Path, **options: Any) -> Path:
-    """The store at a path, in its `sketches` directory, or in a repository of the Hub.
+    """The store at a path, in its `sketches` directory, at a URL or on the Hub.
 
     Args:
-        path: a Trainer's `output_dir`, its `sketches` directory, or, where no such
-            directory is there, the id of a repository.
+        path: a Trainer's `output_dir`, its `sketches` directory, the URL of either, or,
+            where no such directory is there, the id of a repository.
         options: for `huggingface_hub.snapshot_download`; `repo_type` is "dataset" by
-            default, and "model" for what a Trainer pushed.
+            default, and "model" for what a Trainer pushed. Of a URL: those of the file
+            system.
     """
+    if is_remote(path):
+        return fetch_store(str(path), **options)
     directory = Path(path)
     if (directory / HEADER).exists():
         return directory

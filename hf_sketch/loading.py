@@ -28,12 +28,14 @@ def load_sketches(
 ) -> Sketches:
     """Open the sketches that a GradientSketchCallback left beside the checkpoints.
 
-    The rows are memory-mapped. What is missing from the store, because a process died
-    or recording was off, is told in a warning.
+    The rows are memory-mapped; those at a URL are copied to the local cache first. What
+    is missing from the store, because a process died or recording was off, is told in
+    a warning.
 
     Args:
-        path: the Trainer's `output_dir`, the `sketches` directory in it, or the id of
-            a dataset repository on the Hub.
+        path: the Trainer's `output_dir`, the `sketches` directory in it, the URL of
+            either on a file system of fsspec (s3://, gs://, hf://, ...), or the id of a
+            dataset repository on the Hub.
         skip_damaged: leave out files that are missing or damaged, with a warning,
             instead of raising.
         verify: compare every byte with the digests that were written with it; by
@@ -41,7 +43,7 @@ def load_sketches(
             lengths and the heads of the files are compared (`hf-sketch verify` does it
             all).
         hub_options: for `huggingface_hub.snapshot_download`, as `revision`, `token` or
-            `repo_type="model"`.
+            `repo_type="model"`; of a URL, those of its file system.
 
     Raises:
         FileNotFoundError: there is no store.

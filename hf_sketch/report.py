@@ -128,7 +128,11 @@ def _attribution(directory: Path) -> dict[str, Any]:
 
 def _query(query: QueryRecord) -> dict[str, Any]:
     """A query as the page shows it: strongest first on both sides."""
-    lines: list[dict[str, Any]] = [{"text": None} | line for line in query.lines]
+    lines: list[dict[str, Any]] = [
+        {"text": None, "tokens": None} | line for line in query.lines
+    ]
+    for line, scores in zip(lines, query.token_scores, strict=False):
+        line["tokens"] = _shaded(query.tokens, scores)
     proponents = [line for line in lines if line["rank"] >= 0 and line["score"] > 0]
     opponents = [line for line in lines if line["rank"] < 0 and line["score"] < 0]
     sizes = [abs(line["score"]) for line in lines]
@@ -141,6 +145,20 @@ def _query(query: QueryRecord) -> dict[str, Any]:
         "largest": max(sizes, default=1.0) or 1.0,
         "map": _map(query) if query.steps else None,
     }
+
+
+def _shaded(tokens: list[list[Any]], scores: list[float]) -> list[dict[str, Any]]:
+    """The tokens of a query, each as strong as its part of an example's score."""
+    largest = max(map(abs, scores)) or 1.0
+    return [
+        {
+            "token": token,
+            "score": f"{score:+.3g}",
+            "side": "for" if score > 0 else "against",
+            "percent": f"{60 * abs(score) / largest:.0f}",
+        }
+        for (token, _), score in zip(tokens, scores, strict=True)
+    ]
 
 
 def _map(query: QueryRecord) -> dict[str, Any]:

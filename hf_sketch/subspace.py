@@ -1,6 +1,5 @@
 """Fine-tuning in a sketched subspace as a PEFT method."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -154,11 +153,6 @@ class SubspaceModel(BaseTuner):
         """The active adapter's map S, to all `max_dim` coordinates."""
         return self._sketches[self.active_adapters[0]]
 
-    @property
-    def scale(self) -> float:
-        """Of theta = theta0 + scale * S[:dim].T omega, so that S[:dim] is a sketch."""
-        return math.sqrt(self.model_sketch.out_size / len(self.omega))
-
     def refresh(self) -> None:
         """Set the parameters to where omega is now, as each forward pass does."""
         self._base.leave_graph()
@@ -195,7 +189,7 @@ class SubspaceModel(BaseTuner):
                 self._weights.restore()
                 return
             vector = omega.new_zeros(self.model_sketch.out_size)
-            vector[: len(omega)] = omega * self.scale
+            vector[: len(omega)] = omega
             self._weights.move(self._base.parameters, self.model_sketch, vector)
 
     def _to_base(self) -> None:
@@ -217,9 +211,11 @@ class SubspaceModel(BaseTuner):
         if torch.is_grad_enabled() and self.active_adapters:
             omega = self.omega
             if omega.requires_grad:
-                settings = self.model_sketch, self.scale, omega
+                gradient = OmegaGradient(
+                    self.model_sketch, omega, self._base.leave_graph
+                )
                 self._keep_in_graph = self._base.recomputes()
-                self._base.enter_graph(OmegaGradient(*settings, self._base.leave_graph))
+                self._base.enter_graph(gradient)
 
     @torch.compiler.disable
     def _after(self, *_: Any) -> None:

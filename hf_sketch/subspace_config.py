@@ -24,10 +24,10 @@ class SubspaceConfig(PeftConfig):
     """Fine-tune a whole model in a sketched subspace of few dimensions.
 
     The parameters are theta0 + S.T omega, where theta0 are the base model's and the
-    `dim` numbers omega are all that trains: the first rows of one map S, drawn from the
-    seed, so that a larger `dim` contains every smaller one. S is scaled so that a step
-    of omega's optimizer moves each parameter by about the learning rate, whatever
-    `dim`.
+    `dim` numbers omega are all that trains. S is drawn from the seed. A `dim` below
+    `max_dim` uses the first rows of one S, so that it contains every smaller one. A
+    step of Adam moves each parameter by about the learning rate at `max_dim`, and by
+    sqrt(dim / max_dim) of that below.
 
         model = get_peft_model(model, SubspaceConfig(dim=2**13))
 

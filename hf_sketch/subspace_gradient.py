@@ -18,7 +18,6 @@ class OmegaGradient:
 
     Args:
         model_sketch: S, to all of its coordinates.
-        scale: of theta = theta0 + scale * S.T omega.
         omega: the first coordinates.
         when_taken: called when autograd has reached omega.
     """
@@ -26,12 +25,10 @@ class OmegaGradient:
     def __init__(
         self,
         model_sketch: ModelSketch,
-        scale: float,
         omega: Tensor,
         when_taken: Callable[[], None],
     ) -> None:
         self._model_sketch = model_sketch
-        self._scale = scale
         self.omega = omega
         self._when_taken = when_taken
         self._sum: SketchSum | None = None
@@ -56,7 +53,7 @@ class OmegaGradient:
         if total is None:
             return torch.zeros_like(self.omega)
         with torch.autocast(self.omega.device.type, enabled=False):
-            gradient = total.result().squeeze(0)[: len(self.omega)] * self._scale
+            gradient = total.result().squeeze(0)[: len(self.omega)]
         return gradient.to(self.omega)
 
 

@@ -1,6 +1,5 @@
 """A subspace adapter grown to more dimensions, with its optimizer."""
 
-import math
 from typing import Any
 
 import torch
@@ -10,15 +9,9 @@ from torch.optim import Optimizer
 
 from hf_sketch.subspace import SubspaceModel
 
-# Powers of a gradient's unit that optimizers' states have, by their names.
-_UNITS = {
-    "exp_avg": 1,
-    "momentum_buffer": 1,
-    "exp_avg_sq": 2,
-    "max_exp_avg_sq": 2,
-    "square_avg": 2,
-    "sum": 2,
-}
+# What optimizers call their states.
+_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 
 
 def grow_subspace(
@@ -26,15 +19,17 @@ def grow_subspace(
 ) -> None:
     """Let the active subspace adapter move in `dim` dimensions, the old ones included.
 
-    The model's function stays the same: theta0 + sqrt(M / dim) S[:dim].T omega, where M
-    is `max_dim`, has its old coordinates times sqrt(dim / old dim) and new ones zero.
-    The step size rule: a step of Adam on omega with learning rate r moves theta by r
-    for each parameter in the root of the mean square, before and after.
+    The model's function stays the same: theta0 + S[:dim].T omega has its old
+    coordinates and new ones that are zero. The step size rule: a coordinate moves theta
+    as far as before, so that a step of Adam on omega with learning rate r moves each
+    parameter by r * sqrt(dim / max_dim) in the root of the mean square. Of a random
+    subspace a gradient has a part that grows with the root of dim, and so does the step
+    that it can guide.
 
-    State of the optimizer goes over in the new unit of the gradient. New coordinates
-    start with a first moment of zero and the mean second moment of the old ones, whose
-    gradients have the same distribution; Adam has no step count of their own, so that
-    zeros would make their first step three times the learning rate.
+    The optimizer keeps its state. New coordinates start with a first moment of zero and
+    the mean second moment of the old ones, whose gradients have the same distribution;
+    Adam has no step count of their own, so that zeros would make their first step three
+    times the learning rate.
 
     DDP does not notice: wrap the model again, unless `IntrinsicDimensionCallback` grows
     it, which sees to that.
@@ -67,14 +62,13 @@ def grow_subspace(
         )
     if dim == len(omega):
         return
-    factor = math.sqrt(dim / len(omega))
     groups = _groups_of(optimizer, omega)
     state = _optimizer_state(optimizer, omega)
     grown = {
-        name: _grown(tensor, dim, factor ** -_UNITS[name], _UNITS[name] == 2)
+        name: _grown(tensor, dim, name in _SECOND_MOMENTS)
         for name, tensor in state.items()
     }
-    new = tuner.replace_omega(_grown(omega.detach(), dim, factor, False))
+    new = tuner.replace_omega(_grown(omega.detach(), dim, False))
     for group in groups:
         group["params"] = [new if p is omega else p for p in group["params"]]
     if optimizer is not None and state:
@@ -91,10 +85,11 @@ def _optimizer_state(
         for name, value in state.items()
         if isinstance(value, Tensor) and value.shape == omega.shape
     }
-    unknown = [name for name in tensors if name not in _UNITS]
+    known = _FIRST_MOMENTS + _SECOND_MOMENTS
+    unknown = [name for name in tensors if name not in known]
     if unknown:
         raise ValueError(
-            f"the optimizer's state must be among {list(_UNITS)} to be grown, got "
+            f"the optimizer's state must be among {list(known)} to be grown, got "
             f"{unknown} of {type(optimizer).__name__}: train with optim='adamw_torch'."
         )
     return tensors
@@ -116,8 +111,7 @@ def _groups_of(
     return holding
 
 
-def _grown(tensor: Tensor, dim: int, factor: float, fill_with_mean: bool) -> Tensor:
-    """A vector times a factor, with zeros or its mean up to a length."""
-    scaled = tensor * factor
-    fill = scaled.mean() if fill_with_mean else torch.zeros_like(scaled[0])
-    return torch.cat([scaled, fill.expand(dim - len(scaled))])
+def _grown(tensor: Tensor, dim: int, fill_with_mean: bool) -> Tensor:
+    """A vector with zeros or its mean up to a length."""
+    fill = tensor.mean() if fill_with_mean else torch.zeros_like(tensor[0])
+    return torch.cat([tensor, fill.expand(dim - len(tensor))])

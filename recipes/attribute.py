@@ -1,6 +1,7 @@
 """Answer queries from a store: which training examples moved the model."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from hf_sketch.recipes.text_rows import (
     load_text_model,
     text_columns,
     token_losses,
+    token_rows,
     tokenized,
 )
+from hf_sketch.remote import is_remote
 from hf_sketch.row_shares import processes
 
 
@@ -76,9 +79,19 @@ class AttributeArguments:
     )
     max_queries: int = field(default=100, metadata={"help": "The first ones."})
     batch_size: int = field(default=8, metadata={"help": "Queries in one pass."})
+    token_scores: bool = field(
+        default=False,
+        metadata={
+            "help": "Of a causal model: tell which of a query's tokens an example "
+            "speaks for. A query costs as much as so many queries as it has tokens."
+        },
+    )
     output_file: str | None = field(
         default=None,
-        metadata={"help": f"JSON for hf-sketch report; by default DIR/{FILE}."},
+        metadata={
+            "help": f"JSON for hf-sketch report; by default DIR/{FILE}, or {FILE} here "
+            "if DIR is a URL."
+        },
     )
 
 
@@ -110,17 +123,24 @@ def run_attribute(
         text_columns(rows, text_model.kind, arguments.text_columns),
         max_length=arguments.max_length,
         batch_size=arguments.batch_size,
+        token_scores=arguments.token_scores,
         method=method,
         top_k=arguments.top_k,
         bottom_k=arguments.bottom_k,
     )
     if processes().is_main_process:
         print_record(record)
-        beside = store_directory(directories[0]).parent / FILE
-        path = Path(arguments.output_file or beside)
+        path = Path(arguments.output_file or _beside(directories[0]))
         record.save(path)
         print(f"saved {path}")
     return record
+
+
+def _beside(directory: str) -> Path:
+    """Where the answers go by default: beside a store, or here if that is far away."""
+    if is_remote(directory):
+        return Path(FILE)
+    return store_directory(directory).parent / FILE
 
 
 def method_of(store: Sketches, name: str, damping: float | None) -> str | Method:
@@ -153,6 +173,7 @@ def attribute_texts(
     *,
     max_length: int | None = None,
     batch_size: int = 8,
+    token_scores: bool = False,
     **options: Any,
 ) -> AttributionRecord:
     """Sketch the queries at the model's weights and attribute them.
@@ -165,19 +186,31 @@ def attribute_texts(
         columns: those of the texts, of both.
         max_length: tokens that are kept.
         batch_size: queries in one pass.
+        token_scores: sketch each token of a query, too.
         options: for `record_attribution`.
+
+    Raises:
+        ValueError: scores of tokens of a model that is not causal.
     """
-    inputs = tokenized(queries, text_model, columns, max_length)
-    sketches = sketch_dataset(
+    sketch = partial(
+        sketch_dataset,
         text_model.model,
-        inputs,
-        store.model_sketch,
+        model_sketch=store.model_sketch,
         batch_size=batch_size,
         data_collator=text_model.collator,
     )
+    inputs = tokenized(queries, text_model, columns, max_length)
+    sketches = sketch(inputs)
     tokens = None
     if text_model.kind == "causal":
         tokens = [token_losses(text_model, row) for row in inputs]
+        if token_scores:
+            options["token_sketches"] = [sketch(token_rows(row)) for row in inputs]
+    elif token_scores:
+        raise ValueError(
+            f"token_scores are of causal language models, got a {text_model.kind} "
+            "model: leave them out."
+        )
     return record_attribution(
         store,
         sketches,

@@ -61,6 +61,10 @@ class AttributionArguments:
         default="tracin", metadata={"help": "As of hf-sketch attribute."}
     )
     damping: float | None = field(default=None, metadata={"help": "Of preconditioned."})
+    token_scores: bool = field(
+        default=False,
+        metadata={"help": "Of each query's tokens, too; as of hf-sketch attribute."},
+    )
     top_k: int = field(default=5, metadata={"help": "Proponents of each query."})
     bottom_k: int = field(default=5, metadata={"help": "Opponents of each query."})
 
@@ -109,6 +113,7 @@ def run_attribution(
         train,
         columns,
         max_length=arguments.max_length,
+        token_scores=arguments.token_scores,
         method=method_of(store, arguments.method, arguments.damping),
         top_k=arguments.top_k,
         bottom_k=arguments.bottom_k,

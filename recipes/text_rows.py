@@ -143,6 +143,17 @@ def tokenized(
     )
 
 
+def token_rows(row: Mapping[str, Any]) -> Dataset:
+    """A causal model's row as one row for each token after the first, of its loss."""
+    ids: list[int] = row["input_ids"]
+    count = len(ids) - 1
+    labels = [[-100] * len(ids) for _ in range(count)]
+    for place, label in enumerate(labels, 1):
+        label[place] = ids[place]
+    same = {name: [value] * count for name, value in row.items() if name != "labels"}
+    return Dataset.from_dict({**same, "labels": labels})
+
+
 def token_losses(text_model: TextModel, row: Mapping[str, Any]) -> list[list[Any]]:
     """Each token of a causal model's row and its loss, 0 of the first."""
     device = text_model.model.device

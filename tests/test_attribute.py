@@ -19,7 +19,11 @@ from transformers import (
 )
 
 from hf_sketch import load_sketches, sketch_dataset
-from hf_sketch.attribution_record import FILE, load_attribution
+from hf_sketch.attribution_record import (
+    FILE,
+    load_attribution,
+    record_attribution,
+)
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.cli import main
 from hf_sketch.recipes.demo import embedded_model_path
@@ -210,6 +214,7 @@ def test_the_recipe_trains_asks_and_reports(language_model, tmp_path, capsys):
             "--use_cpu",
             "--top_k=3",
             "--bottom_k=2",
+            "--token_scores",
         ]
     )
     store = load_sketches(tmp_path)
@@ -222,8 +227,26 @@ def test_the_recipe_trains_asks_and_reports(language_model, tmp_path, capsys):
     assert all("passage number" in line["text"] for line in query.lines)
     mean = sum(loss for _, loss in query.tokens[1:]) / (len(query.tokens) - 1)
     assert mean == pytest.approx(query.loss, rel=1e-4)
+    assert len(query.token_scores) == len(query.lines)
+    for line, parts in zip(query.lines, query.token_scores, strict=True):
+        assert len(parts) == len(query.tokens)
+        assert parts[0] == 0
+        assert sum(parts) == pytest.approx(line["score"], rel=1e-4)
+        assert max(map(abs, parts)) > 0
     assert "report.html" in capsys.readouterr().out
-    assert "the sea tells" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "the sea tells" in page
+    sides = [line["score"] * (1 if line["rank"] >= 0 else -1) for line in query.lines]
+    shown = sum(score > 0 for score in sides)
+    assert page.count("which of the query's tokens") == shown > 0
+
+
+def test_scores_of_tokens_are_refused_where_there_are_none(classifier):
+    with pytest.raises(ValueError, match="of causal language models, got a classif"):
+        ask(classifier, "--token_scores")
+    store = load_sketches(classifier / "out")
+    with pytest.raises(ValueError, match="linear in the query, got cosine: take"):
+        record_attribution(store, store, [], method="cosine", token_sketches=[])
 
 
 def test_the_recipe_wants_a_causal_model_and_long_passages(classifier, language_model):

@@ -125,15 +125,16 @@ def run_hvp_cost(arguments: HvpCostArguments) -> dict[str, Any]:
             f"{cost['extra_peak_bytes'] / 2**20:.0f} MiB, "
             f"{cost['extra_peak_bytes'] / gradient:.2f} of a gradient's"
         )
+    results: dict[str, Any] = {"products": costs}
+    save_report(arguments.output_dir, "hvp_cost", arguments, results)
     peers = [name for name in PEERS if importlib.util.find_spec(name) is not None]
-    eigenvalues = compare_eigenvalues(
+    results["eigenvalues"] = compare_eigenvalues(
         fine_tuned_minilm(arguments.fine_tuning_steps, seed=0),
         snli_batches(16, 16),
         arguments.top,
         arguments.exact_steps,
         peers,
     )
-    results = {"products": costs, "eigenvalues": eigenvalues}
     print("saved", save_report(arguments.output_dir, "hvp_cost", arguments, results))
     return results
 
