@@ -196,7 +196,7 @@ class HessianOperator(CurvatureOperator):
     def sketched_product(self, model_sketch: ModelSketch, vector: Tensor) -> Tensor:
         """S @ H(S.T @ v), with finite differences in one pass over the parameters.
 
-        Those hold a copy of the parameters and one gradient at a time, no vector.
+        Those hold half a copy of the parameters and one gradient at a time, no vector.
         """
         self._check_once()
         if self.mode == "autograd":

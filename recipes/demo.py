@@ -79,8 +79,8 @@ def run_demo(arguments: DemoArguments) -> DemoResult:
     validation = tokenize(validation, tokenizer)
 
     trainer = Trainer(
-        model=_new_model(),
-        args=_training_arguments(arguments),
+        model=new_model(),
+        args=training_arguments(arguments),
         train_dataset=tokenize(flipped.dataset, tokenizer),
         processing_class=tokenizer,
         callbacks=[GradientSketchCallback(out_size=arguments.out_size)],
@@ -116,7 +116,7 @@ def embedded_model_path() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-def _new_model() -> PreTrainedModel:
+def new_model() -> PreTrainedModel:
     """The pretrained MiniLM with a new classifier on top."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the classifier's weights are new, as they should be
@@ -127,7 +127,7 @@ def _new_model() -> PreTrainedModel:
     return model
 
 
-def _training_arguments(arguments: DemoArguments) -> TrainingArguments:
+def training_arguments(arguments: DemoArguments) -> TrainingArguments:
     """The settings of the fine-tuning run."""
     return TrainingArguments(
         arguments.output_dir,

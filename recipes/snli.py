@@ -45,10 +45,10 @@ class SnliTrainingArguments(DimensionTrainingArguments):
     )
 
 
-_SMALL = {"baseline_steps": 150, "baseline_learning_rate": 1e-4}
-_SMALL |= {"start_dim": 2**4, "max_dim": 2**10, "stage_steps": 20}
-_SMALL |= {"max_length": 48, "max_eval_samples": 150}
-_SMALL_TRAINING = {"max_steps": 200, "learning_rate": 5e-4, "save_steps": 50}
+_SMALL = {"baseline_steps": 100, "baseline_learning_rate": 1e-4}
+_SMALL |= {"start_dim": 2**10, "max_dim": 2**14, "stage_steps": 25}
+_SMALL |= {"max_length": 48, "max_eval_samples": 300, "min_improvement": 0.01}
+_SMALL_TRAINING = {"max_steps": 300, "learning_rate": 1e-3, "save_steps": 50}
 _SMALL_TRAINING |= {"per_device_train_batch_size": 16, "dataloader_pin_memory": False}
 
 

@@ -79,18 +79,21 @@ class Table10Arguments:
     max_eval_samples: int = field(
         default=500, metadata={"help": "Rows of an evaluation."}
     )
-    start_dim: int = field(default=2**4, metadata={"help": "Of each search."})
-    max_dim: int = field(default=2**13, metadata={"help": "Of each search."})
+    start_dim: int = field(default=2**10, metadata={"help": "Of each search."})
+    max_dim: int = field(default=2**15, metadata={"help": "Of each search."})
     stage_steps: int = field(
-        default=20, metadata={"help": "Optimizer steps between evaluations."}
+        default=25, metadata={"help": "Optimizer steps between evaluations."}
     )
-    max_steps: int = field(default=300, metadata={"help": "Of each search."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Of each search."})
+    max_steps: int = field(default=400, metadata={"help": "Of each search."})
+    learning_rate: float = field(
+        default=1.4e-3,
+        metadata={"help": "Of each search at max_dim; it grows with the root of dim."},
+    )
     min_improvement: float = field(
-        default=0.02,
+        default=0.01,
         metadata={"help": "A stage that improves by less doubles; 0.5 on XSum."},
     )
-    baseline_steps: int = field(default=300, metadata={"help": "Of full fine-tuning."})
+    baseline_steps: int = field(default=160, metadata={"help": "Of full fine-tuning."})
     baseline_learning_rate: float = field(
         default=1e-4, metadata={"help": "Of full fine-tuning."}
     )
@@ -102,7 +105,8 @@ class Table10Arguments:
 
 _XSUM = {"min_improvement": 0.5}
 _TINY = {"stage_steps": 2, "max_steps": 4, "baseline_steps": 2, "max_eval_samples": 12}
-_TINY |= {"num_hidden_layers": 1, "max_dim": 2**6, "batch_size": 4, "max_length": 16}
+_TINY |= {"num_hidden_layers": 1, "start_dim": 2**4, "max_dim": 2**6}
+_TINY |= {"batch_size": 4, "max_length": 16}
 
 
 def run_table10(arguments: Table10Arguments) -> dict[str, Any]:
