@@ -80,7 +80,7 @@ class Sketches:
         """
         if self.directory is None:
             raise ValueError(
-                "only a store on disk can be pushed, got one in memory: load_sketches."
+                "got sketches in memory: pass those of load_sketches, from disk."
             )
         return push_store(self.directory, repo_id, private, token)
 

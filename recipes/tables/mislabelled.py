@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -16,7 +17,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_sketch import load_sketches, sketch_dataset
+from hf_sketch import ModelSketch, load_sketches, sketch_dataset
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.evaluation import mislabel_auc
 from hf_sketch.recipes.demo import (
@@ -126,22 +127,7 @@ def run_mislabelled(arguments: MislabelledArguments) -> dict[str, Any]:
         train, validation = train.select(range(48)), validation.select(range(12))
     flipped = flip_labels(train, arguments.fraction, arguments.seed)
     inputs = tokenize(flipped.dataset, tokenizer)
-    settings = training_arguments(
-        DemoArguments(
-            str(directory),
-            num_train_epochs=arguments.num_train_epochs,
-            seed=arguments.seed,
-        )
-    )
-    settings.save_total_limit = None
-    trainer = Trainer(
-        new_model(),
-        settings,
-        train_dataset=inputs,
-        processing_class=tokenizer,
-        callbacks=[GradientSketchCallback(out_size=arguments.out_size)],
-    )
-    trainer.train()
+    _train(arguments, directory, inputs, tokenizer)
     store = load_sketches(directory)
     last = store.where(epoch=max(column(store.dataset, "epoch"))).dataset
     wrong = flipped.flipped[torch.from_numpy(column(last, "example_id"))]
@@ -160,6 +146,27 @@ def run_mislabelled(arguments: MislabelledArguments) -> dict[str, Any]:
     return results
 
 
+def _train(
+    arguments: MislabelledArguments, directory: Path, inputs: Dataset, tokenizer: Any
+) -> None:
+    """As the demo does, with a checkpoint after each epoch."""
+    demo = DemoArguments(
+        str(directory),
+        num_train_epochs=arguments.num_train_epochs,
+        seed=arguments.seed,
+    )
+    settings = training_arguments(demo)
+    settings.save_total_limit = None
+    trainer = Trainer(
+        new_model(),
+        settings,
+        train_dataset=inputs,
+        processing_class=tokenizer,
+        callbacks=[GradientSketchCallback(out_size=arguments.out_size)],
+    )
+    trainer.train()
+
+
 def _checkpoints(directory: Path) -> list[Path]:
     """Of a run, in order."""
     return sorted(
@@ -167,7 +174,9 @@ def _checkpoints(directory: Path) -> list[Path]:
     )
 
 
-def _state(path: Path, model_sketch: Any, train: Any, validation: Any) -> State:
+def _state(
+    path: Path, model_sketch: ModelSketch, train: Dataset, validation: Dataset
+) -> State:
     """All rows at a checkpoint."""
     model = AutoModelForSequenceClassification.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
