@@ -13,6 +13,7 @@ from hf_sketch.measured_error import MeasuredError, measure_error
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.per_example import ExampleRows, PerExampleSketcher
 from hf_sketch.rows import PER_EXAMPLE
+from hf_sketch.sharding import in_row_shards
 from hf_sketch.sketches.lazy import is_lazy
 
 from .example_ids import ExampleIds, check_stream, content_ids
@@ -123,10 +124,13 @@ class ExampleRecorder:
     def measure_error(self, low_precision: bool) -> MeasuredError | None:
         """The error of the step's first rows, if the model has a loss of its own.
 
-        None on a lazy device, which would compile each backward pass and product.
+        None on a lazy device, which would compile each backward pass and product, and
+        for parameters in shards, which no process could gather alone.
         """
         losses = self._losses
         if not self._step_inputs or losses is None or is_lazy(losses):
+            return None
+        if in_row_shards(self._sketcher.parameters.values()):
             return None
         if bool(losses.isnan().all()):
             return None

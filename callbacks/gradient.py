@@ -129,7 +129,7 @@ class GradientSketchCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._close()
-        check_processes(args, model)
+        check_processes(args, model, in_shards=True)
         self._together = args.world_size > 1 and self.on_error == "warn"
         self._last_step = _GOES_ON
         seed = args.seed if self.seed is None else self.seed

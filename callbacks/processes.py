@@ -16,6 +16,8 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from hf_sketch.sharding import in_row_shards
+
 Value = TypeVar("Value")
 _SHARDED = (
     DistributedType.DEEPSPEED,
@@ -30,6 +32,7 @@ def check_processes(
     callback: str = "GradientSketchCallback",
     *,
     compiled: bool = False,
+    in_shards: bool = False,
 ) -> None:
     """Raise unless every process trains the whole model, and as it is.
 
@@ -38,19 +41,24 @@ def check_processes(
         model: that it trains.
         callback: that needs it.
         compiled: whether the model may be compiled.
+        in_shards: whether FSDP2 may have split the parameters.
 
     Raises:
         ValueError: the Trainer's settings, or the model, are not covered.
     """
     kind = AcceleratorState().distributed_type
     trainable = [p for p in model.parameters() if p.requires_grad]
+    version = " of version 1" if in_shards and kind == DistributedType.FSDP else ""
+    sharding = f"{kind.value}{version}"
+    split = in_shards and bool(trainable) and in_row_shards(trainable)
     refused = {
         "several GPUs in one process": args.n_gpu > 1,
         "torch_compile=True": args.torch_compile and not compiled,
-        kind.value: kind in _SHARDED,
+        sharding: kind in _SHARDED and not split,
         "several processes of torch_xla": kind == DistributedType.XLA
         and args.world_size > 1,
-        "parameters in parts": any(type(p.data) is not Tensor for p in trainable),
+        "parameters in parts": not split
+        and any(type(p.data) is not Tensor for p in trainable),
     }
     found = [name for name, present in refused.items() if present]
     if found:

@@ -1,6 +1,6 @@
 """Rows of the store with each step's gradient."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from accelerate.state import PartialState
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.rows import PER_STEP
+from hf_sketch.sharding import in_row_shards, own_part
 from hf_sketch.sketches.operator import accumulation_dtype
 
 from .held_rows import HeldRows
@@ -26,16 +27,26 @@ class StepRecorder:
     The Trainer clips before any callback hears of the step. What it multiplied by is
     told by witnesses, some elements of each parameter's gradient, which hooks keep as
     each backward pass leaves them. Several processes average theirs, as they do all
-    gradients; the first process writes.
+    gradients; or, if the parameters are in shards (FSDP2), each sketches its own and
+    the sketches add up. The first process writes.
 
     Args:
         model: the model that trains.
         model_sketch: the map.
+
+    Raises:
+        ValueError: the parameters are in shards, and the layout is "flat".
     """
 
     def __init__(self, model: nn.Module, model_sketch: ModelSketch) -> None:
         self._model_sketch = model_sketch
         self._parameters = model_sketch.parameters_of(model)
+        self._in_shards = in_row_shards(self._parameters.values())
+        if self._in_shards and model_sketch.layout == "flat":
+            raise ValueError(
+                "layout='flat' needs the whole gradient in one place, got parameters "
+                "in shards: pass 'factored' or 'blocked'."
+            )
         self._each = max(1, _WITNESSES // len(self._parameters))
         self._recording = False
         self._witnesses: dict[str, Tensor] = {}
@@ -67,18 +78,20 @@ class StepRecorder:
         gradients = {
             n: p.grad for n, p in self._parameters.items() if p.grad is not None
         }
-        factor = self._factor(gradients)
+        parts = {name: own_part(gradient)[0] for name, gradient in gradients.items()}
+        factor = self._factor(parts)
         # Near 1 before the scale is undone, near 1 / loss_scale after.
         divisor = factor.where(factor != 0, 1.0)
         scaled = divisor.log().abs() < (divisor * loss_scale).log().abs()
         clip_factor = torch.where(scaled, factor, factor * loss_scale)
-        sketch = self._model_sketch.sketch(gradients)
+        sketch = self._sketch(gradients, factor)
         sketch = sketch / torch.where(scaled, loss_scale, 1.0)
+        norm = self._norm(parts.values())
         columns = {
             "epoch": torch.tensor([moment.epoch]),
             "step": torch.tensor([moment.step]),
             "learning_rate": torch.tensor([moment.learning_rate], dtype=torch.float64),
-            "gradient_norm": (_norm(gradients) / divisor / loss_scale).reshape(1),
+            "gradient_norm": (norm / divisor / loss_scale).reshape(1),
             "clip_factor": clip_factor.reshape(1),
             "finite": sketch.isfinite().all().reshape(1),
             "sketch": sketch.unsqueeze(0),
@@ -92,28 +105,46 @@ class StepRecorder:
         for handle in self._handles:
             handle.remove()
 
-    def _factor(self, gradients: Mapping[str, Tensor]) -> Tensor:
+    def _factor(self, parts: Mapping[str, Tensor]) -> Tensor:
         """What the gradients were multiplied by since the backward pass, if not 0."""
-        before = reduced(self._laid_out(self._witnesses), "mean")
-        now = self._laid_out({n: self._witness(g) for n, g in gradients.items()})
-        norm = torch.linalg.vector_norm(before)
-        factor = torch.linalg.vector_norm(now) / norm
+        before = self._laid_out(self._witnesses)
+        before = before if self._in_shards else reduced(before, "mean")
+        now = self._laid_out({n: self._witness(part) for n, part in parts.items()})
+        norm = self._norm([before])
+        factor = self._norm([now]) / norm
         unchanged = (norm == 0) | ((factor - 1).abs() < _ROUNDING)
         return torch.where(unchanged, 1.0, factor)
+
+    def _sketch(self, gradients: Mapping[str, Tensor], like: Tensor) -> Tensor:
+        """The sketch of the whole gradient, of the type and at the place of `like`."""
+        if not self._in_shards:
+            return self._model_sketch.sketch(gradients)
+        parts = {name: own_part(gradient) for name, gradient in gradients.items()}
+        return reduced(self._model_sketch.sketch_parts(parts).to(like), "sum")
+
+    def _norm(self, parts: Iterable[Tensor]) -> Tensor:
+        """The norm of a vector that is given in parts, with those of all shards."""
+        norms = [
+            torch.linalg.vector_norm(part, dtype=accumulation_dtype(part.dtype))
+            for part in parts
+        ]
+        none = torch.zeros((), device=PartialState().device)
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else none
+        return reduced(norm**2, "sum").sqrt() if self._in_shards else norm
 
     def _laid_out(self, witnesses: Mapping[str, Tensor]) -> Tensor:
         """The witnesses of all parameters end to end, zeros where there are none."""
         parts = [
             witnesses[name]
             if name in witnesses
-            else torch.zeros_like(self._witness(parameter.detach()))
+            else torch.zeros_like(self._witness(own_part(parameter.detach())[0]))
             for name, parameter in self._parameters.items()
         ]
         return torch.cat(parts)
 
     def _witness(self, gradient: Tensor) -> Tensor:
-        """Some elements of a parameter's gradient, always the same."""
-        return gradient.reshape(-1)[: self._each].to(accumulation_dtype(gradient.dtype))
+        """Some elements of a parameter's gradient, or of a shard, always the same."""
+        return gradient[: self._each].to(accumulation_dtype(gradient.dtype))
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         """A hook that keeps the witness of a parameter."""
@@ -121,18 +152,10 @@ class StepRecorder:
         def keep(parameter: Tensor) -> None:
             if self._recording:
                 assert parameter.grad is not None
-                self._witnesses[name] = self._witness(parameter.grad).clone()
+                part, _ = own_part(parameter.grad)
+                self._witnesses[name] = self._witness(part).clone()
 
         return keep
-
-
-def _norm(gradients: Mapping[str, Tensor]) -> Tensor:
-    """The norm of a gradient that is given in parts."""
-    norms = [
-        torch.linalg.vector_norm(g, dtype=accumulation_dtype(g.dtype))
-        for g in gradients.values()
-    ]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
 def check_sum(total: Tensor, sketch: Tensor, low_precision: bool) -> None:

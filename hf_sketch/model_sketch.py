@@ -175,6 +175,24 @@ class ModelSketch:
             total.add(name, part)
         return total.result()
 
+    def sketch_parts(self, parts: Mapping[str, tuple[Tensor, int]]) -> Tensor:
+        """Sketch a gradient of which there are some coordinates, zeros elsewhere.
+
+        Args:
+            parts: by name of the parameter, coordinates that lie one after the other in
+                its elements row by row, (length,), and where they start.
+
+        Returns:
+            (out_size,)
+        """
+        held = {name: part for name, part in parts.items() if len(part[0])}
+        if not held:
+            return torch.zeros(self.out_size)
+        total = self.sketch_sum()
+        for name, (part, start) in held.items():
+            total.add_part(name, part.detach().unsqueeze(0), start)
+        return total.result().squeeze(0)
+
     def sketch_sum(self) -> SketchSum:
         """A sketch of gradients that come parameter by parameter."""
         packed_operator = self.packed_operator if self.packed else None
@@ -228,11 +246,11 @@ class ModelSketch:
         """
         by_size = sorted(self.shapes, key=lambda item: math.prod(item[1]))
         probed = {self.shapes[0], self.shapes[-1], by_size[0], by_size[-1]}
-        probe = {name: torch.zeros(shape) for name, shape in sorted(probed)}
-        for part in probe.values():
-            count = min(part.numel(), _PROBED_ELEMENTS)
-            part.view(-1)[:count] = torch.arange(count).cos()
-        return self.sketch(probe)[:16].tolist()
+        probe = {
+            name: (torch.arange(min(math.prod(shape), _PROBED_ELEMENTS)).cos(), 0)
+            for name, shape in sorted(probed)
+        }
+        return self.sketch_parts(probe)[:16].tolist()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""

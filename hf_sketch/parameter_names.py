@@ -3,6 +3,7 @@
 from torch import nn
 
 _WRAPPERS = ("module.", "_orig_mod.")
+_CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."  # of each layer, under FSDP
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -11,7 +12,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _plain_name(name: str) -> str:
-    """A parameter's name without the prefixes of DDP and torch.compile."""
+    """A parameter's name without what DDP, FSDP and torch.compile add to it."""
     for wrapper in _WRAPPERS:
         name = name.removeprefix(wrapper)
-    return name
+    return name.replace(_CHECKPOINT_WRAPPER, "")

@@ -20,6 +20,7 @@ from hf_sketch.example_split import ExampleSplit
 from hf_sketch.gradient_sums import GradientSums
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.position_biases import PositionBiases
+from hf_sketch.sharding import in_row_shards
 from hf_sketch.watched_modules import Batch, watched_modules
 
 ExampleLossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
@@ -96,6 +97,8 @@ class PerExampleSketcher:
         for watched in self._watched:
             self._handles += watched.register(self._current)
         self._handles += self._biases.register(self._current)
+        if in_row_shards(self.parameters.values()):
+            return self  # a process hears of gradients of parameters it did not use
         for name, parameter in self.parameters.items():
             hook = self._noting(name)
             self._handles.append(parameter.register_post_accumulate_grad_hook(hook))

@@ -73,16 +73,13 @@ class Memory:
             memory peaks; an estimate.
         working_bytes: on the device at other times; an estimate.
         host_bytes: of rows on their way to the disk, at most.
-        opening_bytes: on the host while a store is made or opened, of the probe by
-            which its map is checked.
         first_step_bytes: on the device in the first step, of the first rank alone: of
-            exact gradients, which rows are compared with.
+            exact gradients, which rows are compared with; none in shards.
     """
 
     held_bytes: float
     working_bytes: float
     host_bytes: int
-    opening_bytes: int
     first_step_bytes: int
 
 
@@ -173,13 +170,12 @@ def plan_recording(
     element = next(iter(sketch.parameters_of(model).values())).element_size()
     batch = BatchShape(run.batch_size, run.tokens, element)
     work = example_work(model, sketch, batch)
-    parts = run.ranks if run.sharded else 1
     gradient_seconds = batch_seconds(model, batch, machine)
-    update = _OPTIMIZER_BYTES * sketch.in_size / parts / machine.bytes_per_second
+    update = _OPTIMIZER_BYTES * sketch.in_size / run.parts / machine.bytes_per_second
     plain = run.accumulation * gradient_seconds + update
     recorded = work * run.accumulation
     if rows.per_step:
-        recorded += step_work(sketch, element, parts)
+        recorded += step_work(sketch, element, run.parts)
     store = _store(run, rows)
     return Plan(
         elements=sketch.in_size,
@@ -191,7 +187,7 @@ def plan_recording(
             rows.every_steps,
             run.rank_examples * run.ranks,
         ),
-        memory=_memory(sketch, work, batch, parts, rows.per_step),
+        memory=_memory(sketch, work, batch, run, rows.per_step),
         network=_network(sketch, run, rows.per_step, element),
         spectrum=_spectrum(sketch, spectrum, run, gradient_seconds, element),
         reading_seconds=store.total_bytes / machine.disk_bytes_per_second,
@@ -234,36 +230,33 @@ def _store(run: TrainingRun, rows: RowSettings) -> StoreSize:
 
 
 def _memory(
-    sketch: ModelSketch, work: Work, batch: BatchShape, parts: int, per_step: bool
+    sketch: ModelSketch, work: Work, batch: BatchShape, run: TrainingRun, per_step: bool
 ) -> Memory:
     """What is held, and the most at other times."""
     rows = batch.examples * sketch.out_size * _SUMS_BYTES
     working = 3 * rows + work.summed_bytes
     if per_step:
-        working = max(working, step_bytes(sketch, batch.element_bytes, parts))
+        working = max(working, step_bytes(sketch, batch.element_bytes, run.parts))
     each = sketch.in_size * batch.element_bytes
     exact = min(_MEASURED_EXAMPLES, 1 + max(1, _MEASURED_BYTES // each))
     held = work.held_bytes + work.converted_bytes
-    by_size = sorted(sketch.shapes, key=lambda item: math.prod(item[1]))
-    probed = {sketch.shapes[0], sketch.shapes[-1], by_size[0], by_size[-1]}
     return Memory(
         held_bytes=held,
         working_bytes=working + work.converted_bytes,
         host_bytes=BUFFER_BYTES,
-        opening_bytes=_SUMS_BYTES * sum(math.prod(shape) for _, shape in probed),
-        first_step_bytes=exact * each,
+        first_step_bytes=0 if run.sharded else exact * each,
     )
 
 
 def _network(
     sketch: ModelSketch, run: TrainingRun, per_step: bool, element: int
 ) -> Network:
-    """Witnesses of each parameter; in shards, the parts' sketches as well."""
+    """Witnesses of each parameter; in shards, the parts' sketches instead."""
     if run.ranks == 1:
         return Network(0, 0)
     each = max(1, _WITNESSES // len(sketch.shapes))
     numbers = sum(min(each, math.prod(shape)) for _, shape in sketch.shapes)
-    numbers += sketch.out_size * run.sharded
+    numbers = sketch.out_size if run.sharded else numbers
     return Network(numbers * _SUMS_BYTES * per_step, sketch.in_size * element)
 
 

@@ -41,7 +41,7 @@ class PlanArguments:
     accumulation: int = field(default=1, metadata={"help": "Batches in a step."})
     ranks: int = field(default=1, metadata={"help": "Devices that train together."})
     sharded: bool = field(
-        default=False, metadata={"help": "Each holds a part of the model (FSDP)."}
+        default=False, metadata={"help": "Each holds a part of the model (FSDP2)."}
     )
     save_steps: int | None = field(
         default=None, metadata={"help": "Steps between checkpoints, which end files."}
@@ -163,8 +163,7 @@ def table_of(plan: Plan) -> dict[str, str]:
         "device memory, at training's peak": f"~{as_bytes(memory.held_bytes)} a rank",
         "device memory, at other times": f"~{as_bytes(memory.working_bytes)} a rank",
         "device memory, first step": f"{as_bytes(memory.first_step_bytes)} on rank 0",
-        "host memory": f"{as_bytes(memory.host_bytes)} a rank, "
-        f"{as_bytes(memory.opening_bytes)} while the store is opened",
+        "host memory": f"{as_bytes(memory.host_bytes)} a rank",
         "network, a recorded step": f"{as_bytes(plan.network.recording_bytes)} a rank, "
         f"beside {as_bytes(plan.network.training_bytes)} of gradients",
         "Hessian-vector products": f"{spectrum.products} a spectrum, each "

@@ -32,14 +32,14 @@ def _of_the_model(
     plan: Plan, run: TrainingRun, machine: Machine, element_bytes: int
 ) -> Iterator[str]:
     """Parameters, gradients and the optimizer's state on each rank."""
-    needed = plan.elements * (2 * element_bytes + _STATE_BYTES)
+    needed = plan.elements * (2 * element_bytes + _STATE_BYTES) / run.parts
     free = machine.memory_bytes - needed
     if run.sharded:
         yield (
-            "a model in shards (FSDP, ZeRO 3) is refused by the callbacks: what is "
-            "told for it is what its rows would take"
+            "in shards there are rows of FSDP2 alone (fsdp_version 2), and no spectra: "
+            "HessianSpectrumCallback refuses them"
         )
-    elif free < 0:
+    if free < 0:
         yield (
             f"training itself needs {needed:.3g} bytes on each device for parameters, "
             f"gradients and AdamW, and the device has {machine.memory_bytes:.3g}: "

@@ -16,7 +16,7 @@ class TrainingRun:
         tokens: of an example.
         accumulation: batches in a step.
         ranks: processes that train together, each on examples of its own.
-        sharded: whether each holds a part of the model only (FSDP, ZeRO 3).
+        sharded: whether each holds a part of the model only (FSDP2).
         save_steps: steps between two checkpoints; None for none.
 
     Raises:
@@ -43,6 +43,11 @@ class TrainingRun:
     def rank_examples(self) -> int:
         """Of one rank in a step."""
         return self.batch_size * self.accumulation
+
+    @property
+    def parts(self) -> int:
+        """Into which each parameter is split."""
+        return self.ranks if self.sharded else 1
 
     @property
     def steps(self) -> int:

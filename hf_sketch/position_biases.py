@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_sketch.gradient_rules import Contribution
+from hf_sketch.sharding import in_row_shards
 from hf_sketch.watched_modules import Batch
 
 
@@ -24,14 +25,16 @@ class PositionBiases:
     Args:
         tables: the embedding and the sketch's name of its weight, by attention module.
         layers: all modules that may take a bias.
+        in_shards: whether layers get their inputs as aliases (FSDP2).
     """
 
     tables: dict[nn.Module, tuple[nn.Embedding, str]]
     layers: list[nn.Module]
+    in_shards: bool = False
     _ids: Tensor | None = None
     _bias: Tensor | None = None
     _name: str = ""
-    _expanded: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    _expanded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict[int, Any])
 
     @classmethod
     def of_model(
@@ -48,7 +51,8 @@ class PositionBiases:
             table = getattr(module, "relative_attention_bias", None)
             if isinstance(table, nn.Embedding) and id(table.weight) in names:
                 tables[module] = table, names[id(table.weight)]
-        return cls(tables, layers if tables else [])
+        in_shards = in_row_shards(parameters.values())
+        return cls(tables, layers if tables else [], in_shards)
 
     def covers(self, module: nn.Module) -> bool:
         """Whether this is one of the embeddings."""
@@ -69,15 +73,14 @@ class PositionBiases:
 
         def give(module: nn.Module, args: Any, kwargs: Any) -> Any:
             batch, bias = current(), kwargs.get("position_bias")
-            if batch is None or bias is None or bias is not self._bias:
+            if batch is None or bias is None or not self._is_bias(bias):
                 return None
             return args, {**kwargs, "position_bias": self._expand(batch, bias)}
 
         def take_back(module: nn.Module, args: Any, output: Any) -> Any:
             if not isinstance(output, tuple) or self._bias is None:
                 return None
-            mine = self._expanded
-            return tuple(self._bias if id(x) in mine else x for x in output)
+            return tuple(self._expanded.get(id(x), (x, x))[1] for x in output)
 
         handles: list[RemovableHandle | _Patch] = []
         for module, (table, name) in self.tables.items():
@@ -122,8 +125,15 @@ class PositionBiases:
             batch.sums.add(name, Contribution("weight", left, folded))
 
         batch.watch(expanded, add)
-        self._expanded[id(expanded)] = expanded
+        self._expanded[id(expanded)] = expanded, bias
         return expanded
+
+    def _is_bias(self, x: Tensor) -> bool:
+        """Whether this is the bias that was computed last, or an alias of it."""
+        bias = self._bias
+        if bias is None or x is bias or not self.in_shards:
+            return x is bias
+        return x.data_ptr() == bias.data_ptr() and x.shape == bias.shape
 
 
 @dataclass(frozen=True)

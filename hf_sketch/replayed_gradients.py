@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_sketch.example_split import ExampleSplit
@@ -32,6 +33,7 @@ class Replay:
         kwargs: of the call.
         outputs: the tensors it returned, in the order of `tensors_of`.
         random_state: of torch's CPU and the module's device when it was called.
+        others: attributes for its other parameters, where it does not keep them.
     """
 
     module: nn.Module
@@ -41,6 +43,7 @@ class Replay:
     kwargs: dict[str, Any]
     outputs: Sequence[Tensor]
     random_state: tuple[Tensor, ...]
+    others: dict[str, Tensor]
 
     @classmethod
     def of_call(
@@ -52,11 +55,29 @@ class Replay:
         kwargs: Any,
         outputs: Sequence[Tensor],
         state: tuple[Tensor, ...],
+        in_shards: bool = False,
     ) -> "Replay":
-        """Keep a call's inputs and outputs, cut off from its graph."""
+        """Keep a call's inputs and outputs, cut off from its graph.
+
+        With `in_shards`, keep copies of the parameters, too.
+
+        Raises:
+            ValueError: the module is a unit of FSDP2, or holds one.
+        """
+        others: dict[str, Tensor] = {}
+        if in_shards:
+            if any(isinstance(part, FSDPModule) for part in module.modules()):
+                raise ValueError(
+                    "fully_shard must not be called on a module that is run again for "
+                    f"each example, got {type(module).__name__} at {path!r}: call it "
+                    "on a module around it, or pass per_example=False."
+                )
+            everything = module.named_parameters(remove_duplicate=False)
+            others = {name: p.detach().clone() for name, p in everything}
+            parameters = {name: others.pop(name) for name in parameters}
         args, kwargs = tree_map(_detached, (args, kwargs))
         detached = [output.detach() for output in outputs]
-        return cls(module, path, parameters, args, kwargs, detached, state)
+        return cls(module, path, parameters, args, kwargs, detached, state, others)
 
     def gradients(
         self, output_gradients: Sequence[Tensor | None], split: ExampleSplit
@@ -114,7 +135,11 @@ class Replay:
         device = next(iter(parameters.values())).device
         with kept_random_state(self.random_state, device), torch.enable_grad():
             outputs = torch.func.functional_call(
-                self.module, parameters, args, kwargs, tie_weights=False
+                self.module,
+                {**self.others, **parameters},
+                args,
+                kwargs,
+                tie_weights=False,
             )
         outputs = [
             _expand(output, wanted)

@@ -22,6 +22,7 @@ from hf_sketch.per_example import (
     PerExampleSketcher,
 )
 from hf_sketch.rows import QUERY, arrow_table, features
+from hf_sketch.sharding import in_row_shards
 
 _CHECKED_EXAMPLES = 2
 _LABELS = ("label", "label_ids", "labels")
@@ -63,10 +64,16 @@ def sketch_dataset(
         the sketches, in memory, with the row numbers of `dataset` as example_id.
 
     Raises:
-        ValueError: the sketch is of another model, or the model is not covered.
+        ValueError: the sketch is of another model, the model is not covered, or its
+            parameters are in shards.
         RuntimeError: a row of the first batch is not the gradient of its example alone.
     """
     sketcher = PerExampleSketcher(model, model_sketch, loss)
+    if in_row_shards(sketcher.parameters.values()):
+        raise ValueError(
+            "sketch_dataset needs whole parameters, got them in shards: load the "
+            "checkpoint into a model that is not sharded."
+        )
     device = next(model.parameters()).device
     loader: DataLoader[Any] = DataLoader(
         dataset,

@@ -47,6 +47,26 @@ class SketchSum:
             held = self._small.get(name)
             self._small[name] = rows if held is None else held + rows
 
+    def add_part(self, name: str, part: Tensor, start: int) -> None:
+        """Add some coordinates of a parameter's rows, those from `start` on.
+
+        Of parameters that share an operator, rows of full length are built.
+
+        Shapes:
+            part (b, length)
+        """
+        part = part.to(accumulation_dtype(part.dtype))
+        operator = self.operators.get(name)
+        if operator is None:
+            place = self.packed[name]
+            rows = part.new_zeros(len(part), place.stop - place.start)
+            rows[:, start : start + part.shape[1]] = part
+            self.add(name, rows)
+        elif isinstance(operator, BlockedSketch):
+            self._collect(operator, operator.accumulate_part(part, start, self._memory))
+        else:
+            self._join(operator.apply_part(part, start))
+
     def result(self) -> Tensor:
         """The sketch of all rows: (b, out_size). At least one must have been added."""
         if self._small:
@@ -63,16 +83,23 @@ class SketchSum:
     def _add(self, operator: Sketch, rows: Tensor) -> None:
         """Apply an operator; those in blocks of one size are finished together."""
         if not isinstance(operator, BlockedSketch):
-            self._parts.append(operator.apply_rows(rows))
-            if len(self._parts) > 1:
-                self._parts[0] += self._parts.pop()
+            self._join(operator.apply_rows(rows))
         elif self.whole:
             self._parts.append(operator.finish(operator.accumulate_whole(rows)))
         else:
-            mixed = operator.accumulate(rows, memory=self._memory)
-            if operator.block in self._mixed:
-                mixed += self._mixed[operator.block][1]
-            self._mixed[operator.block] = operator, mixed
+            self._collect(operator, operator.accumulate(rows, memory=self._memory))
+
+    def _join(self, part: Tensor) -> None:
+        """Keep one sum of the parts that are finished."""
+        self._parts.append(part)
+        if len(self._parts) > 1:
+            self._parts[0] += self._parts.pop()
+
+    def _collect(self, operator: BlockedSketch, mixed: Tensor) -> None:
+        """Keep a sum over blocks, to be finished with those of the same size."""
+        if operator.block in self._mixed:
+            mixed += self._mixed[operator.block][1]
+        self._mixed[operator.block] = operator, mixed
 
     def _finished(self) -> Iterator[Tensor]:
         yield from self._parts

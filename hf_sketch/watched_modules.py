@@ -14,6 +14,7 @@ from hf_sketch.example_split import ExampleSplit
 from hf_sketch.gradient_rules import Backward, Call, Rule, rule_for
 from hf_sketch.gradient_sums import GradientSums
 from hf_sketch.replayed_gradients import Replay, random_state, tensors_of
+from hf_sketch.sharding import in_row_shards
 
 _CONTAINERS = (nn.ParameterDict, nn.ParameterList)
 
@@ -96,12 +97,14 @@ class Watched:
         path: its name in the model.
         names: the sketch's names of its parameters, and of those within it.
         rule: how its gradients are read, or None: by running it again.
+        in_shards: whether its parameters are whole while it runs only (FSDP2).
     """
 
     module: nn.Module
     path: str
     names: dict[str, str]
     rule: Rule | None
+    in_shards: bool = False
     learned: dict[str, Any] = field(default_factory=dict[str, Any])
     random_state: tuple[Tensor, ...] = ()
 
@@ -124,7 +127,9 @@ class Watched:
                 return self._watch(batch, args, kwargs, output)
             return None
 
-        handles = [self.module.register_forward_hook(after, with_kwargs=True)]
+        # Before the hook by which FSDP2 gives up the parameters of this very module.
+        register = self.module.register_forward_hook
+        handles = [register(after, with_kwargs=True, prepend=self.in_shards)]
         if self.rule is None:
             handles.append(self.module.register_forward_pre_hook(before))
         return handles
@@ -186,7 +191,14 @@ class Watched:
         state = self.random_state or random_state(outputs[0].device)
         parameters = self._own_parameters(batch)
         replay = Replay.of_call(
-            self.module, self.path, parameters, args, kwargs, outputs, state
+            self.module,
+            self.path,
+            parameters,
+            args,
+            kwargs,
+            outputs,
+            state,
+            self.in_shards,
         )
         batch.replays.append((self, replay, gradients))
         for place, tensor in enumerate(outputs):
@@ -236,6 +248,7 @@ def watched_modules(
         ValueError: a module's gradients depend on the whole batch.
     """
     known = {id(parameter): name for name, parameter in parameters.items()}
+    in_shards = in_row_shards(parameters.values())
     found: list[Watched] = []
     for path, module in model.named_modules():
         if isinstance(module, _CONTAINERS):
@@ -248,7 +261,8 @@ def watched_modules(
         own = {a: n for a, n in within.items() if _holds(module, a)}
         rule = rule_for(module)
         if own:
-            found.append(Watched(module, path, own if rule else within, rule))
+            names = own if rule else within
+            found.append(Watched(module, path, names, rule, in_shards))
     return found
 
 

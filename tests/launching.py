@@ -1,4 +1,4 @@
-"""Starting tests/distributed_training.py, and reading what it leaves."""
+"""Starting training in several processes, and reading what it leaves."""
 
 import json
 import os
@@ -19,9 +19,11 @@ ACCELERATE = (
 _LONGEST_SECONDS = 300
 
 
-def launch(launcher, processes, directory, scenarios):
-    """Run scenarios, one after the other, each in all processes."""
-    module = ("--module", "tests.distributed_training", str(directory), *scenarios)
+def launch(
+    launcher, processes, directory, scenarios, module="tests.distributed_training"
+):
+    """Run a module's scenarios, one after the other, each in all processes."""
+    module = ("--module", module, str(directory), *scenarios)
     run = subprocess.Popen(
         [sys.executable, "-m", *launcher, str(processes), *module],
         cwd=Path(__file__).parents[1],

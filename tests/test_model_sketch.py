@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_sketch import QK, ModelSketch
 from hf_sketch.operator_choice import OPERATORS
+from hf_sketch.recipes.tables.measure import peak_extra_bytes
 from tests.conftest import tiny_bert
 
 
@@ -52,6 +53,42 @@ def test_parts_add_up(layout):
     ]
     torch.testing.assert_close(sum(parts), sketch.sketch(gradients))
     assert torch.equal(sketch.sketch({}), torch.zeros(64))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_shards_of_parameters_add_up(layout, operator):
+    """Cut anywhere, within rows and blocks, and some shards empty."""
+    shapes = (("wide", (300, 700)), ("deep", (3, 110, 220)), ("small", (70,)))
+    sketch = ModelSketch(shapes, 64, layout, 0, operator)
+    gradients = {n: torch.randn(shape, dtype=torch.float64) for n, shape in shapes}
+    total = torch.zeros(64, dtype=torch.float64)
+    for low, high in ((0.0, 0.37), (0.37, 0.37), (0.37, 1.0)):
+        parts = {}
+        for name, gradient in gradients.items():
+            start, stop = (int(place * gradient.numel()) for place in (low, high))
+            parts[name] = gradient.flatten()[start:stop], start
+        total += sketch.sketch_parts(parts)
+    torch.testing.assert_close(total, sketch.sketch(gradients))
+
+
+@pytest.mark.parametrize("layout", ["blocked", "factored"])
+def test_a_shard_needs_no_memory_of_the_parameters_size(layout):
+    """Nor of the shard's, whether it begins with a row and a block or not."""
+    sketch = ModelSketch((("wide", (4096, 4096)),), 2**12, layout)
+    for start in (2**23, 2**23 + 4096 * 7, 2**23 + 77):
+        part = torch.randn(2**24 - start)
+        sketch.sketch_parts({"wide": (part, start)})  # draws the signs
+        extra = peak_extra_bytes(
+            lambda part=part, start=start: sketch.sketch_parts({"wide": (part, start)})
+        )
+        copied = part.nbytes if layout == "factored" and start % 4096 else 0
+        assert extra <= copied + part.nbytes / 2
+
+
+def test_the_check_value_needs_no_memory_of_the_models_size():
+    sketch = ModelSketch((("wide", (2**20, 64)), ("small", (7,))), 64)
+    sketch.check_value()  # draws the signs
+    assert peak_extra_bytes(sketch.check_value) < 2**20
 
 
 def test_the_adjoint_is_exact(layout):

@@ -84,7 +84,7 @@ def test_a_model_that_no_process_has_whole_is_refused(tmp_path, monkeypatch):
     message = "in each process, got {}: train without, or take the callback out"
     refused(tmp_path, message.format("parameters in parts"), model=model)
     monkeypatch.setattr(processes_module, "AcceleratorState", Sharded)
-    refused(tmp_path, message.format("FSDP"))
+    refused(tmp_path, message.format("FSDP of version 1"))
 
 
 def test_compiled_training_is_refused(tmp_path):

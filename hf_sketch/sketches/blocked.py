@@ -113,6 +113,10 @@ class BlockedSketch(Sketch):
         """Sketch each row: (b, in_size) -> (b, out_size)."""
         return self.finish(self.accumulate(rows))
 
+    def apply_part(self, part: Tensor, start: int) -> Tensor:
+        """Sketch the blocks that the part touches: (b, length) -> (b, out_size)."""
+        return self.finish(self.accumulate_part(part, start))
+
     def adjoint_rows(self, rows: Tensor) -> Tensor:
         """Apply the transpose to each row: (b, out_size) -> (b, in_size)."""
         batch, block = len(rows), self.block
@@ -194,6 +198,25 @@ class BlockedSketch(Sketch):
                 for example, part in enumerate(x):
                     total[example].index_add_(0, piece.places, part)
         return total.view(batch, segments * width)
+
+    def accumulate_part(
+        self, part: Tensor, start: int, memory: "WorkingMemory | None" = None
+    ) -> Tensor:
+        """`accumulate` for coordinates that need not begin with a block.
+
+        Shapes:
+            part (b, length), the coordinates from `start` on
+            returns (b, segments * elements of each)
+        """
+        first_block, before = divmod(start, self.block)
+        if not before:
+            return self.accumulate(part, first_block, memory)
+        head, rest = part.tensor_split([self.block - before], dim=1)
+        head = torch.nn.functional.pad(head, (before, 0))
+        total = self.accumulate(head, first_block, memory)
+        if rest.shape[1]:
+            total += self.accumulate(rest, first_block + 1, memory)
+        return total
 
     def accumulate_whole(self, padded: Tensor) -> Tensor:
         """`accumulate` for an operator of one block; overwrites its input.

@@ -58,6 +58,17 @@ class Sketch(ABC):
             rows (b, in_size) -> (b, out_size)
         """
 
+    def apply_part(self, part: Tensor, start: int) -> Tensor:
+        """Sketch some coordinates of each row, those from `start` on, zeros elsewhere.
+
+        Rows of full length are built for it, unless the operator knows better.
+
+        Shapes:
+            part (b, length) -> (b, out_size)
+        """
+        after = self.shape[1] - start - part.shape[1]
+        return self.apply_rows(torch.nn.functional.pad(part, (start, after)))
+
     @abstractmethod
     def adjoint_rows(self, rows: Tensor) -> Tensor:
         """Apply the transpose to each row.

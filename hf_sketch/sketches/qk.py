@@ -125,6 +125,24 @@ class QK(Sketch):
             return self.apply_rows(form_outer(left, right, 0, self.in_size))
         return self.apply_folded(self.fold(left, 0), self.fold(right, 1))
 
+    def apply_part(self, part: Tensor, start: int) -> Tensor:
+        """Sketch some coordinates: (b, length) -> (b, out_size).
+
+        Rows of a matrix of `sides` are projected as they are, with a copy if the part
+        begins or ends within one.
+        """
+        if self.sides is None:
+            return super().apply_part(part, start)
+        width = self.sides[1]
+        first, before = divmod(start, width)
+        after = -(before + part.shape[1]) % width
+        if before or after:
+            part = torch.nn.functional.pad(part, (before, after))
+        matrix = part.reshape(len(part), -1, width)
+        last = first + matrix.shape[1]
+        left = torch.arange(first, last, device=part.device).expand(len(part), -1)
+        return self.apply_outer(left, matrix)
+
     @property
     def sides(self) -> tuple[int, int] | None:
         """The (m, n) of outer products that are sketched without being formed."""

@@ -1,0 +1,52 @@
+"""Which part of a parameter, or of its gradient, a process holds."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+
+def in_row_shards(parameters: Iterable[Tensor]) -> bool:
+    """Whether all are split among the processes by their first dimension.
+
+    So FSDP2 (`fully_shard`) splits them, with or without replicas of the shards.
+    """
+    return all(isinstance(p, DTensor) and _is_in_rows(p) for p in parameters)
+
+
+def own_part(x: Tensor) -> tuple[Tensor, int]:
+    """The coordinates that this process answers for, and where they start.
+
+    The parts of all processes are the whole, each coordinate once: of replicas of a
+    shard the first answers for it, the others for none. A plain tensor is one part.
+
+    Shapes:
+        returns (length,), in the order of x's elements row by row
+
+    Raises:
+        ValueError: x is split otherwise than by its first dimension.
+    """
+    if not isinstance(x, DTensor):
+        return x.reshape(-1), 0
+    if not _is_in_rows(x):
+        raise ValueError(
+            "a tensor in shards must be split by its first dimension, as FSDP2 does, "
+            f"got placements {x.placements}: shard it with fully_shard."
+        )
+    first = 0
+    for axis, placement in enumerate(x.placements):
+        rank = x.device_mesh.get_local_rank(axis)
+        if isinstance(placement, Shard):
+            rows_each = -(-x.shape[0] // x.device_mesh.size(axis))  # as torch.chunk
+            first = min(rank * rows_each, x.shape[0])
+        elif rank > 0:
+            return torch.empty(0, dtype=x.dtype, device=x.device), 0
+    return x.to_local().reshape(-1), first * math.prod(x.shape[1:])
+
+
+def _is_in_rows(x: DTensor) -> bool:
+    """Whether one axis of the mesh splits the first dimension and no other does any."""
+    shards = [p for p in x.placements if not isinstance(p, Replicate)]
+    return len(shards) == 1 and type(shards[0]) is Shard and shards[0].dim == 0

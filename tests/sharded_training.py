@@ -1,0 +1,214 @@
+"""Training of parameters in shards (FSDP2), for tests/test_sharded.py to start.
+
+`torchrun --nproc_per_node 2 --module tests.sharded_training <directory> watched`.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
+
+import hf_sketch.callbacks.step_rows as step_rows_module
+from hf_sketch import ModelSketch, PerExampleSketcher, sketch_dataset
+from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
+from tests.conftest import tiny_bert, tiny_dataset
+from tests.distributed_training import GLOBAL_BATCH, SIZE, leave, undropped_bert
+from tests.tiny_models import NAMES, tiny_inputs, tiny_model
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer",
+}
+
+
+def train(directory, *callbacks, model=None, resume=None, **arguments):
+    """Train as Accelerate does with FSDP2, and leave what became of it.
+
+    On CPUs it would use DDP instead: it is told that they are devices of another kind.
+    """
+    settings = {
+        "per_device_train_batch_size": GLOBAL_BATCH // int(os.environ["WORLD_SIZE"]),
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "max_grad_norm": 0.5,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "ddp_backend": "gloo",
+        "seed": 7,
+        "average_tokens_across_devices": False,
+    }
+    os.environ.update(FSDP2)
+    settings = TrainingArguments(str(directory), **{**settings, **arguments})
+    assert settings.world_size > 1  # which sets the processes up
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    trainer = Trainer(
+        undropped_bert() if model is None else model,
+        settings,
+        train_dataset=tiny_dataset(24),
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    assert trainer.accelerator.is_fsdp2
+    leave_results(directory, trainer)
+
+
+def leave_results(directory, trainer):
+    history = trainer.state.log_history
+    leave(directory, curve=[entry["loss"] for entry in history if "loss" in entry])
+    rank = PartialState().process_index
+    weights = {n: p.to_local() for n, p in trainer.model.named_parameters()}
+    torch.save(weights, directory / f"weights-{rank}.pt")
+    PartialState().wait_for_everyone()
+
+
+def watched(directory):
+    """Notes what is exchanged for the rows of steps."""
+    plain, exchanged = step_rows_module.reduced, []
+
+    def reduced(x, how):
+        exchanged.append(x.numel())
+        return plain(x, how)
+
+    step_rows_module.reduced = reduced
+    train(directory, GradientSketchCallback(SIZE))
+    step_rows_module.reduced = plain
+    leave(directory, exchanged=exchanged)
+
+
+def blocked(directory):
+    train(directory, GradientSketchCallback(SIZE, layout="blocked", per_example=False))
+
+
+def plain(directory):
+    """With dropout."""
+    train(directory, model=tiny_bert())
+
+
+def dropped(directory):
+    """The same with rows."""
+    train(directory, GradientSketchCallback(SIZE), model=tiny_bert())
+
+
+def resumed(directory):
+    """Goes on with the rows of `watched` after its second checkpoint."""
+    resume = str(directory.parent / "watched" / "checkpoint-4")
+    train(directory, GradientSketchCallback(SIZE), resume=resume)
+
+
+def refused(directory):
+    """What does not take shards: an error before training; a warning, and no file."""
+    flat = GradientSketchCallback(SIZE, layout="flat", per_example=False)
+    try:
+        train(directory, flat)
+    except ValueError as error:
+        leave(directory, flat=str(error))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(directory, HessianSpectrumCallback([1], krylov_dim=2))
+    leave(directory, spectrum=[str(warning.message) for warning in caught])
+
+
+def sharded(model, mesh=None):
+    """Every layer, then the rest, as FSDP2 is meant to be used."""
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def layers_of(module):
+    """The members of the outermost lists of modules."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else layers_of(child)
+
+
+def replicas(directory):
+    """Two replicas of two shards each, as HSDP has them."""
+    PartialState(cpu=True, backend="gloo")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = sharded(undropped_bert(), mesh)
+    arguments = TrainingArguments(
+        str(directory),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        num_train_epochs=2,
+        learning_rate=1e-3,
+        max_grad_norm=0.5,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=7,
+        average_tokens_across_devices=False,
+    )
+    callback = GradientSketchCallback(SIZE)
+    data = tiny_dataset(24)
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+    trainer.accelerator.prepare_model = lambda model, **kwargs: model  # no DDP
+    trainer.train()
+    leave_results(directory, trainer)
+
+
+def families(directory):
+    """Rows of models of every kind, each process with a half of the examples."""
+    PartialState(cpu=True, backend="gloo")
+    rank = PartialState().process_index
+    distances = {}
+    for name in NAMES:
+        inputs = {n: x[2 * rank :][:2] for n, x in tiny_inputs(name).items()}
+        model = tiny_model(name, use_cache=False)
+        wanted = rows_of(model, inputs)
+        got = rows_of(sharded(model), inputs)
+        each = (got - wanted).norm(dim=1) / wanted.norm(dim=1)
+        distances[name] = float(each.max())
+    leave(directory, distances=distances)
+    sketch = ModelSketch.from_model(model, SIZE)
+    try:
+        sketch_dataset(model, tiny_dataset(2), sketch)
+    except ValueError as error:
+        leave(directory, dataset=str(error))
+
+
+def rows_of(model, inputs):
+    """The rows of a batch."""
+    sketch = ModelSketch.from_model(model, SIZE, "factored")
+    with PerExampleSketcher(model, sketch) as sketcher:
+        model(**inputs).loss.backward()
+        return sketcher.take().rows
+
+
+SCENARIOS = {
+    "blocked": blocked,
+    "dropped": dropped,
+    "families": families,
+    "plain": plain,
+    "refused": refused,
+    "replicas": replicas,
+    "resumed": resumed,
+    "watched": watched,
+}
+
+
+if __name__ == "__main__":
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    top = Path(sys.argv[1])
+    for name in sys.argv[2:]:
+        SCENARIOS[name](top / name)
+    # Threads of the group must have ended when the interpreter does.
+    PartialState().destroy_process_group()

@@ -1,0 +1,109 @@
+"""Parameters in shards (FSDP2) give the rows that whole ones give.
+
+Training runs in processes of their own, by tests/sharded_training.py.
+"""
+
+import pytest
+import torch
+
+from hf_sketch import load_sketches
+from hf_sketch.callbacks import GradientSketchCallback
+from tests.conftest import tiny_dataset, tiny_trainer
+from tests.distributed_training import SIZE, even
+from tests.launching import TORCHRUN, launch, told
+from tests.test_processes import assert_same_rows, columns
+from tests.tiny_models import NAMES
+
+MODULE = "tests.sharded_training"
+IN_TWO = ("families", "watched", "resumed", "blocked", "plain", "dropped", "refused")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes leave."""
+    return launch(TORCHRUN, 2, tmp_path_factory.mktemp("two"), IN_TWO, MODULE)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """What four processes leave, two shards of two replicas."""
+    directory = tmp_path_factory.mktemp("four")
+    return launch(TORCHRUN, 4, directory, ("replicas", "watched"), MODULE)
+
+
+def single(directory, **options):
+    """The store of the same training in one process, with whole parameters."""
+    settings = even()
+    dataset = tiny_dataset(settings.pop("rows"))
+    callback = GradientSketchCallback(SIZE, **options)
+    tiny_trainer(directory, callback, dataset=dataset, **settings).train()
+    return load_sketches(directory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["watched", "replicas"])
+def test_rows_are_those_of_whole_parameters(two, four, tmp_path, scenario):
+    directory = two if scenario == "watched" else four
+    store = load_sketches(directory / scenario)
+    assert_same_rows(store, single(tmp_path))
+    assert store.measured_error is None
+
+
+@pytest.mark.slow
+def test_shards_that_are_empty_on_some_processes(four, tmp_path):
+    """Three classes in four processes."""
+    assert_same_rows(load_sketches(four / "watched"), single(tmp_path))
+
+
+@pytest.mark.slow
+def test_rows_of_steps_in_blocks(two, tmp_path):
+    options = {"layout": "blocked", "per_example": False}
+    got = columns(load_sketches(two / "blocked").steps)
+    wanted = columns(single(tmp_path, **options).steps)
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_examples_of_every_family(two, name):
+    assert all(each[name] < 1e-9 for each in told(two / "families", "distances"))
+
+
+@pytest.mark.slow
+def test_a_sketch_and_some_norms_alone_are_exchanged(two):
+    """Of the first step also the sum of its rows; a step has three norms."""
+    for sizes in told(two / "watched", "exchanged"):
+        assert sorted(sizes) == [1] * 18 + [SIZE] * 6
+
+
+@pytest.mark.slow
+def test_training_is_bit_equal_with_and_without(two):
+    assert told(two / "plain", "curve") == told(two / "dropped", "curve")
+    for rank in (0, 1):
+        plain, watched = (
+            torch.load(two / name / f"weights-{rank}.pt")
+            for name in ("plain", "dropped")
+        )
+        assert all(torch.equal(plain[name], watched[name]) for name in plain)
+
+
+@pytest.mark.slow
+def test_resumed_rows_are_those_of_training_that_went_through(two):
+    """The last two steps; the weights come out of FSDP2's own checkpoint."""
+    got, wanted = (load_sketches(two / name) for name in ("resumed", "watched"))
+    steps = columns(got.steps)
+    assert steps["step"].tolist() == [5, 6]
+    torch.testing.assert_close(steps["sketch"], columns(wanted.steps)["sketch"][4:])
+
+
+@pytest.mark.slow
+def test_what_needs_whole_parameters_is_refused(two):
+    for text in told(two / "refused", "flat"):
+        assert "layout='flat' needs the whole gradient in one place" in text
+    for text in told(two / "families", "dataset"):
+        assert "sketch_dataset needs whole parameters, got them in shards" in text
+    for texts in told(two / "refused", "spectrum"):
+        expected = "HessianSpectrumCallback needs the whole model, in each process"
+        assert any(expected in text and "got FSDP" in text for text in texts)
+    assert not (two / "refused" / "curvature").exists()
