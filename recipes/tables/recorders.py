@@ -65,11 +65,11 @@ class PostHocRecorder(Recorder):
 
 
 class Ours(TrainingRecorder):
-    """GradientSketchCallback with rows per example only."""
+    """GradientSketchCallback, by default with rows per example only."""
 
-    def __init__(self, out_size: int, layout: str) -> None:
+    def __init__(self, out_size: int, layout: str, per_step: bool = False) -> None:
         self._callback = GradientSketchCallback(
-            out_size, layout=layout, per_step=False, seed=0
+            out_size, layout=layout, per_step=per_step, seed=0
         )
         self.note = (
             f"layout={layout!r}, {out_size} numbers, float32; the peak is with the "
