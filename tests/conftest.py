@@ -54,26 +54,28 @@ def tiny_dataset(rows=22):
     return Dataset.from_dict({**columns, "text": ["some text"] * rows})
 
 
+TINY_TRAINING = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 2,
+    "learning_rate": 1e-3,
+    "max_grad_norm": 0.5,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "seed": 7,
+}
+
+
 def tiny_trainer(
     output_dir, *callbacks, model=None, dataset=None, eval_dataset=None, **arguments
 ):
     """A Trainer with dropout, accumulation, clipping and a last partial batch."""
-    settings = {
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-3,
-        "max_grad_norm": 0.5,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 7,
-    }
     return Trainer(
         tiny_bert() if model is None else model,
-        TrainingArguments(str(output_dir), **{**settings, **arguments}),
+        TrainingArguments(str(output_dir), **{**TINY_TRAINING, **arguments}),
         train_dataset=tiny_dataset() if dataset is None else dataset,
         eval_dataset=eval_dataset,
         callbacks=list(callbacks),

@@ -20,7 +20,7 @@ from transformers.utils import logging
 import hf_sketch.callbacks.step_rows as step_rows_module
 from hf_sketch import ModelSketch, PerExampleSketcher, sketch_dataset
 from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
-from tests.conftest import tiny_bert, tiny_dataset
+from tests.conftest import TINY_TRAINING, tiny_bert, tiny_dataset
 from tests.distributed_training import GLOBAL_BATCH, SIZE, leave, undropped_bert
 from tests.tiny_models import NAMES, tiny_inputs, tiny_model
 
@@ -37,23 +37,9 @@ def train(directory, *callbacks, model=None, resume=None, **arguments):
 
     On CPUs it would use DDP instead: it is told that they are devices of another kind.
     """
-    settings = {
-        "per_device_train_batch_size": GLOBAL_BATCH // int(os.environ["WORLD_SIZE"]),
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-3,
-        "max_grad_norm": 0.5,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "ddp_backend": "gloo",
-        "seed": 7,
-        "average_tokens_across_devices": False,
-    }
+    settings = {**TINY_TRAINING, "ddp_backend": "gloo", **per_process(), **arguments}
     os.environ.update(FSDP2)
-    settings = TrainingArguments(str(directory), **{**settings, **arguments})
+    settings = TrainingArguments(str(directory), **settings)
     assert settings.world_size > 1  # which sets the processes up
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
     trainer = Trainer(
@@ -65,6 +51,15 @@ def train(directory, *callbacks, model=None, resume=None, **arguments):
     trainer.train(resume_from_checkpoint=resume)
     assert trainer.accelerator.is_fsdp2
     leave_results(directory, trainer)
+
+
+def per_process():
+    """As many examples in a step as one process has."""
+    batch_size = GLOBAL_BATCH // int(os.environ["WORLD_SIZE"])
+    return {
+        "per_device_train_batch_size": batch_size,
+        "average_tokens_across_devices": False,
+    }
 
 
 def leave_results(directory, trainer):
@@ -141,21 +136,8 @@ def replicas(directory):
     PartialState(cpu=True, backend="gloo")
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model = sharded(undropped_bert(), mesh)
-    arguments = TrainingArguments(
-        str(directory),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=2,
-        num_train_epochs=2,
-        learning_rate=1e-3,
-        max_grad_norm=0.5,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=7,
-        average_tokens_across_devices=False,
-    )
+    settings = {**TINY_TRAINING, **per_process(), "save_strategy": "no"}
+    arguments = TrainingArguments(str(directory), **settings)
     callback = GradientSketchCallback(SIZE)
     data = tiny_dataset(24)
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback])
