@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
@@ -32,6 +33,20 @@ FSDP2 = {
 }
 
 
+class Collectives(TorchDispatchMode):
+    """Counts the processes' exchanges, by kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "c10d" in func.namespace:
+            name = func.name()
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
 def train(directory, *callbacks, model=None, resume=None, **arguments):
     """Train as Accelerate does with FSDP2, and leave what became of it.
 
@@ -48,8 +63,10 @@ def train(directory, *callbacks, model=None, resume=None, **arguments):
         train_dataset=tiny_dataset(24),
         callbacks=list(callbacks),
     )
-    trainer.train(resume_from_checkpoint=resume)
+    with Collectives() as collectives:
+        trainer.train(resume_from_checkpoint=resume)
     assert trainer.accelerator.is_fsdp2
+    leave(directory, collectives=collectives.counts)
     leave_results(directory, trainer)
 
 

@@ -78,6 +78,19 @@ def test_a_sketch_and_some_norms_alone_are_exchanged(two):
 
 
 @pytest.mark.slow
+def test_nothing_is_gathered_for_rows(two):
+    """Beside training's own exchanges there are those sums, and barriers for files."""
+    pairs = zip(
+        *(told(two / x, "collectives") for x in ("dropped", "plain")), strict=True
+    )
+    for got, plain in pairs:
+        assert got.pop("c10d::allreduce_") == 25
+        got.pop("c10d::barrier")
+        assert got == plain
+        assert plain["c10d::_allgather_base_"] > 0
+
+
+@pytest.mark.slow
 def test_training_is_bit_equal_with_and_without(two):
     assert told(two / "plain", "curve") == told(two / "dropped", "curve")
     for rank in (0, 1):
