@@ -106,6 +106,18 @@ def blocked(directory):
     train(directory, GradientSketchCallback(SIZE, layout="blocked", per_example=False))
 
 
+def checkpointed(directory):
+    """With activation checkpointing of each layer, by FSDP's own wrappers."""
+    os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "true"
+    train(directory, GradientSketchCallback(SIZE))
+    del os.environ["FSDP_ACTIVATION_CHECKPOINTING"]
+
+
+def mixed(directory):
+    """In bfloat16, by FSDP's own policy."""
+    train(directory, GradientSketchCallback(SIZE), bf16=True)
+
+
 def plain(directory):
     """With dropout."""
     train(directory, model=tiny_bert())
@@ -193,8 +205,10 @@ def rows_of(model, inputs):
 
 SCENARIOS = {
     "blocked": blocked,
+    "checkpointed": checkpointed,
     "dropped": dropped,
     "families": families,
+    "mixed": mixed,
     "plain": plain,
     "refused": refused,
     "replicas": replicas,

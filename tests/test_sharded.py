@@ -11,11 +11,12 @@ from hf_sketch.callbacks import GradientSketchCallback
 from tests.conftest import tiny_dataset, tiny_trainer
 from tests.distributed_training import SIZE, even
 from tests.launching import TORCHRUN, launch, told
-from tests.test_processes import assert_same_rows, columns
+from tests.test_processes import assert_same_rows, columns, in_order
 from tests.tiny_models import NAMES
 
 MODULE = "tests.sharded_training"
-IN_TWO = ("families", "watched", "resumed", "blocked", "plain", "dropped", "refused")
+IN_TWO = ("families", "watched", "resumed", "blocked", "checkpointed", "plain")
+IN_TWO += ("dropped", "refused", "mixed")  # mixed precision stays on
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,9 @@ def single(directory, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["watched", "replicas"])
+@pytest.mark.parametrize("scenario", ["watched", "checkpointed", "replicas"])
 def test_rows_are_those_of_whole_parameters(two, four, tmp_path, scenario):
-    directory = two if scenario == "watched" else four
+    directory = four if scenario == "replicas" else two
     store = load_sketches(directory / scenario)
     assert_same_rows(store, single(tmp_path))
     assert store.measured_error is None
@@ -62,6 +63,16 @@ def test_rows_of_steps_in_blocks(two, tmp_path):
     wanted = columns(single(tmp_path, **options).steps)
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_rows_in_bfloat16(two, tmp_path):
+    got, wanted = load_sketches(two / "mixed"), single(tmp_path)
+    for kind in ("steps", "dataset"):
+        rows = [columns(getattr(store, kind)) for store in (got, wanted)]
+        rows = [in_order(r) if kind == "dataset" else r for r in rows]
+        distance = (rows[0]["sketch"] - rows[1]["sketch"]).norm()
+        assert 0 < distance < 0.03 * rows[1]["sketch"].norm()
 
 
 @pytest.mark.slow
