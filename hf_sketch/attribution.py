@@ -74,13 +74,30 @@ class BestRows:
         return cls(torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64))
 
     def and_of(self, scores: Tensor, places: Tensor, count: int) -> "BestRows":
-        """With others, `count` in all."""
+        """With others, which come after these, `count` in all."""
         if count == 0:
             return self
+        if self.scores.shape[1] == count and scores.shape[1]:
+            better = scores.amax(1) > self.scores[:, -1]  # of equal ones the first stays
+            if not bool(better.all()):
+                return self._with_some(scores, places, better)
         both = torch.cat([self.scores, scores], 1)
         best, order = _topk(both, min(count, both.shape[1]))
         places = torch.cat([self.places, places.expand(len(scores), -1)], 1)
         return BestRows(best, places.gather(1, order))
+
+    def _with_some(self, scores: Tensor, places: Tensor, better: Tensor) -> "BestRows":
+        """With others, which some queries alone have better ones among."""
+        rows = better.nonzero().squeeze(1)
+        if not len(rows):
+            return self
+        places = places.expand(len(scores), -1)[rows]
+        some = BestRows(self.scores[rows], self.places[rows])
+        some = some.and_of(scores[rows], places, self.scores.shape[1])
+        return BestRows(
+            self.scores.index_copy(0, rows, some.scores),
+            self.places.index_copy(0, rows, some.places),
+        )
 
     def joined_over(self, share: RowShare, count: int) -> "BestRows":
         """With those that the other processes found, `count` in all."""
@@ -198,9 +215,9 @@ def score_blocks(
         weights = method.weights(block)
         scale = block.scale if weights is None else block.scale * weights
         scores = queries.times(block).mul_(scale)
-        finite = scores.isfinite().all(0)
-        rows = torch.arange(block.start, block.start + len(finite))
-        if not bool(finite.all()):
+        rows = torch.arange(block.start, block.start + len(block.kept))
+        if not bool(scores.sum().isfinite()):  # quicker than to look at each
+            finite = scores.isfinite().all(0)
             scores, rows = scores[:, finite], rows[finite]
             skipped += len(finite) - len(rows)
         yield scores, rows

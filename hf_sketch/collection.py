@@ -29,7 +29,6 @@ from hf_sketch.row_columns import (
     column,
     matching_rows,
     row_groups,
-    told_columns,
     with_columns,
 )
 from hf_sketch.row_index import RowIndex, index_rows
@@ -204,7 +203,7 @@ class Sketches:
         chosen = self._method(method)
         if groups is None:
             found = best_rows(self._share, matrix, chosen, top_k, bottom_k)
-            return answer_lines(ids, *found, told_columns(self.dataset))
+            return answer_lines(ids, *found, self.dataset)
         values, codes = row_groups(self.dataset, groups)
         sums = group_scores(self._share, matrix, chosen, codes, len(values))
         told = {groups: values, "rows": torch.bincount(codes).numpy()}

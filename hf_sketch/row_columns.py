@@ -1,6 +1,6 @@
 """What rows are picked, grouped and told by: the columns beside their sketches."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from datasets.table import InMemoryTable
 from torch import Tensor
 
 from hf_sketch.attribution import BestRows
+from hf_sketch.row_blocks import formatted
 
 _NOT_TOLD = ("sketch", "scale", "finite", "micro_step", "rank")
 
@@ -53,7 +54,7 @@ def with_columns(
             f"{len(keys)} rows: pass the train_dataset of the run, and the column of"
             " its ids as on=... if they are not row numbers."
         )
-    columns = taken_rows(other.select_columns([*names]), rows)
+    columns = taken_rows(other, rows, names)
     return concatenate_datasets([dataset, columns], axis=1)
 
 
@@ -63,15 +64,11 @@ def row_groups(dataset: Dataset, name: str) -> tuple[np.ndarray[Any, Any], Tenso
     return values, torch.from_numpy(codes)
 
 
-def told_columns(dataset: Dataset) -> Dataset:
-    """What an attribution tells of rows."""
-    names = [name for name in dataset.column_names if name not in _NOT_TOLD]
-    return dataset.select_columns(names)
-
-
-def taken_rows(dataset: Dataset, places: np.ndarray[Any, Any]) -> Dataset:
-    """Rows of a dataset, in any order, in memory."""
-    table: Any = dataset.with_format("arrow").select(places)[:]
+def taken_rows(
+    dataset: Dataset, places: np.ndarray[Any, Any], names: Sequence[str]
+) -> Dataset:
+    """Some columns of some rows of a dataset, in any order, in memory."""
+    table: Any = formatted(dataset, "arrow", names).select(places)[:]
     return Dataset(InMemoryTable(table))
 
 
@@ -87,7 +84,7 @@ def column(dataset: Dataset, name: str) -> np.ndarray[Any, Any]:
             f"a column must be one of {names}, got {name!r}: add those of the "
             "train_dataset with store.join(train_dataset, ...)."
         )
-    return np.asarray(dataset.with_format("numpy")[name][:])
+    return np.asarray(formatted(dataset, "numpy", [name])[name][:])
 
 
 def answer_lines(
@@ -104,5 +101,6 @@ def answer_lines(
         "rank": ranks.repeat(len(ids)).numpy(),
         "score": scores.flatten().numpy(),
     }
-    columns = taken_rows(told, places.flatten().numpy())
+    names = [name for name in told.column_names if name not in _NOT_TOLD]
+    columns = taken_rows(told, places.flatten().numpy(), names)
     return concatenate_datasets([Dataset.from_dict(lines), columns], axis=1)
