@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from hf_sketch.model_sketch import ModelSketch
 from hf_sketch.rows import PER_STEP
 from hf_sketch.sharding import in_row_shards, own_part
-from hf_sketch.sketches.operator import accumulation_dtype
+from hf_sketch.sketches import SRHT, Sketch
+from hf_sketch.sketches.operator import accumulation_dtype, next_power_of_two
 
 from .held_rows import HeldRows
 from .moment import Moment
@@ -18,6 +19,7 @@ from .processes import reduced
 _SUM_TOLERANCE = 1e-3
 _LOW_PRECISION_SUM_TOLERANCE = 5e-2
 _WITNESSES = 2**18
+_EXCHANGED = 2**10
 _ROUNDING = 1e-6  # processes may add up gradients and witnesses in different orders
 
 
@@ -27,8 +29,9 @@ class StepRecorder:
     The Trainer clips before any callback hears of the step. What it multiplied by is
     told by witnesses, some elements of each parameter's gradient, which hooks keep as
     each backward pass leaves them. Several processes average theirs, as they do all
-    gradients; or, if the parameters are in shards (FSDP2), each sketches its own and
-    the sketches add up. The first process writes.
+    gradients, but of a sketch of them, which is multiplied by as much; or, if the
+    parameters are in shards (FSDP2), each sketches its own and the sketches add up. The
+    first process writes.
 
     Args:
         model: the model that trains.
@@ -48,6 +51,12 @@ class StepRecorder:
                 "in shards: pass 'factored' or 'blocked'."
             )
         self._each = max(1, _WITNESSES // len(self._parameters))
+        self._exchanged: Sketch | None = None
+        if PartialState().num_processes > 1 and not self._in_shards:
+            sizes = (min(self._each, p.numel()) for p in self._parameters.values())
+            size = sum(sizes)
+            shorter = min(size, _EXCHANGED)
+            self._exchanged = SRHT(size, shorter, 0, next_power_of_two(shorter))
         self._recording = False
         self._witnesses: dict[str, Tensor] = {}
         self._handles = [
@@ -108,8 +117,10 @@ class StepRecorder:
     def _factor(self, parts: Mapping[str, Tensor]) -> Tensor:
         """What the gradients were multiplied by since the backward pass, if not 0."""
         before = self._laid_out(self._witnesses)
-        before = before if self._in_shards else reduced(before, "mean")
         now = self._laid_out({n: self._witness(part) for n, part in parts.items()})
+        if self._exchanged is not None:
+            before = reduced(self._exchanged @ before, "mean")
+            now = self._exchanged @ now
         norm = self._norm([before])
         factor = self._norm([now]) / norm
         unchanged = (norm == 0) | ((factor - 1).abs() < _ROUNDING)

@@ -78,7 +78,7 @@ class BestRows:
         if count == 0:
             return self
         if self.scores.shape[1] == count and scores.shape[1]:
-            better = scores.amax(1) > self.scores[:, -1]  # of equal ones the first stays
+            better = scores.amax(1) > self.scores[:, -1]  # of equal ones the first
             if not bool(better.all()):
                 return self._with_some(scores, places, better)
         both = torch.cat([self.scores, scores], 1)

@@ -1,6 +1,5 @@
 """What recording a training run will cost, told before it starts."""
 
-import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,7 +22,7 @@ from hf_sketch.store_size import BUFFER_BYTES, RowFormat, StoreSize, store_size
 
 _TRAINING_PASSES: Final = 32  # over what layers take and give: GPT-2's in eager mode
 _OPTIMIZER_BYTES: Final = 28  # AdamW reads and writes seven numbers for each
-_WITNESSES: Final = 2**18  # numbers by which a step's clipping is told
+_EXCHANGED: Final = 2**10  # numbers by which a step's clipping is told
 _MEASURED_EXAMPLES: Final = 8  # whose exact gradients are taken in the first step
 _MEASURED_BYTES: Final = 2**28
 _SUMS_BYTES: Final = 4
@@ -251,12 +250,10 @@ def _memory(
 def _network(
     sketch: ModelSketch, run: TrainingRun, per_step: bool, element: int
 ) -> Network:
-    """Witnesses of each parameter; in shards, the parts' sketches instead."""
+    """Sketches of witnesses; in shards, the parts' sketches instead."""
     if run.ranks == 1:
         return Network(0, 0)
-    each = max(1, _WITNESSES // len(sketch.shapes))
-    numbers = sum(min(each, math.prod(shape)) for _, shape in sketch.shapes)
-    numbers = sketch.out_size if run.sharded else numbers
+    numbers = sketch.out_size if run.sharded else min(_EXCHANGED, sketch.in_size)
     return Network(numbers * _SUMS_BYTES * per_step, sketch.in_size * element)
 
 
