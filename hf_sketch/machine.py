@@ -14,7 +14,7 @@ from hf_sketch.sketches.folding import fold
 
 _ROUNDS: Final = 50
 _SIDE: Final = 1024  # of the matrices that are multiplied
-_ROWS, _WIDTH = 8192, 512  # of what is folded: more than a cache holds
+_ROWS, _WIDTH = 65536, 512  # of what is folded: more than caches hold
 _MODULES: Final = 32
 
 

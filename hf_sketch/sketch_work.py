@@ -14,18 +14,19 @@ from hf_sketch.sketches.hadamard import kronecker_sizes
 from hf_sketch.watched_modules import Watched, watched_modules
 
 # How often an element is read or written, on a scale on which memory is as fast as for
-# folding what lies in a cache: as GPT-2's shapes were measured on a processor.
-_FOLD: Final = 6  # the side once, its folded sum twice, and from memory that is cold
-_BLOCKED: Final = 12  # formed, copied, flipped, two factors, flipped and added
+# folding what no cache holds: as GPT-2's shapes were measured on a processor.
+_FOLD: Final = 4  # the side once, and its folded sum twice for each part of it
+_BLOCKED: Final = 10  # formed, copied, flipped, two factors, flipped and added
 _SUM: Final = 1
-_NORM: Final = 3
-_LAYER_NORM: Final = 7
-_RMS_NORM: Final = 4
-_RMS_NORM_AGAIN: Final = 12  # in 16 bits it is not told from its output
-_LOOKED_UP: Final = 3
+_NORM: Final = 2
+_LAYER_NORM: Final = 5
+_RMS_NORM: Final = 3
+_RMS_NORM_AGAIN: Final = 9  # in 16 bits it is not told from its output
+_LOOKED_UP: Final = 2
 _CONVERT: Final = 2
-_LOSS: Final = 7  # an exponential among them
+_LOSS: Final = 5  # an exponential among them
 _BATCH_CALLS: Final = 10  # as long take splitting the loss and taking the rows
+_FORMED_CALLS: Final = 6  # more, as the blocks are gone through
 _SMALL_FACTORS: Final = 2  # so much slower are products of 32 x 32 matrices
 _SUMS_BYTES: Final = 4  # rows are summed in float32
 _WORKING_BYTES: Final = 4 * 2**22  # pieces of blocks
@@ -276,7 +277,7 @@ def _formed_work(
     if operator is None:  # it is sketched with all that share an operator
         return Work(flops, 3 * formed * _SUMS_BYTES)
     flops += formed * _flops_an_element(operator)
-    return Work(flops, _BLOCKED * formed * _SUMS_BYTES)
+    return Work(flops, _BLOCKED * formed * _SUMS_BYTES, calls=_FORMED_CALLS)
 
 
 def is_factored(operator: Sketch | None) -> TypeGuard[QK]:

@@ -24,5 +24,7 @@ def test_one_process_and_two_are_measured_in_turn(tmp_path, capsys):
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match=r"shape must be one of .*, got 'huge'"):
         ProcessCostArguments(shape="huge")
+    with pytest.raises(ValueError, match="steps must be at least 3, got 2: pass 3"):
+        ProcessCostArguments(steps=2)
     with pytest.raises(ValueError, match="processes must be at least 2, got 1: pass 2"):
         ProcessCostArguments(processes=1)
