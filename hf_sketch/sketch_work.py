@@ -14,7 +14,7 @@ from hf_sketch.sketches.hadamard import kronecker_sizes
 from hf_sketch.watched_modules import Watched, watched_modules
 
 # How often an element is read or written, on a scale on which memory is as fast as for
-# folding what no cache holds: as GPT-2's shapes were measured on a processor.
+# folding what no cache holds: as GPT-2 and Llama were measured on a processor.
 _FOLD: Final = 4  # the side once, and its folded sum twice for each part of it
 _BLOCKED: Final = 10  # formed, copied, flipped, two factors, flipped and added
 _SUM: Final = 1

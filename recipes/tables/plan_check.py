@@ -42,7 +42,7 @@ class PlanCheckArguments:
     )
     model_type: str = field(
         default="gpt2",
-        metadata={"help": "gpt2, on which the rates were set, or llama."},
+        metadata={"help": "gpt2 or llama."},
     )
     layouts: str = field(
         default="factored,blocked", metadata={"help": "Comma-separated."}
