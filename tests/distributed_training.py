@@ -7,7 +7,9 @@ import json
 import os
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate.state import PartialState
@@ -19,6 +21,7 @@ from transformers.utils import logging
 
 from hf_sketch import SubspaceConfig
 from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.callbacks.processes import reduced
 from hf_sketch.gradient_sums import GradientSums
 from tests.conftest import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
 from tests.test_training_matrix import Pad, text_dataset, undropped
@@ -67,6 +70,19 @@ class Gate(nn.Module):
 
     def forward(self, x):
         return self.heads[0](x) + self.heads[1 + PartialState().process_index](x)
+
+
+@contextmanager
+def exchanged_sizes():
+    """How many numbers are added up over the processes for the rows of steps."""
+    sizes = []
+
+    def noting(x, how):
+        sizes.append(x.numel())
+        return reduced(x, how)
+
+    with patch("hf_sketch.callbacks.step_rows.reduced", noting):
+        yield sizes
 
 
 def undropped_bert():
@@ -123,8 +139,9 @@ def plain(directory):
 
 def watched(directory):
     notes = Notes()
-    train(directory, notes, GradientSketchCallback(SIZE))
-    leave(directory, seen=notes.seen)
+    with exchanged_sizes() as exchanged:
+        train(directory, notes, GradientSketchCallback(SIZE))
+    leave(directory, seen=notes.seen, exchanged=exchanged)
     torch.save(notes.gradients, directory / "gradients.pt")
 
 

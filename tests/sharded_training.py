@@ -18,11 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
-import hf_sketch.callbacks.step_rows as step_rows_module
 from hf_sketch import ModelSketch, PerExampleSketcher, sketch_dataset
 from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
 from tests.conftest import TINY_TRAINING, tiny_bert, tiny_dataset
-from tests.distributed_training import GLOBAL_BATCH, SIZE, leave, undropped_bert
+from tests.distributed_training import (
+    GLOBAL_BATCH,
+    SIZE,
+    exchanged_sizes,
+    leave,
+    undropped_bert,
+)
 from tests.tiny_models import NAMES, tiny_inputs, tiny_model
 
 FSDP2 = {
@@ -89,16 +94,8 @@ def leave_results(directory, trainer):
 
 
 def watched(directory):
-    """Notes what is exchanged for the rows of steps."""
-    plain, exchanged = step_rows_module.reduced, []
-
-    def reduced(x, how):
-        exchanged.append(x.numel())
-        return plain(x, how)
-
-    step_rows_module.reduced = reduced
-    train(directory, GradientSketchCallback(SIZE))
-    step_rows_module.reduced = plain
+    with exchanged_sizes() as exchanged:
+        train(directory, GradientSketchCallback(SIZE))
     leave(directory, exchanged=exchanged)
 
 

@@ -112,6 +112,12 @@ def test_training_is_bit_equal_with_and_without(two):
 
 
 @pytest.mark.slow
+def test_a_sketch_of_witnesses_alone_is_exchanged(two):
+    for sizes in told(two / "watched", "exchanged"):
+        assert sizes == [1024] * 6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["watched", "grouped"])
 def test_each_process_follows_the_examples_that_it_trains_on(two, scenario):
     store = load_sketches(two / scenario)
