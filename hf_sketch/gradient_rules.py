@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from hf_sketch.example_split import ExampleSplit
+from hf_sketch.sharding import call_with
 from hf_sketch.sketches.lazy import is_lazy
 
 
@@ -69,7 +71,8 @@ def rule_for(module: nn.Module) -> Rule | None:
     """
     if isinstance(module, nn.Embedding):
         _check_embedding(module)
-    kind = type(module)
+    # FSDP2 derives a class of its own from this one.
+    kind = type(module).__mro__[2 if isinstance(module, FSDPModule) else 0]
     known = _RULES.get(kind.forward)
     if known is None and kind.__name__ == "Conv1D":
         known = _conv1d_of_gpt2 if kind.__module__.startswith("transformers.") else None
@@ -200,7 +203,8 @@ def _elementwise(call: Call) -> Backward | None:
     if slope is None:
         return None
     ((name, weight),) = call.module.named_parameters()
-    if slope == {1.0: 1.0} and _divides_well(weight):
+    whole = not isinstance(call.module, FSDPModule)  # also in the backward pass
+    if slope == {1.0: 1.0} and whole and _divides_well(weight):
         y, w, split = call.output, weight.detach(), call.split
 
         def quotient(gradient: Tensor) -> Iterator[Contribution]:
@@ -241,10 +245,10 @@ def _learn_slope(call: Call) -> dict[float, float] | None:
 def _output_at(call: Call, w: float | Tensor) -> Tensor:
     """What the module gives with another weight."""
     ((name, weight),) = call.module.named_parameters()
-    state = {name: w.detach() if isinstance(w, Tensor) else torch.full_like(weight, w)}
+    like: Tensor = call.learned.setdefault("like", weight.detach().new_empty(0))
+    w = w if isinstance(w, Tensor) else like.new_full(weight.shape, w)
     with torch.no_grad():
-        arguments = (call.module, state, call.args, call.kwargs)
-        return torch.func.functional_call(*arguments)
+        return call_with(call.module, {name: w}, call.args, call.kwargs)
 
 
 def _tokens(split: ExampleSplit, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_sketch.example_split import ExampleSplit
+from hf_sketch.sharding import call_with
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # some compute in float32
 _LOW_PRECISION_TOLERANCE = 5e-2
@@ -62,15 +63,16 @@ class Replay:
         With `in_shards`, keep copies of the parameters, too.
 
         Raises:
-            ValueError: the module is a unit of FSDP2, or holds one.
+            ValueError: the module holds a unit of FSDP2.
         """
         others: dict[str, Tensor] = {}
         if in_shards:
-            if any(isinstance(part, FSDPModule) for part in module.modules()):
+            within = [part for part in module.modules() if part is not module]
+            if any(isinstance(part, FSDPModule) for part in within):
                 raise ValueError(
-                    "fully_shard must not be called on a module that is run again for "
-                    f"each example, got {type(module).__name__} at {path!r}: call it "
-                    "on a module around it, or pass per_example=False."
+                    "fully_shard must not be called within a module that is run again "
+                    f"for each example, got {type(module).__name__} at {path!r}: call "
+                    "it on the module, or on one around it, or pass per_example=False."
                 )
             everything = module.named_parameters(remove_duplicate=False)
             others = {name: p.detach().clone() for name, p in everything}
@@ -134,13 +136,8 @@ class Replay:
         }
         device = next(iter(parameters.values())).device
         with kept_random_state(self.random_state, device), torch.enable_grad():
-            outputs = torch.func.functional_call(
-                self.module,
-                {**self.others, **parameters},
-                args,
-                kwargs,
-                tie_weights=False,
-            )
+            everything = {**self.others, **parameters}
+            outputs = call_with(self.module, everything, args, kwargs)
         outputs = [
             _expand(output, wanted)
             for output, wanted in zip(tensors_of(outputs), expected, strict=True)

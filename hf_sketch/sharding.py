@@ -1,10 +1,12 @@
 """Which part of a parameter, or of its gradient, a process holds."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
@@ -44,6 +46,35 @@ def own_part(x: Tensor) -> tuple[Tensor, int]:
         elif rank > 0:
             return torch.empty(0, dtype=x.dtype, device=x.device), 0
     return x.to_local().reshape(-1), first * math.prod(x.shape[1:])
+
+
+def call_with(
+    module: nn.Module,
+    parameters: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Call a module with other parameters, those of its own that are given.
+
+    A unit of FSDP2 is called past its hooks, which would gather its own again.
+    """
+    if isinstance(module, FSDPModule):
+        parameters = {f"module.{name}": p for name, p in parameters.items()}
+        module = _Hookless(module)
+    return torch.func.functional_call(
+        module, dict(parameters), args, dict(kwargs), tie_weights=False
+    )
+
+
+class _Hookless(nn.Module):
+    """Calls the forward of a module, and none of its hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
 
 
 def _is_in_rows(x: DTensor) -> bool:

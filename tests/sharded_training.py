@@ -6,6 +6,7 @@
 import os
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -172,19 +173,50 @@ def replicas(directory):
     leave_results(directory, trainer)
 
 
+def in_many_units(model):
+    """Each module with parameters that no other has, then the rest."""
+    names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for module in model.modules():
+        own = list(module.parameters())
+        alone = not any(module.children()) and all(names[id(p)] == 1 for p in own)
+        if own and alone:
+            fully_shard(module)
+    return fully_shard(model)
+
+
 def families(directory):
     """Rows of models of every kind, each process with a half of the examples."""
     PartialState(cpu=True, backend="gloo")
-    rank = PartialState().process_index
-    distances = {}
     for name in NAMES:
-        inputs = {n: x[2 * rank :][:2] for n, x in tiny_inputs(name).items()}
-        model = tiny_model(name, use_cache=False)
-        wanted = rows_of(model, inputs)
-        got = rows_of(sharded(model), inputs)
-        each = (got - wanted).norm(dim=1) / wanted.norm(dim=1)
-        distances[name] = float(each.max())
-    leave(directory, distances=distances)
+        distance, model = distance_in_shards(name, sharded)
+        leave(directory, **{name: distance})
+    refused_by_sketch_dataset(directory, model)
+
+
+def units(directory):
+    """The same in small units."""
+    PartialState(cpu=True, backend="gloo")
+    for name in IN_MANY_UNITS:
+        distance, _ = distance_in_shards(name, in_many_units)
+        leave(directory, **{name: distance})
+    try:
+        distance_in_shards("vit", in_many_units)
+    except ValueError as error:
+        leave(directory, vit=str(error))
+
+
+def distance_in_shards(name, shard):
+    """Of rows from those of whole parameters; and the model in shards."""
+    rank = PartialState().process_index
+    inputs = {n: x[2 * rank :][:2] for n, x in tiny_inputs(name).items()}
+    model = tiny_model(name, use_cache=False)
+    wanted = rows_of(model, inputs)
+    got = rows_of(shard(model), inputs)
+    each = (got - wanted).norm(dim=1) / wanted.norm(dim=1)
+    return float(each.max()), model
+
+
+def refused_by_sketch_dataset(directory, model):
     sketch = ModelSketch.from_model(model, SIZE)
     try:
         sketch_dataset(model, tiny_dataset(2), sketch)
@@ -200,6 +232,7 @@ def rows_of(model, inputs):
         return sketcher.take().rows
 
 
+IN_MANY_UNITS = ("gpt2", "llama", "gemma", "mixtral", "bert", "bart", "t5")
 SCENARIOS = {
     "blocked": blocked,
     "checkpointed": checkpointed,
@@ -210,6 +243,7 @@ SCENARIOS = {
     "refused": refused,
     "replicas": replicas,
     "resumed": resumed,
+    "units": units,
     "watched": watched,
 }
 

@@ -11,11 +11,12 @@ from hf_sketch.callbacks import GradientSketchCallback
 from tests.conftest import tiny_dataset, tiny_trainer
 from tests.distributed_training import SIZE, even
 from tests.launching import TORCHRUN, launch, told
+from tests.sharded_training import IN_MANY_UNITS
 from tests.test_processes import assert_same_rows, columns, in_order
 from tests.tiny_models import NAMES
 
 MODULE = "tests.sharded_training"
-IN_TWO = ("families", "watched", "resumed", "blocked", "checkpointed", "plain")
+IN_TWO = ("families", "units", "watched", "resumed", "blocked", "checkpointed", "plain")
 IN_TWO += ("dropped", "refused", "mixed")  # mixed precision stays on
 
 
@@ -78,7 +79,13 @@ def test_rows_in_bfloat16(two, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_examples_of_every_family(two, name):
-    assert all(each[name] < 1e-9 for each in told(two / "families", "distances"))
+    assert all(distance < 1e-9 for distance in told(two / "families", name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_MANY_UNITS)
+def test_modules_that_are_units_of_their_own(two, name):
+    assert all(distance < 1e-9 for distance in told(two / "units", name))
 
 
 @pytest.mark.slow
@@ -125,6 +132,9 @@ def test_resumed_rows_are_those_of_training_that_went_through(two):
 def test_what_needs_whole_parameters_is_refused(two):
     for text in told(two / "refused", "flat"):
         assert "layout='flat' needs the whole gradient in one place" in text
+    for text in told(two / "units", "vit"):
+        assert "must not be called within a module that is run again" in text
+        assert "ViTEmbeddings at 'vit.embeddings'" in text
     for text in told(two / "families", "dataset"):
         assert "sketch_dataset needs whole parameters, got them in shards" in text
     for texts in told(two / "refused", "spectrum"):
