@@ -21,7 +21,7 @@ from hf_sketch.operator_choice import check_operator
 from hf_sketch.rows import check_row_dtype
 from hf_sketch.store import Header
 
-from .processes import check_processes, gathered
+from .processes import check_processes, check_same, gathered
 from .recording import Recording
 
 ON_ERROR = ("raise", "warn")
@@ -130,6 +130,7 @@ class GradientSketchCallback(TrainerCallback):
     ) -> None:
         self._close()
         check_processes(args, model, in_shards=True)
+        check_same(type(self).__name__, vars(self))
         self._together = args.world_size > 1 and self.on_error == "warn"
         self._last_step = _GOES_ON
         seed = args.seed if self.seed is None else self.seed

@@ -27,7 +27,7 @@ from hf_sketch.spectrum import Spectrum, hessian_spectrum
 from hf_sketch.spectrum_files import DIRECTORY, continue_spectra, save_spectrum
 
 from .curvature_batches import batches_of, kept_batches
-from .processes import Together, check_others, check_processes
+from .processes import Together, check_others, check_processes, check_same
 from .shared_hessian import SharedHessian, own_batches
 
 PAPER_STEPS = (0, 10, 50, 100, 150, 200, 250, 500)
@@ -180,6 +180,8 @@ class HessianSpectrumCallback(TrainerCallback):
         seed = args.seed if self.seed is None else self.seed
         with Together():
             check_processes(args, model, type(self).__name__, compiled=True)
+            check_others()
+            check_same(type(self).__name__, vars(self))
             sketch = ModelSketch.from_model(
                 model, self.out_size, self.layout, seed, self.operator
             )

@@ -26,7 +26,7 @@ from hf_sketch.subspace import SubspaceModel
 from hf_sketch.subspace_growth import grow_subspace
 
 from .ddp_wrapper import DdpWrapper
-from .processes import Together, check_others, check_processes, of_first
+from .processes import Together, check_others, check_processes, check_same, of_first
 
 
 class IntrinsicDimensionCallback(TrainerCallback):
@@ -96,6 +96,8 @@ class IntrinsicDimensionCallback(TrainerCallback):
         tuner = _tuner(kwargs["model"])
         if args.world_size > 1:
             check_processes(args, kwargs["model"], type(self).__name__)
+            given = {"start_dim": self._start_dim, "max_dim": self._max_dim}
+            check_same(type(self).__name__, vars(self._search) | given)
             self._ddp = DdpWrapper(kwargs["model"])
         largest: int = tuner.model_sketch.out_size
         if self._max_dim is not None and self._max_dim > largest:

@@ -1,9 +1,9 @@
 """What the processes that train together share: a model, a place and their failures."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -11,6 +11,7 @@ from accelerate.utils import (
     DistributedType,
     broadcast_object_list,
     gather,
+    gather_object,
     reduce,
 )
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from transformers import TrainingArguments
 from hf_sketch.sharding import in_row_shards
 
 Value = TypeVar("Value")
+_COMPARED = (int, float, str, frozenset, type(None))
 _SHARDED = (
     DistributedType.DEEPSPEED,
     DistributedType.FSDP,
@@ -67,6 +69,29 @@ def check_processes(
             f"in each process, got {', '.join(found)}: train without, or take the "
             "callback out."
         )
+
+
+def check_same(callback: str, settings: Mapping[str, Any]) -> None:
+    """Raise in all processes if one has other settings; all of them must call together.
+
+    Args:
+        callback: whose settings they are.
+        settings: by name; what is no number, text or set of them is passed over.
+
+    Raises:
+        ValueError: some differ: processes would wait for each other in vain.
+    """
+    if PartialState().num_processes == 1:
+        return
+    own = {name: x for name, x in settings.items() if isinstance(x, _COMPARED)}
+    everyone: list[dict[str, Any]] = gather_object([own])
+    for name in own:
+        values = [other.get(name) for other in everyone]
+        if any(value != values[0] for value in values):
+            raise ValueError(
+                f"{callback} needs the same settings in all processes, got {name}="
+                f"{', '.join(map(repr, values))}: pass the same to each."
+            )
 
 
 @contextmanager

@@ -230,6 +230,15 @@ def unused(directory):
     torch.save(notes.gradients, directory / "gradients.pt")
 
 
+def unlike(directory):
+    """The last process has other settings."""
+    every = 1 + PartialState().is_last_process
+    try:
+        train(directory, GradientSketchCallback(SIZE, every_steps=every))
+    except ValueError as error:
+        leave(directory, error=str(error))
+
+
 def uncovered(directory):
     """One process has a gradient that its rows do not explain."""
     try:
@@ -313,6 +322,7 @@ SCENARIOS = {
     "subspace": subspace,
     "tokens": tokens,
     "uncovered": uncovered,
+    "unlike": unlike,
     "unused": unused,
     "watched": watched,
 }

@@ -249,6 +249,16 @@ def search_refused(directory):
             leave(directory, **{name: str(error)})
 
 
+def unlike(directory):
+    """The last process has other settings: no spectra, and no search."""
+    last = PartialState().is_last_process
+    train(directory, spectra_of(krylov_dim=4 + last), **SHORT)
+    try:
+        search(directory, stage_steps=3 + last)
+    except ValueError as error:
+        leave(directory, error=str(error))
+
+
 def search_broken(directory):
     """The last process raises what the others do not, after an evaluation."""
 
@@ -274,6 +284,7 @@ SCENARIOS = {
     "resumed": resumed,
     "spectra": spectra,
     "unlabelled": unlabelled,
+    "unlike": unlike,
     "unwritable": unwritable,
     "weighted": weighted,
 }

@@ -22,7 +22,7 @@ from tests.test_hessian_callback import stored_batches
 from tests.test_training_matrix import undropped
 
 IN_TWO = ("plain", "spectra", "weighted", "differences", "unlabelled", "resumed")
-IN_TWO += ("failing", "unwritable")
+IN_TWO += ("failing", "unwritable", "unlike")
 
 pytestmark = pytest.mark.slow
 
@@ -159,3 +159,13 @@ def test_a_process_that_dies_takes_the_others_down_within_a_minute(tmp_path):
     assert code != 0
     assert "OddError: an odd end" in errors
     assert seconds < 60
+
+
+def test_processes_with_other_settings_go_without(two):
+    refused = "needs the same settings in all processes, got"
+    for texts in told(two / "unlike", "warnings"):
+        wanted = f"HessianSpectrumCallback {refused} krylov_dim=4, 5: pass"
+        assert any(wanted in text for text in texts)
+    for error in told(two / "unlike", "error"):
+        assert f"IntrinsicDimensionCallback {refused} stage_steps=3, 4: pass" in error
+    assert not (two / "unlike" / "curvature").exists()

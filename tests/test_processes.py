@@ -20,7 +20,16 @@ from tests.test_store import SKETCH, step_row
 from tests.test_training_matrix import Pad, text_dataset, train, undropped
 
 IN_TWO = ("plain", "watched", "interrupted", "divides", "padded", "left", "grouped")
-IN_TWO += ("rarely", "tokens", "stream", "unused", "uncovered", "disk", "memory")
+IN_TWO += (
+    "unlike",
+    "rarely",
+    "tokens",
+    "stream",
+    "unused",
+    "uncovered",
+    "disk",
+    "memory",
+)
 IN_FOUR = ("divides", "padded")
 
 
@@ -241,6 +250,12 @@ def test_parameters_that_not_every_process_uses_have_gradients(two):
     gradients = torch.load(two / "unused" / "gradients.pt")
     for head, used in enumerate([True, True, True, False]):
         assert (f"classifier.heads.{head}.weight" in gradients[0]) == used
+
+
+@pytest.mark.slow
+def test_processes_with_other_settings_are_refused_in_all(two):
+    for error in told(two / "unlike", "error"):
+        assert "the same settings in all processes, got every_steps=1, 2: pass" in error
 
 
 @pytest.mark.slow
