@@ -66,7 +66,11 @@ def test_columns_of_the_rows_come_along():
     assert [step - 5 for step in top["step"]] == [i - 100 for i in top["example_id"]]
 
 
-def test_memory_does_not_grow_with_the_store(monkeypatch):
+@pytest.mark.parametrize("descending", [False, True])
+def test_memory_does_not_grow_with_the_store(monkeypatch, descending):
+    """Blocks are looked through one by one, those without better rows not at all."""
+    rows, query = random_rows(200, 0), random_rows(1, 1)
+    rows = rows[(rows @ query[0]).argsort(descending=descending)]
     sizes = []
     plain = torch.Tensor.topk
 
@@ -76,9 +80,17 @@ def test_memory_does_not_grow_with_the_store(monkeypatch):
 
     monkeypatch.setattr("hf_sketch.row_blocks._BLOCK_ELEMENTS", 4 * 10)
     monkeypatch.setattr(torch.Tensor, "topk", noting)
-    sketches_of(random_rows(200, 0)).attribute(sketches_of(random_rows(1, 1)), 3)
-    assert len(sizes) == 20
-    assert max(sizes) == 3 + 10
+    top = sketches_of(rows).attribute(sketches_of(query), 3)
+    assert sizes == ([10] if descending else [10] + [3 + 10] * 19)
+    best = [0, 1, 2] if descending else [199, 198, 197]
+    assert top["example_id"][:] == [100 + place for place in best]
+
+
+def test_of_equal_rows_in_several_blocks_the_first_are_told(monkeypatch):
+    monkeypatch.setattr("hf_sketch.row_blocks._BLOCK_ELEMENTS", 4 * 10)
+    rows = random_rows(1, 0).repeat(45, 1)
+    top = sketches_of(rows).attribute(sketches_of(random_rows(2, 1)), 3, bottom_k=2)
+    assert top["example_id"][:] == [100, 101, 102, 101, 100] * 2
 
 
 def test_rows_that_are_not_finite_are_passed_over():
