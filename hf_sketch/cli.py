@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
 from transformers import HfArgumentParser
 
 from hf_sketch.export import export_sketches
@@ -252,6 +253,8 @@ def main(words: Sequence[str] | None = None) -> None:
     command = _COMMANDS[given.pop("command")]
     stores = [given.pop("directories")] if command.takes_stores else []
     command.run(*(_filled(kind, given) for kind in command.dataclasses), *stores)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # or its threads may outlive Python
 
 
 def _filled(kind: type, given: Mapping[str, Any]) -> Any:

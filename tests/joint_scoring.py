@@ -75,6 +75,8 @@ def answers(rows):
 def main(file):
     found = answers(store().over_processes())
     torch.save(found, f"{file}-{torch.distributed.get_rank()}.pt")
+    # Its threads must have ended when the interpreter does.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
