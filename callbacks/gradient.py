@@ -43,7 +43,8 @@ class GradientSketchCallback(TrainerCallback):
 
     Under DDP each process records its own examples. Those that fill up the last batch
     of an epoch have a row where they had their turn only: the rows of that step add up
-    to its gradient without the repetitions' share.
+    to its gradient without the repetitions' share. Under FSDP2 it is the same, and each
+    process sketches its part of each parameter for the rows of steps.
 
     Training is bit for bit what it is without the callback. Rows are written before
     each checkpoint; training that resumes from a checkpoint ends with the rows of

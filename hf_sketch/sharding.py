@@ -1,4 +1,4 @@
-"""Which part of a parameter, or of its gradient, a process holds."""
+"""Parameters that FSDP2 splits: a process's part, and calls of modules past it."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -5,10 +5,8 @@
 
 import json
 import os
-import sys
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -17,13 +15,13 @@ from peft import get_peft_model
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from hf_sketch import SubspaceConfig
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.callbacks.processes import reduced
 from hf_sketch.gradient_sums import GradientSums
 from tests.conftest import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
+from tests.launching import run_scenarios
 from tests.test_training_matrix import Pad, text_dataset, undropped
 
 SIZE = 64
@@ -329,10 +327,4 @@ SCENARIOS = {
 
 
 if __name__ == "__main__":
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    top = Path(sys.argv[1])
-    for name in sys.argv[2:]:
-        SCENARIOS[name](top / name)
-    # Threads of the group must have ended when the interpreter does.
-    PartialState().destroy_process_group()
+    run_scenarios(SCENARIOS)

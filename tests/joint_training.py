@@ -14,14 +14,13 @@ from accelerate.state import PartialState
 from peft import get_peft_model
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 import hf_sketch.spectrum_files as spectrum_files
 from hf_sketch import SubspaceConfig
 from hf_sketch.callbacks import HessianSpectrumCallback, IntrinsicDimensionCallback
 from tests.conftest import Interrupt, tiny_dataset
 from tests.distributed_training import even, leave, train, trainer_of
-from tests.launching import TORCHRUN
+from tests.launching import TORCHRUN, run_scenarios
 from tests.test_training_matrix import Pad, text_dataset, undropped
 
 ROOT = Path(__file__).parents[1]
@@ -311,10 +310,4 @@ def run_together(processes, directory, scenarios, longest_seconds=300):
 
 
 if __name__ == "__main__":
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    top = Path(sys.argv[1])
-    for name in sys.argv[2:]:
-        SCENARIOS[name](top / name)
-    # Threads of the group must have ended when the interpreter does.
-    PartialState().destroy_process_group()
+    run_scenarios(SCENARIOS)

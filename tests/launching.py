@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from accelerate.state import PartialState
+from transformers.utils import logging
+
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
 ACCELERATE = (
     "accelerate.commands.launch",
@@ -39,6 +43,17 @@ def launch(
         _, errors = run.communicate()
     assert run.returncode == 0, errors[-5000:]
     return directory
+
+
+def run_scenarios(scenarios):
+    """What each process does: the scenarios that its command line names."""
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    top = Path(sys.argv[1])
+    for name in sys.argv[2:]:
+        scenarios[name](top / name)
+    # Threads of the group must have ended when the interpreter does.
+    PartialState().destroy_process_group()
 
 
 def told(directory, name, processes=2):

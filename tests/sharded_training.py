@@ -4,10 +4,8 @@
 """
 
 import os
-import sys
 import warnings
 from collections import Counter
-from pathlib import Path
 
 import torch
 from accelerate.state import PartialState
@@ -17,7 +15,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
-from transformers.utils import logging
 
 from hf_sketch import ModelSketch, PerExampleSketcher, sketch_dataset
 from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
@@ -29,6 +26,7 @@ from tests.distributed_training import (
     leave,
     undropped_bert,
 )
+from tests.launching import run_scenarios
 from tests.tiny_models import NAMES, tiny_inputs, tiny_model
 
 FSDP2 = {
@@ -249,10 +247,4 @@ SCENARIOS = {
 
 
 if __name__ == "__main__":
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    top = Path(sys.argv[1])
-    for name in sys.argv[2:]:
-        SCENARIOS[name](top / name)
-    # Threads of the group must have ended when the interpreter does.
-    PartialState().destroy_process_group()
+    run_scenarios(SCENARIOS)
