@@ -21,7 +21,7 @@ from hf_sketch.operator_choice import check_operator
 from hf_sketch.rows import check_row_dtype
 from hf_sketch.store import Header
 
-from .processes import check_processes, check_same, gathered
+from .processes import check_processes, check_same, gathered, step_examples
 from .recording import Recording
 
 ON_ERROR = ("raise", "warn")
@@ -139,7 +139,9 @@ class GradientSketchCallback(TrainerCallback):
             model, self.out_size, self.layout, seed, self.operator
         )
         self._recording = Recording(
-            Header(sketch, self.loss, self.row_dtype),
+            Header(
+                sketch, self.loss, self.row_dtype, step_examples=step_examples(args)
+            ),
             args,
             state,
             model,

@@ -1,5 +1,6 @@
 """What the processes that train together share: a model, a place and their failures."""
 
+import gc
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
@@ -14,8 +15,9 @@ from accelerate.utils import (
     gather_object,
     reduce,
 )
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_sketch.sharding import in_row_shards
 
@@ -94,6 +96,14 @@ def check_same(callback: str, settings: Mapping[str, Any]) -> None:
             )
 
 
+def step_examples(args: TrainingArguments) -> int:
+    """How many examples an optimizer step takes, of all processes together."""
+    settings = args.accelerator_config
+    assert isinstance(settings, AcceleratorConfig)  # what TrainingArguments makes of it
+    processes = 1 if settings.split_batches else PartialState().num_processes
+    return args.train_batch_size * processes * args.gradient_accumulation_steps
+
+
 @contextmanager
 def in_turn() -> Generator[PartialState]:
     """Run in the first process of all, the first of each machine, then in the others.
@@ -126,6 +136,19 @@ def of_first(value: Value) -> Value:
     values = [value]
     broadcast_object_list(values)
     return values[0]
+
+
+def end_group() -> None:
+    """End this process's group, if it has one, and the threads that work for it.
+
+    A wrapped model holds the group, and a Trainer that nothing names any more still
+    holds its model until garbage is collected: the threads would outlive the
+    interpreter, which aborts when they ask for it
+    (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        gc.collect()
 
 
 class OtherProcessFailedError(RuntimeError):

@@ -7,16 +7,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from torch import distributed
 from transformers import HfArgumentParser
 
+# The folders are mapped into the package when it is installed, unseen by pyright.
+from hf_sketch.callbacks.processes import (  # pyright: ignore[reportMissingImports]
+    end_group,
+)
 from hf_sketch.export import export_sketches
 from hf_sketch.hub import store_directory
 from hf_sketch.loading import load_sketches
 from hf_sketch.maintenance import describe, find_problems, merge, repair
 from hf_sketch.plan_command import PlanArguments, run_plan
-
-# The folder is mapped into the package when it is installed, which pyright cannot see.
 from hf_sketch.recipes.attribute import (  # pyright: ignore[reportMissingImports]
     AttributeArguments,
     run_attribute,
@@ -253,8 +254,7 @@ def main(words: Sequence[str] | None = None) -> None:
     command = _COMMANDS[given.pop("command")]
     stores = [given.pop("directories")] if command.takes_stores else []
     command.run(*(_filled(kind, given) for kind in command.dataclasses), *stores)
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()  # or its threads may outlive Python
+    end_group()
 
 
 def _filled(kind: type, given: Mapping[str, Any]) -> Any:

@@ -33,12 +33,15 @@ class Header:
         loss: an example's own loss: the "mean" or the "sum" over its tokens.
         row_dtype: what sketches are kept in; see `hf_sketch.rows.encode`.
         measured_error: of their inner products, if it was measured.
+        step_examples: how many an optimizer step takes, of all processes together;
+            None if it is not known.
     """
 
     model_sketch: ModelSketch
     loss: str = "mean"
     row_dtype: str = "float32"
     measured_error: MeasuredError | None = None
+    step_examples: int | None = None
 
     @property
     def settings(self) -> str:
@@ -136,6 +139,7 @@ def write_header(directory: Path, header: Header) -> None:
         "loss": header.loss,
         "row_dtype": header.row_dtype,
         "measured_error": header.measured_error and asdict(header.measured_error),
+        "step_examples": header.step_examples,
         "check_value": header.model_sketch.check_value(),
     }
     write_sealed(directory / HEADER, content)
@@ -170,6 +174,7 @@ def read_header(directory: Path) -> Header:
         content["loss"],
         content["row_dtype"],
         None if error is None else MeasuredError(**error),
+        content.get("step_examples"),
     )
 
 

@@ -28,15 +28,16 @@ class Batch:
         split: its examples.
         sums: where contributions go.
         outputs: watched tensors, or None if they are not to be kept.
-        failure: what went wrong in a hook. Nothing more is read then, and training
-            does not hear of it.
+        failure: what went wrong in a hook, in words: the error itself would keep the
+            graph that it comes from. Nothing more is read then, and training does not
+            hear of it.
     """
 
     inputs: Mapping[str, Any]
     split: ExampleSplit
     sums: GradientSums
     outputs: list[Tensor] | None = None
-    failure: BaseException | None = None
+    failure: str | None = None
     called: set[str] = field(default_factory=set[str])
     replays: list[tuple["Watched", Replay, list[Tensor | None]]] = field(
         default_factory=list[Any]
@@ -63,7 +64,7 @@ class Batch:
         try:
             yield
         except (MemoryError, torch.OutOfMemoryError) as error:
-            self.failure = error
+            self.failure = str(error)
 
     def finish(self) -> None:
         """Add what is computed after the backward pass.
@@ -76,7 +77,7 @@ class Batch:
                 "the gradients of the examples did not fit into memory "
                 f"({self.failure}): pass layout='factored', a smaller out_size or "
                 "per_device_train_batch_size, or per_example=False."
-            ) from self.failure
+            )
         for watched, replay, gradients in self.replays:
             if all(gradient is None for gradient in gradients):
                 continue

@@ -47,7 +47,8 @@ class SketchWriter:
             of it at a time is written.
 
     Raises:
-        ValueError: the store holds rows of other settings.
+        ValueError: the store holds rows of other settings, or training that is resumed
+            takes other numbers of examples a step.
         OSError: the directory cannot be written.
     """
 
@@ -68,6 +69,8 @@ class SketchWriter:
         self._part_bytes = buffer_bytes / (2 + kept)
         self._buffer: Rows = {}
         self._buffered_bytes = 0
+        if resume_step and (directory / HEADER).exists():
+            _check_step_examples(directory, header)
         if rank == 0 or not _is_prepared(directory, rank, resume_step):
             _prepare(directory, header, resume_step, rank)
             for manifest in read_manifests(directory):
@@ -214,8 +217,22 @@ def _truncate(directory: Path, manifest: Manifest, last_step: int) -> None:
 def _check_settings(directory: Path, header: Header) -> None:
     """Raise if the store's rows were made with other settings."""
     theirs = read_header(directory)
-    if replace(theirs, measured_error=header.measured_error) != header:
+    notes = (header.measured_error, header.step_examples)
+    if replace(theirs, measured_error=notes[0], step_examples=notes[1]) != header:
         raise ValueError(
             f"{directory} holds rows of {theirs.settings}, the callback was given "
             f"{header.settings}: pass the store's settings, or another output_dir."
+        )
+
+
+def _check_step_examples(directory: Path, header: Header) -> None:
+    """Raise if a Trainer that resumes would skip other examples than were trained."""
+    known = read_header(directory).step_examples
+    if known is not None and known != header.step_examples:
+        raise ValueError(
+            f"{directory} holds rows of training that took {known} examples a step, "
+            f"got {header.step_examples} to resume it with, which would pass over "
+            "other examples than were trained: resume with as many processes, examples "
+            "on each and accumulated batches, or choose them so that their product is "
+            f"{known}."
         )

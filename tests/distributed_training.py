@@ -168,6 +168,12 @@ def continued(directory):
     train(directory, callback, **even(), resume=True)
 
 
+def widened(directory):
+    """It is not gone on with in steps of other numbers of examples."""
+    settings = {**even(), "per_device_train_batch_size": GLOBAL_BATCH}
+    train(directory, GradientSketchCallback(SIZE), **settings, resume=True)
+
+
 def padded(directory, **arguments):
     """The last batch lacks a row; the weights stay as they are."""
     settings = {"rows": 21, "model": undropped_bert(), "learning_rate": 0.0}
@@ -323,6 +329,7 @@ SCENARIOS = {
     "unlike": unlike,
     "unused": unused,
     "watched": watched,
+    "widened": widened,
 }
 
 

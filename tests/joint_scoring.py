@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from hf_sketch import ModelSketch, Sketches
+from hf_sketch.callbacks.processes import end_group
 from hf_sketch.rows import features
 
 OUT_SIZE = 2**20  # blocks of four rows
@@ -75,8 +76,7 @@ def answers(rows):
 def main(file):
     found = answers(store().over_processes())
     torch.save(found, f"{file}-{torch.distributed.get_rank()}.pt")
-    # Its threads must have ended when the interpreter does.
-    torch.distributed.destroy_process_group()
+    end_group()
 
 
 if __name__ == "__main__":

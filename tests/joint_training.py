@@ -3,12 +3,6 @@
 `torchrun --nproc_per_node 2 --module tests.joint_training <directory> spectra`.
 """
 
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import torch
 from accelerate.state import PartialState
 from peft import get_peft_model
@@ -20,10 +14,10 @@ from hf_sketch import SubspaceConfig
 from hf_sketch.callbacks import HessianSpectrumCallback, IntrinsicDimensionCallback
 from tests.conftest import Interrupt, tiny_dataset
 from tests.distributed_training import even, leave, train, trainer_of
-from tests.launching import TORCHRUN, run_scenarios
+from tests.launching import run_scenarios
 from tests.test_training_matrix import Pad, text_dataset, undropped
 
-ROOT = Path(__file__).parents[1]
+MODULE = "tests.joint_training"
 STEPS = (0, 2, 3)
 SHORT = {"max_steps": 3, "save_steps": 1}
 
@@ -287,26 +281,6 @@ SCENARIOS = {
     "unwritable": unwritable,
     "weighted": weighted,
 }
-
-
-def run_together(processes, directory, scenarios, longest_seconds=300):
-    """Run scenarios, one after the other; (exit code, standard error, seconds)."""
-    module = ("--module", "tests.joint_training", str(directory), *scenarios)
-    started = time.monotonic()
-    run = subprocess.Popen(
-        [sys.executable, "-m", *TORCHRUN, str(processes), *module],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        _, errors = run.communicate(timeout=longest_seconds)
-    except subprocess.TimeoutExpired:
-        run.terminate()  # the launcher ends its processes, which killing it would not
-        _, errors = run.communicate()
-    return run.returncode, errors, time.monotonic() - started
 
 
 if __name__ == "__main__":

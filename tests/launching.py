@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
-from accelerate.state import PartialState
 from transformers.utils import logging
+
+from hf_sketch.callbacks.processes import end_group
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
 ACCELERATE = (
@@ -27,7 +29,15 @@ def launch(
     launcher, processes, directory, scenarios, module="tests.distributed_training"
 ):
     """Run a module's scenarios, one after the other, each in all processes."""
+    code, errors, _ = run_together(launcher, processes, directory, scenarios, module)
+    assert code == 0, errors[-5000:]
+    return directory
+
+
+def run_together(launcher, processes, directory, scenarios, module):
+    """As `launch`, though processes may fail; (exit code, standard error, seconds)."""
     module = ("--module", module, str(directory), *scenarios)
+    started = time.monotonic()
     run = subprocess.Popen(
         [sys.executable, "-m", *launcher, str(processes), *module],
         cwd=Path(__file__).parents[1],
@@ -41,8 +51,7 @@ def launch(
     except subprocess.TimeoutExpired:
         run.terminate()  # the launcher ends its processes, which killing it would not
         _, errors = run.communicate()
-    assert run.returncode == 0, errors[-5000:]
-    return directory
+    return run.returncode, errors, time.monotonic() - started
 
 
 def run_scenarios(scenarios):
@@ -52,8 +61,14 @@ def run_scenarios(scenarios):
     top = Path(sys.argv[1])
     for name in sys.argv[2:]:
         scenarios[name](top / name)
-    # Threads of the group must have ended when the interpreter does.
-    PartialState().destroy_process_group()
+    end_group()
+    tasks = Path("/proc/self/task").glob("*/comm")  # none where the system has no such
+    threads = [path.read_text().strip() for path in tasks]
+    (top / f"threads-{os.environ['RANK']}.json").write_text(json.dumps(threads))
+    # FSDP's meshes keep the group's threads, which abort an interpreter that ends when
+    # they ask for it: https://github.com/pytorch/pytorch/issues/190489.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def told(directory, name, processes=2):

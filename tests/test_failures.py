@@ -1,7 +1,9 @@
 """If recording fails, the error is clear, and training's own work is not touched."""
 
+import gc
 import os
 import resource
+import weakref
 
 import pytest
 import torch
@@ -132,6 +134,20 @@ def test_memory_that_runs_out_in_a_hook_is_an_error_of_ours(tmp_path, monkeypatc
     trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE))
     with pytest.raises(MemoryError, match=r"\(the device is full\): pass layout="):
         trainer.train()
+
+
+def test_a_step_without_memory_leaves_nothing_behind(tmp_path, monkeypatch):
+    def add(self, name, contribution):
+        raise torch.OutOfMemoryError("the device is full")
+
+    monkeypatch.setattr(GradientSums, "add", add)
+    trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE, on_error="warn"))
+    with pytest.warns(UserWarning, match="did not fit into memory"):
+        trainer.train()
+    model = weakref.ref(trainer.model)
+    del trainer
+    gc.collect()
+    assert model() is None
 
 
 def test_a_directory_that_is_gone_stops_training_with_a_clear_error(

@@ -16,8 +16,8 @@ from hf_sketch import (
     load_spectra,
 )
 from tests.conftest import tiny_bert
-from tests.joint_training import STEPS, run_together
-from tests.launching import told
+from tests.joint_training import MODULE, STEPS
+from tests.launching import TORCHRUN, launch, run_together, told
 from tests.test_hessian_callback import stored_batches
 from tests.test_training_matrix import undropped
 
@@ -30,19 +30,14 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What two processes leave."""
-    return launched(2, tmp_path_factory.mktemp("two"), IN_TWO)
+    return launch(TORCHRUN, 2, tmp_path_factory.mktemp("two"), IN_TWO, MODULE)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     """What four processes leave, of which one has no batch."""
-    return launched(4, tmp_path_factory.mktemp("four"), ("spectra", "weighted"))
-
-
-def launched(processes, directory, scenarios):
-    code, errors, _ = run_together(processes, directory, scenarios)
-    assert code == 0, errors[-5000:]
-    return directory
+    directory = tmp_path_factory.mktemp("four")
+    return launch(TORCHRUN, 4, directory, ("spectra", "weighted"), MODULE)
 
 
 @pytest.fixture
@@ -155,7 +150,8 @@ def test_a_directory_that_the_first_process_cannot_make_warns_in_all(two):
 
 
 def test_a_process_that_dies_takes_the_others_down_within_a_minute(tmp_path):
-    code, errors, seconds = run_together(2, tmp_path, ["broken"])
+    run = run_together(TORCHRUN, 2, tmp_path, ["broken"], MODULE)
+    code, errors, seconds = run
     assert code != 0
     assert "OddError: an odd end" in errors
     assert seconds < 60

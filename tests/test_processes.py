@@ -14,8 +14,8 @@ from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.store import Header, read_manifests
 from hf_sketch.writer import SketchWriter
 from tests.conftest import Interrupt, tiny_dataset, tiny_trainer
-from tests.distributed_training import SIZE, even
-from tests.launching import ACCELERATE, TORCHRUN, launch, told
+from tests.distributed_training import GLOBAL_BATCH, SIZE, even
+from tests.launching import ACCELERATE, TORCHRUN, launch, run_together, told
 from tests.test_store import SKETCH, step_row
 from tests.test_training_matrix import Pad, text_dataset, train, undropped
 
@@ -58,8 +58,8 @@ def single(tmp_path_factory):
     return load_sketches(directory)
 
 
-def single_trainer(directory, *callbacks):
-    callback, settings = GradientSketchCallback(SIZE), even()
+def single_trainer(directory, *callbacks, **arguments):
+    callback, settings = GradientSketchCallback(SIZE), {**even(), **arguments}
     dataset = tiny_dataset(settings.pop("rows"))
     return tiny_trainer(directory, callback, *callbacks, dataset=dataset, **settings)
 
@@ -196,6 +196,13 @@ def test_resumed_rows_are_those_of_an_uninterrupted_run(two):
 
 
 @pytest.mark.slow
+def test_the_threads_of_a_group_end_with_it(two):
+    for names in told(two, "threads"):
+        assert "python" in "".join(names) or not names
+        assert not any("gloo" in name for name in names)
+
+
+@pytest.mark.slow
 def test_one_process_resumes_what_two_began(two, tmp_path, single):
     shutil.copytree(two / "left", tmp_path, dirs_exist_ok=True)
     assert (tmp_path / "checkpoint-4").exists()
@@ -208,15 +215,32 @@ def test_one_process_resumes_what_two_began(two, tmp_path, single):
 
 
 @pytest.mark.slow
+def test_one_process_does_not_go_on_in_steps_of_other_numbers(two, tmp_path):
+    shutil.copytree(two / "left", tmp_path, dirs_exist_ok=True)
+    before = load_sketches(tmp_path).dataset[:]
+    trainer = single_trainer(tmp_path, per_device_train_batch_size=GLOBAL_BATCH // 2)
+    with pytest.raises(ValueError, match="took 8 examples a step, got 4 to resume"):
+        trainer.train(resume_from_checkpoint=True)
+    assert load_sketches(tmp_path).dataset[:] == before
+
+
+@pytest.mark.slow
 def test_two_processes_of_accelerate_resume_what_one_began(tmp_path, single):
     with pytest.raises(KeyboardInterrupt):
         single_trainer(tmp_path / "continued", Interrupt(5)).train()
+    shutil.copytree(tmp_path / "continued", tmp_path / "widened")
+    before = sorted((tmp_path / "widened" / "sketches").iterdir())
     launch(ACCELERATE, 2, tmp_path, ["continued", "split"])
     store = load_sketches(tmp_path / "continued")
     assert_same_rows(store, single)
     rows = columns(store.dataset)
     assert set(rows["rank"][rows["step"] > 4].tolist()) == {0, 1}
     assert_filled(load_sketches(tmp_path / "split"))
+    module = "tests.distributed_training"
+    code, errors, _ = run_together(TORCHRUN, 2, tmp_path, ["widened"], module)
+    assert code != 0
+    assert "rows of training that took 8 examples a step, got 16 to resume" in errors
+    assert sorted((tmp_path / "widened" / "sketches").iterdir()) == before
 
 
 @pytest.mark.slow

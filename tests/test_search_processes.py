@@ -9,14 +9,8 @@ import torch
 from hf_sketch import load_dimension_search
 from hf_sketch.callbacks import IntrinsicDimensionCallback
 from tests.conftest import tiny_trainer
-from tests.joint_training import (
-    HEAD,
-    HEADED,
-    SEARCH,
-    run_together,
-    search_settings,
-)
-from tests.launching import told
+from tests.joint_training import HEAD, HEADED, MODULE, SEARCH, search_settings
+from tests.launching import TORCHRUN, launch, run_together, told
 
 IN_TWO = ("search", "search_with_a_head", "search_resumed", "search_unwritable")
 IN_TWO += ("search_refused",)
@@ -28,19 +22,14 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What two processes leave."""
-    return launched(2, tmp_path_factory.mktemp("two"), IN_TWO)
+    return launch(TORCHRUN, 2, tmp_path_factory.mktemp("two"), IN_TWO, MODULE)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     """What four processes leave."""
-    return launched(4, tmp_path_factory.mktemp("four"), ("search",))
-
-
-def launched(processes, directory, scenarios):
-    code, errors, _ = run_together(processes, directory, scenarios)
-    assert code == 0, errors[-5000:]
-    return directory
+    directory = tmp_path_factory.mktemp("four")
+    return launch(TORCHRUN, 4, directory, ("search",), MODULE)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +114,8 @@ def test_what_the_first_process_cannot_write_stops_all(two):
 
 
 def test_a_process_that_dies_takes_the_others_down_within_a_minute(tmp_path):
-    code, errors, seconds = run_together(2, tmp_path, ["search_broken"])
+    run = run_together(TORCHRUN, 2, tmp_path, ["search_broken"], MODULE)
+    code, errors, seconds = run
     assert code != 0
     assert "ArithmeticError: an odd end" in errors
     assert seconds < 60

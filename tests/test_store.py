@@ -139,6 +139,7 @@ def test_the_header_is_pinned(store):
         "loss": "mean",
         "row_dtype": "float32",
         "measured_error": None,
+        "step_examples": None,
     }
     assert check_value == pytest.approx(SKETCH.check_value())
 

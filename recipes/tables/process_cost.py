@@ -15,6 +15,7 @@ from accelerate.state import PartialState
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from hf_sketch.callbacks.processes import end_group
 from hf_sketch.recipes.tables.recorded_runs import SHAPES, Setting, train
 from hf_sketch.recipes.tables.recorders import Ours
 from hf_sketch.recipes.tables.report import save_report
@@ -137,7 +138,7 @@ def _work(arguments: ProcessCostArguments, directory: Path) -> None:
         seconds[name] = median(each[1:])
     rank = PartialState().process_index
     (directory / f"{rank}.json").write_text(json.dumps(seconds))
-    PartialState().destroy_process_group()
+    end_group()
 
 
 def main() -> None:
