@@ -23,6 +23,13 @@ from hf_sketch.sharding import in_row_shards
 
 Value = TypeVar("Value")
 _COMPARED = (int, float, str, frozenset, type(None))
+_PARALLELISMS = {
+    "tensor": "tp_size",
+    "pipeline": "pp_size",
+    "expert": "ep_size",
+    "context": "cp_size",
+    "sequence": "sp_size",
+}
 _SHARDED = (
     DistributedType.DEEPSPEED,
     DistributedType.FSDP,
@@ -63,6 +70,8 @@ def check_processes(
         and args.world_size > 1,
         "parameters in parts": not split
         and any(type(p.data) is not Tensor for p in trainable),
+        "parameters on several devices": len({p.device for p in trainable}) > 1,
+        **{f"{way} parallelism": True for way in _parallelisms(model)},
     }
     found = [name for name, present in refused.items() if present]
     if found:
@@ -71,6 +80,18 @@ def check_processes(
             f"in each process, got {', '.join(found)}: train without, or take the "
             "callback out."
         )
+
+
+def _parallelisms(model: nn.Module) -> list[str]:
+    """How processes share examples, or whole layers, as Accelerate or the model say."""
+    # Older releases have neither.
+    prepared = getattr(AcceleratorState(), "parallelism_config", None)
+    loaded = getattr(getattr(model, "config", None), "distributed_config", None)
+    return [
+        way
+        for way, size in _PARALLELISMS.items()
+        if any((getattr(x, size, None) or 1) > 1 for x in (prepared, loaded))
+    ]
 
 
 def check_same(callback: str, settings: Mapping[str, Any]) -> None:

@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, ParallelismConfig
 from transformers import TrainerCallback
 
 import hf_sketch.callbacks.processes as processes_module
@@ -85,6 +86,21 @@ def test_a_model_that_no_process_has_whole_is_refused(tmp_path, monkeypatch):
     refused(tmp_path, message.format("parameters in parts"), model=model)
     monkeypatch.setattr(processes_module, "AcceleratorState", Sharded)
     refused(tmp_path, message.format("FSDP of version 1"))
+
+
+def test_a_model_on_several_devices_is_refused(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.model.classifier.to("meta")
+    with pytest.raises(ValueError, match="got parameters on several devices: train"):
+        processes_module.check_processes(trainer.args, trainer.model)
+
+
+def test_processes_that_share_examples_are_refused(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path)
+    config = ParallelismConfig(cp_size=2, sp_size=1)
+    monkeypatch.setattr(AcceleratorState(), "parallelism_config", config)
+    with pytest.raises(ValueError, match="got context parallelism: train without"):
+        processes_module.check_processes(trainer.args, trainer.model)
 
 
 def test_compiled_training_is_refused(tmp_path):

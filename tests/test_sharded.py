@@ -3,6 +3,8 @@
 Training runs in processes of their own, by tests/sharded_training.py.
 """
 
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -11,8 +13,12 @@ from hf_sketch.callbacks import GradientSketchCallback
 from tests.conftest import tiny_dataset, tiny_trainer
 from tests.distributed_training import SIZE, even
 from tests.launching import TORCHRUN, launch, told
+from tests.loaded_training import TRAINING as LOADED
+from tests.loaded_training import even_dataset
 from tests.sharded_training import IN_MANY_UNITS
 from tests.test_processes import assert_same_rows, columns, in_order
+from tests.test_training_matrix import Pad, undropped
+from tests.test_training_matrix import train as trained
 from tests.tiny_models import NAMES
 
 MODULE = "tests.sharded_training"
@@ -142,3 +148,20 @@ def test_what_needs_whole_parameters_is_refused(two):
         expected = "HessianSpectrumCallback needs the whole model, in each process"
         assert any(expected in text and "got FSDP" in text for text in texts)
     assert not (two / "refused" / "curvature").exists()
+
+
+@pytest.mark.slow
+def test_models_that_are_distributed_as_they_are_loaded(tmp_path):
+    distributed = pytest.importorskip("transformers.distributed")
+    known = {field.name for field in fields(distributed.DistributedConfig)}
+    if not {"tp_size", "pp_size", "fsdp_size"} <= known:
+        pytest.skip("this transformers loads no model into several processes")
+    scenarios = ("shards", "tensor", "pipeline")
+    launch(TORCHRUN, 2, tmp_path, scenarios, "tests.loaded_training")
+    model, callback = undropped("llama"), GradientSketchCallback(SIZE)
+    directory = tmp_path / "single"
+    expected = trained(directory, model, even_dataset(), Pad(), [callback], **LOADED)
+    assert_same_rows(load_sketches(tmp_path / "shards"), expected)
+    for way in ("tensor", "pipeline"):
+        for error in told(tmp_path / way, "error"):
+            assert f"{way} parallelism: train without, or take the callback" in error
