@@ -6,6 +6,7 @@
 import os
 import warnings
 from collections import Counter
+from unittest.mock import patch
 
 import torch
 from accelerate.state import PartialState
@@ -18,6 +19,8 @@ from transformers import Trainer, TrainingArguments
 
 from hf_sketch import ModelSketch, PerExampleSketcher, sketch_dataset
 from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
+from hf_sketch.callbacks.step_rows import StepRecorder
+from hf_sketch.recipes.tables.measure import peak_extra_bytes
 from tests.conftest import TINY_TRAINING, tiny_bert, tiny_dataset
 from tests.distributed_training import (
     GLOBAL_BATCH,
@@ -29,6 +32,7 @@ from tests.distributed_training import (
 from tests.launching import run_scenarios
 from tests.tiny_models import NAMES, tiny_inputs, tiny_model
 
+GREATEST = (2**16, 128)  # the shape of a model's one great parameter
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -112,6 +116,24 @@ def checkpointed(directory):
 def mixed(directory):
     """In bfloat16, by FSDP's own policy."""
     train(directory, GradientSketchCallback(SIZE), bf16=True)
+
+
+def memory(directory):
+    """The most bytes that the row of a step takes, in each layout."""
+    plain_end = StepRecorder.end_step
+    for layout in ("factored", "blocked"):
+        peaks = []
+
+        def measuring(*args, peaks=peaks):
+            results = []
+            peaks.append(peak_extra_bytes(lambda: results.append(plain_end(*args))))
+            return results[0]
+
+        callback = GradientSketchCallback(SIZE, layout=layout, per_example=False)
+        model = tiny_bert(vocab_size=GREATEST[0], hidden_size=GREATEST[1])
+        with patch.object(StepRecorder, "end_step", measuring):
+            train(directory / layout, callback, model=model, max_steps=3)
+        leave(directory, **{layout: peaks})
 
 
 def plain(directory):
@@ -236,6 +258,7 @@ SCENARIOS = {
     "checkpointed": checkpointed,
     "dropped": dropped,
     "families": families,
+    "memory": memory,
     "mixed": mixed,
     "plain": plain,
     "refused": refused,

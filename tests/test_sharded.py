@@ -3,6 +3,7 @@
 Training runs in processes of their own, by tests/sharded_training.py.
 """
 
+import math
 from dataclasses import fields
 
 import pytest
@@ -15,7 +16,7 @@ from tests.distributed_training import SIZE, even
 from tests.launching import TORCHRUN, launch, told
 from tests.loaded_training import TRAINING as LOADED
 from tests.loaded_training import even_dataset
-from tests.sharded_training import IN_MANY_UNITS
+from tests.sharded_training import GREATEST, IN_MANY_UNITS
 from tests.test_processes import assert_same_rows, columns, in_order
 from tests.test_training_matrix import Pad, undropped
 from tests.test_training_matrix import train as trained
@@ -23,7 +24,7 @@ from tests.tiny_models import NAMES
 
 MODULE = "tests.sharded_training"
 IN_TWO = ("families", "units", "watched", "resumed", "blocked", "checkpointed", "plain")
-IN_TWO += ("dropped", "refused", "mixed")  # mixed precision stays on
+IN_TWO += ("dropped", "refused", "memory", "mixed")  # mixed precision stays on
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,16 @@ def test_a_sketch_and_some_norms_alone_are_exchanged(two):
     """Of the first step also the sum of its rows; a step has three norms."""
     for sizes in told(two / "watched", "exchanged"):
         assert sorted(sizes) == [1] * 18 + [SIZE] * 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["factored", "blocked"])
+def test_the_row_of_a_step_needs_less_memory_than_a_shard(two, layout):
+    """Of the greatest parameter, in the first step too, which draws what is random."""
+    shard_bytes = math.prod(GREATEST) * 4 / 2
+    for peaks in told(two / "memory", layout):
+        assert len(peaks) == 3
+        assert 0 < max(peaks) < shard_bytes
 
 
 @pytest.mark.slow
