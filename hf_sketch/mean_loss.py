@@ -15,6 +15,7 @@ from hf_sketch.example_split import ExampleSplit
 from hf_sketch.parameter_names import named_parameters
 from hf_sketch.per_example import field_of
 from hf_sketch.replayed_gradients import kept_random_state, random_state
+from hf_sketch.sharding import check_whole
 
 UNITS = ("tokens", "examples")
 
@@ -50,9 +51,9 @@ class MeanLoss:
             is; "examples": every example does, by the mean over its own tokens.
 
     Raises:
-        ValueError: there is no batch, nothing trains, or the unit is unknown; on first
-            use, a loss that is no scalar or not finite, or whose tokens cannot be
-            counted.
+        ValueError: there is no batch, nothing trains, parameters are in shards, or the
+            unit is unknown; on first use, a loss that is no scalar or not finite, or
+            whose tokens cannot be counted.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class MeanLoss:
                 "curvature needs at least one trainable parameter, got none: call "
                 "requires_grad_(True) on those that train."
             )
+        check_whole("curvature", self.parameters.values())
         # The Trainer's count is of other batches too; ours are weighted here.
         self._given = [
             {name: value for name, value in batch.items() if name != _ITEMS}

@@ -18,6 +18,19 @@ def in_row_shards(parameters: Iterable[Tensor]) -> bool:
     return all(isinstance(p, DTensor) and _is_in_rows(p) for p in parameters)
 
 
+def check_whole(user: str, parameters: Iterable[Tensor]) -> None:
+    """Raise if some parameters are split among processes, in whatever way.
+
+    Raises:
+        ValueError: some are.
+    """
+    if any(isinstance(p, DTensor) for p in parameters):
+        raise ValueError(
+            f"{user} needs whole parameters, got them in shards: load the checkpoint "
+            "into a model that is not sharded."
+        )
+
+
 def own_part(x: Tensor) -> tuple[Tensor, int]:
     """The coordinates that this process answers for, and where they start.
 

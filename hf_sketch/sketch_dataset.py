@@ -22,7 +22,7 @@ from hf_sketch.per_example import (
     PerExampleSketcher,
 )
 from hf_sketch.rows import QUERY, arrow_table, features
-from hf_sketch.sharding import in_row_shards
+from hf_sketch.sharding import check_whole
 
 _CHECKED_EXAMPLES = 2
 _LABELS = ("label", "label_ids", "labels")
@@ -69,11 +69,7 @@ def sketch_dataset(
         RuntimeError: a row of the first batch is not the gradient of its example alone.
     """
     sketcher = PerExampleSketcher(model, model_sketch, loss)
-    if in_row_shards(sketcher.parameters.values()):
-        raise ValueError(
-            "sketch_dataset needs whole parameters, got them in shards: load the "
-            "checkpoint into a model that is not sharded."
-        )
+    check_whole("sketch_dataset", sketcher.parameters.values())
     device = next(model.parameters()).device
     loader: DataLoader[Any] = DataLoader(
         dataset,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_sketch.model_sketch import ModelSketch
+from hf_sketch.sharding import check_whole
 from hf_sketch.subspace_config import SubspaceConfig
 from hf_sketch.subspace_gradient import OmegaGradient, uses_in_graph
 from hf_sketch.subspace_weights import fingerprint
@@ -49,7 +50,8 @@ class BaseModel:
         They stay until `leave_graph`.
 
         Raises:
-            ValueError: activation checkpointing is reentrant.
+            ValueError: activation checkpointing is reentrant, or parameters were
+                replaced.
         """
         names = {id(self.parameters[name]): name for name in gradient.names}
         slots = [
@@ -58,6 +60,14 @@ class BaseModel:
             for attribute, parameter in vars(module)["_parameters"].items()
             if id(parameter) in names
         ]
+        replaced = set(gradient.names) - {name for *_, name in slots}
+        if replaced:
+            raise ValueError(
+                "the model must keep the parameters that it had when the adapter was "
+                f"made, got others in the places of {len(replaced)}, {min(replaced)} "
+                "among them: do not exchange them after get_peft_model, as FSDP and "
+                "DeepSpeed do (DDP does not)."
+            )
         uses = uses_in_graph(slots, self.parameters, gradient)
         for (module, attribute, name), use in zip(slots, uses, strict=True):
             self._in_graph.append((module, attribute, self.parameters[name]))
@@ -94,8 +104,8 @@ def draw_subspace(config: SubspaceConfig, base: BaseModel) -> ModelSketch:
 
     Raises:
         ValueError: no parameter is covered, `max_dim` is above their number, the base
-            model is quantised, spread over devices or has recurrent layers, or it is
-            not the one that the adapter was trained on.
+            model is quantised, in shards, spread over devices or has recurrent layers,
+            or it is not the one that the adapter was trained on.
     """
     loaded = config.base_fingerprint is not None
     if not loaded and base.frozen:
@@ -152,6 +162,7 @@ def _check_covered(
             f"({', '.join(quantised[:3]) or 'is_quantized'}): load it without a "
             "quantization_config."
         )
+    check_whole("a subspace", covered.values())
     devices = {str(parameter.device) for parameter in covered.values()}
     if len(devices) > 1:
         raise ValueError(

@@ -11,17 +11,24 @@ from unittest.mock import patch
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from peft import get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
-from hf_sketch import ModelSketch, PerExampleSketcher, sketch_dataset
+from hf_sketch import (
+    HessianOperator,
+    ModelSketch,
+    PerExampleSketcher,
+    SubspaceConfig,
+    sketch_dataset,
+)
 from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
 from hf_sketch.callbacks.step_rows import StepRecorder
 from hf_sketch.recipes.tables.measure import peak_extra_bytes
-from tests.conftest import TINY_TRAINING, tiny_bert, tiny_dataset
+from tests.conftest import TINY_TRAINING, tiny_batch, tiny_bert, tiny_dataset
 from tests.distributed_training import (
     GLOBAL_BATCH,
     SIZE,
@@ -163,6 +170,18 @@ def refused(directory):
         warnings.simplefilter("always")
         train(directory, HessianSpectrumCallback([1], krylov_dim=2))
     leave(directory, spectrum=[str(warning.message) for warning in caught])
+    head = SubspaceConfig(dim=8, modules_to_save=["classifier"])
+    adapted, model = get_peft_model(undropped_bert(), head), sharded(undropped_bert())
+    actions = {
+        "exchanged": lambda: train(directory, model=adapted),
+        "subspace": lambda: get_peft_model(model, SubspaceConfig(dim=8)),
+        "curvature": lambda: HessianOperator(model, [tiny_batch()]),
+    }
+    for name, action in actions.items():
+        try:
+            action()
+        except ValueError as error:
+            leave(directory, **{name: str(error)})
 
 
 def sharded(model, mesh=None):

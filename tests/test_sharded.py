@@ -155,6 +155,11 @@ def test_what_needs_whole_parameters_is_refused(two):
         assert "ViTEmbeddings at 'vit.embeddings'" in text
     for text in told(two / "families", "dataset"):
         assert "sketch_dataset needs whole parameters, got them in shards" in text
+    for name, user in (("curvature", "curvature"), ("subspace", "a subspace")):
+        for text in told(two / "refused", name):
+            assert f"{user} needs whole parameters, got them in shards" in text
+    for text in told(two / "refused", "exchanged"):
+        assert "the model must keep the parameters that it had" in text
     for texts in told(two / "refused", "spectrum"):
         expected = "HessianSpectrumCallback needs the whole model, in each process"
         assert any(expected in text and "got FSDP" in text for text in texts)

@@ -187,6 +187,15 @@ def test_recurrent_layers_are_refused():
         get_peft_model(model, SubspaceConfig(dim=8))
 
 
+def test_parameters_that_were_exchanged_are_an_error():
+    """As FSDP does; the adapter would move what the model no longer holds."""
+    model, _ = adapted(tiny_model("gpt2", torch.float32))
+    layer = model.get_submodule("base_model.model.transformer.ln_f")
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+    with pytest.raises(ValueError, match=r"in the places of 1, transformer\.ln_f\.wei"):
+        model(**tiny_inputs("gpt2"))
+
+
 def test_old_versions_of_peft_are_refused(monkeypatch):
     monkeypatch.setattr("hf_sketch.subspace_config.version", lambda _: "0.20.0")
     with pytest.raises(ImportError, match=r"peft>=0\.21, got 0\.20\.0: pip install"):
