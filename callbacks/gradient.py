@@ -140,7 +140,10 @@ class GradientSketchCallback(TrainerCallback):
         )
         self._recording = Recording(
             Header(
-                sketch, self.loss, self.row_dtype, step_examples=step_examples(args)
+                sketch,
+                self.loss,
+                self.row_dtype,
+                step_examples=step_examples(args, state),
             ),
             args,
             state,

@@ -16,7 +16,7 @@ from accelerate.utils import (
     reduce,
 )
 from torch import Tensor, distributed, nn
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_sketch.sharding import in_row_shards
@@ -117,12 +117,14 @@ def check_same(callback: str, settings: Mapping[str, Any]) -> None:
             )
 
 
-def step_examples(args: TrainingArguments) -> int:
+def step_examples(args: TrainingArguments, state: TrainerState) -> int:
     """How many examples an optimizer step takes, of all processes together."""
+    found = state.train_batch_size if args.auto_find_batch_size else None
+    each = found or args.train_batch_size
     settings = args.accelerator_config
     assert isinstance(settings, AcceleratorConfig)  # what TrainingArguments makes of it
     processes = 1 if settings.split_batches else PartialState().num_processes
-    return args.train_batch_size * processes * args.gradient_accumulation_steps
+    return each * processes * args.gradient_accumulation_steps
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from hf_sketch.store import (
     read_header,
     read_manifest,
     read_manifests,
+    write_header,
     write_manifest,
     write_measured_error,
 )
@@ -47,8 +48,8 @@ class SketchWriter:
             of it at a time is written.
 
     Raises:
-        ValueError: the store holds rows of other settings, or training that is resumed
-            takes other numbers of examples a step.
+        ValueError: the store holds rows of other settings, or another number of
+            processes resumes training in steps of other numbers of examples.
         OSError: the directory cannot be written.
     """
 
@@ -70,7 +71,7 @@ class SketchWriter:
         self._buffer: Rows = {}
         self._buffered_bytes = 0
         if resume_step and (directory / HEADER).exists():
-            _check_step_examples(directory, header)
+            _check_step_examples(directory, header, world_size)
         if rank == 0 or not _is_prepared(directory, rank, resume_step):
             _prepare(directory, header, resume_step, rank)
             for manifest in read_manifests(directory):
@@ -182,6 +183,9 @@ def _prepare(directory: Path, header: Header, resume_step: int, rank: int) -> No
         )
     if not recorded or resume_step == 0:
         create_store(directory, header, rank)
+    elif header.step_examples is not None:
+        theirs = read_header(directory)
+        write_header(directory, replace(theirs, step_examples=header.step_examples))
 
 
 def _own_manifest(directory: Path, rank: int, world_size: int) -> Manifest:
@@ -225,14 +229,18 @@ def _check_settings(directory: Path, header: Header) -> None:
         )
 
 
-def _check_step_examples(directory: Path, header: Header) -> None:
-    """Raise if a Trainer that resumes would skip other examples than were trained."""
+def _check_step_examples(directory: Path, header: Header, world_size: int) -> None:
+    """Raise if other processes would pass over other examples than were trained.
+
+    In as many processes as before a Trainer itself warns of other batches.
+    """
+    before = max((m.world_size for m in read_manifests(directory)), default=world_size)
     known = read_header(directory).step_examples
-    if known is not None and known != header.step_examples:
+    if before != world_size and known not in (None, header.step_examples):
         raise ValueError(
-            f"{directory} holds rows of training that took {known} examples a step, "
-            f"got {header.step_examples} to resume it with, which would pass over "
-            "other examples than were trained: resume with as many processes, examples "
-            "on each and accumulated batches, or choose them so that their product is "
-            f"{known}."
+            f"{directory} holds rows of {before} processes that took {known} examples "
+            f"a step, got {world_size} that take {header.step_examples} to resume with,"
+            " and would pass over other examples than were trained: resume with "
+            f"{before}, or choose per_device_train_batch_size and "
+            f"gradient_accumulation_steps so that a step takes {known}."
         )

@@ -130,24 +130,3 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
     ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert len(load_sketches(tmp_path).dataset) == 44
-
-
-def resumed(directory, **arguments):
-    trainer = tiny_trainer(directory, GradientSketchCallback(SIZE), **arguments)
-    trainer.train(resume_from_checkpoint=str(directory / "checkpoint-2"))
-
-
-def test_resuming_in_steps_of_other_numbers_of_examples_is_refused(tmp_path):
-    tiny_trainer(tmp_path, GradientSketchCallback(SIZE)).train()
-    before = load_sketches(tmp_path).dataset[:]
-    with pytest.raises(
-        ValueError,
-        match=r"took 8 examples a step, got 16 to resume it with.*their product is 8",
-    ):
-        resumed(tmp_path, per_device_train_batch_size=8)
-    assert load_sketches(tmp_path).dataset[:] == before
-    halved = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    resumed(tmp_path, **halved)
-    rows = load_sketches(tmp_path).dataset
-    for name in ("example_id", "step"):
-        assert rows[name][:] == before[name]

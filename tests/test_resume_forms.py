@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.store import read_header
 from tests.conftest import Interrupt, tiny_dataset, tiny_trainer
 
 SIZE = 64
@@ -99,6 +100,7 @@ def test_with_another_batch_size(tmp_path):
     ids = recorded(tmp_path)
     assert min(seen) == 3
     assert {step: ids[step] for step in seen} == seen
+    assert read_header(tmp_path / "sketches").step_examples == 4
 
 
 class OutOfMemory(TrainerCallback):
@@ -135,6 +137,7 @@ def test_with_a_batch_size_that_is_found(tmp_path, step):
     }
     assert recorded(tmp_path) == last
     assert len(rows) == 2 * 22
+    assert read_header(tmp_path / "sketches").step_examples == trainer._train_batch_size
 
 
 def test_from_a_checkpoint_after_the_store_was_lost(tmp_path, uninterrupted):
