@@ -3,6 +3,7 @@
 `torchrun --nproc_per_node 2 --module tests.distributed_training <directory> watched`.
 """
 
+import gc
 import json
 import os
 import warnings
@@ -282,6 +283,15 @@ def memory(directory):
     GradientSums.add = plain_add
 
 
+def garbage(directory):
+    """The end of a program: a wrapped model that nothing but itself holds."""
+    directory.mkdir(parents=True, exist_ok=True)
+    gc.disable()
+    trainer = trainer_of(directory, max_steps=1)
+    trainer.train()
+    trainer.model_wrapped.owner = trainer
+
+
 def subspace_settings():
     """An adapter of 32 dimensions, and rows that fill all batches."""
     settings = even()
@@ -314,6 +324,7 @@ SCENARIOS = {
     "continued": continued,
     "disk": disk,
     "divides": divides,
+    "garbage": garbage,
     "grouped": grouped,
     "interrupted": interrupted,
     "left": left,

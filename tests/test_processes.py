@@ -29,6 +29,7 @@ IN_TWO += (
     "uncovered",
     "disk",
     "memory",
+    "garbage",  # the last one: it switches collection off
 )
 IN_FOUR = ("divides", "padded")
 
