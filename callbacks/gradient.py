@@ -15,14 +15,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_sketch.example_losses import check_reduction
-from hf_sketch.model_sketch import ModelSketch, check_layout
-from hf_sketch.operator_choice import check_operator
-from hf_sketch.rows import check_row_dtype
-from hf_sketch.store import Header
+from hf_sketch.examples.losses import check_reduction
+from hf_sketch.model.sketch import ModelSketch, check_layout
+from hf_sketch.processes import check_same, gathered
+from hf_sketch.sketches.by_name import check_operator
+from hf_sketch.store.header import Header
+from hf_sketch.store.rows import check_row_dtype
 
-from .processes import check_processes, check_same, gathered, step_examples
-from .recording import Recording
+from .placement import check_processes, step_examples
+from .recording.run import Recording
 
 ON_ERROR = ("raise", "warn")
 _GOES_ON = -1

@@ -17,17 +17,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_sketch.curvature import HessianOperator
-from hf_sketch.double_backward import MODES
-from hf_sketch.mean_loss import UNITS, LossFunction
-from hf_sketch.model_sketch import ModelSketch, check_layout
-from hf_sketch.operator_choice import check_operator
-from hf_sketch.sketched_hessian import SketchedHessian
-from hf_sketch.spectrum import Spectrum, hessian_spectrum
-from hf_sketch.spectrum_files import DIRECTORY, continue_spectra, save_spectrum
+from hf_sketch.curvature.double_backward import MODES
+from hf_sketch.curvature.hessian import HessianOperator
+from hf_sketch.curvature.mean_loss import UNITS, LossFunction
+from hf_sketch.model.sketch import ModelSketch, check_layout
+from hf_sketch.processes import Together, check_others, check_same
+from hf_sketch.sketches.by_name import check_operator
+from hf_sketch.spectra.files import DIRECTORY, continue_spectra, save_spectrum
+from hf_sketch.spectra.sketched_hessian import SketchedHessian
+from hf_sketch.spectra.spectrum import Spectrum, hessian_spectrum
 
 from .curvature_batches import batches_of, kept_batches
-from .processes import Together, check_others, check_processes, check_same
+from .placement import check_processes
 from .shared_hessian import SharedHessian, own_batches
 
 PAPER_STEPS = (0, 10, 50, 100, 150, 200, 250, 500)

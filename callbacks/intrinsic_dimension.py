@@ -15,18 +15,19 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_sketch.intrinsic_dimension import (
+from hf_sketch.processes import Together, check_others, check_same, of_first
+from hf_sketch.subspace.growth import grow_subspace
+from hf_sketch.subspace.search import (
     FILE,
     DimensionSearch,
     load_dimension_search,
     save_dimension_search,
     target_of,
 )
-from hf_sketch.subspace import SubspaceModel
-from hf_sketch.subspace_growth import grow_subspace
+from hf_sketch.subspace.tuner import SubspaceModel
 
 from .ddp_wrapper import DdpWrapper
-from .processes import Together, check_others, check_processes, check_same, of_first
+from .placement import check_processes
 
 
 class IntrinsicDimensionCallback(TrainerCallback):

@@ -8,12 +8,11 @@ from accelerate.state import PartialState
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from hf_sketch.curvature import CurvatureOperator, HessianOperator, Vector
-from hf_sketch.mean_loss import check_items
-from hf_sketch.model_sketch import ModelSketch
+from hf_sketch.curvature.hessian import CurvatureOperator, HessianOperator, Vector
+from hf_sketch.curvature.mean_loss import check_items
+from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.processes import check_others, gathered, of_first, reduced
 from hf_sketch.sketches.operator import accumulation_dtype
-
-from .processes import check_others, gathered, of_first, reduced
 
 Batch = Mapping[str, Any]
 

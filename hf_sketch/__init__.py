@@ -2,27 +2,31 @@
 
 from importlib.metadata import version
 
-from hf_sketch.checkpoint_sketches import concatenate_sketches, sketch_checkpoints
-from hf_sketch.collection import Sketches
-from hf_sketch.curvature import HessianOperator, hessian_vector_product
-from hf_sketch.curvature_check import CurvatureCheck
-from hf_sketch.example_losses import ExampleLosses, example_losses
-from hf_sketch.gauss_newton import EmpiricalFisherOperator, GaussNewtonOperator
-from hf_sketch.implicit import implicit_sketch
-from hf_sketch.intrinsic_dimension import (
-    DimensionSearch,
-    Stage,
-    load_dimension_search,
+from hf_sketch.attribution.checkpoints import concatenate_sketches, sketch_checkpoints
+from hf_sketch.attribution.collection import GradientRows
+from hf_sketch.attribution.dataset import sketch_dataset
+from hf_sketch.attribution.index import RowIndex
+from hf_sketch.attribution.loading import load_sketches
+from hf_sketch.attribution.methods import (
+    Cosine,
+    Dot,
+    Influence,
+    Method,
+    Preconditioned,
+    TracIn,
 )
-from hf_sketch.lanczos import LanczosResult, lanczos
-from hf_sketch.loading import load_sketches
-from hf_sketch.measured_error import MeasuredError
-from hf_sketch.methods import Cosine, Dot, Influence, Method, Preconditioned, TracIn
-from hf_sketch.model_sketch import Coverage, ModelSketch
-from hf_sketch.per_example import ExampleRows, PerExampleSketcher
-from hf_sketch.row_index import RowIndex
-from hf_sketch.sketch_dataset import sketch_dataset
-from hf_sketch.sketched_hessian import SketchedHessian
+from hf_sketch.curvature.check import CurvatureCheck
+from hf_sketch.curvature.gauss_newton import (
+    EmpiricalFisherOperator,
+    GaussNewtonOperator,
+)
+from hf_sketch.curvature.hessian import HessianOperator, hessian_vector_product
+from hf_sketch.curvature.operator import SymmetricOperator
+from hf_sketch.examples.losses import ExampleLosses, example_losses
+from hf_sketch.examples.measured_error import MeasuredError
+from hf_sketch.examples.sketcher import ExampleBatch, ExampleSketcher
+from hf_sketch.model.implicit import implicit_sketch
+from hf_sketch.model.sketch import Coverage, ModelSketch
 from hf_sketch.sketches import (
     AFFD,
     AFJL,
@@ -35,17 +39,23 @@ from hf_sketch.sketches import (
     Dense,
     Sketch,
 )
-from hf_sketch.spectral_density import (
+from hf_sketch.spectra.density import (
     SpectralDensity,
     TraceEstimate,
     estimate_trace,
     spectral_density,
 )
-from hf_sketch.spectrum import Spectrum, hessian_spectrum
-from hf_sketch.spectrum_files import load_spectra
-from hf_sketch.subspace_config import SubspaceConfig
-from hf_sketch.subspace_growth import grow_subspace
-from hf_sketch.symmetric_operator import SymmetricOperator
+from hf_sketch.spectra.files import load_spectra
+from hf_sketch.spectra.lanczos_run import LanczosResult, lanczos
+from hf_sketch.spectra.sketched_hessian import SketchedHessian
+from hf_sketch.spectra.spectrum import Spectrum, hessian_spectrum
+from hf_sketch.subspace.config import SubspaceConfig
+from hf_sketch.subspace.growth import grow_subspace
+from hf_sketch.subspace.search import (
+    DimensionSearch,
+    Stage,
+    load_dimension_search,
+)
 
 __version__ = version("hf-sketch")
 
@@ -65,21 +75,21 @@ __all__ = [
     "DimensionSearch",
     "Dot",
     "EmpiricalFisherOperator",
+    "ExampleBatch",
     "ExampleLosses",
-    "ExampleRows",
+    "ExampleSketcher",
     "GaussNewtonOperator",
+    "GradientRows",
     "HessianOperator",
     "Influence",
     "LanczosResult",
     "MeasuredError",
     "Method",
     "ModelSketch",
-    "PerExampleSketcher",
     "Preconditioned",
     "RowIndex",
     "Sketch",
     "SketchedHessian",
-    "Sketches",
     "SpectralDensity",
     "Spectrum",
     "Stage",

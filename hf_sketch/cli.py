@@ -9,23 +9,13 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-# The folders are mapped into the package when it is installed, unseen by pyright.
-from hf_sketch.callbacks.processes import (  # pyright: ignore[reportMissingImports]
+from hf_sketch.attribution.loading import load_sketches
+from hf_sketch.processes import (
     end_group,
 )
-from hf_sketch.export import export_sketches
-from hf_sketch.hub import store_directory
-from hf_sketch.loading import load_sketches
-from hf_sketch.maintenance import describe, find_problems, merge, repair
-from hf_sketch.plan_command import PlanArguments, run_plan
 from hf_sketch.recipes.attribute import (  # pyright: ignore[reportMissingImports]
     AttributeArguments,
     run_attribute,
-)
-from hf_sketch.recipes.attribution import (  # pyright: ignore[reportMissingImports]
-    AttributionArguments,
-    AttributionTrainingArguments,
-    run_attribution,
 )
 from hf_sketch.recipes.demo import (  # pyright: ignore[reportMissingImports]
     DemoArguments,
@@ -36,6 +26,7 @@ from hf_sketch.recipes.hessian import (  # pyright: ignore[reportMissingImports]
     HessianTrainingArguments,
     run_hessian,
 )
+from hf_sketch.recipes.plan import PlanArguments, run_plan  # pyright: ignore[reportMissingImports]
 from hf_sketch.recipes.snli import (  # pyright: ignore[reportMissingImports]
     SnliArguments,
     SnliTrainingArguments,
@@ -44,14 +35,22 @@ from hf_sketch.recipes.snli import (  # pyright: ignore[reportMissingImports]
 from hf_sketch.recipes.spectrum_report import (  # pyright: ignore[reportMissingImports]
     print_spectra,
 )
+from hf_sketch.recipes.wikitext import (  # pyright: ignore[reportMissingImports]
+    AttributionArguments,
+    AttributionTrainingArguments,
+    run_attribution,
+)
 from hf_sketch.recipes.xsum import (  # pyright: ignore[reportMissingImports]
     XsumArguments,
     XsumTrainingArguments,
     run_xsum,
 )
-from hf_sketch.remote import is_remote
-from hf_sketch.report import write_report
-from hf_sketch.spectrum_files import load_spectra
+from hf_sketch.report.page import write_report
+from hf_sketch.spectra.files import load_spectra
+from hf_sketch.store.export import export_sketches
+from hf_sketch.store.hub import store_directory
+from hf_sketch.store.maintenance import describe, find_problems, merge, repair
+from hf_sketch.store.remote import is_remote
 
 
 @dataclass
@@ -158,7 +157,7 @@ def run_spectrum(arguments: SpectrumArguments, directories: list[str]) -> None:
         print(directory)
         print_spectra(found)
     if arguments.plot is not None:
-        plots = importlib.import_module("hf_sketch.plots")
+        plots = importlib.import_module("hf_sketch.report.plots")
         plots.plot_figure_2(spectra).savefig(arguments.plot)
         print(f"saved {arguments.plot}")
 

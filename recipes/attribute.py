@@ -7,17 +7,23 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_sketch import Influence, Sketches, load_sketches, load_spectra, sketch_dataset
-from hf_sketch.attribution_record import (
+from hf_sketch import (
+    GradientRows,
+    Influence,
+    load_sketches,
+    load_spectra,
+    sketch_dataset,
+)
+from hf_sketch.attribution.methods import Method
+from hf_sketch.attribution.record import (
     FILE,
     AttributionRecord,
     QueryRecord,
     record_attribution,
 )
-from hf_sketch.hub import store_directory
-from hf_sketch.methods import Method
-from hf_sketch.recipes.data_files import read_data_file
-from hf_sketch.recipes.text_rows import (
+from hf_sketch.attribution.shares import processes
+from hf_sketch.recipes.texts.data_files import read_data_file
+from hf_sketch.recipes.texts.text_rows import (
     TextModel,
     load_text_model,
     text_columns,
@@ -25,8 +31,8 @@ from hf_sketch.recipes.text_rows import (
     token_rows,
     tokenized,
 )
-from hf_sketch.remote import is_remote
-from hf_sketch.row_shares import processes
+from hf_sketch.store.hub import store_directory
+from hf_sketch.store.remote import is_remote
 
 
 @dataclass
@@ -143,7 +149,7 @@ def _beside(directory: str) -> Path:
     return store_directory(directory).parent / FILE
 
 
-def method_of(store: Sketches, name: str, damping: float | None) -> str | Method:
+def method_of(store: GradientRows, name: str, damping: float | None) -> str | Method:
     """The method of a name.
 
     Raises:
@@ -165,7 +171,7 @@ def method_of(store: Sketches, name: str, damping: float | None) -> str | Method
 
 
 def attribute_texts(
-    store: Sketches,
+    store: GradientRows,
     text_model: TextModel,
     queries: Dataset,
     train: Dataset | None,

@@ -18,10 +18,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_sketch import Sketches, load_sketches, sketch_dataset
+from hf_sketch import GradientRows, load_sketches, sketch_dataset
+from hf_sketch.attribution.evaluation import mislabel_auc
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.evaluation import mislabel_auc
-from hf_sketch.recipes.snli_sample import (
+from hf_sketch.recipes.texts.snli_sample import (
     LABELS,
     FlippedLabels,
     flip_labels,
@@ -145,8 +145,8 @@ def training_arguments(arguments: DemoArguments) -> TrainingArguments:
 
 
 def _print_attributions(
-    store: Sketches,
-    queries: Sketches,
+    store: GradientRows,
+    queries: GradientRows,
     validation: Dataset,
     predicted: Tensor,
     flipped: FlippedLabels,
@@ -184,7 +184,7 @@ def _pair(row: dict[str, Any]) -> str:
 
 
 def _find_flipped(
-    store: Sketches, flipped: FlippedLabels, accuracy: float
+    store: GradientRows, flipped: FlippedLabels, accuracy: float
 ) -> DemoResult:
     """How well the recorded rows of one epoch tell wrong labels from right ones."""
     columns = store.dataset.select_columns(["example_id", "gradient_norm", "loss"])
@@ -198,7 +198,7 @@ def _find_flipped(
 
 
 def _print_summary(
-    output_dir: str, store: Sketches, flipped: FlippedLabels, result: DemoResult
+    output_dir: str, store: GradientRows, flipped: FlippedLabels, result: DemoResult
 ) -> None:
     """Print the figures."""
     directory = Path(output_dir) / "sketches"

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from hf_sketch.recipes.demo import embedded_model_path
-from hf_sketch.recipes.snli_data import load_snli
-from hf_sketch.recipes.snli_sample import LABELS, load_snli_sample, tokenize
-from hf_sketch.recipes.xsum_data import (
+from hf_sketch.recipes.texts.snli_data import load_snli
+from hf_sketch.recipes.texts.snli_sample import LABELS, load_snli_sample, tokenize
+from hf_sketch.recipes.texts.xsum_data import (
     load_short_documents,
     load_xsum,
     tokenize_summaries,

@@ -7,18 +7,18 @@ import numpy as np
 from transformers import EvalPrediction, HfArgumentParser, set_seed
 
 from hf_sketch import DimensionSearch
-from hf_sketch.recipes.dimension_arguments import (
+from hf_sketch.recipes.dimension.arguments import (
     DimensionArguments,
     DimensionTrainingArguments,
     with_small_search,
 )
-from hf_sketch.recipes.dimension_report import save_run
-from hf_sketch.recipes.dimension_runs import Task, run_dimension
-from hf_sketch.recipes.metric_scripts import load_metric
+from hf_sketch.recipes.dimension.metric_scripts import load_metric
+from hf_sketch.recipes.dimension.report import save_run
+from hf_sketch.recipes.dimension.runs import Task, run_dimension
 from hf_sketch.recipes.setups import first_rows, snli_setup
 from hf_sketch.recipes.small_settings import with_small
-from hf_sketch.recipes.snli_data import load_snli
-from hf_sketch.recipes.snli_sample import load_snli_sample, tokenize
+from hf_sketch.recipes.texts.snli_data import load_snli
+from hf_sketch.recipes.texts.snli_sample import load_snli_sample, tokenize
 
 
 @dataclass

@@ -50,8 +50,8 @@ def print_spectra(spectra: Sequence[Spectrum]) -> None:
 
 
 def plots_if_installed() -> ModuleType | None:
-    """hf_sketch.plots; None, and a line that says so, without matplotlib."""
+    """hf_sketch.report.plots; None, and a line that says so, without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no plot: matplotlib is not installed, pip install 'hf-sketch[plot]'")
         return None
-    return importlib.import_module("hf_sketch.plots")
+    return importlib.import_module("hf_sketch.report.plots")

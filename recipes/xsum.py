@@ -6,17 +6,17 @@ import numpy as np
 from transformers import EvalPrediction, HfArgumentParser, set_seed
 
 from hf_sketch import DimensionSearch
-from hf_sketch.recipes.dimension_arguments import (
+from hf_sketch.recipes.dimension.arguments import (
     DimensionArguments,
     DimensionTrainingArguments,
     with_small_search,
 )
-from hf_sketch.recipes.dimension_report import save_run
-from hf_sketch.recipes.dimension_runs import Task, run_dimension
-from hf_sketch.recipes.metric_scripts import load_metric
+from hf_sketch.recipes.dimension.metric_scripts import load_metric
+from hf_sketch.recipes.dimension.report import save_run
+from hf_sketch.recipes.dimension.runs import Task, run_dimension
 from hf_sketch.recipes.setups import first_rows, xsum_setup
 from hf_sketch.recipes.small_settings import with_small
-from hf_sketch.recipes.xsum_data import (
+from hf_sketch.recipes.texts.xsum_data import (
     load_short_documents,
     load_xsum,
     tokenize_summaries,

@@ -7,8 +7,8 @@ from hf_sketch.sketches.ffd import FFD
 from hf_sketch.sketches.fjl import FJL
 from hf_sketch.sketches.operator import Composed, Sketch, Transposed
 from hf_sketch.sketches.qk import QK
-from hf_sketch.sketches.random import CounterRandom
 from hf_sketch.sketches.srht import SRHT
+from hf_sketch.sketches.transforms.random import CounterRandom
 
 __all__ = [
     "AFFD",

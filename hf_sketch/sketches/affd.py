@@ -6,8 +6,8 @@ from functools import cached_property
 from torch import Tensor
 
 from hf_sketch.sketches.blocked import BlockedSketch
-from hf_sketch.sketches.magnitudes import weigh_
-from hf_sketch.sketches.mixing import (
+from hf_sketch.sketches.transforms.magnitudes import weigh_
+from hf_sketch.sketches.transforms.mixing import (
     Mixing,
     Permuted,
     check_mix,

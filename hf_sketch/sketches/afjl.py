@@ -6,8 +6,8 @@ from functools import cached_property
 from torch import Tensor
 
 from hf_sketch.sketches.blocked import BlockedSketch
-from hf_sketch.sketches.magnitudes import weigh_
-from hf_sketch.sketches.mixing import (
+from hf_sketch.sketches.transforms.magnitudes import weigh_
+from hf_sketch.sketches.transforms.mixing import (
     Mixing,
     Permuted,
     check_mix,
@@ -26,7 +26,8 @@ class AFJL(BlockedSketch):
     times the variance of AFFD's (the more, the smaller out_size / n), and there are
     inputs for which it fails: the rows of H1 that are kept repeat the same signs on
     coordinates one leading stride apart, so that two of them cancel or double
-    (tests/test_operator_limits.py). With mix="fft" the kept rows are neighbours, and
+    (tests/sketches/test_operator_limits.py).
+    With mix="fft" the kept rows are neighbours, and
     coordinates near both ends of a block are kept with weights that vary with the seed.
 
     Shapes:

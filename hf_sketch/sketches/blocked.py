@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_sketch.sketches.fused import accumulate_fused, can_fuse
-from hf_sketch.sketches.lazy import is_lazy
-from hf_sketch.sketches.mixing import Permuted
 from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
 from hf_sketch.sketches.outer import form_outer, is_touched
 from hf_sketch.sketches.pieces import BlockSigns, Piece
-from hf_sketch.sketches.random import CounterRandom
-from hf_sketch.sketches.signs import ROLES, flip, sign_masks
+from hf_sketch.sketches.transforms.fused import accumulate_fused, can_fuse
+from hf_sketch.sketches.transforms.lazy import is_lazy
+from hf_sketch.sketches.transforms.mixing import Permuted
+from hf_sketch.sketches.transforms.random import CounterRandom
+from hf_sketch.sketches.transforms.signs import ROLES, flip, sign_masks
 
 _PIECE_ELEMENTS = 2**20  # 4 MiB in float32: stays in the cache between passes
 

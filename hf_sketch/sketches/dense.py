@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hf_sketch.sketches.operator import Sketch, check_sizes
 from hf_sketch.sketches.outer import form_outer
-from hf_sketch.sketches.random import CounterRandom
+from hf_sketch.sketches.transforms.random import CounterRandom
 
 _PIECE_ELEMENTS = 2**20
 

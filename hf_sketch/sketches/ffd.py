@@ -6,15 +6,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_sketch.sketches.hadamard import (
+from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
+from hf_sketch.sketches.outer import form_outer
+from hf_sketch.sketches.transforms.hadamard import (
     apply_kronecker,
     hadamard_matrix,
     kronecker_sizes,
 )
-from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
-from hf_sketch.sketches.outer import form_outer
-from hf_sketch.sketches.random import CounterRandom, ascending_order
-from hf_sketch.sketches.signs import flip, sign_masks
+from hf_sketch.sketches.transforms.random import CounterRandom, ascending_order
+from hf_sketch.sketches.transforms.signs import flip, sign_masks
 
 _PIECE_ELEMENTS = 2**20
 

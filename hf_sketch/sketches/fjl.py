@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.blocked import BlockedSketch
-from hf_sketch.sketches.mixing import (
+from hf_sketch.sketches.transforms.mixing import (
     Mixing,
     Permuted,
     check_mix,
@@ -15,7 +15,7 @@ from hf_sketch.sketches.mixing import (
     mix_rows,
     mixing,
 )
-from hf_sketch.sketches.random import CounterRandom
+from hf_sketch.sketches.transforms.random import CounterRandom
 
 
 @dataclass(frozen=True)

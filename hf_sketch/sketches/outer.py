@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_sketch.sketches.lazy import is_lazy
+from hf_sketch.sketches.transforms.lazy import is_lazy
 
 
 def form_outer(left: Tensor, right: Tensor, low: int, high: int) -> Tensor:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_sketch.sketches.lazy import is_lazy
-from hf_sketch.sketches.signs import ROLES, RUN, StreamSigns, flip
+from hf_sketch.sketches.transforms.lazy import is_lazy
+from hf_sketch.sketches.transforms.signs import ROLES, RUN, StreamSigns, flip
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_sketch.sketches.folding import fold, folding_columns, folding_signs
-from hf_sketch.sketches.haar import haar_columns
-from hf_sketch.sketches.hadamard import apply_kronecker
 from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
 from hf_sketch.sketches.outer import form_outer
-from hf_sketch.sketches.random import CounterRandom
+from hf_sketch.sketches.transforms.folding import fold, folding_columns, folding_signs
+from hf_sketch.sketches.transforms.haar import haar_columns
+from hf_sketch.sketches.transforms.hadamard import apply_kronecker
+from hf_sketch.sketches.transforms.random import CounterRandom
 
 ROTATIONS = ("haar", "signs")
 _LARGEST_FACTOR_BITS = 10

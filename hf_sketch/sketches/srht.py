@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.blocked import BlockedSketch
-from hf_sketch.sketches.mixing import Mixing, Permuted, mix_adjoint, mix_rows, mixing
+from hf_sketch.sketches.transforms.mixing import (
+    Mixing,
+    Permuted,
+    mix_adjoint,
+    mix_rows,
+    mixing,
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,89 @@
+"""Which placements of a model and its training the callbacks support."""
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from hf_sketch.model.fsdp import in_row_shards
+
+_PARALLELISMS = {
+    "tensor": "tp_size",
+    "pipeline": "pp_size",
+    "expert": "ep_size",
+    "context": "cp_size",
+    "sequence": "sp_size",
+}
+_SHARDED = (
+    DistributedType.DEEPSPEED,
+    DistributedType.FSDP,
+    DistributedType.MEGATRON_LM,
+)
+
+
+def check_processes(
+    args: TrainingArguments,
+    model: nn.Module,
+    callback: str = "GradientSketchCallback",
+    *,
+    compiled: bool = False,
+    in_shards: bool = False,
+) -> None:
+    """Raise unless every process trains the whole model, and as it is.
+
+    Args:
+        args: of the Trainer.
+        model: that it trains.
+        callback: that needs it.
+        compiled: whether the model may be compiled.
+        in_shards: whether FSDP2 may have split the parameters.
+
+    Raises:
+        ValueError: the Trainer's settings, or the model, are not covered.
+    """
+    kind = AcceleratorState().distributed_type
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    version = " of version 1" if in_shards and kind == DistributedType.FSDP else ""
+    sharding = f"{kind.value}{version}"
+    split = in_shards and bool(trainable) and in_row_shards(trainable)
+    refused = {
+        "several GPUs in one process": args.n_gpu > 1,
+        "torch_compile=True": args.torch_compile and not compiled,
+        sharding: kind in _SHARDED and not split,
+        "several processes of torch_xla": kind == DistributedType.XLA
+        and args.world_size > 1,
+        "parameters in parts": not split
+        and any(type(p.data) is not Tensor for p in trainable),
+        "parameters on several devices": len({p.device for p in trainable}) > 1,
+        **{f"{way} parallelism": True for way in _parallelisms(model)},
+    }
+    found = [name for name, present in refused.items() if present]
+    if found:
+        raise ValueError(
+            f"{callback} needs the whole model, {'' if compiled else 'uncompiled, '}"
+            f"in each process, got {', '.join(found)}: train without, or take the "
+            "callback out."
+        )
+
+
+def _parallelisms(model: nn.Module) -> list[str]:
+    """How processes share examples, or whole layers, as Accelerate or the model say."""
+    # Older releases have neither.
+    prepared = getattr(AcceleratorState(), "parallelism_config", None)
+    loaded = getattr(getattr(model, "config", None), "distributed_config", None)
+    return [
+        way
+        for way, size in _PARALLELISMS.items()
+        if any((getattr(x, size, None) or 1) > 1 for x in (prepared, loaded))
+    ]
+
+
+def step_examples(args: TrainingArguments, state: TrainerState) -> int:
+    """How many examples an optimizer step takes, of all processes together."""
+    found = state.train_batch_size if args.auto_find_batch_size else None
+    each = found or args.train_batch_size
+    settings = args.accelerator_config
+    assert isinstance(settings, AcceleratorConfig)  # what TrainingArguments makes of it
+    processes = 1 if settings.split_batches else PartialState().num_processes
+    return each * processes * args.gradient_accumulation_steps

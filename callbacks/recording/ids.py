@@ -1,0 +1,162 @@
+"""Which rows of the training set a batch is made of."""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from accelerate.data_loader import (
+    BatchSamplerShard,
+    DataLoaderDispatcher,
+    IterableDatasetShard,
+)
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+
+from hf_sketch.examples.split import ExampleSplit
+
+_OWN_BATCHES = 'accelerator_config={"dispatch_batches": False}'
+
+
+class ExampleIds:
+    """Follows the row numbers that a training DataLoader draws, batch by batch.
+
+    Rows are drawn in the main process, in the order in which their batches arrive,
+    also with worker processes; the loader's sampler is wrapped to note them on the way.
+    Of several processes that train together, each draws the whole order, and takes its
+    part of one round of it after the other. Accelerate fills up the last round with
+    rows that were drawn before.
+
+    Args:
+        loader: the DataLoader of a map-style dataset, as the Trainer hands it to
+            callbacks.
+        world_size: number of processes that train together.
+
+    Raises:
+        ValueError: the loader has no sampler of row numbers, or its batches may arrive
+            in another order.
+    """
+
+    def __init__(self, loader: DataLoader[Any], world_size: int = 1) -> None:
+        shard = loader.batch_sampler
+        own = isinstance(shard, BatchSamplerShard)
+        batches = shard.batch_sampler if own else shard
+        sampler = getattr(batches, "sampler", None)
+        if sampler is None or not isinstance(batches, BatchSampler):
+            raise ValueError(
+                "example ids need a dataset with row numbers and a BatchSampler, got "
+                f"{type(loader.dataset).__name__} with {type(batches).__name__}: pass a"
+                " map-style dataset, or per_example=False."
+            )
+        if world_size > 1 and not own:
+            raise ValueError(
+                "example ids need a loader whose batches each process draws itself, got"
+                f" {type(loader).__name__} in {world_size} processes: pass "
+                f"{_OWN_BATCHES} to TrainingArguments, or per_example=False."
+            )
+        if loader.num_workers and not loader.in_order:
+            raise ValueError(
+                "example ids need batches in the order in which they are drawn, got "
+                "dataloader_in_order=False: leave it out, or pass per_example=False."
+            )
+        self._batches = batches
+        self._sampler: Sampler[int] | Iterable[int] = sampler
+        self._drawn: deque[int] = deque()
+        self._skip = 0
+        self._size = self._round = batches.batch_size
+        self._place, self._filled = 0, False
+        if own:
+            self._share(shard)
+        self._batches.sampler = _Noting(sampler, self._drawn)
+
+    def start_epoch(self, skipped_batches: int) -> None:
+        """Forget the last epoch; the new one starts after `skipped_batches` batches."""
+        self._drawn.clear()
+        self._skip = skipped_batches * self._round
+
+    def next_batch(self) -> list[int | None]:
+        """The row numbers of this process's next batch of the epoch.
+
+        None stands for an example that fills up the batch and has had its turn.
+        """
+        self._take(self._skip)
+        self._skip = 0
+        drawn = self._take(self._round)
+        own = drawn[self._place : self._place + self._size]
+        filling = self._size - len(own) if self._filled else 0
+        return [*own, *[None] * filling]
+
+    def close(self) -> None:
+        """Give the loader its own sampler back."""
+        self._batches.sampler = self._sampler
+
+    def _share(self, shard: BatchSamplerShard) -> None:
+        """Note which part of each round is this process's."""
+        if shard.split_batches:
+            self._size = self._round // shard.num_processes
+        else:
+            self._round = self._size * shard.num_processes
+        self._place = shard.process_index * self._size
+        self._filled = shard.even_batches
+
+    def _take(self, count: int) -> list[int]:
+        """What was drawn next: fewer where the epoch ends."""
+        return [self._drawn.popleft() for _ in range(min(count, len(self._drawn)))]
+
+
+def check_stream(loader: DataLoader[Any], world_size: int) -> None:
+    """Raise unless each process reads examples of its own from a stream.
+
+    Raises:
+        ValueError: examples may be repeated to fill up batches, unknown to us.
+    """
+    shared = isinstance(loader, DataLoaderDispatcher)
+    if world_size > 1 and (shared or isinstance(loader.dataset, IterableDatasetShard)):
+        raise ValueError(
+            "per-example rows of a stream need a part of it for each process, got "
+            f"{world_size} processes that share one: pass a datasets.IterableDataset "
+            f"of at least {world_size} shards and {_OWN_BATCHES} to TrainingArguments, "
+            "or per_example=False."
+        )
+
+
+def content_ids(
+    inputs: Mapping[str, Any], split: ExampleSplit, main_input: str
+) -> list[int]:
+    """Ids of the examples of a stream: hashes of their own inputs and labels.
+
+    Padding (attention_mask 0, label -100) is left out, so that an example keeps its id
+    in every batch.
+    """
+    mask = inputs.get("attention_mask")
+    ids: list[int] = []
+    for index in range(split.size):
+        digest = hashlib.blake2b(digest_size=8)
+        own = split.part(inputs[main_input], index)
+        if isinstance(mask, Tensor) and mask.shape == inputs[main_input].shape:
+            own = own[split.part(mask, index) != 0]
+        digest.update(own.cpu().numpy().tobytes())
+        if isinstance(inputs.get("labels"), Tensor):
+            labels = split.part(inputs["labels"], index)
+            digest.update(labels[labels != -100].cpu().numpy().tobytes())
+        ids.append(int.from_bytes(digest.digest(), "little") >> 1)
+    return ids
+
+
+class _Noting(Sampler[int]):
+    """A sampler that notes what it yields; all else is the inner sampler's."""
+
+    def __init__(self, sampler: Iterable[int], drawn: deque[int]) -> None:
+        self.sampler = sampler
+        self._drawn = drawn
+
+    def __iter__(self) -> Iterator[int]:
+        for index in self.sampler:
+            self._drawn.append(int(index))
+            yield index
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sampler, name)

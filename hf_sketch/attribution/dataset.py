@@ -1,0 +1,148 @@
+"""Per-example gradient sketches of any dataset, after or without training."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from datasets.table import InMemoryTable
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+from tqdm.auto import tqdm
+
+from hf_sketch.attribution.collection import GradientRows
+from hf_sketch.examples.measured_error import measure_error
+from hf_sketch.examples.sketcher import (
+    ExampleBatch,
+    ExampleLossFunction,
+    ExampleSketcher,
+)
+from hf_sketch.model.fsdp import check_whole
+from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.model.state import evaluation_mode
+from hf_sketch.store.rows import QUERY, arrow_table, features
+
+_CHECKED_EXAMPLES = 2
+_LABELS = ("label", "label_ids", "labels")
+
+
+def sketch_dataset(
+    model: nn.Module,
+    dataset: Any,
+    model_sketch: ModelSketch,
+    *,
+    batch_size: int = 8,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    processing_class: Any = None,
+    loss: str = "mean",
+    loss_fn: ExampleLossFunction | None = None,
+) -> GradientRows:
+    """Sketch each example's gradient at the model's present weights.
+
+    The units are those of the rows that training records: a row is the gradient of the
+    example's own loss. The model runs in eval mode (no dropout) and is left as it was;
+    no parameter's `.grad` is touched.
+
+    Args:
+        model: the model, with the same parameters trainable as when `model_sketch` was
+            made.
+        dataset: tokenised examples, as for `Trainer(eval_dataset=...)`; columns that
+            the model does not take are passed over.
+        model_sketch: the map; for queries of a store, `store.model_sketch`.
+        batch_size: examples in one pass.
+        data_collator: makes a batch of a list of examples; by default they are padded
+            by `processing_class`, or stacked if there is none.
+        processing_class: a tokenizer, as for `Trainer`.
+        loss: what a row is the gradient of: the "mean" or the "sum" of the model's loss
+            over the example's tokens.
+        loss_fn: a target of one's own instead: of (the model's output, its inputs),
+            one number for each example, (b,), that depends on that example alone.
+
+    Returns:
+        the sketches, in memory, with the row numbers of `dataset` as example_id.
+
+    Raises:
+        ValueError: the sketch is of another model, the model is not covered, or its
+            parameters are in shards.
+        RuntimeError: a row of the first batch is not the gradient of its example alone.
+    """
+    sketcher = ExampleSketcher(model, model_sketch, loss)
+    check_whole("sketch_dataset", sketcher.parameters.values())
+    device = next(model.parameters()).device
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=_Collator(model, data_collator, processing_class),
+    )
+    tables: list[pa.Table] = []
+    with evaluation_mode(model), sketcher:
+        for batch in tqdm(loader, desc="Sketching gradients", unit="batch"):
+            moved = {
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+            }
+            if not tables:
+                first = [sketcher.split_of(moved).first(moved, _CHECKED_EXAMPLES)]
+                measure_error(sketcher, first, _CHECKED_EXAMPLES, loss_fn)
+            done = sum(table.num_rows for table in tables)
+            tables.append(_table(sketcher.sketch(moved, loss_fn), done))
+    schema = features(QUERY, model_sketch.out_size).arrow_schema
+    table = pa.concat_tables(tables) if tables else schema.empty_table()
+    return GradientRows(model_sketch, Dataset(InMemoryTable(table)))
+
+
+class _Collator:
+    """Makes the model's inputs of a list of examples, as the Trainer does."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_collator: Callable[[list[Any]], Mapping[str, Any]] | None,
+        processing_class: Any,
+    ) -> None:
+        parameters = inspect.signature(model.forward).parameters
+        self._names = {*parameters, *_LABELS}
+        self._collate = data_collator or _padding(processing_class) or _stack
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        kept = [
+            {name: value for name, value in example.items() if name in self._names}
+            for example in examples
+        ]
+        batch = dict(self._collate(kept))
+        for name in _LABELS[:2]:
+            if name in batch:
+                batch["labels"] = batch.pop(name)
+        return batch
+
+
+def _padding(processing_class: Any) -> Callable[[list[Any]], Mapping[str, Any]] | None:
+    """The tokenizer's padding as a collator, or None without a tokenizer."""
+    if processing_class is None:
+        return None
+    return lambda examples: processing_class.pad(examples, return_tensors="pt")
+
+
+def _stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Stack each column of examples of equal lengths."""
+    tensors = [
+        {name: torch.as_tensor(value) for name, value in example.items()}
+        for example in examples
+    ]
+    return default_collate(tensors)
+
+
+def _table(batch: ExampleBatch, first: int) -> pa.Table:
+    """A batch's rows as a table; the ids count on from `first`."""
+    return arrow_table(
+        QUERY,
+        {
+            "example_id": torch.arange(first, first + len(batch.losses)),
+            "loss": batch.losses,
+            "gradient_norm": batch.rows.norm(dim=1),
+            "finite": batch.rows.isfinite().all(1),
+            "sketch": batch.rows,
+        },
+    )

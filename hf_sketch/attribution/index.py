@@ -1,0 +1,114 @@
+"""Approximate search of a store's rows, by FAISS; needs the extra `faiss`."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from hf_sketch.attribution.methods import Method
+from hf_sketch.attribution.scores import QueryMatrix, best_rows
+from hf_sketch.attribution.shares import RowShare
+from hf_sketch.store.blocks import row_blocks
+
+_LISTS_A_ROOT = 4  # inverted lists: so many times the root of the number of rows
+_TRAINED_A_LIST = 64
+_PROBED = 16
+
+
+@dataclass(frozen=True, eq=False)
+class RowIndex:
+    """Rows of a store, ready for searches that look at some of them only.
+
+    `GradientRows.build_index` makes one. It holds the sketches in memory, in float32.
+
+    Args:
+        dataset: the rows.
+        method: what scores are.
+        index: of FAISS, by inner product; it can be saved with `faiss.write_index`.
+        probed: lists that a search looks at.
+    """
+
+    dataset: Dataset
+    method: Method
+    index: Any
+    probed: int
+
+    def search(self, queries: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """The rows of the greatest scores that were found.
+
+        Shapes:
+            queries (q, out_size) -> scores (q, top_k), row numbers (q, top_k), -1 where
+            the lists that were looked at have no more
+        """
+        faiss = _faiss()
+        faiss.ParameterSpace().set_index_parameter(self.index, "nprobe", self.probed)
+        sketches = self.method.transform(queries).numpy()
+        scores, rows = self.index.search(sketches, top_k)
+        return torch.from_numpy(scores), torch.from_numpy(rows)
+
+    def recall(self, queries: Tensor, top_k: int) -> float:
+        """The part of the exact answers of a full pass that a search finds, in [0, 1].
+
+        Shapes:
+            queries (q, out_size)
+        """
+        exact, _ = best_rows(
+            RowShare(self.dataset), QueryMatrix((queries,)), self.method, top_k, 0
+        )
+        _, found = self.search(queries, top_k)
+        hits = (exact.places.unsqueeze(2) == found.unsqueeze(1)).any(2)
+        return float(hits.double().mean())
+
+
+def index_rows(
+    dataset: Dataset, method: Method, lists: int | None, probed: int | None
+) -> RowIndex:
+    """Put all finite rows into inverted lists, in two passes.
+
+    Raises:
+        ModuleNotFoundError: FAISS is not installed.
+        ValueError: a number of lists is out of range.
+    """
+    faiss = _faiss()
+    lists = lists or max(
+        1, min(len(dataset), round(_LISTS_A_ROOT * len(dataset) ** 0.5))
+    )
+    probed = min(_PROBED, lists) if probed is None else probed
+    if not 1 <= probed <= lists <= len(dataset):
+        raise ValueError(
+            "probed must be in [1, lists], and lists at most the number of rows, got "
+            f"{probed}, {lists} and {len(dataset)} rows: pass smaller ones."
+        )
+    out_size: int = dataset.features["sketch"].length
+    flat = faiss.IndexFlatIP(out_size)
+    index = faiss.IndexIVFFlat(flat, out_size, lists, faiss.METRIC_INNER_PRODUCT)
+    index.cp.min_points_per_centroid = 1  # few rows are no reason to warn
+    each = max(1, len(dataset) // (_TRAINED_A_LIST * lists))
+    sample = [rows[::each] for _, rows in _finite_rows(dataset, method)]
+    index.train(torch.cat(sample).numpy())
+    for numbers, rows in _finite_rows(dataset, method):
+        index.add_with_ids(rows.numpy(), numbers.numpy())
+    return RowIndex(dataset, method, index, probed)
+
+
+def _finite_rows(dataset: Dataset, method: Method) -> Any:
+    """Numbers and weighted sketches of the finite rows, block by block."""
+    for block in row_blocks(dataset, *method.columns):
+        rows, weights = block.sketches, method.weights(block)
+        rows = rows if weights is None else rows * weights.to(rows).unsqueeze(1)
+        finite = rows.isfinite().all(1)
+        numbers = torch.arange(block.start, block.start + len(rows))
+        yield numbers[finite], rows[finite]
+
+
+def _faiss() -> Any:
+    try:
+        return importlib.import_module("faiss")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "an index needs FAISS, got none installed: call pip install "
+            '"hf-sketch[faiss]".'
+        ) from error

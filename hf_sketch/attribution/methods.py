@@ -1,0 +1,217 @@
+"""What a score is: the ways in which a row of a store can speak for a query."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.spectra.spectrum import Spectrum
+from hf_sketch.store.blocks import RowBlock
+
+
+class Method(ABC):
+    """A symmetric matrix M on sketches and a weight w for each row.
+
+    The score of query q and row r is w * q @ M @ r. It is positive for a proponent: a
+    gradient step on the row's example lowers the query's loss.
+    """
+
+    columns: tuple[str, ...] = ()
+
+    @abstractmethod
+    def transform(self, sketches: Tensor) -> Tensor:
+        """M @ sketch for each of them, (n, out_size) -> (n, out_size)."""
+
+    def weights(self, block: RowBlock) -> Tensor | None:
+        """The weight of each row, (rows,); None for 1."""
+        return None
+
+    def problem(self, model_sketch: ModelSketch, column_names: list[str]) -> str | None:
+        """Why rows of this map with these columns have no such score, if so."""
+        return None
+
+
+@dataclass(frozen=True)
+class Dot(Method):
+    """q @ r: to first order, what a step of learning rate 1 takes off the query's loss.
+
+    Reference:
+        Schioppa 2024, arXiv:2402.03994, Sec. 5.1.
+    """
+
+    def transform(self, sketches: Tensor) -> Tensor:
+        return sketches
+
+
+@dataclass(frozen=True)
+class Cosine(Method):
+    """q @ r / (|q| |r|), in [-1, 1]: rows of large gradients have no advantage."""
+
+    def transform(self, sketches: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(sketches, dim=1)
+
+    def weights(self, block: RowBlock) -> Tensor | None:
+        norms = block.kept.norm(dim=1) * block.scale
+        return torch.where(norms == 0, 0.0, 1 / norms)
+
+
+@dataclass(frozen=True, eq=False)
+class TracIn(Method):
+    """learning_rate * weight * clip_factor * q @ r: what the example took off the loss.
+
+    Of rows that training recorded, this is the part of the step that was the example's
+    (`weight` is its share of the step's loss, `clip_factor` what clipping left of it),
+    for plain SGD and to first order. Rows of `sketch_checkpoints` and of steps have a
+    learning rate only. Summed over `example_id`, it is TracIn over all steps that were
+    recorded, or over checkpoints.
+
+    Shapes:
+        steps, clip_factors (steps,)
+
+    Args:
+        steps: that clipping is known of, ascending; it is taken as 1 of others.
+        clip_factors: of each.
+
+    Reference:
+        Pruthi et al. 2020, arXiv:2002.08484, Sec. 3.2 and 3.3.
+    """
+
+    steps: Tensor | None = None
+    clip_factors: Tensor | None = None
+    columns: tuple[str, ...] = ("learning_rate", "weight", "step")
+
+    @classmethod
+    def of_steps(cls, steps: Dataset | None) -> "TracIn":
+        """With the clipping that a store's rows of steps tell of."""
+        if steps is None or not len(steps):
+            return cls()
+        columns: Any = steps.select_columns(["step", "clip_factor"])
+        rows = columns.with_format("torch")[:]
+        order = rows["step"].argsort()
+        return cls(rows["step"][order], rows["clip_factor"][order])
+
+    def transform(self, sketches: Tensor) -> Tensor:
+        return sketches
+
+    def weights(self, block: RowBlock) -> Tensor | None:
+        rates = block.columns["learning_rate"]
+        if "weight" not in block.columns:
+            return rates
+        return rates * block.columns["weight"] * self._clipping(block.columns["step"])
+
+    def _clipping(self, steps: Tensor) -> Tensor:
+        """What is left of the gradient, by row."""
+        if self.steps is None or self.clip_factors is None:
+            return torch.ones(len(steps))
+        places = torch.searchsorted(self.steps, steps).clamp(max=len(self.steps) - 1)
+        return self.clip_factors[places].where(self.steps[places] == steps, 1.0)
+
+    def problem(self, model_sketch: ModelSketch, column_names: list[str]) -> str | None:
+        if "learning_rate" in column_names:
+            return None
+        return (
+            "method='tracin' needs rows with a learning_rate, got the columns "
+            f"{column_names}: take those of training, or of sketch_checkpoints."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Preconditioned(Method):
+    """q @ inverse(C + damping * mean(diag C)) @ r, C the rows' mean of r r^T.
+
+    With rows at trained weights, C is the sketched empirical Fisher matrix, and the
+    score that of TRAK without its weighting of examples. `GradientRows.preconditioned`
+    makes one.
+
+    Shapes:
+        covariance (out_size, out_size), float64
+
+    Args:
+        covariance: C.
+        damping: as a part of C's mean eigenvalue.
+
+    Raises:
+        ValueError: `damping` is not positive, or C is zero or not finite.
+
+    Reference:
+        Park et al. 2023, arXiv:2303.14186, Sec. 3.2; Koh and Liang 2017,
+        arXiv:1703.04730.
+    """
+
+    covariance: Tensor = field(repr=False)
+    damping: float
+    _factor: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_damping(self.damping)
+        mean = float(self.covariance.diagonal().mean())
+        if not 0 < mean < float("inf"):
+            raise ValueError(
+                "the rows' mean squared length must be positive and finite, got "
+                f"{mean}: leave rows out with where(finite=True)."
+            )
+        damped = self.covariance.clone()
+        damped.diagonal().add_(self.damping * mean)
+        object.__setattr__(self, "_factor", torch.linalg.cholesky(damped))
+
+    def transform(self, sketches: Tensor) -> Tensor:
+        solved = torch.cholesky_solve(sketches.double().T, self._factor)
+        return solved.T.to(sketches.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Influence(Method):
+    """q @ inverse(|H| + damping * h) @ r, with the Hessian's largest eigenvalues.
+
+    H is known by the eigenvectors that the spectrum keeps and is 0 on all others; h is
+    the largest of its eigenvalues by size. Negative eigenvalues count by their size.
+
+    Args:
+        spectrum: of the Hessian, sketched by the map of the rows.
+        damping: as a part of h.
+
+    Raises:
+        ValueError: `damping` is not positive, or the spectrum keeps no eigenvectors.
+
+    Reference:
+        Schioppa et al. 2022, arXiv:2112.03052 (Arnoldi influence), which leaves out
+        what is not along the eigenvectors; here it is damped.
+    """
+
+    spectrum: Spectrum
+    damping: float = 0.03
+
+    def __post_init__(self) -> None:
+        _check_damping(self.damping)
+        if not len(self.spectrum.vectors):
+            raise ValueError(
+                "influence needs a spectrum with eigenvectors, got one without: take it"
+                " with hessian_spectrum(..., keep_vectors=20)."
+            )
+
+    def transform(self, sketches: Tensor) -> Tensor:
+        vectors = self.spectrum.vectors
+        values = self.spectrum.eigenvalues[self.spectrum.vector_places].abs()
+        damping = self.damping * float(values.max())
+        gains = (1 / (values + damping) - 1 / damping).to(sketches)
+        return sketches / damping + (sketches @ vectors.T * gains) @ vectors
+
+    def problem(self, model_sketch: ModelSketch, column_names: list[str]) -> str | None:
+        if self.spectrum.model_sketch == model_sketch:
+            return None
+        return (
+            "influence needs a spectrum that was sketched by the map of the rows, got "
+            "another map: take it of SketchedHessian(hessian, store.model_sketch)."
+        )
+
+
+METHODS: Final[dict[str, Method]] = {"dot": Dot(), "cosine": Cosine()}
+
+
+def _check_damping(damping: float) -> None:
+    if not damping > 0:
+        raise ValueError(f"damping must be positive, got {damping}: pass e.g. 0.1.")

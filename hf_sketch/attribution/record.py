@@ -1,0 +1,196 @@
+"""What queries were answered, with the texts: what a report shows of attribution."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from datasets import Dataset
+
+from hf_sketch.attribution.collection import GradientRows
+from hf_sketch.attribution.columns import column
+from hf_sketch.attribution.methods import Cosine, Method
+from hf_sketch.durable import replace_file
+
+FILE: Final = "attribution.json"
+_FORMAT_VERSION = 1
+_COLUMNS_OF_MAP = 40
+
+
+@dataclass(frozen=True)
+class QueryRecord:
+    """A query and the examples that moved the model most for and against it.
+
+    Args:
+        query_id: row of the query in its dataset.
+        text: of the query.
+        loss: the model's own.
+        tokens: pairs of a token and its loss; none where they were not taken.
+        lines: of `GradientRows.attribute`, with `text` where it is known.
+        steps: the first optimizer step of each column of the map; none without steps.
+        contributions: scores by line and column, summed; empty without steps.
+        token_scores: parts of the lines' scores by line and token; empty where they
+            were not taken.
+    """
+
+    query_id: int
+    text: str
+    loss: float
+    lines: list[dict[str, Any]]
+    tokens: list[list[Any]]
+    steps: list[int]
+    contributions: list[list[float]]
+    token_scores: list[list[float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class AttributionRecord:
+    """All queries of one call, and how they were scored.
+
+    Args:
+        method: the method's name.
+        queries: each with its answer.
+    """
+
+    method: str
+    queries: list[QueryRecord]
+
+    def save(self, path: Path) -> None:
+        """Write JSON, in one step.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        content = {"format_version": _FORMAT_VERSION, **asdict(self)}
+        replace_file(path, json.dumps(content, indent=1).encode())
+
+
+def load_attribution(path: Path) -> AttributionRecord:
+    """What `AttributionRecord.save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is of another version.
+    """
+    content = json.loads(path.read_text())
+    version = content.pop("format_version", None)
+    if version != _FORMAT_VERSION:
+        raise ValueError(
+            f"{path} must have format_version {_FORMAT_VERSION}, got {version!r}: make "
+            "it anew with hf-sketch attribute."
+        )
+    queries = [QueryRecord(**query) for query in content["queries"]]
+    return AttributionRecord(content["method"], queries)
+
+
+def record_attribution(
+    store: GradientRows,
+    queries: GradientRows,
+    query_texts: Sequence[str],
+    *,
+    top_k: int = 5,
+    bottom_k: int = 5,
+    method: str | Method = "dot",
+    train_texts: Sequence[str] | None = None,
+    tokens: Sequence[list[list[Any]]] | None = None,
+    token_sketches: Sequence[GradientRows] | None = None,
+) -> AttributionRecord:
+    """Attribute queries to training examples, over all occasions of each.
+
+    Args:
+        store: the rows of training.
+        queries: sketched by the store's map.
+        query_texts: of each query.
+        top_k: proponents told of each.
+        bottom_k: opponents told of each.
+        method: as for `GradientRows.attribute`.
+        train_texts: of each example, by example_id; None if they are not known.
+        tokens: of each query, see `QueryRecord`.
+        token_sketches: of each query, the gradients of each token's loss but the
+            first's, whose mean is the query's.
+
+    Raises:
+        ValueError: see `GradientRows.attribute`; or tokens are to have scores by
+            "cosine", which is not a sum over them.
+    """
+    if token_sketches is not None and (
+        method == "cosine" or isinstance(method, Cosine)
+    ):
+        raise ValueError(
+            "tokens have scores by methods that are linear in the query, got cosine: "
+            "take another method, or no scores of tokens."
+        )
+    lines = store.attribute(
+        queries, top_k, method, bottom_k=bottom_k, groups="example_id"
+    )
+    rows: list[dict[str, Any]] = lines.to_list()
+    told = [_told(line, train_texts) for line in rows]
+    steps, maps = _contributions(store, queries, method, lines)
+    losses = queries.dataset["loss"][:]
+    records: list[QueryRecord] = []
+    for number, text in enumerate(query_texts):
+        mine = [line for line in told if line["query"] == number]
+        ids = [line["example_id"] for line in mine]
+        records.append(
+            QueryRecord(
+                query_id=queries.dataset["example_id"][number],
+                text=text,
+                loss=losses[number],
+                lines=mine,
+                tokens=[] if tokens is None else list(tokens[number]),
+                steps=steps,
+                contributions=[maps[number][example] for example in ids]
+                if maps
+                else [],
+                token_scores=[]
+                if token_sketches is None
+                else _token_scores(store, token_sketches[number], method, ids),
+            )
+        )
+    return AttributionRecord(
+        method if isinstance(method, str) else type(method).__name__, records
+    )
+
+
+def _told(line: Mapping[str, Any], train_texts: Sequence[str] | None) -> dict[str, Any]:
+    """A line, with its example's text if that is known."""
+    if train_texts is None or not 0 <= line["example_id"] < len(train_texts):
+        return dict(line)
+    return {**line, "text": train_texts[line["example_id"]]}
+
+
+def _token_scores(
+    store: GradientRows, tokens: GradientRows, method: str | Method, ids: list[int]
+) -> list[list[float]]:
+    """What each token of a query has of the examples' scores: by example and token."""
+    if not len(tokens.dataset):
+        return [[0.0] for _ in ids]
+    met = store.where(example_id=ids)
+    parts = met.scores(tokens, method, groups="example_id") / len(tokens.dataset)
+    places = np.searchsorted(np.unique(ids), ids)
+    return [[0.0, *parts[:, place].tolist()] for place in places]
+
+
+def _contributions(
+    store: GradientRows, queries: GradientRows, method: str | Method, lines: Dataset
+) -> tuple[list[int], list[dict[int, list[float]]]]:
+    """When the examples told of had their say: steps, and sums by query and example."""
+    if "step" not in store.dataset.column_names:
+        return [], []
+    ids = sorted(set(lines["example_id"]))
+    met = store.where(example_id=ids)
+    scores = met.scores(queries, method).nan_to_num_().double().numpy()
+    steps, examples = column(met.dataset, "step"), column(met.dataset, "example_id")
+    every = column(store.dataset, "step")
+    edges = np.linspace(every.min(), every.max() + 1, _COLUMNS_OF_MAP + 1)
+    edges = np.unique(edges.round().astype(int))
+    places = np.digitize(steps, edges) - 1
+    maps: list[dict[int, list[float]]] = []
+    for of_query in scores:
+        sums = {example: np.zeros(len(edges) - 1) for example in ids}
+        for example, place, score in zip(examples, places, of_query, strict=True):
+            sums[int(example)][place] += score
+        maps.append({example: row.tolist() for example, row in sums.items()})
+    return edges[:-1].tolist(), maps

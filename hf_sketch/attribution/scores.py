@@ -1,0 +1,245 @@
+"""Scores of rows and queries, in one pass over a store that need not fit in memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from hf_sketch.attribution.methods import Method
+from hf_sketch.attribution.shares import RowShare
+from hf_sketch.store.blocks import RowBlock, sketch_matrix
+
+_QUERIES_AT_ONCE = 1024
+_SUMS_AT_ONCE = 2**26
+
+
+@dataclass(frozen=True, eq=False)
+class QueryMatrix:
+    """Sketches of queries, at one state of the model or at several.
+
+    Shapes:
+        each of `states` (queries, out_size); steps (states,), int64, ascending
+
+    Args:
+        states: the sketches at each.
+        steps: optimizer steps that were made before each; None for one state.
+    """
+
+    states: tuple[Tensor, ...]
+    steps: Tensor | None = None
+
+    def split(self, size: int) -> "list[QueryMatrix]":
+        """Some of the queries at a time."""
+        parts = zip(*(state.split(size) for state in self.states), strict=True)
+        return [QueryMatrix(part, self.steps) for part in parts]
+
+    def transformed(self, method: Method) -> "QueryMatrix":
+        """Ready to be multiplied with rows."""
+        states = tuple(method.transform(state) for state in self.states)
+        return QueryMatrix(states, self.steps)
+
+    def times(self, block: RowBlock) -> Tensor:
+        """Inner products with rows, (queries, rows), without the rows' scale.
+
+        A row meets the queries of the state that is nearest to its own: that which its
+        optimizer step began with, if training recorded it, or that of its `step`.
+        """
+        if self.steps is None:
+            return self.states[0] @ block.kept.T
+        made = block.columns["step"] - int("weight" in block.columns)
+        nearest = (made.unsqueeze(1) - self.steps).abs().argmin(1)
+        products = torch.empty(len(self.states[0]), len(block.kept))
+        for state in nearest.unique().tolist():
+            rows = (nearest == state).nonzero().squeeze(1)
+            products[:, rows] = self.states[state] @ block.kept[rows].T
+        return products
+
+
+@dataclass(frozen=True, eq=False)
+class BestRows:
+    """The strongest of the rows (or groups), greatest score first.
+
+    Shapes:
+        scores, places (queries, kept)
+    """
+
+    scores: Tensor
+    places: Tensor
+
+    @classmethod
+    def none(cls, queries: int) -> "BestRows":
+        """Of no rows."""
+        return cls(torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64))
+
+    def and_of(self, scores: Tensor, places: Tensor, count: int) -> "BestRows":
+        """With others, which come after these, `count` in all."""
+        if count == 0:
+            return self
+        if self.scores.shape[1] == count and scores.shape[1]:
+            better = scores.amax(1) > self.scores[:, -1]  # of equal ones the first
+            if not bool(better.all()):
+                return self._with_some(scores, places, better)
+        both = torch.cat([self.scores, scores], 1)
+        best, order = _topk(both, min(count, both.shape[1]))
+        places = torch.cat([self.places, places.expand(len(scores), -1)], 1)
+        return BestRows(best, places.gather(1, order))
+
+    def _with_some(self, scores: Tensor, places: Tensor, better: Tensor) -> "BestRows":
+        """With others, which some queries alone have better ones among."""
+        rows = better.nonzero().squeeze(1)
+        if not len(rows):
+            return self
+        places = places.expand(len(scores), -1)[rows]
+        some = BestRows(self.scores[rows], self.places[rows])
+        some = some.and_of(scores[rows], places, self.scores.shape[1])
+        return BestRows(
+            self.scores.index_copy(0, rows, some.scores),
+            self.places.index_copy(0, rows, some.places),
+        )
+
+    def joined_over(self, share: RowShare, count: int) -> "BestRows":
+        """With those that the other processes found, `count` in all."""
+        found: list[BestRows] = share.gathered(self)
+        best = found[0]
+        for other in found[1:]:
+            best = best.and_of(other.scores, other.places, count)
+        return best
+
+
+def query_sketches(dataset: Dataset) -> Tensor:
+    """The sketches of queries as one matrix, (queries, out_size).
+
+    Raises:
+        ValueError: one is not finite.
+    """
+    matrix = sketch_matrix(dataset)
+    broken = (~matrix.isfinite().all(1)).nonzero().squeeze(1).tolist()
+    if broken:
+        raise ValueError(
+            f"every query needs a finite gradient, got NaN or infinity in rows "
+            f"{broken[:5]}: leave them out with queries.where(finite=True)."
+        )
+    return matrix
+
+
+def best_rows(
+    share: RowShare, queries: QueryMatrix, method: Method, top: int, bottom: int
+) -> tuple[BestRows, BestRows]:
+    """The rows of the greatest and of the least scores (these first, and negated).
+
+    Memory does not grow with the number of rows.
+    """
+    found: list[tuple[BestRows, BestRows]] = []
+    for part in queries.split(_QUERIES_AT_ONCE):
+        count = len(part.states[0])
+        best, worst = BestRows.none(count), BestRows.none(count)
+        for scores, rows in score_blocks(share, part, method):
+            best = best.and_of(scores, rows, top)
+            worst = worst.and_of(-scores, rows, bottom)
+        found.append((best.joined_over(share, top), worst.joined_over(share, bottom)))
+    return _joined([best for best, _ in found]), _joined([worst for _, worst in found])
+
+
+def best_groups(sums: Tensor, top: int, bottom: int) -> tuple[BestRows, BestRows]:
+    """The columns of the greatest and of the least sums (these first, and negated)."""
+    groups, none = torch.arange(sums.shape[1]), BestRows.none(len(sums))
+    return none.and_of(sums, groups, top), none.and_of(-sums, groups, bottom)
+
+
+def dense_scores(share: RowShare, queries: QueryMatrix, method: Method) -> Tensor:
+    """All scores, (queries, rows), float32; NaN for rows that are not finite."""
+    scores = torch.full((len(queries.states[0]), len(share.dataset)), torch.nan)
+    for part, rows in score_blocks(share, queries, method):
+        scores[:, rows] = part
+    return torch.cat(share.gathered(scores[:, share.rows.start : share.rows.stop]), 1)
+
+
+def group_scores(
+    share: RowShare,
+    queries: QueryMatrix,
+    method: Method,
+    groups: Tensor,
+    count: int,
+) -> Tensor:
+    """Sums over the rows of each group, (queries, count), float64.
+
+    Shapes:
+        groups (rows,), int64, each in [0, count)
+    """
+    sums: list[Tensor] = []
+    for part in queries.split(max(1, _SUMS_AT_ONCE // max(1, count))):
+        sums.append(torch.zeros(len(part.states[0]), count, dtype=torch.float64))
+        for scores, rows in score_blocks(share, part, method):
+            sums[-1].index_add_(1, groups[rows], scores.double())
+    return share.summed(torch.cat(sums))
+
+
+def self_scores(share: RowShare, method: Method) -> Tensor:
+    """Each row's score as its own query, (rows,), float32; NaN if not finite."""
+    scores = torch.full((len(share.dataset),), torch.nan)
+    for block in share.blocks(method):
+        sketches = block.sketches
+        own = (method.transform(sketches) * sketches).sum(1)
+        weights = method.weights(block)
+        own = own if weights is None else own * weights
+        scores[block.start : block.start + len(own)] = own
+    return torch.cat(share.gathered(scores[share.rows.start : share.rows.stop]))
+
+
+def covariance(share: RowShare) -> Tensor:
+    """The mean of r r^T over all finite rows r, (out_size, out_size), float64."""
+    out_size: int = share.dataset.features["sketch"].length
+    total = torch.zeros(out_size, out_size, dtype=torch.float64)
+    count = 0
+    for block in share.blocks():
+        sketches = block.sketches
+        sketches = sketches[sketches.isfinite().all(1)]
+        total += (sketches.T @ sketches).double()
+        count += len(sketches)
+    count = int(share.summed(torch.tensor(count)))
+    return share.summed(total) / max(1, count)
+
+
+def score_blocks(
+    share: RowShare, queries: QueryMatrix, method: Method
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores (queries, n) and row numbers (n,) of finite rows, in order.
+
+    Rows that are not finite are passed over, with a warning when all are read.
+    """
+    queries = queries.transformed(method)
+    skipped = 0
+    for block in share.blocks(method):
+        weights = method.weights(block)
+        scale = block.scale if weights is None else block.scale * weights
+        scores = queries.times(block).mul_(scale)
+        rows = torch.arange(block.start, block.start + len(block.kept))
+        if not bool(scores.sum().isfinite()):  # quicker than to look at each
+            finite = scores.isfinite().all(0)
+            scores, rows = scores[:, finite], rows[finite]
+            skipped += len(finite) - len(rows)
+        yield scores, rows
+    share.tell_skipped(skipped)
+
+
+def _joined(parts: list[BestRows]) -> BestRows:
+    """Those of all queries."""
+    scores = torch.cat([part.scores for part in parts])
+    return BestRows(scores, torch.cat([part.places for part in parts]))
+
+
+def _topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The greatest of each row and where they are; of equal ones, the first.
+
+    torch.topk takes any of equal ones, which would depend on the rows beside them.
+    """
+    best, places = scores.topk(count, dim=1)
+    least = best[:, -1:]
+    if int((scores == least).sum()) > int((best == least).sum()):
+        best, places = scores.sort(dim=1, descending=True, stable=True)
+        return best[:, :count], places[:, :count]
+    places = places.sort(dim=1).values
+    best, order = scores.gather(1, places).sort(dim=1, descending=True, stable=True)
+    return best, places.gather(1, order)

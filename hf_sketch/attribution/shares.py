@@ -1,0 +1,88 @@
+"""The rows that each of several processes reads, and what they find together."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import gather_object, reduce
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_sketch.attribution.methods import Method
+from hf_sketch.store.blocks import RowBlock, block_rows, row_blocks
+
+
+def processes() -> PartialState:
+    """Those that Accelerate knows of; without an accelerator they are on the CPU."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+@dataclass(frozen=True)
+class RowShare:
+    """Rows that this process reads, of those that all read together.
+
+    Args:
+        dataset: all rows.
+        number: of this process.
+        count: of processes.
+    """
+
+    dataset: Dataset
+    number: int = 0
+    count: int = 1
+
+    @classmethod
+    def of_process(cls, dataset: Dataset) -> "RowShare":
+        """The share of this process of those that Accelerate knows of."""
+        state = processes()
+        return cls(dataset, state.process_index, state.num_processes)
+
+    @property
+    def rows(self) -> range:
+        """The numbers of the rows.
+
+        Shares begin where blocks do, so that all products are of the same blocks, and
+        the same to the last bit, for any number of processes.
+        """
+        at_once, total = block_rows(self.dataset), len(self.dataset)
+        blocks = -(-total // at_once)
+        edges = [(self.number + i) * blocks // self.count * at_once for i in (0, 1)]
+        return range(min(edges[0], total), min(edges[1], total))
+
+    def blocks(self, method: Method | None = None) -> Iterator[RowBlock]:
+        """The rows in order, with what a method needs of them, under a progress bar."""
+        names = set[str]() if method is None else {*method.columns, "step", "weight"}
+        rows = self.rows
+        part = self.dataset if self.count == 1 else self.dataset.select(rows)
+        with tqdm(
+            total=len(part), desc="Reading rows", unit="row", disable=self.number > 0
+        ) as progress:
+            for block in row_blocks(part, *sorted(names), start=rows.start):
+                yield block
+                progress.update(len(block.scale))
+
+    def tell_skipped(self, count: int) -> None:
+        """Warn of rows that some process passed over; all must call together."""
+        count = int(self.summed(torch.tensor(count)))
+        if count:
+            warnings.warn(
+                f"{count} rows with a NaN or infinite gradient were passed over: they "
+                "are those with finite=False in store.dataset.",
+                stacklevel=5,
+            )
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum over the processes; all must call together."""
+        if self.count == 1:
+            return x
+        total = reduce(x.to(processes().device), "sum")
+        assert isinstance(total, Tensor)
+        return total.to(x.device)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What each process has, in the rows' order; all must call together."""
+        return [value] if self.count == 1 else gather_object([value])

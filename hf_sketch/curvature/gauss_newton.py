@@ -1,0 +1,123 @@
+"""Positive semi-definite relatives of the Hessian."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sketch.curvature.double_backward import check_graph, explained
+from hf_sketch.curvature.finite_differences import central_difference
+from hf_sketch.curvature.hessian import CurvatureOperator, Vector
+from hf_sketch.examples.sketcher import field_of
+from hf_sketch.model.sketch import ModelSketch
+
+
+class GaussNewtonOperator(CurvatureOperator):
+    """The generalised Gauss-Newton matrix J.T H_loss J of the mean loss.
+
+    J is the derivative of the model's logits, H_loss the Hessian of the loss with
+    respect to them; positive semi-definite where the loss is convex in the logits. See
+    `CurvatureOperator` for the arguments; with "finite_difference" it is J v that is a
+    difference, of two forward passes.
+
+    Raises:
+        ValueError: the loss does not depend on the logits of the model's output.
+
+    Reference:
+        Schraudolph 2002, "Fast curvature matrix-vector products".
+    """
+
+    def __matmul__(self, vector: Vector) -> dict[str, Tensor]:
+        """The Gauss-Newton-vector product."""
+        parts = self._vectors(vector)
+
+        def product(inputs: Mapping[str, Any], share: float) -> list[Tensor]:
+            finite = self.mode == "finite_difference"
+            along = self._difference(inputs, parts) if finite else None
+            output, loss = self.mean_loss.run(inputs)
+            logits = field_of(output, "logits", 1)
+            if along is None:
+                along = self._derivative_along(logits, parts)
+            (slope,) = list[Tensor | None](
+                torch.autograd.grad(
+                    share * loss, logits, create_graph=True, allow_unused=True
+                )
+            )
+            if slope is None:
+                raise ValueError(
+                    "the Gauss-Newton matrix needs a loss of the output's logits, got "
+                    "one that does not depend on them: use HessianOperator."
+                )
+            curved = torch.zeros_like(logits)
+            if slope.requires_grad:  # the loss is not linear in the logits
+                (curved,) = torch.autograd.grad(
+                    slope, logits, along, retain_graph=True, materialize_grads=True
+                )
+            return self._derivative(logits, curved)
+
+        with self._setting():
+            return self._named(self.mean_loss.sum(product))
+
+    def _derivative_along(self, logits: Tensor, vectors: list[Tensor]) -> Tensor:
+        """J v, as the derivative of J.T u with respect to u."""
+        dual = torch.zeros_like(logits, requires_grad=True)
+        pulled = self._derivative(logits, dual, create_graph=True)
+        pairs = zip(pulled, vectors, strict=True)
+        linear, along = zip(*[(g, v) for g, v in pairs if g.requires_grad], strict=True)
+        with explained():
+            check_graph(linear)
+            return torch.autograd.grad(linear, dual, along)[0]
+
+    def _difference(self, inputs: Mapping[str, Any], vectors: list[Tensor]) -> Tensor:
+        """J v, as the difference of two forward passes."""
+        norm = torch.stack([torch.linalg.vector_norm(v) for v in vectors]).norm()
+        with torch.no_grad():
+            (along,) = central_difference(
+                self.parameters,
+                lambda: self._named(vectors).items(),
+                float(norm),
+                lambda: [field_of(self.mean_loss.run(inputs)[0], "logits", 1)],
+            )
+        return along
+
+
+class EmpiricalFisherOperator(CurvatureOperator):
+    """The empirical Fisher matrix: the mean over examples of g g.T.
+
+    g is the gradient of an example's own loss, the mean over its tokens. Products in
+    sketch space are taken with the examples' sketched gradients, which are computed
+    once and kept until a parameter changes: (examples, out_size) numbers. See
+    `CurvatureOperator` for the arguments; `mode` and `unit` change nothing.
+    """
+
+    _rows: Tensor | None = None
+    _rows_are_of: tuple[ModelSketch, list[int]] | None = None
+
+    def __matmul__(self, vector: Vector) -> dict[str, Tensor]:
+        """The Fisher-vector product, one example after the other."""
+        parts = self._vectors(vector)
+        total: list[Tensor] = [torch.zeros_like(part) for part in parts]
+        with self._setting():
+            count = 0
+            for inputs in self.mean_loss.examples():
+                gradient = self._gradient_of(inputs, 1.0)
+                pairs = zip(gradient, parts, strict=True)
+                slope = torch.stack([torch.sum(g * v) for g, v in pairs]).sum()
+                for held, part in zip(total, gradient, strict=True):
+                    held.addcmul_(part, slope)
+                count += 1
+        return self._named([held.div_(count) for held in total])
+
+    def sketched_product(self, model_sketch: ModelSketch, vector: Tensor) -> Tensor:
+        """S @ F(S.T @ v), exactly: the mean of (S g) (S g).v."""
+        versions = [p._version for p in self.parameters.values()]
+        if self._rows is None or self._rows_are_of != (model_sketch, versions):
+            with self._setting():
+                rows = [
+                    model_sketch.sketch(self._named(self._gradient_of(inputs, 1.0)))
+                    for inputs in self.mean_loss.examples()
+                ]
+            self._rows = torch.stack(rows)
+            self._rows_are_of = model_sketch, versions
+        return self._rows.T @ (self._rows @ vector) / len(self._rows)

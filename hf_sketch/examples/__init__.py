@@ -1,0 +1,1 @@
+"""Per-example gradients out of one backward pass."""

@@ -1,0 +1,206 @@
+"""Each example's own loss, out of the logits of a batch."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hf_sketch.examples.split import ExampleSplit
+
+REDUCTIONS = ("mean", "sum")
+_IGNORED = -100
+_CAUSAL = ("CausalLM", "LMHead")
+_ELEMENTS_AT_ONCE = 2**18
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5}
+_LOW_PRECISION_TOLERANCE = 2e-2
+_LOOKED_AT = 2**10  # logits, to tell their precision
+_CERTAIN = 0.1  # of the tolerance: the first rule that comes so near is taken
+
+
+@dataclass(frozen=True)
+class ExampleLosses:
+    """A batch's loss as a weighted sum of its examples' own losses.
+
+    Args:
+        losses: (b,), each example's own loss, whatever its batch-mates.
+        weights: (b,), with sum(weights * losses) = the batch's loss.
+    """
+
+    losses: Tensor
+    weights: Tensor
+
+
+def example_losses(
+    loss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    problem_type: str | None = None,
+    *,
+    reduction: str = "mean",
+    items_in_batch: Tensor | int | None = None,
+    causal: bool = False,
+    split: ExampleSplit | None = None,
+) -> ExampleLosses:
+    """Split a batch's loss into its examples' own losses.
+
+    Covers cross-entropy over the tokens of language models (causal, masked, sequence to
+    sequence) and token classifiers, and over the classes of sequence and image
+    classifiers; squared error (`problem_type="regression"` or one output) and binary
+    cross-entropy over several labels: as the models of Transformers compute them,
+    averaged over all tokens or examples of the batch, or divided by `items_in_batch`.
+
+    Shapes:
+        loss (), logits (b, classes) or (b, t, classes), labels (b,), (b, classes) or
+        (b, t), with -100 where no loss is taken
+
+    Args:
+        loss: of the batch.
+        logits: the model's.
+        labels: as the model got them.
+        problem_type: of the model's configuration.
+        reduction: "mean" or "sum" over the tokens of an example.
+        items_in_batch: the Trainer's `num_items_in_batch`, if the model got it.
+        causal: whether labels are those of the next token is told by the loss; this is
+            what holds where the loss fits both, as it may for a model without training.
+        split: the batch's examples, by default its rows.
+
+    Raises:
+        ValueError: the loss is no such sum over the examples, or `reduction` is
+            unknown.
+    """
+    check_reduction(reduction)
+    split = split or ExampleSplit(len(labels))
+    found: list[tuple[float, float, ExampleLosses]] = []
+    for losses, counted in _own_losses(logits.detach(), labels, problem_type, causal):
+        sums, counts = (_per_example(x, split) for x in (losses, counted))
+        for items in (items_in_batch, counts.sum()):
+            if items is None:
+                continue
+            total = float(sums.sum() / items)
+            reduced = _reduced(sums, counts, torch.as_tensor(items), reduction)
+            found.append((_distance(loss, total), total, reduced))
+            if found[-1][0] <= _CERTAIN:
+                return reduced
+    if not found:
+        raise ValueError(
+            "per-example gradients need logits (batch, classes) with one label a row, "
+            "or (batch, tokens, classes) with one a token, got logits "
+            f"{tuple(logits.shape)} and labels {tuple(labels.shape)}: pass "
+            "per_example=False."
+        )
+    distance, _, nearest = min(found, key=lambda candidate: candidate[0])
+    if distance > 1 and distance > _rounding(logits):
+        totals = sorted({f"{total:.6g}" for _, total, _ in found})
+        raise ValueError(
+            "per-example gradients need a loss that is a mean of the examples' own "
+            f"losses, here {' or '.join(totals)}, got {float(loss):.6g}: train with the"
+            " model's own loss, or pass per_example=False."
+        )
+    return nearest
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a model predicts the next token, as far as its name tells."""
+    return any(name in type(model).__name__ for name in _CAUSAL)
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise unless `reduction` is the name of one."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"loss must be one of {REDUCTIONS}, got {reduction!r}.")
+
+
+def _reduced(
+    sums: Tensor, counts: Tensor, items: Tensor, reduction: str
+) -> ExampleLosses:
+    """Own losses and weights, given each example's sum and number of tokens."""
+    if reduction == "sum":
+        return ExampleLosses(sums, (counts > 0).to(sums) / items.to(sums))
+    return ExampleLosses(sums / counts.clamp(min=1), counts / items.to(counts))
+
+
+def _own_losses(
+    logits: Tensor, labels: Tensor, problem_type: str | None, causal: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Losses and how many each counts for, by every rule that fits the shapes.
+
+    Shapes:
+        yields (b,) or (b, t), twice
+    """
+    classes = not labels.is_floating_point() and problem_type != "regression"
+    if classes and labels.numel() == logits[..., 0].numel():
+        labels = labels.view(logits.shape[:-1]).to(logits.device)
+        normalisers = _log_sum_exp(logits)
+        choices = [labels]
+        if logits.dim() == 3:
+            choices.append(functional.pad(labels[:, 1:], (0, 1), value=_IGNORED))
+        for chosen in reversed(choices) if causal else choices:
+            yield _cross_entropy(logits, chosen, normalisers)
+    elif logits.dim() == 2 and labels.numel() == logits.numel():
+        labels = labels.view_as(logits)
+        if problem_type == "regression" or logits.shape[1] == 1:
+            losses = (logits - labels).square().mean(1)
+        else:
+            losses = functional.binary_cross_entropy_with_logits(
+                logits, labels, reduction="none"
+            ).mean(1)
+        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+        yield losses, torch.ones_like(losses)
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """Of the classes, a few rows at a time: all of them at once would be copied."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    flat = logits.flatten(0, -2)
+    rows = max(1, _ELEMENTS_AT_ONCE // flat.shape[-1])
+    parts = [some.to(dtype).logsumexp(-1) for some in flat.split(rows)]
+    return torch.cat(parts).view(logits.shape[:-1])
+
+
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, normalisers: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every label that is not ignored."""
+    counted = labels != _IGNORED
+    chosen = logits.gather(-1, (labels * counted).unsqueeze(-1)).squeeze(-1)
+    losses = (normalisers - chosen).where(counted, 0)
+    return losses, counted.to(losses)
+
+
+def _per_example(x: Tensor, split: ExampleSplit) -> Tensor:
+    """The sum over each example's tokens: (b,)."""
+    rows = split.rows(x)
+    if rows is None:
+        raise ValueError(
+            f"labels {tuple(x.shape)} do not divide into {split.size} examples: pass "
+            "per_example=False."
+        )
+    return rows.flatten(1).sum(1) if rows.dim() > 1 else rows
+
+
+def _rounding(logits: Tensor) -> float:
+    """How far autocast may have rounded a float32 loss, in tolerances.
+
+    Log-probabilities keep the type of the logits there, which float32 logits show that
+    are all numbers of 16 bits. Each is off by half a unit in its last place; twice that
+    is allowed.
+    """
+    some = logits.flatten()[:_LOOKED_AT]
+    if some.dtype != torch.float32:
+        return 1.0
+    for half in (torch.bfloat16, torch.float16):
+        if bool((some.to(half) == some).all()):
+            return torch.finfo(half).eps / _TOLERANCE[torch.float32]
+    return 1.0
+
+
+def _distance(loss: Tensor, expected: float) -> float:
+    """How far the loss is from a number, in tolerances; 0 if it is not finite."""
+    got = float(loss)
+    if not math.isfinite(got):
+        return 0.0
+    tolerance = _TOLERANCE.get(loss.dtype, _LOW_PRECISION_TOLERANCE)
+    return abs(got - expected) / (tolerance * max(1.0, abs(expected)))

@@ -1,0 +1,199 @@
+"""How far sketched inner products are from exact ones, measured on real examples."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sketch.examples.sketcher import ExampleLossFunction, ExampleSketcher, field_of
+from hf_sketch.model.state import evaluation_mode
+
+_HELD_BYTES = 2**28
+_EXAMPLES_AT_ONCE = 2  # and what batching adds is still seen
+_ROW_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
+_LOW_PRECISION_ROW_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class MeasuredError:
+    """Inner products of sketched gradients beside exact ones, in evaluation mode.
+
+    Args:
+        examples: how many were compared, each with each.
+        pearson_r: correlation over the pairs of different examples; None for fewer than
+            three pairs.
+        relative_error: the median over those pairs of |sketched - exact| divided by the
+            product of the two exact norms; None for no pair.
+        row_error: the greatest relative distance of a row from the sketch of the
+            gradient of its example alone: what batching and rounding add.
+    """
+
+    examples: int
+    pearson_r: float | None
+    relative_error: float | None
+    row_error: float
+
+    def __str__(self) -> str:
+        r = "-" if self.pearson_r is None else f"{self.pearson_r:.4f}"
+        relative = "-" if self.relative_error is None else f"{self.relative_error:.2e}"
+        return (
+            f"Pearson r {r}, median relative error {relative} of inner products of "
+            f"{self.examples} examples; rows are off by {self.row_error:.1e}"
+        )
+
+
+def measure_error(
+    sketcher: ExampleSketcher,
+    batches: Sequence[Mapping[str, Any]],
+    examples: int = 8,
+    loss_fn: ExampleLossFunction | None = None,
+    low_precision: bool = False,
+) -> MeasuredError:
+    """Compare rows with a backward pass for each example, at the present weights.
+
+    The model runs in evaluation mode; its gradients, its mode and all random numbers
+    are left as they were. Exact gradients are held while they fit 256 MiB, and
+    otherwise computed again for each pair.
+
+    Args:
+        sketcher: within its context, with no batch under way.
+        batches: inputs of the model.
+        examples: the first so many that have a loss are compared.
+        loss_fn: as for `ExampleSketcher.sketch`.
+        low_precision: the model computes in 16 bits.
+
+    Raises:
+        RuntimeError: a row is not the sketch of its example's gradient.
+    """
+    rows: list[Tensor] = []
+    gradients: list[Callable[[], list[Tensor]]] = []
+    with evaluation_mode(sketcher.model), sketcher.own_units():
+        for inputs in _pieces(sketcher, batches):
+            if len(rows) == examples:
+                break
+            got = sketcher.sketch(inputs, loss_fn)
+            for index in (
+                (got.weights > 0).nonzero().flatten().tolist()[: examples - len(rows)]
+            ):
+                rows.append(got.rows[index])
+                gradients.append(_alone(sketcher, inputs, index, loss_fn))
+        if not rows:
+            return MeasuredError(0, None, None, 0.0)
+        comparison = _Comparison(sketcher, torch.stack(rows), gradients)
+        exact = comparison.exact_products()
+    got = torch.stack(rows)
+    parameter = next(iter(sketcher.parameters.values()))
+    dtype = torch.float16 if low_precision else parameter.dtype
+    tolerance = _ROW_TOLERANCE.get(dtype, _LOW_PRECISION_ROW_TOLERANCE)
+    if comparison.row_error > tolerance:
+        raise RuntimeError(
+            "a row must be the sketch of the gradient of its example alone within "
+            f"{tolerance:g} of its norm, got {comparison.row_error:.3g}: pass "
+            "per_example=False, and report the model's class, "
+            f"{type(sketcher.model).__name__}."
+        )
+    return _errors(exact, got.to("cpu", torch.float64), comparison.row_error)
+
+
+def _pieces(
+    sketcher: ExampleSketcher, batches: Sequence[Mapping[str, Any]]
+) -> Iterator[Mapping[str, Any]]:
+    """A few examples at a time, to spare memory."""
+    for inputs in batches:
+        inputs = {k: v for k, v in inputs.items() if k != "num_items_in_batch"}
+        yield from sketcher.split_of(inputs).pieces(inputs, _EXAMPLES_AT_ONCE)
+
+
+def _alone(
+    sketcher: ExampleSketcher,
+    inputs: Mapping[str, Any],
+    index: int,
+    loss_fn: ExampleLossFunction | None,
+) -> Callable[[], list[Tensor]]:
+    """A function that computes one example's exact gradient, as the model gives it."""
+    split = sketcher.split_of(inputs)
+    own = {
+        name: split.part(value, index) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+
+    def gradient() -> list[Tensor]:
+        with torch.enable_grad(), sketcher.paused():
+            output = sketcher.model(**own)
+            if loss_fn is None:
+                loss = field_of(output, "loss", 0)
+            else:
+                loss = loss_fn(output, own).sum()
+        parameters = list(sketcher.parameters.values())
+        return list(
+            torch.autograd.grad(
+                loss, parameters, allow_unused=True, materialize_grads=True
+            )
+        )
+
+    return gradient
+
+
+@dataclass
+class _Comparison:
+    """Rows beside the exact gradients they should be sketches of."""
+
+    sketcher: ExampleSketcher
+    rows: Tensor
+    gradients: Sequence[Callable[[], list[Tensor]]]
+    row_error: float = 0.0
+
+    def exact_products(self) -> Tensor:
+        """Inner products of each with each: (n, n), float64, on the CPU."""
+        count = len(self.gradients)
+        products = torch.zeros(count, count, dtype=torch.float64)
+        element = next(iter(self.sketcher.parameters.values())).element_size()
+        each = element * self.sketcher.model_sketch.in_size
+        held = max(1, _HELD_BYTES // each)
+        for first in range(0, count, held):
+            block: list[list[Tensor]] = []
+            for index in range(first, count):
+                gradient = self.gradients[index]()
+                if first == 0:
+                    self._compare(index, gradient)
+                for place, other in enumerate([*block, gradient][: held + 1]):
+                    column = index if place == len(block) else first + place
+                    products[index, column] = _product(gradient, other)
+                if len(block) < held:
+                    block.append(gradient)
+        return products.tril() + products.tril(-1).T
+
+    def _compare(self, index: int, gradient: list[Tensor]) -> None:
+        """Note how far a row is from the sketch of the gradient."""
+        named = dict(zip(self.sketcher.parameters, gradient, strict=True))
+        expected = self.sketcher.model_sketch.sketch(named)
+        distance = torch.linalg.vector_norm(self.rows[index] - expected)
+        norms = torch.linalg.vector_norm(self.rows, dim=1)
+        # A gradient that all but vanishes has no direction to compare.
+        norm = torch.linalg.vector_norm(expected).clamp(min=1e-3 * norms.max())
+        self.row_error = max(self.row_error, float(distance / norm))
+
+
+def _product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """The inner product of two gradients."""
+    pairs = zip(left, right, strict=True)
+    return sum(float(torch.dot(a.flatten(), b.flatten())) for a, b in pairs)
+
+
+def _errors(exact: Tensor, rows: Tensor, row_error: float) -> MeasuredError:
+    """The figures, given exact inner products and sketches."""
+    count = len(rows)
+    pairs = torch.triu_indices(count, count, offset=1)
+    got, wanted = (x[pairs[0], pairs[1]] for x in (rows @ rows.T, exact))
+    norms = exact.diagonal().sqrt()
+    scale = torch.outer(norms, norms)[pairs[0], pairs[1]]
+    relative = ((got - wanted) / scale).abs()
+    r = float(torch.corrcoef(torch.stack([got, wanted]))[0, 1]) if count > 2 else None
+    return MeasuredError(
+        examples=count,
+        pearson_r=r,
+        relative_error=float(relative.median()) if count > 1 else None,
+        row_error=row_error,
+    )

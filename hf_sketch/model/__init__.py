@@ -1,0 +1,1 @@
+"""One map over all trainable parameters of a model."""

@@ -1,0 +1,56 @@
+"""Running a model without leaving a trace."""
+
+import importlib
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Generator[None]:
+    """Eval mode; every module's own mode and the random numbers are restored."""
+    training = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        with kept_random_state(random_state(device), device):
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def random_state(device: torch.device) -> tuple[Tensor, ...]:
+    """The states of the generators that a module on this device draws from."""
+    if device.type == "cpu":
+        return (torch.get_rng_state(),)
+    return torch.get_rng_state(), _accelerator(device).get_rng_state(device)
+
+
+@contextmanager
+def kept_random_state(
+    state: tuple[Tensor, ...], device: torch.device
+) -> Generator[None]:
+    """Draw from these states, and leave the generators as they were."""
+    before = random_state(device)
+    _set_random_state(state, device)
+    try:
+        yield
+    finally:
+        _set_random_state(before, device)
+
+
+def _set_random_state(state: tuple[Tensor, ...], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    for accelerator in state[1:]:
+        _accelerator(device).set_rng_state(accelerator, device)
+
+
+def _accelerator(device: torch.device) -> Any:
+    """The module that keeps the device's random state: torch_xla's is not in torch."""
+    if device.type == "xla":
+        return importlib.import_module("torch_xla.core.xla_model")
+    return torch.get_device_module(device)

@@ -1,0 +1,1 @@
+"""What recording a training run will cost, from a config alone."""

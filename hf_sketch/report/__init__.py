@@ -1,0 +1,1 @@
+"""What was recorded, as one page and as plots."""

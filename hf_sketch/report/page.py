@@ -1,0 +1,260 @@
+"""One HTML page of what lies beside a run's checkpoints: it needs no network."""
+
+import importlib
+import io
+import re
+import warnings
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from hf_sketch.attribution.collection import GradientRows
+from hf_sketch.attribution.columns import column
+from hf_sketch.attribution.loading import load_sketches
+from hf_sketch.attribution.record import FILE as ATTRIBUTION
+from hf_sketch.attribution.record import QueryRecord, load_attribution
+from hf_sketch.durable import replace_file
+from hf_sketch.spectra.files import DIRECTORY as CURVATURE
+from hf_sketch.spectra.files import load_spectra
+from hf_sketch.spectra.spectrum import Spectrum
+from hf_sketch.store.header import HEADER
+from hf_sketch.store.hub import store_directory
+from hf_sketch.subspace.search import FILE as SEARCH
+from hf_sketch.subspace.search import load_dimension_search
+
+_LARGEST = 5
+_CELL, _ROW, _LEFT = 15, 15, 60
+
+
+def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
+    """Write a page of all that is in a Trainer's output_dir.
+
+    That is: the sketches (their map, coverage, measured error, loss and gradient norm
+    by step), what `hf-sketch attribute` answered, the Hessian's spectra and the search
+    for the intrinsic dimension, each if it is there. Needs the extra `plot`.
+
+    Args:
+        directory: the output_dir.
+        path: of the page; by default `report.html` there.
+
+    Returns:
+        the path.
+
+    Raises:
+        FileNotFoundError: nothing of ours is there.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    directory = Path(directory)
+    there = {
+        "recorded": (store_directory(directory) / HEADER).is_file(),
+        "attribution": (directory / ATTRIBUTION).is_file(),
+        "spectra": (directory / CURVATURE).is_dir(),
+        "search": (directory / SEARCH).is_file(),
+    }
+    if not any(there.values()):
+        raise FileNotFoundError(
+            f"{directory} must hold sketches, spectra or a search, got none of them: "
+            "give the output_dir of a run with a callback of hf_sketch."
+        )
+    makers = {
+        "recorded": _recorded,
+        "attribution": _attribution,
+        "spectra": _spectra,
+        "search": _search,
+    }
+    sections = {
+        name: makers[name](directory) if there[name] else None for name in makers
+    }
+    page = (
+        _environment()
+        .from_string(_template())
+        .render(title=directory.resolve().name, **sections)
+    )
+    path = directory / "report.html" if path is None else Path(path)
+    replace_file(path, page.encode())
+    return path
+
+
+def _recorded(directory: Path) -> dict[str, Any]:
+    """What is in the store, warnings of what is missing, and its course."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        store = load_sketches(directory, skip_damaged=True, verify=False)
+    return {
+        "warnings": [str(warning.message) for warning in told],
+        "facts": _facts(store),
+        "plot": _svg("plot_training", store) if store.steps else None,
+    }
+
+
+def _facts(store: GradientRows) -> list[tuple[str, str]]:
+    sketch, error = store.model_sketch, store.measured_error
+    coverage = sketch.coverage()
+    rows = store.dataset
+    facts = [
+        (
+            "map",
+            f"{sketch.operator}, layout {sketch.layout}, {sketch.out_size:,} numbers, "
+            f"seed {sketch.seed}",
+        ),
+        (
+            "coverage",
+            f"{coverage.elements:,} elements of {len(coverage.parameters)} parameters;"
+            f" {len(coverage.frozen)} frozen parameters are left out",
+        ),
+        ("rows of examples", f"{len(rows):,}"),
+        ("rows of steps", f"{len(store.steps or [])}"),
+        ("measured error", "not measured" if error is None else str(error)),
+    ]
+    if len(rows):
+        steps, finite = column(rows, "step"), column(rows, "finite")
+        facts += [
+            ("examples", f"{len(np.unique(column(rows, 'example_id'))):,}"),
+            ("steps", f"{steps.min():,} to {steps.max():,}"),
+            ("rows with NaN or infinity", f"{int((~finite).sum()):,}"),
+        ]
+    return facts
+
+
+def _attribution(directory: Path) -> dict[str, Any]:
+    record = load_attribution(directory / ATTRIBUTION)
+    queries = [_query(query) for query in record.queries]
+    return {"method": record.method, "queries": queries}
+
+
+def _query(query: QueryRecord) -> dict[str, Any]:
+    """A query as the page shows it: strongest first on both sides."""
+    lines: list[dict[str, Any]] = [
+        {"text": None, "tokens": None} | line for line in query.lines
+    ]
+    for line, scores in zip(lines, query.token_scores, strict=False):
+        line["tokens"] = _shaded(query.tokens, scores)
+    proponents = [line for line in lines if line["rank"] >= 0 and line["score"] > 0]
+    opponents = [line for line in lines if line["rank"] < 0 and line["score"] < 0]
+    sizes = [abs(line["score"]) for line in lines]
+    return {
+        "text": query.text,
+        "loss": query.loss,
+        "tokens": query.tokens,
+        "proponents": proponents,
+        "opponents": opponents[::-1],
+        "largest": max(sizes, default=1.0) or 1.0,
+        "map": _map(query) if query.steps else None,
+    }
+
+
+def _shaded(tokens: list[list[Any]], scores: list[float]) -> list[dict[str, Any]]:
+    """The tokens of a query, each as strong as its part of an example's score."""
+    largest = max(map(abs, scores)) or 1.0
+    return [
+        {
+            "token": token,
+            "score": f"{score:+.3g}",
+            "side": "for" if score > 0 else "against",
+            "percent": f"{60 * abs(score) / largest:.0f}",
+        }
+        for (token, _), score in zip(tokens, scores, strict=True)
+    ]
+
+
+def _map(query: QueryRecord) -> dict[str, Any]:
+    """Places and shades of the cells of the map of examples by steps."""
+    largest = np.abs(query.contributions).max(initial=0) or 1.0
+    rows: list[dict[str, Any]] = []
+    for number, (line, scores) in enumerate(
+        zip(query.lines, query.contributions, strict=True)
+    ):
+        cells = [
+            {
+                "x": _LEFT + _CELL * place,
+                "step": query.steps[place],
+                "score": f"{score:+.3g}",
+                "side": "for" if score > 0 else "against",
+                "opacity": f"{max(0.12, abs(score) / largest):.2f}",
+            }
+            for place, score in enumerate(scores)
+            if score
+        ]
+        rows.append(
+            {"example_id": line["example_id"], "y": _ROW * number, "cells": cells}
+        )
+    return {
+        "rows": rows,
+        "width": _LEFT + _CELL * len(query.steps),
+        "height": _ROW * (len(rows) + 1),
+        "first": query.steps[0],
+        "last": query.steps[-1],
+    }
+
+
+def _spectra(directory: Path) -> dict[str, Any]:
+    spectra = load_spectra(directory)
+    named = {directory.resolve().name: spectra}
+    return {
+        "rows": [_spectrum_row(spectrum) for spectrum in spectra],
+        "plots": [
+            ("RNEG over steps, and R(n) at the last", _svg("plot_figure_2", named)),
+            ("Density of eigenvalues", _svg("plot_density", spectra[-1])),
+        ],
+    }
+
+
+def _spectrum_row(spectrum: Spectrum) -> list[str]:
+    values = spectrum.eigenvalues.tolist()
+    return [
+        f"{spectrum.step:,}",
+        f"{spectrum.loss:.4f}",
+        " ".join(f"{value:.4g}" for value in values[: -_LARGEST - 1 : -1]),
+        f"{values[0]:.4g}",
+        f"{spectrum.rneg:.3f}",
+        f"{spectrum.outliers}",
+        f"{spectrum.alignment:.1%}",
+    ]
+
+
+def _search(directory: Path) -> dict[str, Any]:
+    search = load_dimension_search(directory)
+    last = search.path[-1]
+    found = "not found" if search.dimension is None else f"{search.dimension:,}"
+    facts = [
+        ("dimension", found),
+        ("metric", f"{search.metric}: {last.metric:.4g} at step {last.step:,}"),
+        ("target", f"{search.target:.4g}"),
+    ]
+    return {"facts": facts, "plot": _svg("plot_dimension_search", search)}
+
+
+def _svg(name: str, drawn: Any) -> Markup:
+    """A picture of `hf_sketch.report.plots` in the page's own colours."""
+    plots = importlib.import_module("hf_sketch.report.plots")
+    matplotlib = importlib.import_module("matplotlib")
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure = getattr(plots, name)(drawn)
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    return Markup(re.sub(r"#000000|(?<=: )black", "currentColor", text))
+
+
+def _environment() -> Environment:
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["readable"] = _readable
+    return environment
+
+
+def _template() -> str:
+    return files("hf_sketch.report").joinpath("templates", "report.html").read_text()
+
+
+def _readable(token: str) -> str:
+    """A token as text: with the space or line break that its tokenizer marks."""
+    marks = {"Ġ": " ", "▁": " ", "Ċ": "⏎\n", "<0x0A>": "⏎\n"}
+    for mark, plain in marks.items():
+        token = token.replace(mark, plain)
+    return token

@@ -1,0 +1,251 @@
+"""Pictures of what a run left behind; needs the extra `plot`."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from hf_sketch.attribution.collection import GradientRows
+from hf_sketch.attribution.columns import column
+from hf_sketch.spectra.spectrum import Spectrum
+from hf_sketch.subspace.search import DimensionSearch
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "hf_sketch.report.plots needs matplotlib, got none installed: call pip install "
+        '"hf-sketch[plot]".'
+    ) from error
+
+_EIGENVALUE = "eigenvalue (loss / parameter²)"
+_OUTLIER_RATIO = 0.2  # above it `Spectrum.outliers` counts
+_EARLY_STEPS = 10  # up to here the axis of steps is linear
+_SEEN_BUMP = 1e-2  # of one eigenvalue's bump: what is lower is not drawn
+
+
+def plot_rneg(spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> Figure:
+    """RNEG over the steps of training, a line for each name.
+
+    Bars are standard errors of the ratio, with those of its two eigenvalues taken as
+    independent.
+
+    Args:
+        spectra_by_name: of a run each, as `load_spectra` gives.
+
+    Raises:
+        ValueError: there is no spectrum of a name.
+    """
+    _check(spectra_by_name)
+    figure = Figure(layout="constrained")
+    _draw_rneg(figure.subplots(), spectra_by_name)
+    return figure
+
+
+def plot_ratios(spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> Figure:
+    """R(n) against n at the last step of each name, with a line at 20%.
+
+    Above the line are the outliers. Bands are standard errors, as of `plot_rneg`.
+
+    Args:
+        spectra_by_name: of a run each, as `load_spectra` gives.
+
+    Raises:
+        ValueError: there is no spectrum of a name.
+    """
+    _check(spectra_by_name)
+    figure = Figure(layout="constrained")
+    _draw_ratios(figure.subplots(), spectra_by_name)
+    return figure
+
+
+def plot_figure_2(spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> Figure:
+    """The paper's Figure 2: (a) RNEG over steps, (b) R(n) against n.
+
+    Args:
+        spectra_by_name: of a run each, as `load_spectra` gives.
+
+    Raises:
+        ValueError: there is no spectrum of a name.
+
+    Reference:
+        Schioppa 2024, arXiv:2402.03994, Figure 2; differs in the bars and bands.
+    """
+    _check(spectra_by_name)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_rneg(left, spectra_by_name)
+    _draw_ratios(right, spectra_by_name)
+    left.set_title("(a)", loc="left")
+    right.set_title("(b)", loc="left")
+    return figure
+
+
+def plot_density(spectrum: Spectrum) -> Figure:
+    """The log density of all eigenvalues, and those that were found as ticks.
+
+    Both are without the sketch's shift. A tick's bar is its standard error.
+    """
+    figure = Figure(layout="constrained")
+    axes: Axes = figure.subplots()
+    found = spectrum.density()
+    eigenvalues = spectrum.eigenvalues
+    bump = 1 / (found.width * math.sqrt(2 * math.pi))
+    floor = _SEEN_BUMP * bump / spectrum.model_sketch.out_size
+    axes.plot(found.grid - spectrum.shift, found.density)
+    axes.errorbar(
+        eigenvalues,
+        torch.full_like(eigenvalues, floor),
+        xerr=spectrum.standard_errors,
+        linestyle="none",
+        marker="|",
+        markersize=12,
+        elinewidth=0.8,
+        color="black",
+        label=f"{len(eigenvalues)} eigenvalues",
+    )
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=floor / 2)
+    axes.set_xlabel(_EIGENVALUE)
+    axes.set_ylabel("density of eigenvalues (parameter² / loss)")
+    axes.set_title(f"step {spectrum.step}")
+    axes.legend().set_in_layout(False)  # a long name must not squeeze the axes
+    return figure
+
+
+def _draw_rneg(axes: Axes, spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> None:
+    for name, spectra in spectra_by_name.items():
+        rneg = [spectrum.rneg for spectrum in spectra]
+        errors = [_rneg_error(spectrum) for spectrum in spectra]
+        below = [min(error, ratio) for error, ratio in zip(errors, rneg, strict=True)]
+        steps = [spectrum.step for spectrum in spectra]
+        axes.errorbar(steps, rneg, [below, errors], marker="o", capsize=2, label=name)
+    axes.set_xscale("symlog", linthresh=_EARLY_STEPS)
+    axes.set_xlim(left=-1)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step of the optimizer")
+    axes.set_ylabel("RNEG: |least eigenvalue| / greatest (ratio)")
+    axes.grid(alpha=0.3)
+    axes.legend().set_in_layout(False)
+
+
+def _draw_ratios(axes: Axes, spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> None:
+    for name, spectra in spectra_by_name.items():
+        last = max(spectra, key=lambda spectrum: spectrum.step)
+        ratios = last.ratios
+        numbers = range(1, len(ratios) + 1)
+        label = f"{name}, step {last.step}"
+        (line,) = axes.plot(numbers, ratios, marker=".", label=label)
+        errors = _ratio_errors(last)
+        axes.fill_between(
+            numbers,
+            (ratios - errors).clamp(min=0),
+            ratios + errors,
+            color=line.get_color(),
+            alpha=0.2,
+        )
+    axes.axhline(
+        _OUTLIER_RATIO,
+        color="gray",
+        linestyle="--",
+        label=f"{_OUTLIER_RATIO:.0%}: outliers above",
+    )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(LogFormatter())
+    axes.xaxis.set_minor_formatter(LogFormatter())
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("n, of the positive eigenvalues from the greatest")
+    axes.set_ylabel("R(n): n-th eigenvalue / greatest (ratio)")
+    axes.grid(alpha=0.3)
+    axes.legend().set_in_layout(False)
+
+
+def _rneg_error(spectrum: Spectrum) -> float:
+    """The standard error of RNEG, its two eigenvalues' errors taken as independent."""
+    greatest = float(spectrum.eigenvalues[-1])
+    if greatest <= 0:
+        return 0.0
+    least_error, greatest_error = map(float, spectrum.standard_errors[[0, -1]])
+    return (least_error**2 + (spectrum.rneg * greatest_error) ** 2) ** 0.5 / greatest
+
+
+def _ratio_errors(spectrum: Spectrum) -> torch.Tensor:
+    """Of R(n), in its order; R(1) is 1 without error."""
+    ratios = spectrum.ratios
+    if not len(ratios):
+        return ratios
+    errors = spectrum.standard_errors.flip(0)[: len(ratios)]
+    relative = (errors.square() + (ratios * errors[0]).square()).sqrt()
+    relative[0] = 0
+    return relative / float(spectrum.eigenvalues[-1])
+
+
+def plot_dimension_search(search: DimensionSearch) -> Figure:
+    """The metric over the steps, with the dimension of each stage and its doublings.
+
+    Args:
+        search: as `load_dimension_search` gives.
+
+    Raises:
+        ValueError: nothing was evaluated.
+    """
+    if not search.path:
+        raise ValueError(
+            "a search needs an evaluation to be drawn, got none: train with "
+            "IntrinsicDimensionCallback."
+        )
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    steps = [stage.step for stage in search.path]
+    axes.plot(steps, [stage.metric for stage in search.path], "o-", markersize=3)
+    axes.axhline(search.target, linestyle="--", color="C1")
+    axes.annotate(f"target {search.target:.4g}", (steps[0], search.target))
+    doubled = [stage for stage in search.path if stage.decision == "double"]
+    for stage in doubled:
+        axes.axvline(stage.step, linewidth=0.5, color="grey")
+    begun = [(search.path[0].step, search.path[0].dim)]
+    begun += [(s.step, min(2 * s.dim, search.max_dim)) for s in doubled]
+    for step, dim in begun:
+        place = axes.get_xaxis_transform()
+        axes.text(step, 1.01, f"{dim:,}", transform=place, rotation=60, fontsize=7)
+    axes.set_xlabel("optimizer step; above, the dimension from there on")
+    axes.set_ylabel(search.metric)
+    return figure
+
+
+def plot_training(store: GradientRows) -> Figure:
+    """The mean loss of the examples of each step, and the gradient's norm.
+
+    Args:
+        store: with rows of steps.
+    """
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps, losses = column(store.dataset, "step"), column(store.dataset, "loss")
+    known = np.isfinite(losses)
+    counts = np.bincount(steps[known])
+    there = counts.nonzero()[0]
+    sums = np.bincount(steps[known], losses[known])
+    left.plot(there, sums[there] / counts[there], linewidth=1)
+    left.set(xlabel="step of the optimizer", ylabel="mean loss of its examples")
+    if store.steps is not None:
+        norms = column(store.steps, "gradient_norm")
+        right.plot(column(store.steps, "step"), norms, linewidth=1)
+        right.set_yscale("log")
+    right.set(xlabel="step of the optimizer", ylabel="norm of the gradient")
+    return figure
+
+
+def _check(spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> None:
+    """Raise unless every name has a spectrum."""
+    empty = [name for name, spectra in spectra_by_name.items() if not spectra]
+    if empty or not spectra_by_name:
+        raise ValueError(
+            "plots need at least one spectrum of every name, got "
+            f"{f'none of {empty}' if empty else 'no name'}: pass "
+            '{"name": load_spectra(output_dir)}.'
+        )

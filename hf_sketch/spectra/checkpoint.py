@@ -1,0 +1,143 @@
+"""Steps of a Lanczos run on disk, so that a run that was killed goes on."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import xxhash
+from torch import Tensor
+
+from hf_sketch.durable import read_sealed, sync_directory, write_sealed
+from hf_sketch.spectra.basis import Basis
+
+STATE: Final = "lanczos.json"
+ROWS: Final = "lanczos-rows.bin"
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """What is known after some steps, beside the basis.
+
+    Shapes:
+        vector (size,)
+
+    Args:
+        alphas: the tridiagonal matrix's diagonal, one a step.
+        betas: what stands beside it, one a step; the last one stands outside.
+        vector: the basis vector of the next step.
+    """
+
+    alphas: tuple[float, ...]
+    betas: tuple[float, ...]
+    vector: Tensor
+
+    def __len__(self) -> int:
+        return len(self.alphas)
+
+
+class LanczosCheckpoint:
+    """The steps of one run, in a directory.
+
+    `lanczos-rows.bin` holds the basis vectors one after the other as they lie in
+    memory, that of the next step too; `lanczos.json` says of which run they are, how
+    many count and what their digest is, and has the steps' numbers. Rows are appended
+    and synced before the JSON that counts them is replaced.
+
+    Args:
+        directory: where; it is made.
+        run: what must be equal for steps to be steps of the same run.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, directory: Path, run: Mapping[str, Any]) -> None:
+        self._directory = directory
+        self._run = {"format_version": 1, **run}
+        self._digest = xxhash.xxh3_128()
+        self._saved = 0
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def load(self, basis: Basis) -> Steps | None:
+        """Fill the basis with the steps that are there, as far as it reaches.
+
+        Raises:
+            ValueError: they are of another run, or were changed or cut.
+        """
+        if not (self._directory / STATE).exists():
+            return None
+        state = self._read_state()
+        alphas, betas = tuple(state["alphas"]), tuple(state["betas"])
+        count = min(len(alphas), len(basis.rows))
+        vector = torch.empty_like(basis.rows[0], device=basis.device)
+        targets = [*basis.rows[:count], vector]
+        self._read_rows(targets, len(alphas) + 1, state["rows_xxh3_128"])
+        self._saved = len(alphas)
+        return Steps(alphas[:count], betas[:count], vector)
+
+    def save(self, steps: Steps, basis: Basis) -> None:
+        """Add the steps that are not there yet.
+
+        Raises:
+            OSError: they cannot be written; what was there before still is.
+        """
+        if len(steps) <= self._saved:
+            return
+        digest, saved_rows = self._digest.copy(), self._saved + (self._saved > 0)
+        with (self._directory / ROWS).open("ab") as file:
+            file.truncate(saved_rows * basis.rows[0].nbytes)
+            for row in (*basis.rows[saved_rows : len(steps)], steps.vector):
+                data = row.cpu().numpy().data
+                file.write(data)
+                digest.update(data)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(self._directory)
+        content = {"rows_xxh3_128": digest.hexdigest(), **self._run}
+        content |= {"alphas": steps.alphas, "betas": steps.betas}
+        write_sealed(self._directory / STATE, content)
+        self._digest, self._saved = digest, len(steps)
+
+    def _read_state(self) -> dict[str, Any]:
+        """The JSON, if it is whole and of this run."""
+        state = read_sealed(self._directory / STATE, self._mend())
+        theirs = {name: state.get(name) for name in self._run}
+        if theirs != self._run:
+            raise ValueError(
+                f"{self._directory} holds steps of {_words(theirs)}, lanczos was given "
+                f"{_words(self._run)}: pass another directory as checkpoint."
+            )
+        return state
+
+    def _read_rows(self, targets: list[Tensor], rows: int, digest: str) -> None:
+        """Read all rows for their digest, and put the first ones where they belong."""
+        path = self._directory / ROWS
+        expected = rows * targets[0].nbytes
+        size = path.stat().st_size if path.exists() else 0
+        if size < expected:
+            raise ValueError(
+                f"{path} must have {expected} bytes, got {size}: {self._mend()}."
+            )
+        row = torch.empty_like(targets[-1]).cpu()
+        with path.open("rb") as file:
+            for number in range(rows):
+                file.readinto(row.numpy().data)
+                self._digest.update(row.numpy().data)
+                if number < len(targets):
+                    targets[number].copy_(row)
+        if self._digest.hexdigest() != digest:
+            raise ValueError(
+                f"{path} must have the digest {digest} in its first {expected} bytes, "
+                f"got {self._digest.hexdigest()}: {self._mend()}."
+            )
+
+    def _mend(self) -> str:
+        return f"restore it, or remove {self._directory} to start anew"
+
+
+def _words(run: Mapping[str, Any]) -> str:
+    """The run's description, as an error names it."""
+    return ", ".join(f"{name}={value!r}" for name, value in run.items())

@@ -1,0 +1,171 @@
+"""Spectra on disk: `<output_dir>/curvature/step-XXXXXXXX.json` and `.safetensors`."""
+
+import dataclasses
+import math
+import warnings
+from pathlib import Path
+from typing import Any, Final
+
+import xxhash
+from safetensors.torch import load, save
+
+from hf_sketch.curvature.check import CurvatureCheck
+from hf_sketch.durable import read_sealed, replace_file, set_aside, write_sealed
+from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.spectra.spectrum import Spectrum
+
+FORMAT_VERSION: Final = 1
+DIRECTORY: Final = "curvature"
+_TENSORS = (
+    "sketched",
+    "residuals",
+    "weights",
+    "gradient",
+    "gradient_along",
+    "vectors",
+    "vector_places",
+)
+
+
+def save_spectrum(directory: Path, spectrum: Spectrum) -> Path:
+    """Write a spectrum, its tensors first; it is there when its JSON file is.
+
+    The JSON file carries the eigenvalues and what they tell, for reading by eye.
+
+    Returns:
+        the JSON file.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"step-{spectrum.step:08d}.json"
+    tensors = {name: getattr(spectrum, name).contiguous() for name in _TENSORS}
+    data = save(tensors)
+    replace_file(path.with_suffix(".safetensors"), data)
+    fields = {
+        field.name: getattr(spectrum, field.name)
+        for field in dataclasses.fields(spectrum)
+        if field.name not in (*_TENSORS, "model_sketch", "check")
+    }
+    content = {
+        "format_version": FORMAT_VERSION,
+        **fields,
+        "model_sketch": spectrum.model_sketch.to_dict(),
+        "check": spectrum.check and dataclasses.asdict(spectrum.check),
+        "tensors_xxh3_128": xxhash.xxh3_128_hexdigest(data),
+        "summary": _summary(spectrum),
+    }
+    write_sealed(path, content)
+    return path
+
+
+def load_spectra(path: str | Path) -> list[Spectrum]:
+    """The spectra that a HessianSpectrumCallback left, by step.
+
+    Args:
+        path: the Trainer's `output_dir`, or the `curvature` directory in it.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: a file is damaged, or of another version.
+    """
+    directory = Path(path)
+    if directory.name != DIRECTORY or (directory / DIRECTORY).is_dir():
+        directory = directory / DIRECTORY
+    files = sorted(directory.glob("step-*.json"))
+    if not files:
+        raise FileNotFoundError(
+            f"no spectra at {directory}: give the Trainer's output_dir of a run with "
+            "HessianSpectrumCallback."
+        )
+    return [read_spectrum(file) for file in files]
+
+
+def read_spectrum(path: Path) -> Spectrum:
+    """One spectrum.
+
+    Raises:
+        ValueError: a file is damaged, or of another version.
+    """
+    content = read_sealed(path)
+    version = content.pop("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} must have format_version {FORMAT_VERSION}, got {version!r}: open "
+            "it with the hf_sketch that wrote it."
+        )
+    file = path.with_suffix(".safetensors")
+    data = file.read_bytes() if file.is_file() else b""
+    expected, digest = content.pop("tensors_xxh3_128"), xxhash.xxh3_128_hexdigest(data)
+    if digest != expected:
+        raise ValueError(
+            f"{file} must have the digest {expected}, got {digest} of {len(data)} "
+            f"bytes: restore it, or move {path.name} and it away."
+        )
+    del content["summary"]
+    sketch: ModelSketch = ModelSketch.from_dict(content.pop("model_sketch"))
+    check: dict[str, Any] | None = content.pop("check")
+    fields: dict[str, Any] = {**content, **load(data)}
+    return Spectrum(
+        model_sketch=sketch,
+        check=None if check is None else CurvatureCheck(**check),
+        **fields,
+    )
+
+
+def continue_spectra(directory: Path, sketch: ModelSketch, step: int) -> None:
+    """Keep the spectra that training resumes after, and none of another run.
+
+    Args:
+        directory: of the spectra.
+        sketch: that the others are taken with.
+        step: after which training resumes; at 0 it starts, and what is there already is
+            set aside with a warning.
+
+    Raises:
+        ValueError: a file is damaged, or of another sketch or version.
+    """
+    if not any(directory.glob("step-*.json")):
+        return
+    if step == 0:
+        aside = set_aside(directory)
+        warnings.warn(
+            f"{directory} held spectra of an earlier run that is not resumed: they are "
+            f"now in {aside}.",
+            stacklevel=4,
+        )
+        return
+    for spectrum in load_spectra(directory):
+        if spectrum.model_sketch != sketch:
+            theirs = spectrum.model_sketch
+            raise ValueError(
+                f"{directory} holds spectra of {len(theirs.shapes)} parameters with "
+                f"{theirs.in_size} elements, out_size={theirs.out_size}, "
+                f"operator={theirs.operator!r}, layout={theirs.layout!r}, "
+                f"seed={theirs.seed}, got {len(sketch.shapes)} parameters with "
+                f"{sketch.in_size} elements, out_size={sketch.out_size}, "
+                f"operator={sketch.operator!r}, layout={sketch.layout!r}, "
+                f"seed={sketch.seed}: pass the settings of the run that is resumed, or "
+                "another output_dir."
+            )
+        if spectrum.step > step:
+            for ending in ("json", "safetensors"):
+                (directory / f"step-{spectrum.step:08d}.{ending}").unlink()
+
+
+def _summary(spectrum: Spectrum) -> dict[str, Any]:
+    """What a reader of the JSON file wants to see; JSON has no word for nan or inf."""
+    return {
+        "eigenvalues": spectrum.eigenvalues.tolist(),
+        "standard_errors": spectrum.standard_errors.tolist(),
+        "trace": dataclasses.asdict(spectrum.trace),
+        "shift": spectrum.shift,
+        "rneg": _finite(spectrum.rneg),
+        "outliers": spectrum.outliers,
+        "alignment": _finite(spectrum.alignment),
+    }
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

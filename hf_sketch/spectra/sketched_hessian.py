@@ -1,0 +1,60 @@
+"""Curvature as an operator on the sketched space."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_sketch.curvature.hessian import CurvatureOperator
+from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.sketches.operator import accumulation_dtype
+
+
+@dataclass(frozen=True)
+class SketchedHessian:
+    """A curvature operator between a sketch and its transpose: v -> S @ H(S.T @ v).
+
+    Its largest eigenvalues are near those of H, moved by about tr(H) / out_size; see
+    `Spectrum`.
+
+    Shapes:
+        operator @ v  (out_size,) -> (out_size,)
+
+    Args:
+        curvature: H; a HessianOperator, GaussNewtonOperator or EmpiricalFisherOperator.
+        model_sketch: S, of the same model.
+
+    Raises:
+        ValueError: the sketch is of another model.
+
+    Reference:
+        Schioppa 2024, arXiv:2402.03994, C.1 and B.2 (explicit).
+    """
+
+    curvature: CurvatureOperator
+    model_sketch: ModelSketch
+
+    def __post_init__(self) -> None:
+        self.model_sketch.parameters_of(self.curvature.mean_loss.model)
+
+    @property
+    def size(self) -> int:
+        """The length of the vectors: the sketch's out_size."""
+        return self.model_sketch.out_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the vectors: float32, or float64 of a float64 model."""
+        return accumulation_dtype(self._parameter.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._parameter.device
+
+    def __matmul__(self, v: Tensor, /) -> Tensor:
+        return self.curvature.sketched_product(self.model_sketch, v).to(self.dtype)
+
+    @property
+    def _parameter(self) -> Tensor:
+        return next(iter(self.curvature.parameters.values()))

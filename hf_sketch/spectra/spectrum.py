@@ -1,0 +1,241 @@
+"""The spectrum of a sketched Hessian: eigenvalues, their errors, their meaning."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_sketch.curvature.check import CurvatureCheck
+from hf_sketch.curvature.hessian import HessianOperator
+from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.spectra.bias import unbiased_eigenvalues, variance_of_sum
+from hf_sketch.spectra.density import (
+    SpectralDensity,
+    TraceEstimate,
+    quadrature_density,
+)
+from hf_sketch.spectra.lanczos_run import LanczosResult, lanczos
+from hf_sketch.spectra.sketched_hessian import SketchedHessian
+
+_OUTLIER_RATIO = 0.2
+_CONVERGED = 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Eigenvalues of S @ H @ S.T, and what they tell of H.
+
+    A sketch moves all eigenvalues up by about `shift` = tr(H) / out_size, pushes the
+    large ones further out and scatters each of them by a relative sqrt(2 / out_size);
+    `eigenvalues` are without what can be undone of it, and all statistics are of these.
+
+    Shapes:
+        sketched, residuals, weights, gradient_along (krylov_dim,), float64, ascending
+        vectors (kept, out_size), float32; vector_places (kept,), int64
+
+    Args:
+        model_sketch: S.
+        step: of the optimizer, 0 before the first.
+        loss: the mean loss at the parameters.
+        sketched: Ritz values of S @ H @ S.T, as they are.
+        residuals: distance within which S @ H @ S.T has an eigenvalue, of each.
+        weights: of the Ritz values in the quadrature of the spectrum.
+        gradient: of the mean loss, sketched: (out_size,).
+        gradient_along: parts of it along the eigenvectors in sketch space.
+        vectors: unit eigenvectors in sketch space, of the largest eigenvalues by size.
+        vector_places: which of the eigenvalues they belong to.
+        loss_of_orthogonality: the greatest error of the Krylov basis.
+        mode: how products were taken, "autograd" or "finite_difference".
+        unit: the loss is the mean over "tokens" or "examples".
+        check: of the products, along the gradient; None if it was not made.
+
+    Reference:
+        Schioppa 2024, arXiv:2402.03994, Sec. 5.5: RNEG, R(n), outliers, alignment. The
+        correction of eigenvalues is ours: see `unbiased_eigenvalues`.
+    """
+
+    model_sketch: ModelSketch
+    step: int
+    loss: float
+    sketched: Tensor
+    residuals: Tensor
+    weights: Tensor
+    gradient: Tensor = field(repr=False)
+    gradient_along: Tensor = field(repr=False)
+    vectors: Tensor = field(repr=False)
+    vector_places: Tensor = field(repr=False)
+    loss_of_orthogonality: float
+    mode: str
+    unit: str
+    check: CurvatureCheck | None = None
+
+    @cached_property
+    def _multiplicities(self) -> tuple[Tensor, Tensor]:
+        """How many eigenvalues each Ritz value stands for, and those of it unproven.
+
+        Large ones that have converged stand for themselves, all others for as many as
+        the quadrature gives them. The start vector's parts along the large eigenvectors
+        say nothing of the others, so they are left out, as in Hutch++.
+        """
+        large = torch.zeros(len(self.sketched), dtype=torch.bool)
+        large[self.vector_places] = True
+        large &= self.residuals <= _CONVERGED * self.sketched.abs()
+        weights = self.weights.masked_fill(large, 0.0)
+        others = self.model_sketch.out_size - int(large.sum())
+        others = others * weights / (float(weights.sum()) or 1.0)
+        return large + others, others
+
+    @property
+    def trace(self) -> TraceEstimate:
+        """tr(H): the large eigenvalues, and the quadrature's mean of all others."""
+        multiplicities, others = self._multiplicities
+        variance = variance_of_sum(self.sketched.unsqueeze(0), others)
+        return TraceEstimate(
+            float(multiplicities @ self.sketched), math.sqrt(float(variance))
+        )
+
+    @property
+    def shift(self) -> float:
+        """What the sketch adds to every eigenvalue: tr(H) / out_size."""
+        return self.trace.value / self.model_sketch.out_size
+
+    @cached_property
+    def _unbiased(self) -> tuple[Tensor, Tensor]:
+        size = self.model_sketch.out_size
+        return unbiased_eigenvalues(self.sketched, *self._multiplicities, size)
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """Estimates of the eigenvalues of H at both ends of its spectrum, ascending.
+
+        What the sketch does to them on average is undone; `unbiased_eigenvalues` says
+        how.
+        """
+        return self._unbiased[0]
+
+    @property
+    def standard_errors(self) -> Tensor:
+        """Of `eigenvalues`: the scatter of the sketch, the residual, and the bias's."""
+        return (self._unbiased[1] + self.residuals.square()).sqrt()
+
+    @property
+    def rneg(self) -> float:
+        """|Most negative eigenvalue| / greatest positive one; 0 if none is negative."""
+        least, greatest = float(self.eigenvalues[0]), float(self.eigenvalues[-1])
+        if least >= 0:
+            return 0.0
+        return -least / greatest if greatest > 0 else math.inf
+
+    @property
+    def ratios(self) -> Tensor:
+        """R(n): the n-th largest positive eigenvalue over the largest, (positive,)."""
+        positive = self.eigenvalues[self.eigenvalues > 0].flip(0)
+        return positive / positive[0] if len(positive) else positive
+
+    @property
+    def outliers(self) -> int:
+        """How many eigenvalues have R > 20%."""
+        return int((self.ratios > _OUTLIER_RATIO).sum())
+
+    @property
+    def alignment(self) -> float:
+        """|P g|^2 / |g|^2, g the gradient, P onto the outliers' eigenvectors."""
+        along = self.gradient_along.flip(0)[: self.outliers]
+        norm = float(self.gradient.double().square().sum())
+        return float(along.square().sum()) / norm if norm else 0.0
+
+    def density(
+        self, grid: Tensor | None = None, width: float | None = None
+    ) -> SpectralDensity:
+        """The distribution of all eigenvalues of S @ H @ S.T, out of the same products.
+
+        One start vector stands for all, so heights have the noise of one probe;
+        `spectral_density` takes more.
+        """
+        return quadrature_density(
+            [(self.sketched, self.weights)], len(self.sketched), grid, width
+        )
+
+    def lifted(self, places: Sequence[int]) -> list[dict[str, Tensor]]:
+        """S.T @ v of unit norm, by parameter, where v are eigenvectors of S @ H @ S.T.
+
+        What they have of an eigenvector of H is about sqrt(out_size / in_size), far
+        more than of any other direction; all else is the sketch's noise.
+
+        Args:
+            places: of the rows of `vectors`.
+        """
+        found: list[dict[str, Tensor]] = []
+        for place in places:
+            vector = self.model_sketch.adjoint(self.vectors[place])
+            norms = [torch.linalg.vector_norm(part) for part in vector.values()]
+            norm = torch.stack(norms).norm()
+            found.append({name: part / norm for name, part in vector.items()})
+        return found
+
+
+def hessian_spectrum(
+    operator: SketchedHessian,
+    krylov_dim: int,
+    *,
+    step: int = 0,
+    keep_vectors: int = 20,
+    seed: int = 0,
+    basis_file: str | Path | None = None,
+    progress: bool = True,
+) -> Spectrum:
+    """Take the spectrum of a sketched Hessian by Lanczos steps.
+
+    Memory is krylov_dim * out_size numbers, and that of one product.
+
+    Args:
+        operator: of a model at its present parameters.
+        krylov_dim: products, in [1, out_size]. Both ends of the spectrum come first.
+        step: of the optimizer, for the record.
+        keep_vectors: eigenvectors kept, of the largest eigenvalues by size.
+        seed: of the start vector.
+        basis_file: keeps the Krylov basis in this file instead of memory.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: `krylov_dim` or `keep_vectors` is out of range.
+        FloatingPointError: a product is not finite.
+    """
+    if keep_vectors < 0:
+        raise ValueError(
+            f"keep_vectors must be at least 0, got {keep_vectors}: pass 0 or more."
+        )
+    found = lanczos(
+        operator, krylov_dim, seed=seed, basis_file=basis_file, progress=progress
+    )
+    curvature = operator.curvature
+    loss, gradient = curvature.loss_and_sketched_gradient(operator.model_sketch)
+    places = _largest(found, keep_vectors)
+    hessian = isinstance(curvature, HessianOperator)
+    return Spectrum(
+        model_sketch=operator.model_sketch,
+        step=step,
+        loss=loss,
+        sketched=found.eigenvalues,
+        residuals=found.residuals,
+        weights=found.weights,
+        gradient=gradient.cpu(),
+        gradient_along=found.along_ritz_vectors(gradient),
+        vectors=found.ritz_vectors(places.tolist()).to("cpu", torch.float32),
+        vector_places=places,
+        loss_of_orthogonality=found.loss_of_orthogonality,
+        mode=curvature.mode,
+        unit=curvature.mean_loss.unit,
+        check=curvature.check if hessian else None,
+    )
+
+
+def _largest(found: LanczosResult, count: int) -> Tensor:
+    """Where the eigenvalues lie that are largest by size without the shift."""
+    shift = (found.weights * found.eigenvalues).sum()
+    sizes = (found.eigenvalues - shift).abs()
+    return sizes.topk(min(count, found.steps)).indices.sort().values

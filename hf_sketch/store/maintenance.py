@@ -1,0 +1,228 @@
+"""Looking after stores: what is in them, whether they are whole, and mending them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+from tqdm.auto import tqdm
+
+from hf_sketch.durable import replace_file
+from hf_sketch.store.header import (
+    Gap,
+    Manifest,
+    create_store,
+    missing_ranks,
+    read_header,
+    read_manifest,
+    read_manifests,
+    write_manifest,
+)
+from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
+from hf_sketch.store.shards import Shard, check_shard, describe_shard
+
+_ASIDE = "damaged"
+
+
+def describe(directory: Path) -> str:
+    """What is in a store, in some lines.
+
+    Raises:
+        FileNotFoundError: there is no store.
+        ValueError: its header or a manifest was changed.
+    """
+    header, manifests = read_header(directory), read_manifests(directory)
+    coverage = header.model_sketch.coverage()
+    shards = [shard for manifest in manifests for shard in manifest.shards]
+    lines = [
+        str(directory),
+        f"  {header.settings}",
+        f"  covers {len(coverage.parameters)} parameters, {coverage.elements:,} "
+        f"elements; {len(coverage.frozen)} frozen parameters are left out",
+    ]
+    for kind in (PER_EXAMPLE, PER_STEP):
+        mine = [shard for shard in shards if shard.kind == kind]
+        steps = "none"
+        if mine:
+            first = min(shard.first_step for shard in mine)
+            steps = f"{first} to {max(shard.last_step for shard in mine)}"
+        rows = sum(shard.rows for shard in mine)
+        size = sum(shard.size_bytes for shard in mine)
+        lines.append(
+            f"  {kind}: {rows:,} rows in {len(mine)} files, {size / 2**20:.1f} MiB; "
+            f"steps {steps}"
+        )
+    lines.append(f"  measured error: {header.measured_error or 'not measured'}")
+    for manifest in manifests:
+        lines.append(
+            f"  process {manifest.rank} of {manifest.world_size}: "
+            f"up to step {manifest.last_step}"
+        )
+        lines += [f"    no rows {gap}" for gap in manifest.gaps]
+    lines += [f"  no files of process {rank}" for rank in missing_ranks(manifests)]
+    return "\n".join(lines)
+
+
+def find_problems(directory: Path) -> list[str]:
+    """Everything that differs from what was written: nothing if the store is whole.
+
+    Every byte is compared with its digest, the header's map with its check value, and
+    the numbers of rows with the manifests.
+    """
+    problems: list[str] = []
+    try:
+        read_header(directory)
+    except (FileNotFoundError, ValueError) as error:
+        problems.append(str(error))
+    manifests: list[Manifest] = []
+    for path in sorted(directory.glob("manifest-*.json")):
+        try:
+            manifests.append(read_manifest(path))
+        except ValueError as error:
+            problems.append(str(error))
+    for shard in tqdm([s for m in manifests for s in m.shards], desc="Verifying"):
+        problem = _problem_of(directory, shard)
+        if problem is not None:
+            problems.append(problem)
+    if not manifests:
+        problems.append(f"{directory} has no manifest that can be read")
+    problems += [
+        f"{directory} has no files of process {rank}: join them with hf-sketch merge."
+        for rank in missing_ranks(manifests)
+    ]
+    return problems
+
+
+def repair(directory: Path) -> list[str]:
+    """Make a damaged store open again; nothing is deleted.
+
+    Files that are not as they were written are moved to the directory `damaged` in the
+    store, and the manifest says which steps lack rows. A manifest that cannot be read
+    is made anew from the files of its process.
+
+    Returns:
+        what was done.
+
+    Raises:
+        ValueError: the header cannot be read.
+    """
+    read_header(directory)
+    done: list[str] = []
+    for path in sorted(directory.glob("manifest-*.json")):
+        try:
+            manifest = read_manifest(path)
+        except ValueError:
+            manifest = _rebuild_manifest(directory, path)
+            _set_aside(directory, path.name)
+            write_manifest(directory, manifest)
+            done.append(f"{path.name} was made anew from {len(manifest.shards)} files")
+        kept: list[Shard] = []
+        gaps = list(manifest.gaps)
+        for shard in tqdm(manifest.shards, desc="Verifying"):
+            problem = _problem_of(directory, shard)
+            if problem is None:
+                kept.append(shard)
+                continue
+            _set_aside(directory, shard.file)
+            reason = f"{shard.file} was damaged"
+            gaps.append(Gap(shard.first_step, reason, shard.last_step))
+            done.append(f"{shard.file} with {shard.rows} rows was set aside: {problem}")
+        if len(kept) < len(manifest.shards):
+            changed = replace(manifest, shards=tuple(kept), gaps=tuple(gaps))
+            write_manifest(directory, changed)
+    return done
+
+
+def merge(directories: Sequence[Path], output: Path) -> None:
+    """Copy stores of one map into a new one.
+
+    Processes keep their ranks where no two stores have one in common, as on machines
+    without a common file system; otherwise they are counted anew.
+
+    Raises:
+        ValueError: the stores have different settings, or rows in common, or a file is
+            damaged; or the output is there already.
+    """
+    if output.exists():
+        raise ValueError(f"{output} must not be there, got a file: pass a new name.")
+    headers = [read_header(directory) for directory in directories]
+    for directory, header in zip(directories, headers, strict=True):
+        if header.settings != headers[0].settings or (
+            header.model_sketch != headers[0].model_sketch
+        ):
+            raise ValueError(
+                f"{directory} holds rows of {header.settings}, {directories[0]} of "
+                f"{headers[0].settings}: only rows of one map can be joined."
+            )
+    sources = [
+        (directory, manifest)
+        for directory in directories
+        for manifest in read_manifests(directory)
+    ]
+    _check_apart(sources)
+    ranks = [manifest.rank for _, manifest in sources]
+    if len(set(ranks)) < len(ranks):
+        ranks = list(range(len(sources)))
+    world_size = max([len(sources), *(m.world_size for _, m in sources)])
+    create_store(output, headers[0], ranks[0])
+    for rank, (directory, manifest) in zip(ranks, sources, strict=True):
+        shards = tuple(
+            _copy(directory, shard, output, rank)
+            for shard in tqdm(manifest.shards, desc=f"Copying {directory}")
+        )
+        write_manifest(output, Manifest(rank, world_size, shards, manifest.gaps))
+
+
+def _problem_of(directory: Path, shard: Shard) -> str | None:
+    """What is wrong with a shard, if anything."""
+    try:
+        check_shard(directory, shard, contents=True)
+    except ValueError as error:
+        return str(error)
+    found = describe_shard(directory / shard.file)
+    if found != shard:
+        return f"{directory / shard.file} must hold {shard}, got {found}"
+    return None
+
+
+def _rebuild_manifest(directory: Path, path: Path) -> Manifest:
+    """A manifest of all files of a process that can be read."""
+    rank = int(path.stem.rsplit("-", 1)[1])
+    shards: list[Shard] = []
+    for file in sorted(directory.glob(f"*-{rank:05d}-*.arrow")):
+        try:
+            shards.append(describe_shard(file))
+        except (pa.ArrowInvalid, OSError):
+            _set_aside(directory, file.name)
+    shards.sort(key=lambda shard: shard.first_step)
+    return Manifest(rank, rank + 1, tuple(shards))
+
+
+def _set_aside(directory: Path, name: str) -> None:
+    """Move a file to the directory of damaged ones, if it is there."""
+    aside = directory / _ASIDE
+    aside.mkdir(exist_ok=True)
+    if (directory / name).exists():
+        (directory / name).replace(aside / name)
+
+
+def _check_apart(sources: Sequence[tuple[Path, Manifest]]) -> None:
+    """Raise if two stores hold the same rows."""
+    seen: dict[str, Path] = {}
+    for directory, manifest in sources:
+        for shard in manifest.shards:
+            other = seen.setdefault(shard.xxh3_128, directory)
+            if other != directory:
+                raise ValueError(
+                    f"{directory} and {other} have rows in common ({shard.file}): pass "
+                    "stores of different runs or processes."
+                )
+
+
+def _copy(directory: Path, shard: Shard, output: Path, rank: int) -> Shard:
+    """Copy a shard, whole and unchanged, under the name of a process."""
+    check_shard(directory, shard, contents=True)
+    number = Path(shard.file).stem.rsplit("-", 1)[1]
+    name = f"{shard.kind}-{rank:05d}-{number}.arrow"
+    replace_file(output / name, (directory / shard.file).read_bytes())
+    return replace(shard, file=name)

@@ -1,0 +1,108 @@
+"""Rows on their way to the disk: a thread makes files of them, another syncs those."""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from hf_sketch.durable import Draft, sync_directory
+from hf_sketch.store.header import Manifest, write_manifest
+from hf_sketch.store.rows import arrow_table, joined
+from hf_sketch.store.shards import Shard, draft_shard
+
+Rows = dict[str, list[Mapping[str, Tensor]]]
+
+
+class ShardQueue:
+    """Puts rows into the store in the background, in order.
+
+    One thread makes files of rows while another syncs those of the rows before, names
+    them and lists them in the manifest. What went wrong is raised by every later `put`
+    and `flush`, and no later rows are listed: the store has no hole that it does not
+    tell of.
+
+    Args:
+        directory: the store.
+        manifest: this process's, as it is there.
+        row_dtype: what sketches are kept in.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, row_dtype: str) -> None:
+        self.manifest = manifest
+        self._directory = directory
+        self._row_dtype = row_dtype
+        self._next_number = 1 + max((s.number for s in manifest.shards), default=0)
+        self._drafting = ThreadPoolExecutor(1, thread_name_prefix="hf-sketch-draft")
+        self._naming = ThreadPoolExecutor(1, thread_name_prefix="hf-sketch-name")
+        self._drafted: Future[None] = _done()
+        self._named: Future[None] = _done()
+
+    def put(self, rows: Rows) -> None:
+        """Start to write rows of whole steps, when those before are files.
+
+        Raises:
+            OSError: rows before could not be written.
+        """
+        self._drafted.result()
+        if self._named.done():
+            self._named.result()
+        self._drafted = self._drafting.submit(self._draft, rows)
+
+    def flush(self) -> None:
+        """Wait until all rows are in the store.
+
+        Raises:
+            OSError: they could not be written.
+        """
+        self._drafted.result()
+        self._named.result()
+
+    def close(self) -> None:
+        """Wait for what was started."""
+        self._drafting.shutdown()
+        self._naming.shutdown()
+
+    def _draft(self, rows: Rows) -> None:
+        """Make files of the rows; when the files before have names, name these."""
+        drafts: list[tuple[Draft, Shard]] = []
+        with ExitStack() as on_error:
+            for kind in list(rows):
+                draft, shard = self._draft_kind(kind, rows.pop(kind))
+                on_error.callback(draft.discard)
+                drafts.append((draft, shard))
+            self._named.result()
+            self._named = self._naming.submit(self._name, drafts)
+            on_error.pop_all()
+
+    def _draft_kind(
+        self, kind: str, parts: list[Mapping[str, Tensor]]
+    ) -> tuple[Draft, Shard]:
+        """Make a file of rows; they are free before it is made."""
+        number, self._next_number = self._next_number, self._next_number + 1
+        table = arrow_table(kind, joined(parts, self._row_dtype))
+        parts.clear()
+        return draft_shard(self._directory, kind, self.manifest.rank, number, table)
+
+    def _name(self, drafts: list[tuple[Draft, Shard]]) -> None:
+        """Sync and name the files, then list them in the manifest."""
+        with ExitStack() as unfinished:
+            for draft, _ in drafts:
+                unfinished.callback(draft.discard)
+            for draft, _ in drafts:
+                draft.finish()
+        # Their names are on the disk before a manifest has them.
+        sync_directory(self._directory)
+        shards = (*self.manifest.shards, *(shard for _, shard in drafts))
+        manifest = replace(self.manifest, shards=shards)
+        write_manifest(self._directory, manifest)
+        self.manifest = manifest
+
+
+def _done() -> Future[None]:
+    """What is waited for before anything was started."""
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future

@@ -1,0 +1,179 @@
+"""How many bytes rows take on disk, by arithmetic alone."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Final
+
+import pyarrow as pa
+import torch
+
+from hf_sketch.store.header import Manifest
+from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP, arrow_table, features, joined
+from hf_sketch.store.shards import Shard
+
+BUFFER_BYTES: Final = 64 * 2**20  # what SketchWriter holds by default
+_ALIGNMENT: Final = 8  # of a column's bytes in an Arrow file
+_DIGEST: Final = "0" * 32
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """A kind of rows, as it is kept on disk.
+
+    Args:
+        kind: "per_example" or "per_step".
+        out_size: numbers in a sketch.
+        row_dtype: what they are kept in: "float32", "float16" or "int8".
+    """
+
+    kind: str
+    out_size: int
+    row_dtype: str = "float32"
+
+    @property
+    def row_bytes(self) -> float:
+        """Of one row, with its columns; `finite` takes an eighth of a byte."""
+        return sum(self._widths())
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Of one row in memory, until it is written: 8 for an integer, 4 for a loss."""
+        kept = _BUFFERED[self.kind]
+        return kept + self.out_size * torch.float32.itemsize
+
+    def file_bytes(self, rows: int) -> int:
+        """Of an Arrow file with so many rows."""
+        return self._head_bytes() + self._body_bytes(rows)
+
+    def _body_bytes(self, rows: int) -> int:
+        """Of its columns, each filled up to the alignment."""
+        parts = (math.ceil(rows * width / _ALIGNMENT) for width in self._widths())
+        return _ALIGNMENT * sum(parts)
+
+    def _head_bytes(self) -> int:
+        """Of all else in the file: the same for any number of rows."""
+        names = features(self.kind, self.out_size, self.row_dtype)
+        columns = {n: torch.zeros(1) for n in names if n not in ("scale", "sketch")}
+        columns["sketch"] = torch.zeros(1, self.out_size)
+        table = arrow_table(self.kind, joined([columns], self.row_dtype))
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        return sink.getvalue().size - self._body_bytes(1)
+
+    def _widths(self) -> list[float]:
+        """Bytes of each column in a row."""
+        schema = features(self.kind, self.out_size, self.row_dtype).arrow_schema
+        return [_bits(field.type) / 8 for field in schema]
+
+
+# Columns beside the sketch, in the tensors that the callbacks make.
+_BUFFERED: Final = {PER_EXAMPLE: 61, PER_STEP: 33}
+
+
+@dataclass(frozen=True)
+class StoreSize:
+    """What a recorded run leaves on disk.
+
+    Args:
+        rows: of examples, of all ranks.
+        row_bytes: of one of them.
+        step_rows: of steps.
+        files: Arrow files.
+        files_a_rank: those of the rank that has most.
+        total_bytes: of all files.
+        manifest_bytes: of the largest manifest at the end; it is written anew with each
+            file.
+    """
+
+    rows: int
+    row_bytes: float
+    step_rows: int
+    files: int
+    files_a_rank: int
+    total_bytes: int
+    manifest_bytes: int
+
+
+def store_size(
+    examples: RowFormat,
+    *,
+    rows_a_step: int,
+    steps: int,
+    per_step: bool,
+    ranks: int,
+    flush_steps: int | None = None,
+) -> StoreSize:
+    """The size of a store, less its header.
+
+    Args:
+        examples: their rows' format.
+        rows_a_step: examples of one rank in a step.
+        steps: that are recorded.
+        per_step: whether the first rank writes a row for each step, too.
+        ranks: that write.
+        flush_steps: recorded steps between two checkpoints, which end a file.
+    """
+    kinds = [(examples, rows_a_step)]
+    if per_step:
+        kinds.append((replace(examples, kind=PER_STEP), 1))
+    first = _rank_files(kinds, steps, flush_steps)
+    others = _rank_files(kinds[:1], steps, flush_steps)
+    files = len(kinds) * first.count + (ranks - 1) * others.count
+    entry = _entry_bytes(examples.kind)
+    own = len(kinds) * first.count
+    return StoreSize(
+        rows=rows_a_step * steps * ranks,
+        row_bytes=examples.row_bytes,
+        step_rows=steps if per_step else 0,
+        files=files,
+        files_a_rank=own,
+        total_bytes=first.total + (ranks - 1) * others.total + files * entry,
+        manifest_bytes=own * entry,
+    )
+
+
+@dataclass(frozen=True)
+class _Files:
+    """How many files of each kind a rank writes, and the bytes of all kinds."""
+
+    count: int
+    total: int
+
+
+def _rank_files(
+    kinds: list[tuple[RowFormat, int]], steps: int, flush_steps: int | None
+) -> _Files:
+    """The files of one rank, as SketchWriter cuts them."""
+    kept = getattr(torch, kinds[0][0].row_dtype).itemsize / torch.float32.itemsize
+    a_step = sum(rows * kind.buffered_bytes for kind, rows in kinds)
+    at_once = math.ceil(BUFFER_BYTES / (2 + kept) / a_step)
+    interval = min(flush_steps or steps, steps)
+    intervals, rest = divmod(steps, interval)
+    cuts = (
+        (at_once, intervals * (interval // at_once) + rest // at_once),
+        (interval % at_once, intervals),
+        (rest % at_once, 1),
+    )
+    parts = [(n, times) for n, times in cuts if n and times]
+    total = sum(
+        times * sum(kind.file_bytes(n * rows) for kind, rows in kinds)
+        for n, times in parts
+    )
+    return _Files(sum(times for _, times in parts), total)
+
+
+def _entry_bytes(kind: str) -> int:
+    """Of a file's entry in the manifest."""
+    name = f"{kind}-00000-000001.arrow"
+    shard = Shard(name, kind, 1000, 10**6, 10**6, 10**7, 1000, _DIGEST, _DIGEST)
+    with_one = json.dumps(asdict(Manifest(shards=(shard,))), indent=1)
+    return len(with_one) - len(json.dumps(asdict(Manifest()), indent=1))
+
+
+def _bits(kind: pa.DataType) -> int:
+    """Of a value of an Arrow type."""
+    if pa.types.is_fixed_size_list(kind):
+        return kind.list_size * _bits(kind.value_type)
+    return kind.bit_width

@@ -1,0 +1,1 @@
+"""Fine-tuning in a sketched subspace, and the search for its least dimension."""

@@ -1,0 +1,128 @@
+"""The settings of fine-tuning in a sketched subspace, as PEFT keeps them."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Final
+
+from packaging.version import Version
+from peft import PeftConfig
+from peft.utils.constants import DUMMY_TARGET_MODULES
+
+from hf_sketch.model.sketch import check_layout
+from hf_sketch.sketches.by_name import check_operator
+
+PEFT_TYPE: Any = "SUBSPACE"  # PEFT's enum cannot be extended
+_LEAST_PEFT: Final = "0.21"
+
+Names = list[str] | str | None
+
+
+@dataclass
+class SubspaceConfig(PeftConfig):
+    """Fine-tune a whole model in a sketched subspace of few dimensions.
+
+    The parameters are theta0 + S.T omega, where theta0 are the base model's and the
+    `dim` numbers omega are all that trains. S is drawn from the seed. A `dim` below
+    `max_dim` uses the first rows of one S, so that it contains every smaller one. A
+    step of Adam moves each parameter by about the learning rate at `max_dim`, and by
+    sqrt(dim / max_dim) of that below.
+
+        model = get_peft_model(model, SubspaceConfig(dim=2**13))
+
+    The base model's own arrays hold theta0 + S.T omega while it runs; theta0 is kept
+    beside them.
+
+    Args:
+        dim: length of omega.
+        max_dim: of the subspace that `dim` may grow to, by `grow_subspace`; None for
+            `dim`. Sketching needs working memory for so many numbers.
+        operator: "affd", "afjl", "srht", "fjl", "qk", "ffd" or "dense".
+        layout: "blocked", "factored" or "flat", see `ModelSketch`.
+        seed: draws S.
+        target_parameters: names of the parameters that move, whole or their last parts
+            (["weight"] for all weights), or a regular expression for the whole name;
+            None for all that the base model trains: embeddings, heads, norms, biases.
+        exclude_parameters: names of parameters left out, in the same forms. Those that
+            are frozen when the adapter is made are added to it.
+        modules_to_save: modules that are trained and saved in full beside omega. PEFT
+            adds the heads of classifiers if `task_type` is given.
+        base_fingerprint: digest of theta0, filled in when the adapter is made and
+            checked when it is loaded. None loads it on any base model.
+        base_on_disk: keep the copy of theta0 in temporary files (`TMPDIR`), which the
+            system reads when omega moves, instead of in memory.
+
+    Raises:
+        ValueError: a size, an operator or a layout is bad.
+        ImportError: PEFT is older than 0.21, which does not run the model's hooks.
+
+    Reference:
+        Schioppa 2024, arXiv:2402.03994, section 4.
+    """
+
+    dim: int = field(default=2**13, metadata={"help": "Numbers that train."})
+    max_dim: int | None = field(
+        default=None, metadata={"help": "What dim may grow to; None for dim."}
+    )
+    operator: str = field(default="affd", metadata={"help": "Of the sketch."})
+    layout: str = field(default="blocked", metadata={"help": "Of the sketch."})
+    seed: int = field(default=0, metadata={"help": "Draws the subspace."})
+    target_parameters: Names = field(
+        default=None, metadata={"help": "Parameters that move; None for all."}
+    )
+    exclude_parameters: Names = field(
+        default=None, metadata={"help": "Parameters that are left out."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved in full."}
+    )
+    base_fingerprint: str | None = field(
+        default=None, metadata={"help": "Digest of the base model's parameters."}
+    )
+    base_on_disk: bool = field(
+        default=False, metadata={"help": "Keep theta0 in a file, not in memory."}
+    )
+    target_modules: str = field(
+        default=DUMMY_TARGET_MODULES, metadata={"help": "Not used: no module changes."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if Version(version("peft")) < Version(_LEAST_PEFT):
+            raise ImportError(
+                f"SubspaceConfig needs peft>={_LEAST_PEFT}, got {version('peft')}: "
+                f"pip install -U 'peft>={_LEAST_PEFT}'."
+            )
+        self.peft_type = PEFT_TYPE
+        check_layout(self.layout)
+        check_operator(self.operator)
+        if self.dim < 1 or self.dim > self.largest_dim:
+            raise ValueError(
+                f"dim must be in [1, max_dim={self.largest_dim}], got {self.dim}: pass "
+                "a dim of at least 1, and a max_dim that is not below it."
+            )
+
+    @property
+    def largest_dim(self) -> int:
+        """Length of the vectors that the sketch maps to."""
+        return self.dim if self.max_dim is None else self.max_dim
+
+    def covers(self, name: str) -> bool:
+        """Whether a parameter of this name is among those that move."""
+        target = self.target_parameters
+        if target is not None and not matches(name, target):
+            return False
+        if matches(name, self.exclude_parameters or ()):
+            return False
+        module = name.rpartition(".")[0]
+        return not any(
+            f".{key}." in f".{module}." for key in self.modules_to_save or ()
+        )
+
+
+def matches(name: str, names: Sequence[str] | str) -> bool:
+    """Whether a parameter's name is, or ends in, one of a list, or fits a pattern."""
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == other or name.endswith(f".{other}") for other in names)

@@ -1,0 +1,117 @@
+"""A subspace adapter grown to more dimensions, with its optimizer."""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_sketch.subspace.tuner import SubspaceModel
+
+# What optimizers call their states.
+_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+
+
+def grow_subspace(
+    model: PeftModel, dim: int, optimizer: Optimizer | None = None
+) -> None:
+    """Let the active subspace adapter move in `dim` dimensions, the old ones included.
+
+    The model's function stays the same: theta0 + S[:dim].T omega has its old
+    coordinates and new ones that are zero. The step size rule: a coordinate moves theta
+    as far as before, so that a step of Adam on omega with learning rate r moves each
+    parameter by r * sqrt(dim / max_dim) in the root of the mean square. Of a random
+    subspace a gradient has a part that grows with the root of dim, and so does the step
+    that it can guide.
+
+    The optimizer keeps its state. New coordinates start with a first moment of zero and
+    the mean second moment of the old ones, whose gradients have the same distribution;
+    Adam has no step count of their own, so that zeros would make their first step three
+    times the learning rate.
+
+    DDP does not notice: wrap the model again, unless `IntrinsicDimensionCallback` grows
+    it, which sees to that.
+
+    Args:
+        model: from `get_peft_model(model, SubspaceConfig(...))`.
+        dim: the new length of omega, at least the old one and at most `max_dim`.
+        optimizer: gets the new parameter in the place of the old one, with its state;
+            None if it will be made later.
+
+    Raises:
+        TypeError: the model has no subspace adapter.
+        ValueError: `dim` is out of range, the optimizer does not hold omega, or its
+            state has other tensors of omega's length than those of Adam, SGD, RMSprop
+            and Adagrad.
+    """
+    tuner = model.base_model
+    if not isinstance(tuner, SubspaceModel):
+        raise TypeError(
+            f"the model must have a subspace adapter, got {type(tuner).__name__}: call "
+            "get_peft_model(model, SubspaceConfig(...))."
+        )
+    omega = tuner.omega
+    config = tuner.config_of(tuner.active_adapters[0])
+    if not len(omega) <= dim <= config.largest_dim:
+        raise ValueError(
+            f"dim must be in [{len(omega)}, max_dim={config.largest_dim}], got {dim}: "
+            "make the adapter with a larger SubspaceConfig(max_dim=...), which draws "
+            "the subspace that it grows in."
+        )
+    if dim == len(omega):
+        return
+    groups = _groups_of(optimizer, omega)
+    state = _optimizer_state(optimizer, omega)
+    grown = {
+        name: _grown(tensor, dim, name in _SECOND_MOMENTS)
+        for name, tensor in state.items()
+    }
+    new = tuner.replace_omega(_grown(omega.detach(), dim, False))
+    for group in groups:
+        group["params"] = [new if p is omega else p for p in group["params"]]
+    if optimizer is not None and state:
+        optimizer.state[new] = {**optimizer.state.pop(omega), **grown}
+
+
+def _optimizer_state(
+    optimizer: Optimizer | None, omega: nn.Parameter
+) -> dict[str, Tensor]:
+    """The state's tensors that have omega's length."""
+    state = {} if optimizer is None else optimizer.state.get(omega, {})
+    tensors = {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.shape == omega.shape
+    }
+    known = _FIRST_MOMENTS + _SECOND_MOMENTS
+    unknown = [name for name in tensors if name not in known]
+    if unknown:
+        raise ValueError(
+            f"the optimizer's state must be among {list(known)} to be grown, got "
+            f"{unknown} of {type(optimizer).__name__}: train with optim='adamw_torch'."
+        )
+    return tensors
+
+
+def _groups_of(
+    optimizer: Optimizer | None, omega: nn.Parameter
+) -> list[dict[str, Any]]:
+    """The optimizer's groups of parameters that hold omega."""
+    if optimizer is None:
+        return []
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    holding = [g for g in groups if any(p is omega for p in g["params"])]
+    if not holding:
+        raise ValueError(
+            "the optimizer must train the adapter's coordinates, got one that does not "
+            "hold them: make it from the model's parameters after the last growth."
+        )
+    return holding
+
+
+def _grown(tensor: Tensor, dim: int, fill_with_mean: bool) -> Tensor:
+    """A vector with zeros or its mean up to a length."""
+    fill = tensor.mean() if fill_with_mean else torch.zeros_like(tensor[0])
+    return torch.cat([tensor, fill.expand(dim - len(tensor))])

@@ -1,0 +1,141 @@
+"""What a run of the intrinsic dimension leaves: numbers, a plot and a model card."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from hf_sketch import DimensionSearch
+from hf_sketch.recipes.dimension.arguments import (
+    DimensionArguments,
+    DimensionTrainingArguments,
+)
+from hf_sketch.recipes.dimension.runs import DimensionRun, Task
+from hf_sketch.recipes.spectrum_report import plots_if_installed
+from hf_sketch.recipes.tables.report import save_report
+
+_CARD = """---
+library_name: peft
+tags:
+- hf-sketch
+- intrinsic-dimension
+{base_model}---
+
+# {name} in a subspace of {dim:,} dimensions
+
+A subspace adapter of hf-sketch: all parameters of {model} move, in {dim:,} dimensions
+of a fixed {operator} map (seed {seed}). {finding}
+
+{table}
+
+{half}Trained with Adam, a constant learning rate of {rate:g} and {batch} examples in a
+batch. All settings are in `results.json`.
+
+Parameters that {model} lacks, as a classifier's head, were drawn after
+`transformers.set_seed({seed})`. Do the same before you make the base model that
+`PeftModel.from_pretrained` gets; it refuses another one.
+"""
+
+
+def save_run(
+    name: str,
+    task: Task,
+    arguments: DimensionArguments,
+    training: DimensionTrainingArguments,
+    run: DimensionRun,
+) -> None:
+    """Print what was found; write results.json, the plot and README.md.
+
+    Args:
+        name: of the recipe.
+        task: what was learned.
+        arguments: as they were used.
+        training: as it was used.
+        run: what was found.
+    """
+    directory = Path(training.output_dir)
+    print(table_of(run.search))
+    print(finding_of(run.search, run.baseline))
+    settings = argparse.Namespace(
+        **vars(arguments),
+        recipe=name,
+        name=task.setup.name,
+        training=training.to_dict(),
+    )
+    path = save_report(str(directory), "results", settings, results_of(run))
+    print("saved", path)
+    card = directory / "README.md"
+    card.write_text(_card(task.setup.name, arguments, training, run))
+    print("saved", card)
+    plots = plots_if_installed()
+    if plots is not None:
+        picture = directory / "intrinsic_dimension.svg"
+        plots.plot_dimension_search(run.search).savefig(picture)
+        print("saved", picture)
+
+
+def results_of(run: DimensionRun) -> dict[str, Any]:
+    """What a report keeps of a run."""
+    return {
+        "metric": run.search.metric,
+        "target": run.search.target,
+        "baseline": run.baseline,
+        "dimension": run.search.dimension,
+        "path": [dataclasses.asdict(stage) for stage in run.search.path],
+        "half": run.half,
+        "seconds": run.seconds,
+    }
+
+
+def table_of(search: DimensionSearch) -> str:
+    """A line for each evaluation, as Markdown."""
+    lines = [
+        f"| step | dimension | {search.metric} | then |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {stage.step} | {stage.dim} | {stage.metric:.4f} | {stage.decision} |"
+        for stage in search.path
+    ]
+    return "\n".join(lines)
+
+
+def finding_of(search: DimensionSearch, baseline: float | None) -> str:
+    """What the search says, in a sentence or two."""
+    full = "" if baseline is None else f" Full fine-tuning reached {baseline:.4f}."
+    goal = f"{search.metric} of {search.target:.4f}"
+    if search.dimension is None:
+        largest = max(stage.dim for stage in search.path)
+        return f"Up to {largest:,} dimensions did not reach {goal}.{full}"
+    return f"{search.dimension:,} dimensions reached {goal}.{full}"
+
+
+def _card(
+    name: str,
+    arguments: DimensionArguments,
+    training: DimensionTrainingArguments,
+    run: DimensionRun,
+) -> str:
+    """README.md of the adapter."""
+    model = arguments.model_name_or_path
+    on_hub = model is not None and not Path(model).exists()
+    half = ""
+    if run.half is not None:
+        side = "below" if run.half["below_target"] else "not below"
+        half = (
+            f"Half of the dimension, {run.half['dimension']:,}, reached "
+            f"{run.half['best']:.4f}: {side} the target.\n\n"
+        )
+    return _CARD.format(
+        base_model=f"base_model: {model}\n" if on_hub else "",
+        name=name,
+        dim=run.search.path[-1].dim,
+        model=model if on_hub else name.partition(" on ")[0],
+        operator=arguments.operator,
+        seed=training.seed,
+        finding=finding_of(run.search, run.baseline),
+        table=table_of(run.search),
+        half=half,
+        rate=training.learning_rate,
+        batch=training.per_device_train_batch_size,
+    )

@@ -1,0 +1,234 @@
+"""Full fine-tuning, the search for the dimension, and the check of half of it."""
+
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    Seq2SeqTrainer,
+    TrainerCallback,
+    set_seed,
+)
+
+from hf_sketch import DimensionSearch, SubspaceConfig, load_dimension_search
+from hf_sketch.callbacks import IntrinsicDimensionCallback
+from hf_sketch.recipes.dimension.arguments import (
+    DimensionArguments,
+    DimensionTrainingArguments,
+    checkpoint_in,
+)
+from hf_sketch.recipes.setups import Setup
+
+_BASELINE = "baseline.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, and how well.
+
+    Args:
+        setup: the model and the rows that it is trained on; every run copies the model.
+        eval_dataset: tokenized.
+        compute_metrics: of the Trainer's predictions.
+        metrics: what that gives, by the names that the Trainer reports.
+    """
+
+    setup: Setup
+    eval_dataset: Dataset
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    metrics: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DimensionRun:
+    """What a recipe found.
+
+    Args:
+        search: its path and the dimension.
+        baseline: the metric of full fine-tuning; None without.
+        half: the dimension, the best metric and whether that is below the target, of
+            the run with half of the dimension; None without.
+        seconds: of the search, since it was resumed.
+    """
+
+    search: DimensionSearch
+    baseline: float | None
+    half: dict[str, Any] | None
+    seconds: float
+
+
+def run_dimension(
+    task: Task, arguments: DimensionArguments, training: DimensionTrainingArguments
+) -> DimensionRun:
+    """Full fine-tuning and the check of half the dimension if asked, and the search.
+
+    Raises:
+        ValueError: an argument is bad, or full fine-tuning does not reach the target.
+    """
+    baseline = None
+    if arguments.baseline:
+        baseline = full_fine_tuning(task, arguments, training)
+    search, seconds = timed_search(task, arguments, training, baseline)
+    half = None
+    if arguments.check_half and search.dimension is not None and search.dimension > 1:
+        half = train_half(task, arguments, training, search)
+    return DimensionRun(search, baseline, half, seconds)
+
+
+def full_fine_tuning(
+    task: Task, arguments: DimensionArguments, training: DimensionTrainingArguments
+) -> float:
+    """The metric of the whole model, fine-tuned in output_dir/baseline.
+
+    A run that is resumed takes the figure that is there.
+
+    Raises:
+        ValueError: that is of other settings, or evaluation does not give the metric,
+            which is said before training.
+    """
+    if arguments.metric not in task.metrics:
+        raise ValueError(
+            f"metric must be one of those of evaluation, {list(task.metrics)}, got "
+            f"{arguments.metric!r}: pass one of them as --metric."
+        )
+    directory = Path(training.output_dir) / "baseline"
+    saved = directory / _BASELINE
+    settings = {
+        "steps": arguments.baseline_steps,
+        "learning_rate": arguments.baseline_learning_rate,
+    }
+    if training.resume_from_checkpoint and saved.is_file():
+        return _saved_metric(saved, arguments.metric, settings)
+    changed = dataclasses.replace(
+        training,
+        output_dir=str(directory),
+        learning_rate=arguments.baseline_learning_rate,
+        max_steps=arguments.baseline_steps,
+        resume_from_checkpoint=training.resume_from_checkpoint and "true",
+    )
+    print(f"full fine-tuning for {changed.max_steps:,} steps")
+    trainer = _train(task, copy.deepcopy(task.setup.model), changed)
+    metrics = trainer.evaluate()
+    saved.write_text(json.dumps({**settings, "metrics": metrics}, indent=1))
+    print(f"full fine-tuning: {arguments.metric} {metrics[arguments.metric]:.4g}")
+    return float(metrics[arguments.metric])
+
+
+def _saved_metric(path: Path, metric: str, settings: dict[str, float]) -> float:
+    """Of full fine-tuning that has ended, with these settings."""
+    content = json.loads(path.read_text())
+    found = {name: content[name] for name in settings}
+    if found != settings:
+        raise ValueError(
+            f"full fine-tuning in {path.parent} must have had {settings}, got {found}: "
+            "pass these as --baseline_steps and --baseline_learning_rate, or delete "
+            "that folder."
+        )
+    return float(content["metrics"][metric])
+
+
+def timed_search(
+    task: Task,
+    arguments: DimensionArguments,
+    training: DimensionTrainingArguments,
+    baseline: float | None = None,
+) -> tuple[DimensionSearch, float]:
+    """One search in output_dir, which keeps its path and the adapter; its seconds.
+
+    Args:
+        task: what is learned.
+        arguments: of the search; its target counts from `given_target`.
+        training: of the Trainer; its seed draws the subspace.
+        baseline: the metric of full fine-tuning.
+    """
+    callback = IntrinsicDimensionCallback(
+        target=arguments.given_target,
+        metric=arguments.metric,
+        stage_steps=arguments.stage_steps,
+        min_improvement=arguments.min_improvement,
+        baseline=baseline,
+    )
+    start = time.perf_counter()
+    model = _in_subspace(task, arguments, training, arguments.start_dim)
+    _train(task, model, training, callback).save_model()
+    seconds = time.perf_counter() - start
+    return load_dimension_search(training.output_dir), seconds
+
+
+def train_half(
+    task: Task,
+    arguments: DimensionArguments,
+    training: DimensionTrainingArguments,
+    search: DimensionSearch,
+) -> dict[str, Any]:
+    """The best metric of the first half of the subspace, in output_dir/half.
+
+    Args:
+        task: what was learned.
+        arguments: of the search.
+        training: of the search.
+        search: that found a dimension of at least 2.
+    """
+    assert search.dimension is not None
+    dim = search.dimension // 2
+    changed = dataclasses.replace(
+        training,
+        output_dir=str(Path(training.output_dir) / "half"),
+        eval_strategy="steps",
+        eval_steps=min(arguments.stage_steps, training.max_steps),
+        save_strategy="no",
+        resume_from_checkpoint=None,
+    )
+    print(f"half of the dimension, {dim:,}, for {changed.max_steps:,} steps")
+    trainer = _train(task, _in_subspace(task, arguments, training, dim), changed)
+    history = trainer.state.log_history
+    best = max(line[search.metric] for line in history if search.metric in line)
+    return {"dimension": dim, "best": best, "below_target": best < search.target}
+
+
+def _in_subspace(
+    task: Task,
+    arguments: DimensionArguments,
+    training: DimensionTrainingArguments,
+    dim: int,
+) -> Any:
+    """A copy of the model that moves in the first dimensions of the search's map."""
+    config = SubspaceConfig(
+        dim=dim,
+        max_dim=arguments.max_dim,
+        operator=arguments.operator,
+        layout=arguments.sketch_layout,
+        seed=training.seed,
+    )
+    return get_peft_model(copy.deepcopy(task.setup.model), config)
+
+
+def _train(
+    task: Task,
+    model: PreTrainedModel,
+    training: DimensionTrainingArguments,
+    *callbacks: TrainerCallback,
+) -> Seq2SeqTrainer:
+    """Train a model, from a checkpoint if asked."""
+    set_seed(training.seed)
+    trainer = Seq2SeqTrainer(
+        model,
+        training,
+        data_collator=task.setup.collator,
+        train_dataset=task.setup.train_dataset,
+        eval_dataset=task.eval_dataset,
+        processing_class=task.setup.tokenizer,
+        compute_metrics=task.compute_metrics,
+        callbacks=[*callbacks],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint_in(training))
+    return trainer

@@ -1,0 +1,167 @@
+"""Scores of this library's methods, and of their exact counterparts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sketch import (
+    GradientRows,
+    HessianOperator,
+    Influence,
+    ModelSketch,
+    SketchedHessian,
+    Spectrum,
+    hessian_spectrum,
+    sketch_dataset,
+)
+from hf_sketch.recipes.tables.paper.exact_products import REST, exact_products
+from hf_sketch.recipes.tables.quality.lds_tasks import Moment, Task, example_losses
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Args:
+        method: what makes the scores.
+        out_size: numbers of a sketch or projection, None without.
+        damping: as a part of what the method takes it of, None without.
+    """
+
+    method: str
+    out_size: int | None = None
+    damping: float | None = None
+
+    def __str__(self) -> str:
+        damping = "" if self.damping is None else f", damping {self.damping:g}"
+        return self.method + damping
+
+
+Scores = Iterator[tuple[Row, Tensor]]  # each (queries, rows)
+
+
+def exact_scores(
+    task: Task, model: nn.Module, dampings: list[float], out_size: int, gram: bool
+) -> Scores:
+    """By exact gradients.
+
+    Args:
+        task: its rows and queries.
+        model: that was trained.
+        dampings: of the preconditioned score.
+        out_size: whose sketches it is compared with: the damping is the same number.
+        gram: products of all pairs of rows as well, whose gradients must fit into
+            memory, for the cosine and the preconditioned score.
+    """
+    products = partial(exact_products, model, task.rows, collate=task.collate)
+    dot = products(task.queries)[REST].double()
+    yield Row("exact dot"), dot
+    if not gram:
+        return
+    between = products(task.rows)[REST].double()
+    yield Row("exact cosine"), dot / between.diagonal().sqrt()
+    yield from (
+        (
+            Row("exact preconditioned", None, damping),
+            fisher_influence(dot, between, damping, out_size),
+        )
+        for damping in dampings
+    )
+
+
+def fisher_influence(
+    dot: Tensor, between: Tensor, damping: float, out_size: int
+) -> Tensor:
+    """Scores by the inverse of C + damping * trace(C) / out_size, C the mean of r r^T.
+
+    By the identity of Woodbury it takes the rows' products only.
+
+    Shapes:
+        dot (queries, rows), between (rows, rows) -> (queries, rows)
+    """
+    count = len(between)
+    damped = between.clone()
+    damped.diagonal().add_(damping * float(between.trace()) / out_size)
+    return count * torch.linalg.solve(damped, dot, left=False)
+
+
+def sketched_scores(
+    task: Task, moments: list[Moment], sketch: ModelSketch, how: "How"
+) -> Scores:
+    """By sketches of one size and seed, at the last moment but for TracIn."""
+
+    def both(state: nn.Module) -> tuple[GradientRows, GradientRows]:
+        rows, queries = (sketched(task, state, of, sketch) for of in _sets(task))
+        return rows, queries
+
+    size, last = sketch.out_size, moments[-1]
+    rows, queries = both(last.model)
+    dot = rows.scores(queries)
+    yield Row("dot", size), dot
+    yield Row("cosine", size), rows.scores(queries, "cosine")
+    for damping in how.dampings:
+        scores = rows.scores(queries, rows.preconditioned(damping))
+        yield Row("preconditioned", size, damping), scores
+    spectrum = spectrum_of(task, last.model, sketch, how)
+    for damping in how.influence_dampings:
+        scores = rows.scores(queries, Influence(spectrum, damping))
+        yield Row("influence", size, damping), scores
+    tracin = last.learning_rate * dot
+    for moment in moments[:-1]:
+        rows, queries = both(moment.model)
+        tracin += moment.learning_rate * rows.scores(queries)
+    yield Row("tracin", size), tracin
+
+
+@dataclass(frozen=True)
+class How:
+    """Settings of the methods.
+
+    Args:
+        dampings: of the preconditioned score.
+        influence_dampings: of influence.
+        krylov_dim: Lanczos steps of the Hessian's spectrum.
+        keep_vectors: eigenvectors that influence uses.
+        hessian_rows: the first rows, of whose loss the Hessian is.
+    """
+
+    dampings: list[float]
+    influence_dampings: list[float]
+    krylov_dim: int
+    keep_vectors: int
+    hessian_rows: int
+
+
+def sketched(
+    task: Task, model: nn.Module, examples: Any, sketch: ModelSketch
+) -> GradientRows:
+    """The examples' gradients."""
+    return sketch_dataset(
+        model,
+        examples,
+        sketch,
+        batch_size=task.batch_at_once,
+        data_collator=task.collate,
+        loss_fn=example_losses,
+    )
+
+
+def spectrum_of(
+    task: Task, model: nn.Module, sketch: ModelSketch, how: How
+) -> Spectrum:
+    """Of the Hessian of the rows' loss, sketched."""
+    batches = task.batches(how.hessian_rows)
+    hessian = HessianOperator(model, batches, self_check=task.smooth)
+    return hessian_spectrum(
+        SketchedHessian(hessian, sketch),
+        how.krylov_dim,
+        keep_vectors=how.keep_vectors,
+    )
+
+
+def _sets(task: Task) -> tuple[Any, Any]:
+    return task.rows, task.queries

@@ -1,0 +1,213 @@
+"""Trainings that are cheap to repeat on subsets of their rows, and queries of them."""
+
+import importlib
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from transformers import set_seed
+from transformers.utils import logging
+
+from hf_sketch import CounterRandom
+from hf_sketch.recipes.setups import snli_setup
+from hf_sketch.recipes.texts.snli_data import load_snli
+from hf_sketch.recipes.texts.snli_sample import load_snli_sample, tokenize
+
+Collate = Callable[[list[Any]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A model on its way.
+
+    Args:
+        learning_rate: of its steps.
+        model: in evaluation mode.
+    """
+
+    learning_rate: float
+    model: nn.Module
+
+
+class Task(ABC):
+    """A training of some epochs, with the seed of its weights and of its order.
+
+    Args:
+        rows: examples to train on.
+        queries: examples whose loss is foretold.
+        collate: makes the model's inputs of a list of either.
+        epochs: passes over the rows.
+        batch_size: examples in a step.
+        batch_at_once: examples in a pass without a step.
+        smooth: whether finite differences of the gradient can check a Hessian.
+    """
+
+    rows: Any
+    queries: Any
+    collate: Collate
+    epochs: int
+    batch_size: int
+    batch_at_once: int
+    smooth: bool
+
+    @abstractmethod
+    def new_model(self) -> nn.Module:
+        """A model before training, of torch's seed."""
+
+    @abstractmethod
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """A new one for a model."""
+
+    def train(
+        self, rows: Tensor, seed: int, epochs: Collection[int] = ()
+    ) -> list[Moment]:
+        """Train a new model on the rows of these numbers.
+
+        Returns:
+            what it was after so many epochs, and after all.
+        """
+        set_seed(seed)
+        model = self.new_model().eval()  # without dropout, losses follow the rows alone
+        optimizer = self.optimizer(model)
+        rate = optimizer.param_groups[0]["lr"]
+        moments: list[Moment] = []
+        for epoch in range(self.epochs):
+            if epoch in epochs:
+                moments.append(Moment(rate, deepcopy(model)))
+            for batch in rows[torch.randperm(len(rows))].split(self.batch_size):
+                model(**self.batch(self.rows, batch))["loss"].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return [*moments, Moment(rate, model)]
+
+    def batch(self, examples: Any, numbers: Tensor) -> Mapping[str, Any]:
+        """The model's inputs of some examples."""
+        return self.collate([examples[i] for i in numbers.tolist()])
+
+    def batches(self, rows: int) -> list[Mapping[str, Any]]:
+        """The first rows, for a Hessian."""
+        numbers = torch.arange(min(rows, len(self.rows))).split(self.batch_at_once)
+        return [self.batch(self.rows, some) for some in numbers]
+
+    def losses(self, model: nn.Module) -> Tensor:
+        """Each query's loss, (queries,)."""
+        found: list[Tensor] = []
+        with torch.no_grad():
+            for numbers in torch.arange(len(self.queries)).split(self.batch_at_once):
+                inputs = self.batch(self.queries, numbers)
+                found.append(example_losses(model(**inputs), inputs))
+        return torch.cat(found)
+
+
+def example_losses(output: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """The cross-entropy of each example of a classifier's batch."""
+    logits, labels = output["logits"], inputs["labels"]
+    return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+class Perceptron(nn.Module):
+    """64 pixels, 64 hidden units, 10 digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = (nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.net(x)
+        loss = nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+class Digits(Task):
+    """Handwritten digits of scikit-learn and a perceptron, by SGD with momentum.
+
+    Args:
+        rows: how many to train on.
+        queries: how many others to ask of.
+        epochs: passes over the rows.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+
+    def __init__(self, rows: int, queries: int, epochs: int) -> None:
+        if importlib.util.find_spec("sklearn") is None:
+            raise ModuleNotFoundError(
+                "the digits need the package scikit-learn, got none installed: call "
+                "pip install scikit-learn."
+            )
+        digits = importlib.import_module("sklearn.datasets").load_digits()
+        order = CounterRandom(0, "digits").permutation(len(digits.data)).tolist()
+        images = torch.tensor(digits.data / 16, dtype=torch.float32)
+        labels = torch.tensor(digits.target)
+        examples = [{"x": images[i], "labels": labels[i]} for i in order]
+        self.rows, self.queries = examples[:rows], examples[rows : rows + queries]
+        self.collate = default_collate
+        self.epochs, self.batch_size, self.batch_at_once = epochs, 32, 250
+        self.smooth = False  # the kinks of ReLU
+
+    def new_model(self) -> nn.Module:
+        return Perceptron()
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+class Snli(Task):
+    """Pairs of SNLI and the embedded MiniLM, by AdamW.
+
+    Args:
+        rows: how many to train on.
+        queries: how many validation pairs to ask of.
+        epochs: passes over the rows.
+        train_file: premise, hypothesis, label; by default the bundled sample.
+        validation_file: the same for queries.
+        num_hidden_layers: that are kept; None for all.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        queries: int,
+        epochs: int,
+        train_file: str | None = None,
+        validation_file: str | None = None,
+        num_hidden_layers: int | None = None,
+    ) -> None:
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()  # the classifier is new, as it should be
+        set_seed(0)
+        layers = {"num_hidden_layers": num_hidden_layers} if num_hidden_layers else {}
+        setup = snli_setup(None, train_file, True, max_samples=rows, **layers)
+        logging.set_verbosity(level)
+        if validation_file is None:
+            pairs = load_snli_sample("validation")
+        else:
+            pairs = load_snli("validation", validation_file)
+        asked = tokenize(pairs.select(range(queries)), setup.tokenizer)
+        self._model = setup.model
+        self.rows, self.queries = inputs_of(setup.train_dataset), inputs_of(asked)
+        self.collate = setup.collator
+        self.epochs, self.batch_size, self.batch_at_once = epochs, 16, 32
+        self.smooth = True
+
+    def new_model(self) -> nn.Module:
+        model = deepcopy(self._model)
+        nn.init.normal_(model.classifier.weight, std=0.02)
+        return model
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+
+def inputs_of(dataset: Dataset) -> list[dict[str, Any]]:
+    """The rows in memory, without their texts."""
+    return dataset.remove_columns(["premise", "hypothesis"]).to_list()

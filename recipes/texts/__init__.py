@@ -1,0 +1,1 @@
+"""Texts to train on: files of users, SNLI and XSUM."""

@@ -1,0 +1,166 @@
+"""The passages behind a language model: fine-tune, record, ask, report."""
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+from hf_sketch import load_sketches
+from hf_sketch.attribution.record import FILE, AttributionRecord
+from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.recipes.attribute import attribute_texts, method_of, print_record
+from hf_sketch.recipes.setups import first_rows
+from hf_sketch.recipes.texts.data_files import read_data_file
+from hf_sketch.recipes.texts.text_rows import (
+    TextModel,
+    load_text_model,
+    text_columns,
+    tokenized,
+)
+from hf_sketch.report.page import write_report
+
+_HUB_ROWS = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+
+
+@dataclass
+class AttributionArguments:
+    """Fine-tune a causal language model and find the passages behind its losses.
+
+    An example is a passage of at least `min_words` words. Held-out passages are the
+    queries.
+    """
+
+    model_name_or_path: str = field(
+        default="distilbert/distilgpt2",
+        metadata={"help": "Any causal language model; by default the paper's."},
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": ".txt with a passage a line, .json, .jsonl or .csv with a column "
+            "text, or one with .gz; by default WikiText-2 of the Hub."
+        },
+    )
+    query_file: str | None = field(
+        default=None,
+        metadata={"help": "Passages to explain; by default the Hub's validation rows."},
+    )
+    num_queries: int = field(default=10, metadata={"help": "The first passages."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Passages trained on; by default all."}
+    )
+    min_words: int = field(
+        default=20, metadata={"help": "Shorter ones, as headings, are left out."}
+    )
+    max_length: int = field(default=128, metadata={"help": "Tokens of a passage."})
+    out_size: int = field(default=4096, metadata={"help": "Numbers in a sketch."})
+    method: str = field(
+        default="tracin", metadata={"help": "As of hf-sketch attribute."}
+    )
+    damping: float | None = field(default=None, metadata={"help": "Of preconditioned."})
+    token_scores: bool = field(
+        default=False,
+        metadata={"help": "Of each query's tokens, too; as of hf-sketch attribute."},
+    )
+    top_k: int = field(default=5, metadata={"help": "Proponents of each query."})
+    bottom_k: int = field(default=5, metadata={"help": "Opponents of each query."})
+
+
+@dataclass
+class AttributionTrainingArguments(TrainingArguments):
+    """The Trainer's settings."""
+
+    output_dir: str = field(
+        default="out/attribution", metadata={"help": "Where all results go."}
+    )
+    num_train_epochs: float = field(default=3, metadata={"help": "Passes over data."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "The first."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save."})
+
+
+def run_attribution(
+    arguments: AttributionArguments, training: AttributionTrainingArguments
+) -> AttributionRecord:
+    """Train, attribute, print, save and report.
+
+    Raises:
+        ValueError: the model is no causal language model, or an argument is bad.
+        FileNotFoundError: a file is not there.
+    """
+    set_seed(training.seed)
+    text_model = load_text_model(arguments.model_name_or_path)
+    if text_model.kind != "causal":
+        raise ValueError(
+            f"the model must be a causal language model, got a {text_model.kind} model:"
+            " record it in your own Trainer, and ask with hf-sketch attribute."
+        )
+    least = arguments.min_words
+    train = _passages("train", arguments.train_file, least)
+    train = first_rows(train, arguments.max_train_samples)
+    queries = _passages("validation", arguments.query_file, least)
+    queries = first_rows(queries, arguments.num_queries)
+    columns = text_columns(train, text_model.kind)
+    inputs = tokenized(train, text_model, columns, arguments.max_length)
+    _train(text_model, inputs, arguments, training)
+    store = load_sketches(training.output_dir)
+    record = attribute_texts(
+        store,
+        text_model,
+        queries,
+        train,
+        columns,
+        max_length=arguments.max_length,
+        token_scores=arguments.token_scores,
+        method=method_of(store, arguments.method, arguments.damping),
+        top_k=arguments.top_k,
+        bottom_k=arguments.bottom_k,
+    )
+    print_record(record)
+    record.save(Path(training.output_dir) / FILE)
+    if importlib.util.find_spec("matplotlib") is not None:
+        print(f"saved {write_report(training.output_dir)}")
+    else:
+        print("no report: matplotlib is not installed, pip install 'hf-sketch[plot]'")
+    return record
+
+
+def _train(
+    text_model: TextModel,
+    inputs: Dataset,
+    arguments: AttributionArguments,
+    training: AttributionTrainingArguments,
+) -> None:
+    """Fine-tune the model and record sketches."""
+    trainer = Trainer(
+        text_model.model,
+        training,
+        data_collator=text_model.collator,
+        train_dataset=inputs,
+        processing_class=text_model.tokenizer,
+        callbacks=[GradientSketchCallback(out_size=arguments.out_size)],
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+
+
+def _passages(split: str, file: str | None, min_words: int) -> Dataset:
+    """The rows of a file or of the Hub that are long enough."""
+    rows: Any = (
+        load_dataset(*_HUB_ROWS, split=split) if file is None else read_data_file(file)
+    )
+    long = rows.filter(
+        lambda text: len(text.split()) >= min_words, input_columns="text"
+    )
+    if not len(long):
+        raise ValueError(
+            f"some passages must have at least {min_words} words, got none in "
+            f"{len(rows)} rows: pass a smaller --min_words."
+        )
+    return long
+
+
+if __name__ == "__main__":
+    parser = HfArgumentParser((AttributionArguments, AttributionTrainingArguments))
+    run_attribution(*parser.parse_args_into_dataclasses())

@@ -1,0 +1,200 @@
+"""Each method against its formula in dense matrices."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_sketch import Influence, ModelSketch, Preconditioned, Spectrum, load_sketches
+from hf_sketch.callbacks import GradientSketchCallback
+from tests.attribution.test_attribution import SKETCH, random_rows, sketches_of
+from tests.conftest import tiny_bert, tiny_trainer
+
+
+def dense(matrix):
+    return matrix.double().numpy()
+
+
+def test_preconditioned_scores_solve_with_the_damped_covariance():
+    rows, queries = random_rows(40, 0), random_rows(3, 1)
+    rows[:, 2] *= 7
+    store = sketches_of(rows)
+    covariance = dense(rows).T @ dense(rows) / 40
+    damped = covariance + 0.2 * np.trace(covariance) / 4 * np.eye(4)
+    expected = dense(queries) @ np.linalg.inv(damped) @ dense(rows).T
+    got = store.scores(sketches_of(queries), store.preconditioned(damping=0.2))
+    assert got.numpy() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    default = store.scores(sketches_of(queries), "preconditioned")
+    by_hand = store.scores(sketches_of(queries), store.preconditioned())
+    assert torch.equal(default, by_hand)
+
+
+def test_rows_that_are_not_finite_are_no_part_of_the_covariance():
+    rows = random_rows(6, 0)
+    rows[2, 1] = float("inf")
+    expected = dense(rows[[0, 1, 3, 4, 5]])
+    got = sketches_of(rows).preconditioned().covariance.numpy()
+    assert got == pytest.approx(expected.T @ expected / 5, rel=1e-5)
+
+
+def spectrum_of(eigenvalues, vectors, model_sketch=SKETCH):
+    """A spectrum of a Hessian of trace 0, as hessian_spectrum keeps one."""
+    count = len(eigenvalues)
+    assert abs(float(eigenvalues.sum())) < 1e-6
+    return Spectrum(
+        model_sketch=model_sketch,
+        step=0,
+        loss=0.0,
+        sketched=eigenvalues.double(),
+        residuals=torch.zeros(count, dtype=torch.float64),
+        weights=torch.full((count,), 1 / count, dtype=torch.float64),
+        gradient=torch.ones(4),
+        gradient_along=torch.ones(count, dtype=torch.float64),
+        vectors=vectors[-2:],
+        vector_places=torch.tensor([count - 2, count - 1]),
+        loss_of_orthogonality=0.0,
+        mode="autograd",
+        unit="examples",
+    )
+
+
+def test_influence_solves_with_the_kept_part_of_the_hessian():
+    rows, queries = random_rows(10, 0), random_rows(3, 1)
+    vectors = torch.linalg.qr(random_rows(4, 2))[0]
+    values = torch.tensor([-5.0, 0.0, 1.0, 4.0])
+    spectrum = spectrum_of(values, vectors)
+    kept = dense(vectors[-2:])
+    found = spectrum.eigenvalues[-2:].abs().numpy()
+    damped = kept.T @ np.diag(found) @ kept + 0.1 * found.max() * np.eye(4)
+    expected = dense(queries) @ np.linalg.inv(damped) @ dense(rows).T
+    got = sketches_of(rows).scores(sketches_of(queries), Influence(spectrum, 0.1))
+    assert got.numpy() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_bad_settings_of_methods_are_named():
+    store = sketches_of(random_rows(5, 0))
+    queries = sketches_of(random_rows(2, 1))
+    other = ModelSketch(SKETCH.shapes, 4, seed=1)
+    values = torch.tensor([-5.0, 0.0, 1.0, 4.0])
+    foreign = spectrum_of(values, torch.eye(4), other)
+    with pytest.raises(ValueError, match=r"got another map: take it of Sketched"):
+        store.attribute(queries, method=Influence(foreign, 0.1))
+    with pytest.raises(ValueError, match=r"damping must be positive, got 0: pass"):
+        store.preconditioned(damping=0)
+    with pytest.raises(ValueError, match=r"mean squared length .* got 0\.0: leave"):
+        Preconditioned(torch.zeros(4, 4).double(), 0.1)
+    with pytest.raises(ValueError, match=r"with a learning_rate, got the columns \["):
+        store.attribute(queries, method="tracin")
+    with pytest.raises(ValueError, match=r"need rows with a step, got the columns"):
+        store.attribute({1: queries})
+    with pytest.raises(ValueError, match=r"no rows of steps, got sketches made out"):
+        store.step_rows()
+
+
+def test_groups_are_sums_over_their_rows():
+    rows, queries = random_rows(30, 0), random_rows(3, 1)
+    label = [["cat", "dog", "eel"][i % 3] for i in range(30)]
+    store = sketches_of(rows, label=label)
+    expected = dense(queries) @ np.stack([dense(rows[i::3]).sum(0) for i in range(3)]).T
+    got = store.scores(sketches_of(queries), groups="label")
+    assert got.numpy() == pytest.approx(expected, rel=1e-4)
+    lines = store.attribute(sketches_of(queries), 1, bottom_k=1, groups="label")
+    names = np.array(["cat", "dog", "eel"])
+    assert lines["label"][::2] == names[expected.argmax(1)].tolist()
+    assert lines["label"][1::2] == names[expected.argmin(1)].tolist()
+    assert lines["rows"][:] == [10] * 6
+
+
+def test_columns_of_the_training_data_are_joined_by_id():
+    store = sketches_of(random_rows(4, 0))  # of the examples 100 to 103
+    data = Dataset.from_dict(
+        {"key": [103, 100, 101, 99, 102], "text": ["d", "a", "b", "-", "c"]}
+    )
+    joined = store.join(data, "text", on="key")
+    assert joined.dataset["text"][:] == ["a", "b", "c", "d"]
+    assert joined.where(text="c").dataset["example_id"][:] == [102]
+    assert joined.where(text=["a", "d"]).dataset["example_id"][:] == [100, 103]
+    lines = joined.attribute(sketches_of(random_rows(1, 1)), 4)
+    by_id = dict(zip(data["key"], data["text"], strict=True))
+    assert lines["text"][:] == [by_id[i] for i in lines["example_id"]]
+    with pytest.raises(ValueError, match=r"got \[100, 101, 102, 103\] of 5 rows: pass"):
+        store.join(data, "text")
+
+
+def test_self_influence_is_the_score_of_a_row_with_itself():
+    rows = random_rows(20, 0)
+    store = sketches_of(rows)
+    for method in ("dot", "cosine", "preconditioned"):
+        expected = store.scores(store, method).diagonal()
+        assert torch.allclose(store.self_influence(method), expected, rtol=1e-4)
+
+
+def test_a_row_meets_the_queries_of_the_nearest_state():
+    rows = random_rows(6, 0)
+    store = sketches_of(rows, step=[0, 4, 6, 9, 11, 40])
+    states = {5: sketches_of(random_rows(2, 1)), 10: sketches_of(random_rows(2, 2))}
+    got = store.scores(states)
+    early, late = random_rows(2, 1) @ rows.T, random_rows(2, 2) @ rows.T
+    assert torch.allclose(got[:, :3], early[:, :3])
+    assert torch.allclose(got[:, 3:], late[:, 3:])
+    other = sketches_of(random_rows(3, 1))
+    with pytest.raises(ValueError, match=r"got \{5: 2, 10: 3\} queries by step"):
+        store.scores({5: states[5], 10: other})
+
+
+@pytest.fixture(scope="module")
+def clipped(tmp_path_factory):
+    """Rows of a run with clipping, and queries at its end."""
+    directory = tmp_path_factory.mktemp("clipped")
+    trainer = tiny_trainer(
+        directory,
+        GradientSketchCallback(1024, layout="blocked"),
+        model=tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        num_train_epochs=2,
+        max_grad_norm=0.1,
+    )
+    trainer.train()
+    return load_sketches(directory)
+
+
+def test_in_run_tracin_of_a_steps_examples_is_that_of_the_step(clipped):
+    queries = clipped.where(step=1)
+    assert min(clipped.steps["clip_factor"]) < 0.9
+    by_step = clipped.scores(queries, "tracin", groups="step")
+    steps = clipped.step_rows()
+    expected = steps.scores(queries, "tracin")
+    assert by_step.shape == expected.shape
+    assert by_step.numpy() == pytest.approx(
+        expected.numpy(), rel=1e-3, abs=1e-3 * float(expected.abs().max())
+    )
+    lines = steps.attribute(queries, 1, "tracin")
+    assert lines["step"][:] == (expected.argmax(1) + 1).tolist()
+
+
+def test_tracin_sums_an_examples_occasions(clipped):
+    queries = clipped.where(step=[1, 2])
+    rows = clipped.dataset.with_format("numpy")
+    clip = dict(zip(clipped.steps["step"], clipped.steps["clip_factor"], strict=True))
+    gains = rows["learning_rate"][:] * rows["weight"][:]
+    gains = gains * np.array([clip[step] for step in rows["step"][:]])
+    each = dense(clipped.scores(queries)) * gains
+    ids = rows["example_id"][:]
+    expected = np.stack([each[:, ids == i].sum(1) for i in range(ids.max() + 1)], 1)
+    got = clipped.scores(queries, "tracin", groups="example_id")
+    scale = np.abs(expected).max()
+    assert got.numpy() == pytest.approx(expected, rel=1e-4, abs=1e-6 * scale)
+
+
+def test_recorded_rows_meet_the_state_that_their_step_began_with(clipped):
+    queries = clipped.where(step=1)
+    zero = sketches_of(torch.zeros(len(queries.dataset), 1024), clipped.model_sketch)
+    zero = zero.where(example_id=zero.dataset["example_id"][:])
+    ids = queries.dataset["example_id"][:]
+    zero = sketches_of(torch.zeros(len(ids), 1024), clipped.model_sketch)
+    zero_data = zero.dataset.remove_columns("example_id").add_column("example_id", ids)
+    zero = type(zero)(clipped.model_sketch, zero_data)
+    last = max(clipped.dataset["step"])
+    got = clipped.scores({last - 1: queries, last - 2: zero})
+    rows = np.asarray(clipped.dataset["step"][:])
+    assert float(got[:, rows < last].abs().max()) == 0
+    assert float(got[:, rows == last].abs().min()) > 0

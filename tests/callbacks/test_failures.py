@@ -1,0 +1,177 @@
+"""If recording fails, the error is clear, and training's own work is not touched."""
+
+import gc
+import os
+import resource
+import weakref
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from hf_sketch import load_sketches
+from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.examples.sums import GradientSums
+from tests.conftest import tiny_trainer
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    trainer = tiny_trainer(directory, GradientSketchCallback(SIZE))
+    trainer.train()
+    return load_sketches(directory), curve(trainer)
+
+
+def curve(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def full_after(monkeypatch, syncs):
+    """The disk is full from the given number of syncs on."""
+    left = [syncs]
+    plain = os.fsync
+
+    def fsync(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+class Hidden(TrainerCallback):
+    """Puts a file where the store was, after a step."""
+
+    def __init__(self, directory, step):
+        self.directory = directory
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            store = self.directory / "sketches"
+            store.rename(self.directory / "moved")
+            store.write_text("not a directory")
+
+
+def assert_checkpoints_are_intact(tmp_path, uninterrupted, monkeypatch):
+    """Resuming ends with the rows and the losses of a run that never failed."""
+    monkeypatch.undo()
+    store, losses = uninterrupted
+    trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE))
+    trainer.train(resume_from_checkpoint=True)
+    assert curve(trainer) == losses
+    got = load_sketches(tmp_path)
+    assert got.dataset[:] == store.dataset[:]
+    assert got.steps[:] == store.steps[:]
+
+
+# The making of the store syncs seven times, the measured error twice and a flush of two
+# kinds of rows five times: these are the calls of the second flush.
+@pytest.mark.parametrize("syncs", range(14, 18))
+def test_a_full_disk_stops_training_with_a_clear_error(
+    tmp_path, uninterrupted, monkeypatch, syncs
+):
+    trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE))
+    full_after(monkeypatch, syncs)
+    message = r"No space left on device\): make room there and resume from the last"
+    with pytest.raises(OSError, match=message):
+        trainer.train()
+    assert len(load_sketches(tmp_path).steps) == 2
+    assert trainer.state.global_step == 4
+    assert_checkpoints_are_intact(tmp_path, uninterrupted, monkeypatch)
+
+
+def test_training_may_go_on_without_rows(tmp_path, uninterrupted, monkeypatch):
+    callback = GradientSketchCallback(SIZE, on_error="warn")
+    trainer = tiny_trainer(tmp_path, callback)
+    full_after(monkeypatch, 17)
+    with pytest.warns(UserWarning, match="recorded no more, training goes on: .*space"):
+        trainer.train()
+    assert trainer.state.global_step == 6
+    assert curve(trainer) == uninterrupted[1]
+    assert not any(m._forward_hooks for m in trainer.model.modules())
+    assert len(load_sketches(tmp_path).steps) == 2
+
+
+def test_the_store_says_where_recording_was_off(tmp_path, monkeypatch):
+    callback = GradientSketchCallback(SIZE, on_error="warn")
+    trainer = tiny_trainer(tmp_path, callback)
+    plain = GradientSums.add
+    calls = [0]
+
+    def add(self, name, contribution):
+        calls[0] += 1
+        if calls[0] > 300:
+            raise torch.OutOfMemoryError("the device is full")
+        plain(self, name, contribution)
+
+    monkeypatch.setattr(GradientSums, "add", add)
+    with pytest.warns(UserWarning, match=r"goes on: .*did not fit into memory .*full"):
+        trainer.train()
+    assert trainer.state.global_step == 6
+    with pytest.warns(UserWarning, match=r"no rows from step \d on .*MemoryError"):
+        store = load_sketches(tmp_path)
+    steps = set(store.dataset["step"][:])
+    assert steps == set(range(1, len(steps) + 1))
+    assert len(steps) < 6
+    trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE))
+    monkeypatch.undo()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    with pytest.warns(UserWarning, match="no rows from step"):
+        store = load_sketches(tmp_path)
+    assert {5, 6} <= set(store.dataset["step"][:])
+
+
+def test_memory_that_runs_out_in_a_hook_is_an_error_of_ours(tmp_path, monkeypatch):
+    def add(self, name, contribution):
+        raise torch.OutOfMemoryError("the device is full")
+
+    monkeypatch.setattr(GradientSums, "add", add)
+    trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE))
+    with pytest.raises(MemoryError, match=r"\(the device is full\): pass layout="):
+        trainer.train()
+
+
+def test_a_step_without_memory_leaves_nothing_behind(tmp_path, monkeypatch):
+    def add(self, name, contribution):
+        raise torch.OutOfMemoryError("the device is full")
+
+    monkeypatch.setattr(GradientSums, "add", add)
+    trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE, on_error="warn"))
+    with pytest.warns(UserWarning, match="did not fit into memory"):
+        trainer.train()
+    model = weakref.ref(trainer.model)
+    del trainer
+    gc.collect()
+    assert model() is None
+
+
+def test_a_directory_that_is_gone_stops_training_with_a_clear_error(
+    tmp_path, monkeypatch
+):
+    hidden = Hidden(tmp_path, 3)
+    trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE), hidden)
+    with pytest.raises(OSError, match=r"Not a directory.*make room there"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+    assert len(load_sketches(tmp_path / "moved").steps) == 2
+
+
+def test_a_file_that_the_system_cuts_is_never_named(tmp_path):
+    """A limit on the size of files, which a shard passes and a checkpoint does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer = tiny_trainer(tmp_path, GradientSketchCallback(16384))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*make room there"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.warns(UserWarning, match="no rows from step 1 on .*File too large"):
+        store = load_sketches(tmp_path)
+    assert len(store.dataset) == len(store.steps) == 0
+    assert not list((tmp_path / "sketches").glob("*.tmp"))

@@ -1,0 +1,195 @@
+"""Whatever goes wrong with spectra, training goes on as if they were not taken."""
+
+import errno
+import math
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from transformers import TrainerCallback
+
+import hf_sketch.processes as processes
+import hf_sketch.spectra.files as files
+from hf_sketch import load_spectra
+from hf_sketch.callbacks import HessianSpectrumCallback
+from hf_sketch.spectra.files import save_spectrum
+from tests.callbacks.test_hessian_callback import (
+    assert_trained_alike,
+    spectra_callback,
+    steps_of,
+    train,
+)
+from tests.spectra.test_spectrum import made_of
+
+SHORT = {"max_steps": 3, "save_strategy": "no"}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("plain"), **SHORT)
+
+
+def failing(error):
+    def loss_fn(output, inputs):
+        raise error
+
+    return loss_fn
+
+
+FAILURES = [
+    KeyError("logits"),
+    AssertionError("no"),
+    RuntimeError("CUDA out of memory. Tried to allocate"),
+    torch.OutOfMemoryError("CUDA out of memory."),
+    NotImplementedError("derivative"),
+    ZeroDivisionError("of one's own"),
+]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+def test_a_loss_that_fails_warns_and_training_goes_on(tmp_path, plain, error):
+    callback = spectra_callback((0, 3), loss_fn=failing(error))
+    with pytest.warns(UserWarning, match="missing, training goes on") as caught:
+        # A batch that is too large for the memory would be made smaller.
+        trainer = train(tmp_path, callback, auto_find_batch_size=True, **SHORT)
+    messages = [str(w.message) for w in caught if "Hessian" in str(w.message)]
+    for message, step in zip(messages, (0, 3), strict=True):
+        assert message.startswith(f"the Hessian's spectrum of step {step} is missing, ")
+        assert "training goes on: " in message
+    assert trainer._train_batch_size == 4
+    assert_trained_alike(plain, trainer)
+    with pytest.raises(FileNotFoundError, match="no spectra at"):
+        load_spectra(tmp_path)
+
+
+def test_a_directory_that_cannot_be_made_warns_and_training_goes_on(tmp_path, plain):
+    (tmp_path / "curvature").write_text("a file where the directory should be")
+    message = "no Hessian spectra are taken, training goes on: FileExistsError: .*curv"
+    with pytest.warns(UserWarning, match=message):
+        trainer = train(tmp_path, spectra_callback(), **SHORT)
+    assert_trained_alike(plain, trainer)
+
+
+def test_a_full_disk_warns_and_training_goes_on(tmp_path, plain, monkeypatch):
+    replace_file = files.replace_file
+
+    def full(path, data):
+        if path.name.startswith("step-00000002"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        replace_file(path, data)
+
+    monkeypatch.setattr(files, "replace_file", full)
+    message = "spectrum of step 2 is missing, training goes on: OSError.*No space left"
+    with pytest.warns(UserWarning, match=message):
+        trainer = train(tmp_path, spectra_callback((0, 2, 3)), **SHORT)
+    assert steps_of(tmp_path) == [0, 3]
+    assert_trained_alike(plain, trainer)
+
+
+def test_weights_that_are_not_finite_warn_and_training_goes_on(tmp_path):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                model.classifier.bias[0] = math.nan
+
+    message = "spectrum of step 1 is missing, .*a finite loss, got nan: look for"
+    with pytest.warns(UserWarning, match=message):
+        train(tmp_path, Poison(), spectra_callback((1,)), max_steps=1)
+
+
+def resumed_with_a_warning(tmp_path, callback, message):
+    with pytest.warns(UserWarning, match=message):
+        trainer = train(tmp_path, callback, max_steps=3, resume=True)
+    assert trainer.state.global_step == 3
+
+
+@pytest.fixture
+def two_steps(tmp_path):
+    train(tmp_path, spectra_callback((0, 2)), max_steps=2)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"out_size": 32},
+            r"holds spectra of .*out_size=64.*got .*out_size=32.*pass the",
+        ),
+        ({"operator": "srht"}, "operator='affd'.*got .*operator='srht'"),
+        (
+            {"seed": 8},
+            r"seed=7, got .*seed=8: pass the settings of the run that is resu",
+        ),
+    ],
+    ids=str,
+)
+def test_spectra_of_another_sketch_are_kept_and_none_are_added(
+    two_steps, options, message
+):
+    callback = spectra_callback((0, 2, 3), **options)
+    resumed_with_a_warning(two_steps, callback, f"no Hessian spectra are .*{message}")
+    assert steps_of(two_steps) == [0, 2]
+
+
+def test_spectra_of_another_model_are_kept_and_none_are_added(two_steps):
+    save_spectrum(two_steps / "curvature", made_of(step=2))
+    message = r"spectra of 1 parameters with 1000 elements.*got 41 parameters with"
+    resumed_with_a_warning(two_steps, spectra_callback((0, 2, 3)), message)
+    assert steps_of(two_steps) == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["batches.safetensors", "step-00000002.json"])
+def test_damaged_files_are_told_when_training_resumes(two_steps, name):
+    path = two_steps / "curvature" / name
+    path.write_bytes(path.read_bytes()[:-9])
+    message = f"no Hessian spectra are taken.*ValueError.*{name} must .*[:;] restore it"
+    resumed_with_a_warning(two_steps, spectra_callback((0, 2, 3)), message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every must be at least 1, got 0: pass 1 or more"),
+        ({"batches": 0}, "batches must be at least 1, got 0: pass 1 or more"),
+        ({"batches": []}, "at least one batch, got none: pass inputs of the model"),
+        (
+            {"krylov_dim": 65},
+            r"in \[1, out_size=64\], got 65: pass a smaller krylov_dim",
+        ),
+        ({"krylov_dim": 0}, r"in \[1, out_size=64\], got 0"),
+        ({"operator": "jl"}, r"operator must be one of .*got 'jl'"),
+        ({"layout": "round"}, r"layout must be one of .*got 'round'"),
+        ({"mode": "hvp"}, r"mode must be one of .*got 'hvp'"),
+        ({"unit": "words"}, r"unit must be one of .*got 'words'"),
+        ({"keep_vectors": -1}, "keep_vectors must be at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"steps": (0, -1)}, "steps must be at least 0, got -1"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        spectra_callback(**options)
+
+
+def test_models_with_too_few_parameters_or_none_are_told(tmp_path):
+    callback = HessianSpectrumCallback((0,), out_size=10**6)
+    with pytest.warns(
+        UserWarning, match=r"no Hessian spectra.*out_size must be in \[1"
+    ):
+        train(tmp_path, callback, max_steps=1)
+
+
+def test_a_model_that_no_process_has_whole_is_told(tmp_path, plain, monkeypatch):
+    class Sharded:
+        distributed_type = DistributedType.FSDP
+
+    monkeypatch.setattr(processes, "AcceleratorState", Sharded)
+    message = (
+        "no Hessian spectra are taken, .*ValueError: HessianSpectrumCallback needs the "
+        "whole model, in each process, got FSDP: train without, or take the callback"
+    )
+    with pytest.warns(UserWarning, match=message):
+        trainer = train(tmp_path, spectra_callback(), **SHORT)
+    assert_trained_alike(plain, trainer)

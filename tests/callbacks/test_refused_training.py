@@ -1,0 +1,132 @@
+"""What the callback refuses, and when: before any training time is spent, if it can."""
+
+import warnings
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, ParallelismConfig
+from transformers import TrainerCallback
+
+import hf_sketch.callbacks.placement as processes_module
+from hf_sketch import load_sketches
+from hf_sketch.callbacks import GradientSketchCallback
+from tests.conftest import tiny_bert, tiny_trainer
+
+SIZE = 256
+
+
+def refused(tmp_path, match, *, callback=None, error=ValueError, **arguments):
+    callback = callback or GradientSketchCallback(SIZE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the settings that are refused
+        trainer = tiny_trainer(tmp_path, callback, **arguments)
+        with pytest.raises(error, match=match):
+            trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_gradient_that_is_not_covered_stops_the_first_step(tmp_path):
+    model = tiny_bert()
+
+    class Hidden(TrainerCallback):
+        """Adds a gradient behind the modules' back."""
+
+        def on_substep_end(self, args, state, control, model, **kwargs):
+            model.classifier.weight.grad += 1.0
+
+    trainer = tiny_trainer(
+        tmp_path, Hidden(), GradientSketchCallback(SIZE), model=model
+    )
+    with pytest.raises(RuntimeError, match="must add up to the step's gradient"):
+        trainer.train()
+
+
+def test_bad_arguments_are_refused_at_once():
+    for size in (0, -1):
+        with pytest.raises(
+            ValueError, match=f"out_size must be at least 1, got {size}"
+        ):
+            GradientSketchCallback(size)
+    with pytest.raises(ValueError, match="every_steps must be at least 1, got 0"):
+        GradientSketchCallback(SIZE, every_steps=0)
+    with pytest.raises(ValueError, match="got False for both: leave the callback out"):
+        GradientSketchCallback(SIZE, per_step=False, per_example=False)
+    with pytest.raises(ValueError, match=r"layout must be one of .*, got 'round'"):
+        GradientSketchCallback(SIZE, layout="round")
+    with pytest.raises(ValueError, match=r"operator must be one of .*, got 'jl'"):
+        GradientSketchCallback(SIZE, operator="jl")
+
+
+def test_a_model_that_does_not_fit_is_refused_before_training(tmp_path):
+    size = sum(p.numel() for p in tiny_bert().parameters())
+    too_long = GradientSketchCallback(size + 1)
+    refused(tmp_path, rf"\[1, {size}\].*got {size + 1}", callback=too_long)
+    model = tiny_bert()
+    model.bert.embeddings.word_embeddings.max_norm = 1.0
+    refused(tmp_path, "Embedding without max_norm", model=model)
+
+
+def test_a_model_without_trainable_parameters_is_refused(tmp_path):
+    model = tiny_bert().requires_grad_(False)
+    refused(tmp_path, "at least one trainable parameter, got none", model=model)
+
+
+def test_a_model_that_no_process_has_whole_is_refused(tmp_path, monkeypatch):
+    class Part(torch.Tensor):
+        pass
+
+    class Sharded:
+        distributed_type = DistributedType.FSDP
+
+    model = tiny_bert()
+    part = torch.randn(3, 32).as_subclass(Part)
+    model.classifier.weight = torch.nn.Parameter(part)
+    message = "in each process, got {}: train without, or take the callback out"
+    refused(tmp_path, message.format("parameters in parts"), model=model)
+    monkeypatch.setattr(processes_module, "AcceleratorState", Sharded)
+    refused(tmp_path, message.format("FSDP of version 1"))
+
+
+def test_a_model_on_several_devices_is_refused(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.model.classifier.to("meta")
+    with pytest.raises(ValueError, match="got parameters on several devices: train"):
+        processes_module.check_processes(trainer.args, trainer.model)
+
+
+def test_processes_that_share_examples_are_refused(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path)
+    config = ParallelismConfig(cp_size=2, sp_size=1)
+    monkeypatch.setattr(AcceleratorState(), "parallelism_config", config)
+    with pytest.raises(ValueError, match="got context parallelism: train without"):
+        processes_module.check_processes(trainer.args, trainer.model)
+
+
+def test_compiled_training_is_refused(tmp_path):
+    refused(tmp_path, "got torch_compile=True: train without", torch_compile=True)
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "sketches").write_text("a file where the directory should be")
+    message = "cannot be written to .*: give the Trainer an output_dir"
+    refused(tmp_path, message, error=OSError)
+
+
+def test_a_store_of_other_settings_is_refused_and_kept(tmp_path):
+    tiny_trainer(tmp_path, GradientSketchCallback(SIZE)).train()
+    before = load_sketches(tmp_path).dataset[:]
+    other = GradientSketchCallback(SIZE // 2)
+    message = r"holds rows of out_size=256, .* given out_size=128.*: pass the store's"
+    refused(tmp_path, message, callback=other)
+    assert load_sketches(tmp_path).dataset[:] == before
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    tiny_trainer(tmp_path, GradientSketchCallback(SIZE)).train()
+    trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE // 2))
+    with pytest.raises(
+        ValueError, match=r"holds rows of out_size=256, .* was given out_size=128"
+    ):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert len(load_sketches(tmp_path).dataset) == 44

@@ -1,0 +1,151 @@
+"""Every way to go on training: each row has the id of the example that was seen."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from hf_sketch import load_sketches
+from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.store.header import read_header
+from tests.conftest import Interrupt, tiny_dataset, tiny_trainer
+
+SIZE = 64
+
+
+class Seen(TrainerCallback):
+    """Notes which examples each step's batches hold; their first token tells."""
+
+    def __init__(self):
+        self.ids = {}
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.step = state.global_step + 1
+        self.handle = model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, module, args, kwargs):
+        if module.training:
+            ids = (kwargs["input_ids"][:, 0] - 1).tolist()
+            self.ids.setdefault(self.step, []).extend(ids)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.step = state.global_step + 1
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.handle.remove()
+
+
+def run(tmp_path, *callbacks, resume=None, **arguments):
+    seen = Seen()
+    sketching = GradientSketchCallback(SIZE)
+    trainer = tiny_trainer(tmp_path, sketching, seen, *callbacks, **arguments)
+    trainer.train(resume_from_checkpoint=resume)
+    return seen.ids
+
+
+def interrupted(tmp_path, step, **arguments):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Interrupt(step), **arguments)
+
+
+def recorded(tmp_path):
+    rows = load_sketches(tmp_path).dataset
+    ids = {}
+    for step, example in zip(rows["step"][:], rows["example_id"][:], strict=True):
+        ids.setdefault(step, []).append(example)
+    return ids
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    assert run(directory) == recorded(directory)
+    return load_sketches(directory)
+
+
+def assert_complete(tmp_path, uninterrupted):
+    store = load_sketches(tmp_path)
+    assert store.dataset[:] == uninterrupted.dataset[:]
+    assert store.steps[:] == uninterrupted.steps[:]
+
+
+def test_after_rotation(tmp_path, uninterrupted):
+    interrupted(tmp_path, 5, save_total_limit=1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    run(tmp_path, resume=True, save_total_limit=1)
+    assert_complete(tmp_path, uninterrupted)
+
+
+def test_with_the_best_model_at_the_end(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    seen = run(tmp_path, eval_dataset=tiny_dataset(4), **settings)
+    assert recorded(tmp_path) == seen
+    assert len(load_sketches(tmp_path).steps) == 6
+
+
+def test_without_skipping_data(tmp_path):
+    interrupted(tmp_path, 5)
+    seen = run(tmp_path, resume=True, ignore_data_skip=True)
+    ids = recorded(tmp_path)
+    assert min(seen) == 5
+    assert {step: ids[step] for step in seen} == seen
+
+
+@pytest.mark.filterwarnings("ignore:.*per_device_train_batch_size.*:UserWarning")
+def test_with_another_batch_size(tmp_path):
+    interrupted(tmp_path, 3)
+    seen = run(tmp_path, resume=True, per_device_train_batch_size=2)
+    ids = recorded(tmp_path)
+    assert min(seen) == 3
+    assert {step: ids[step] for step in seen} == seen
+    assert read_header(tmp_path / "sketches").step_examples == 4
+
+
+class OutOfMemory(TrainerCallback):
+    """Fails as the memory does, the first time."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.step = None
+            raise RuntimeError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.filterwarnings("ignore:.*held rows up to step.*not resumed:UserWarning")
+def test_with_a_batch_size_that_is_found(tmp_path, step):
+    seen = Seen()
+    trainer = tiny_trainer(
+        tmp_path,
+        GradientSketchCallback(SIZE),
+        seen,
+        OutOfMemory(step),
+        auto_find_batch_size=True,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+    )
+    trainer.train()
+    rows = load_sketches(tmp_path).dataset
+    last = {
+        key: ids[-count:]
+        for key, ids in seen.ids.items()
+        if (count := rows["step"][:].count(key))
+    }
+    assert recorded(tmp_path) == last
+    assert len(rows) == 2 * 22
+    assert read_header(tmp_path / "sketches").step_examples == trainer._train_batch_size
+
+
+def test_from_a_checkpoint_after_the_store_was_lost(tmp_path, uninterrupted):
+    interrupted(tmp_path, 5)
+    shutil.rmtree(tmp_path / "sketches")
+    run(tmp_path, resume=True)
+    rows = load_sketches(tmp_path).dataset.with_format("torch")[:]
+    expected = uninterrupted.dataset.with_format("torch")[:]
+    later = expected["step"] > 4
+    assert torch.equal(rows["example_id"], expected["example_id"][later])
+    assert torch.equal(rows["sketch"], expected["sketch"][later])

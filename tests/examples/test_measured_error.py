@@ -1,0 +1,117 @@
+"""The error that a store knows of itself, beside a computation by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_sketch import ExampleSketcher, ModelSketch, load_sketches, measured_error
+from hf_sketch.callbacks import GradientSketchCallback
+from tests.conftest import tiny_batch, tiny_bert, tiny_trainer
+
+SIZE = 64
+
+
+@pytest.fixture
+def model():
+    return tiny_bert().double().train()
+
+
+def gradients_of(model, batch):
+    """Each example's gradient, flattened, from a pass of its own."""
+    model.eval()
+    rows = []
+    for index in range(len(batch["labels"])):
+        alone = {name: column[index : index + 1] for name, column in batch.items()}
+        parts = torch.autograd.grad(model(**alone).loss, list(model.parameters()))
+        rows.append(torch.cat([part.flatten() for part in parts]))
+    return torch.stack(rows)
+
+
+def measure(model, *batches, **options):
+    sketch = ModelSketch.from_model(model, SIZE)
+    with ExampleSketcher(model, sketch) as sketcher:
+        return measured_error.measure_error(sketcher, batches, **options)
+
+
+@pytest.mark.parametrize("held_bytes", [2**30, 1])
+def test_the_figures_are_those_of_the_definitions(model, held_bytes, monkeypatch):
+    monkeypatch.setattr(measured_error, "_HELD_BYTES", held_bytes)
+    first, second = tiny_batch(5), tiny_batch(3, seed=2)
+    got = measure(model, first, second)
+    exact = torch.cat([gradients_of(model, batch) for batch in (first, second)])
+    sketch = ModelSketch.from_model(model, SIZE)
+    sizes = [p.numel() for p in model.parameters()]
+    names = [name for name, _ in model.named_parameters()]
+    rows = sketch.sketch_rows(dict(zip(names, exact.split(sizes, 1), strict=True)))
+    pairs = [(i, j) for i in range(8) for j in range(i)]
+    wanted = torch.stack([exact[i] @ exact[j] for i, j in pairs])
+    sketched = torch.stack([rows[i] @ rows[j] for i, j in pairs])
+    norms = torch.stack([exact[i].norm() * exact[j].norm() for i, j in pairs])
+    r = torch.corrcoef(torch.stack([wanted, sketched]))[0, 1]
+    assert got.examples == 8
+    assert got.pearson_r == pytest.approx(float(r), rel=1e-9)
+    relative = ((sketched - wanted) / norms).abs().median()
+    assert got.relative_error == pytest.approx(float(relative), rel=1e-9)
+    assert got.row_error < 1e-9
+
+
+def test_examples_without_a_loss_are_passed_over(model):
+    batch = tiny_batch(5)
+    batch["labels"][1] = -100
+    assert measure(model, batch, examples=3).examples == 3
+    assert measure(model, batch).examples == 4
+
+
+def test_without_an_example_that_has_a_loss_there_is_nothing_to_measure(model):
+    batch = tiny_batch(3)
+    batch["labels"][:] = -100
+    assert measure(model, batch).examples == 0
+
+
+def test_one_example_has_no_pair(model):
+    got = measure(model, tiny_batch(1))
+    assert (got.examples, got.pearson_r, got.relative_error) == (1, None, None)
+    assert got.row_error < 1e-9
+
+
+def test_the_model_and_its_gradients_are_left_as_they_were(model):
+    model(**tiny_batch()).loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    state = torch.get_rng_state()
+    measure(model, tiny_batch())
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    for before, parameter in zip(gradients, model.parameters(), strict=True):
+        assert torch.equal(before, parameter.grad)
+
+
+class Centred(nn.Linear):
+    """Lets examples see each other, and hides it from the modules' rules."""
+
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
+def test_a_model_whose_examples_see_each_other_is_refused(model):
+    model.classifier = Centred(32, 3).double()
+    message = r"of its example alone within 0.0001 .*, got .* BertForSequence"
+    with pytest.raises(RuntimeError, match=message):
+        measure(model, tiny_batch())
+
+
+def test_the_store_says_how_far_its_inner_products_are_off(tmp_path):
+    trainer = tiny_trainer(tmp_path, GradientSketchCallback(4096))
+    trainer.train()
+    error = load_sketches(tmp_path).measured_error
+    assert error.examples == 8
+    assert 0.9 < error.pearson_r <= 1
+    assert 0 < error.relative_error < 0.1
+    assert error.row_error < 1e-4
+
+
+def test_the_error_is_measured_once_for_a_store(tmp_path):
+    tiny_trainer(tmp_path, GradientSketchCallback(256)).train()
+    before = load_sketches(tmp_path).measured_error
+    trainer = tiny_trainer(tmp_path, GradientSketchCallback(256), num_train_epochs=3)
+    trainer.train(resume_from_checkpoint=True)
+    assert load_sketches(tmp_path).measured_error == before

@@ -1,0 +1,196 @@
+"""Losses outside of the model, loss scaling, and curves that stay as they were."""
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn import functional
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_sketch import ExampleSketcher, ModelSketch, load_sketches
+from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.callbacks.recording.position import Position
+from hf_sketch.callbacks.recording.steps import StepRecorder
+from hf_sketch.examples.losses import example_losses
+from tests.conftest import tiny_batch, tiny_bert, tiny_trainer
+from tests.helpers.tiny_models import NAMES, tiny_inputs, tiny_model
+
+SIZE = 256
+
+
+def train(tmp_path, name, *callbacks, **config):
+    """Three epochs of two batches, with dropout, on a tiny model of a family."""
+    model = tiny_model(name, torch.float32, **config).train()
+    parts = [tiny_inputs(name, seed) for seed in (1, 2)]
+    columns = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        num_train_epochs=3,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    data = Dataset.from_dict({key: value.tolist() for key, value in columns.items()})
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=list(callbacks))
+    trainer.train()
+    curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return curve, list(model.parameters())
+
+
+@pytest.mark.parametrize("layout", ["factored", "blocked"])
+@pytest.mark.parametrize("name", NAMES)
+def test_training_is_bit_equal_with_and_without(tmp_path, name, layout):
+    plain, before = train(tmp_path / "plain", name)
+    callback = GradientSketchCallback(SIZE, layout=layout)
+    watched, after = train(tmp_path / "watched", name, callback)
+    assert plain == watched
+    assert len(set(plain)) > 1
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert len(load_sketches(tmp_path / "watched").dataset) == 24
+
+
+class GradientNotes(TrainerCallback):
+    """Keeps the gradients that the optimizer gets."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.gradients.append(
+            {name: p.grad.clone() for name, p in model.named_parameters()}
+        )
+
+
+def assert_weighted_rows_are_step_gradients(store, notes):
+    rows = store.dataset.with_format("torch")[:]
+    for step, gradients in enumerate(notes.gradients, start=1):
+        chosen = rows["step"] == step
+        total = rows["weight"][chosen].float() @ rows["sketch"][chosen]
+        expected = store.model_sketch.sketch(gradients)
+        assert (total - expected).norm() < 1e-4 * expected.norm()
+
+
+def undropped_bert():
+    return tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def smoothed(outputs, labels, num_items_in_batch=None):
+    return functional.cross_entropy(outputs.logits, labels, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("how", ["label_smoothing_factor", "compute_loss_func"])
+def test_losses_outside_of_the_model_give_shares(tmp_path, how):
+    notes, model = GradientNotes(), undropped_bert()
+    trainer = tiny_trainer(
+        tmp_path,
+        GradientSketchCallback(SIZE),
+        notes,
+        model=model,
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        gradient_accumulation_steps=1,
+        **({how: 0.1} if how == "label_smoothing_factor" else {}),
+    )
+    if how == "compute_loss_func":
+        trainer.compute_loss_func = smoothed
+    with pytest.warns(UserWarning, match="computed outside of the model"):
+        trainer.train()
+    store = load_sketches(tmp_path)
+    assert_weighted_rows_are_step_gradients(store, notes)
+    assert store.measured_error is None
+    rows = store.dataset.with_format("torch")[:]
+    assert rows["loss"].isnan().all()
+    data = trainer.train_dataset
+    for index, row in zip(rows["example_id"].tolist(), rows["sketch"], strict=True):
+        example = data[index]
+        model.zero_grad()
+        inputs = {
+            n: torch.tensor([example[n]]) for n in ("input_ids", "attention_mask")
+        }
+        smoothed(model(**inputs), torch.tensor([example["label"]])).backward()
+        expected = store.model_sketch.sketch(
+            {name: p.grad for name, p in model.named_parameters()}
+        )
+        assert (row - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_the_scale_of_an_fp16_loss_is_undone():
+    model = tiny_bert().eval()
+    sketch = ModelSketch.from_model(model, SIZE)
+    rows = []
+    for scale in (1.0, 1024.0):
+        with ExampleSketcher(model, sketch) as sketcher:
+            (scale * model(**tiny_batch()).loss).backward()
+            rows.append(sketcher.take(loss_scale=scale))
+    torch.testing.assert_close(rows[1].rows, rows[0].rows)
+    torch.testing.assert_close(rows[1].weights, rows[0].weights)
+
+
+class Rows:
+    """Stands in for a writer."""
+
+    def append(self, kind, columns):
+        self.columns = columns
+
+
+# The Trainer undoes the scale before it clips, and leaves it on where it does not clip.
+@pytest.mark.parametrize(
+    ("unscaled", "clip_factor"), [(True, 1.0), (True, 0.01), (False, 1.0)]
+)
+def test_step_rows_under_loss_scaling(unscaled, clip_factor):
+    model, scale = tiny_bert().eval(), 1024.0
+    sketch = ModelSketch.from_model(model, SIZE)
+    model(**tiny_batch()).loss.backward()
+    plain = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    recorder, rows = StepRecorder(model, sketch), Rows()
+    recorder.start_step(recording=True)
+    (scale * model(**tiny_batch()).loss).backward()
+    if unscaled:
+        for parameter in model.parameters():
+            parameter.grad.mul_(clip_factor / scale)
+    before = recorder.end_step(Position(0, 1, 0, 1e-3), rows, scale)
+    recorder.close()
+    expected = sketch.sketch(plain)
+    torch.testing.assert_close(before, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        rows.columns["sketch"][0], clip_factor * expected, rtol=1e-4, atol=1e-5
+    )
+    assert float(rows.columns["clip_factor"]) == pytest.approx(clip_factor, rel=1e-4)
+    norm = torch.cat([g.flatten() for g in plain.values()]).norm()
+    assert float(rows.columns["gradient_norm"]) == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_a_loss_with_a_term_of_the_whole_batch_is_refused(tmp_path):
+    callback = GradientSketchCallback(SIZE)
+    with pytest.raises(ValueError, match="mean of the examples' own losses, here"):
+        train(tmp_path, "mixtral", callback, output_router_logits=True)
+
+
+def test_batch_normalisation_is_refused(tmp_path):
+    model = tiny_bert().eval()  # as from_pretrained gives it; training starts later
+    model.bert.pooler.dense.normalise = torch.nn.BatchNorm1d(32).eval()
+    trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE), model=model)
+    with pytest.raises(ValueError, match="got BatchNorm1d in training mode"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_a_loss_that_autocast_rounded_is_split_and_no_other(half):
+    """CUDA's autocast takes cross-entropy from log-probabilities of 16 bits."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(8) % 3
+    rounded = torch.randn(8, 3, generator=generator).to(half)
+    loss = functional.nll_loss(rounded.log_softmax(-1).float(), labels)
+    logits = rounded.float()
+    expected = functional.cross_entropy(logits, labels, reduction="none")
+    assert abs(loss - expected.mean()) > 3e-5  # too far for float32
+    torch.testing.assert_close(example_losses(loss, logits, labels).losses, expected)
+    smoothed = functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    unrounded = logits + 1e-6 * torch.randn(8, 3, generator=generator)
+    for bad in ((smoothed, logits), (loss, unrounded)):
+        with pytest.raises(ValueError, match="a mean of the examples' own losses"):
+            example_losses(*bad, labels)

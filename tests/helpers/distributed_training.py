@@ -1,0 +1,348 @@
+"""Training in several processes, for test_processes.py to start and to look at.
+
+`torchrun --nproc_per_node 2 --module tests.helpers.distributed_training <dir> watched`.
+"""
+
+import gc
+import json
+import os
+import warnings
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from accelerate.state import PartialState
+from peft import get_peft_model
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from transformers import TrainerCallback
+
+from hf_sketch import SubspaceConfig
+from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.examples.sums import GradientSums
+from hf_sketch.processes import reduced
+from tests.callbacks.test_training_matrix import Pad, text_dataset, undropped
+from tests.conftest import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
+from tests.helpers.launching import run_scenarios
+
+SIZE = 64
+GLOBAL_BATCH = 4
+OWN_BATCHES = {"dispatch_batches": False}
+
+
+class Notes(TrainerCallback):
+    """Keeps the gradients that the optimizer gets, and the examples that came."""
+
+    def __init__(self):
+        self.gradients = []
+        self.seen = []
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        def note(module, args, kwargs):
+            if module.training:  # the first token of an example is its row's number
+                self.seen += (kwargs["input_ids"][:, 0] - 1).tolist()
+
+        self.handle = model.register_forward_pre_hook(note, with_kwargs=True)
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        named = [(n, p.grad) for n, p in model.named_parameters()]
+        self.gradients.append({n: g.clone() for n, g in named if g is not None})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.handle.remove()
+
+
+class Hidden(TrainerCallback):
+    """Adds a gradient behind the modules' back, in the last process."""
+
+    def on_substep_end(self, args, state, control, model, **kwargs):
+        if PartialState().is_last_process:
+            model.classifier.weight.grad += 1.0
+
+
+class Gate(nn.Module):
+    """A head of which processes use parts of their own, and one is not used at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(32, 3) for _ in range(4))
+
+    def forward(self, x):
+        return self.heads[0](x) + self.heads[1 + PartialState().process_index](x)
+
+
+@contextmanager
+def exchanged_sizes():
+    """How many numbers are added up over the processes for the rows of steps."""
+    sizes = []
+
+    def noting(x, how):
+        sizes.append(x.numel())
+        return reduced(x, how)
+
+    with patch("hf_sketch.callbacks.recording.steps.reduced", noting):
+        yield sizes
+
+
+def undropped_bert():
+    return tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def trainer_of(directory, *callbacks, rows=22, **arguments):
+    """A Trainer whose batches hold as many examples in any number of processes."""
+    settings = {
+        "per_device_train_batch_size": GLOBAL_BATCH // int(os.environ["WORLD_SIZE"]),
+        "dataset": tiny_dataset(rows),
+        "ddp_backend": "gloo",
+    }
+    return tiny_trainer(directory, *callbacks, **{**settings, **arguments})
+
+
+def train(directory, *callbacks, resume=None, **arguments):
+    """Train, and leave what became of it in the directory."""
+    trainer = trainer_of(directory, *callbacks, **arguments)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train(resume_from_checkpoint=resume)
+    history = trainer.state.log_history
+    leave(directory, curve=[entry["loss"] for entry in history if "loss" in entry])
+    leave(directory, warnings=[str(warning.message) for warning in caught])
+    rank = PartialState().process_index
+    torch.save(trainer.model.state_dict(), directory / f"weights-{rank}.pt")
+    PartialState().wait_for_everyone()
+
+
+def leave(directory, **results):
+    """Write down what this process has to tell."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, result in results.items():
+        path = directory / f"{name}-{PartialState().process_index}.json"
+        path.write_text(json.dumps(result))
+
+
+def even():
+    """Training that is the same in any number of processes."""
+    # BERT's loss is a mean; by default the Trainer takes it for a share of a sum.
+    settings = {"rows": 24, "average_tokens_across_devices": False}
+    return {**settings, "model": undropped_bert()}
+
+
+def divides(directory):
+    """No row is left over."""
+    train(directory, GradientSketchCallback(SIZE), **even())
+
+
+def plain(directory):
+    train(directory)
+
+
+def watched(directory):
+    notes = Notes()
+    with exchanged_sizes() as exchanged:
+        train(directory, notes, GradientSketchCallback(SIZE))
+    leave(directory, seen=notes.seen, exchanged=exchanged)
+    torch.save(notes.gradients, directory / "gradients.pt")
+
+
+def interrupted(directory):
+    """As watched, with an interruption."""
+    stopped(directory)
+    train(directory, GradientSketchCallback(SIZE), resume=True)
+
+
+def stopped(directory, **arguments):
+    callbacks = GradientSketchCallback(SIZE), Interrupt(5)
+    try:
+        train(directory, *callbacks, **arguments)
+    except KeyboardInterrupt:
+        PartialState().wait_for_everyone()
+
+
+def left(directory):
+    """Interrupted, for another number of processes to go on."""
+    stopped(directory, **even())
+
+
+def continued(directory):
+    """Goes on where another number of processes was interrupted."""
+    callback = GradientSketchCallback(SIZE)
+    train(directory, callback, **even(), resume=True)
+
+
+def widened(directory):
+    """It is not gone on with in steps of other numbers of examples."""
+    settings = {**even(), "per_device_train_batch_size": GLOBAL_BATCH}
+    train(directory, GradientSketchCallback(SIZE), **settings, resume=True)
+
+
+def padded(directory, **arguments):
+    """The last batch lacks a row; the weights stay as they are."""
+    settings = {"rows": 21, "model": undropped_bert(), "learning_rate": 0.0}
+    train(directory, GradientSketchCallback(SIZE), **{**settings, **arguments})
+
+
+def split(directory):
+    """The same, where processes share each batch."""
+    padded(
+        directory,
+        per_device_train_batch_size=GLOBAL_BATCH,
+        accelerator_config={"split_batches": True},
+    )
+
+
+def grouped(directory):
+    notes = Notes()
+    callback = GradientSketchCallback(SIZE)
+    train(directory, notes, callback, train_sampling_strategy="group_by_length")
+    leave(directory, seen=notes.seen)
+
+
+def rarely(directory):
+    """The first step that is verified is one with filled up batches."""
+    train(directory, GradientSketchCallback(SIZE, every_steps=3))
+
+
+def tokens(directory, **arguments):
+    """The loss is a mean over the tokens of all processes."""
+    settings = {"remove_unused_columns": False, "learning_rate": 0.0}
+    trainer = trainer_of(
+        directory,
+        GradientSketchCallback(SIZE),
+        model=undropped("gpt2"),
+        **{"dataset": text_dataset(), **settings, **arguments},
+    )
+    trainer.data_collator = Pad()
+    trainer.train()
+
+
+def stream(directory):
+    """Each process has a shard of its own."""
+    tokens(
+        directory,
+        dataset=text_dataset().to_iterable_dataset(num_shards=2),
+        accelerator_config=OWN_BATCHES,
+        max_steps=2,
+        gradient_accumulation_steps=1,
+    )
+
+
+def unused(directory):
+    """Parameters without a gradient in one process, or in all."""
+    model, notes = undropped_bert(), Notes()
+    model.classifier = Gate()
+    callback = GradientSketchCallback(SIZE)
+    train(directory, notes, callback, model=model, ddp_find_unused_parameters=True)
+    torch.save(notes.gradients, directory / "gradients.pt")
+
+
+def unlike(directory):
+    """The last process has other settings."""
+    every = 1 + PartialState().is_last_process
+    try:
+        train(directory, GradientSketchCallback(SIZE, every_steps=every))
+    except ValueError as error:
+        leave(directory, error=str(error))
+
+
+def uncovered(directory):
+    """One process has a gradient that its rows do not explain."""
+    try:
+        train(directory, Hidden(), GradientSketchCallback(SIZE))
+    except RuntimeError as error:
+        leave(directory, error=str(error))
+
+
+def disk(directory):
+    """The last process cannot write any more."""
+    plain_fsync, left = os.fsync, [8]
+
+    def fsync(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        plain_fsync(descriptor)
+
+    if PartialState().is_last_process:
+        os.fsync = fsync
+    train(directory, GradientSketchCallback(SIZE, on_error="warn"))
+    os.fsync = plain_fsync
+
+
+def memory(directory):
+    """The first process runs out of memory amid a step."""
+    plain_add, calls = GradientSums.add, [0]
+
+    def add(self, name, contribution):
+        calls[0] += 1
+        if calls[0] > 300 and PartialState().is_main_process:
+            raise torch.OutOfMemoryError("the device is full")
+        plain_add(self, name, contribution)
+
+    GradientSums.add = add
+    train(directory, GradientSketchCallback(SIZE, on_error="warn"))
+    GradientSums.add = plain_add
+
+
+def garbage(directory):
+    """The end of a program: a wrapped model that nothing but itself holds."""
+    directory.mkdir(parents=True, exist_ok=True)
+    gc.disable()
+    trainer = trainer_of(directory, max_steps=1)
+    trainer.train()
+    trainer.model_wrapped.owner = trainer
+
+
+def subspace_settings():
+    """An adapter of 32 dimensions, and rows that fill all batches."""
+    settings = even()
+    config = SubspaceConfig(dim=32, seed=1)
+    model = get_peft_model(settings.pop("model"), config)
+    dataset = tiny_dataset(settings.pop("rows"))
+    return {**settings, "model": model, "dataset": dataset, "learning_rate": 1e-2}
+
+
+def subspace(directory):
+    """omega alone is exchanged: the hook sees what DDP would all-reduce."""
+    exchanged = []
+
+    class Exchange(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            def note(group, bucket):
+                exchanged.append([p.numel() for p in bucket.parameters()])
+                return allreduce_hook(group, bucket)
+
+            trainer.model_wrapped.register_comm_hook(None, note)
+
+    trainer = trainer_of(directory, Exchange(), **subspace_settings())
+    trainer.train()
+    rank = PartialState().process_index
+    leave(directory, exchanged=exchanged)
+    torch.save(trainer.model.state_dict(), directory / f"weights-{rank}.pt")
+
+
+SCENARIOS = {
+    "continued": continued,
+    "disk": disk,
+    "divides": divides,
+    "garbage": garbage,
+    "grouped": grouped,
+    "interrupted": interrupted,
+    "left": left,
+    "memory": memory,
+    "padded": padded,
+    "plain": plain,
+    "rarely": rarely,
+    "split": split,
+    "stream": stream,
+    "subspace": subspace,
+    "tokens": tokens,
+    "uncovered": uncovered,
+    "unlike": unlike,
+    "unused": unused,
+    "watched": watched,
+    "widened": widened,
+}
+
+
+if __name__ == "__main__":
+    run_scenarios(SCENARIOS)

@@ -1,0 +1,81 @@
+"""Starting training in several processes, and reading what it leaves."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from hf_sketch.processes import end_group
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
+ACCELERATE = (
+    "accelerate.commands.launch",
+    "--multi_gpu",  # or it starts one process; the script itself stays on the CPU
+    "--main_process_port=0",
+    "--num_machines=1",
+    "--mixed_precision=no",
+    "--dynamo_backend=no",
+    "--num_processes",
+)
+_LONGEST_SECONDS = 300
+
+
+def launch(
+    launcher,
+    processes,
+    directory,
+    scenarios,
+    module="tests.helpers.distributed_training",
+):
+    """Run a module's scenarios, one after the other, each in all processes."""
+    code, errors, _ = run_together(launcher, processes, directory, scenarios, module)
+    assert code == 0, errors[-5000:]
+    return directory
+
+
+def run_together(launcher, processes, directory, scenarios, module):
+    """As `launch`, though processes may fail; (exit code, standard error, seconds)."""
+    module = ("--module", module, str(directory), *scenarios)
+    started = time.monotonic()
+    run = subprocess.Popen(
+        [sys.executable, "-m", *launcher, str(processes), *module],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        _, errors = run.communicate(timeout=_LONGEST_SECONDS)
+    except subprocess.TimeoutExpired:
+        run.terminate()  # the launcher ends its processes, which killing it would not
+        _, errors = run.communicate()
+    return run.returncode, errors, time.monotonic() - started
+
+
+def run_scenarios(scenarios):
+    """What each process does: the scenarios that its command line names."""
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    top = Path(sys.argv[1])
+    for name in sys.argv[2:]:
+        scenarios[name](top / name)
+    end_group()
+    tasks = Path("/proc/self/task").glob("*/comm")  # none where the system has no such
+    threads = [path.read_text().strip() for path in tasks]
+    (top / f"threads-{os.environ['RANK']}.json").write_text(json.dumps(threads))
+    # FSDP's meshes keep the group's threads, which abort an interpreter that ends when
+    # they ask for it: https://github.com/pytorch/pytorch/issues/190489.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def told(directory, name, processes=2):
+    """What each process wrote down under a name."""
+    paths = [directory / f"{name}-{rank}.json" for rank in range(processes)]
+    return [json.loads(path.read_text()) for path in paths]

@@ -1,0 +1,324 @@
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig
+
+from hf_sketch import ModelSketch, load_sketches
+from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.planning.cost import BatchShape, training_flops
+from hf_sketch.planning.limits import limits_of
+from hf_sketch.planning.machine import Machine
+from hf_sketch.planning.plan import plan_recording
+from hf_sketch.planning.settings import RowSettings, SpectrumSettings, TrainingRun
+from hf_sketch.recipes.meta_models import load_config, meta_model
+from hf_sketch.recipes.plan import PlanArguments, as_bytes, as_seconds, run_plan
+from hf_sketch.store.header import Header
+from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP, ROW_DTYPES
+from hf_sketch.store.size import RowFormat, store_size
+from hf_sketch.store.writer import SketchWriter
+from tests.conftest import tiny_bert, tiny_dataset, tiny_trainer
+
+SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 300}
+LLAMA_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "architectures": ["LlamaForCausalLM"],
+}
+RUN = TrainingRun(examples=1000, batch_size=4, tokens=32)
+
+
+@pytest.fixture
+def small():
+    return meta_model(GPT2Config(**SMALL), torch.float32)
+
+
+def files_of(directory, kind):
+    return sorted(directory.glob(f"{kind}-*.arrow"))
+
+
+@pytest.mark.parametrize("row_dtype", ROW_DTYPES)
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_the_bytes_of_a_file_are_those_that_the_writer_leaves(
+    tmp_path, row_dtype, rows
+):
+    sketch = ModelSketch((("weight", (64, 64)),), 48)
+    writer = SketchWriter(tmp_path / "sketches", Header(sketch, row_dtype=row_dtype))
+    one = torch.ones(rows)
+    for kind, names in (
+        (PER_EXAMPLE, ("example_id", "micro_step", "rank", "loss", "weight")),
+        (PER_STEP, ("clip_factor",)),
+    ):
+        names = (*names, "epoch", "step", "learning_rate", "gradient_norm")
+        columns = {name: one for name in names}
+        columns |= {"finite": one.bool(), "sketch": torch.randn(rows, 48)}
+        writer.append(kind, columns)
+    writer.flush()
+    writer.close()
+    for kind in (PER_EXAMPLE, PER_STEP):
+        (path,) = files_of(tmp_path / "sketches", kind)
+        expected = RowFormat(kind, 48, row_dtype).file_bytes(rows)
+        assert path.stat().st_size == expected
+
+
+@pytest.mark.parametrize("row_dtype", ROW_DTYPES)
+def test_a_row_of_many_has_the_bytes_of_its_columns(row_dtype):
+    kind = RowFormat(PER_EXAMPLE, 4096, row_dtype)
+    more = kind.file_bytes(16008) - kind.file_bytes(8)
+    assert more == 16000 * kind.row_bytes
+    short = 0 if row_dtype == "float32" else 4
+    sketch = 4096 * {"float32": 4, "float16": 2, "int8": 1}[row_dtype]
+    assert kind.row_bytes == 8 + 4 * 4 + 8 + 4 + 8 + 4 + 1 / 8 + short + sketch
+
+
+@pytest.mark.parametrize("save_steps", [None, 3])
+def test_the_store_of_a_trained_run_has_the_planned_rows_files_and_bytes(
+    tmp_path, save_steps
+):
+    saving = {"save_strategy": "no"}
+    if save_steps is not None:
+        saving = {"save_strategy": "steps", "save_steps": save_steps}
+    trainer = tiny_trainer(
+        tmp_path,
+        GradientSketchCallback(out_size=256, row_dtype="float16"),
+        model=tiny_bert(),
+        dataset=tiny_dataset(24),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        num_train_epochs=2,
+        **saving,
+    )
+    trainer.train()
+    run = TrainingRun(24, epochs=2, batch_size=4, tokens=11, save_steps=save_steps)
+    rows = RowSettings(256, row_dtype="float16")
+    store = plan_recording(tiny_bert(), run, rows).store
+    directory = tmp_path / "sketches"
+    assert store.rows == len(load_sketches(tmp_path).dataset)
+    assert store.step_rows == len(load_sketches(tmp_path).steps)
+    arrows = [*files_of(directory, PER_EXAMPLE), *files_of(directory, PER_STEP)]
+    assert store.files == store.files_a_rank == len(arrows)
+    manifest = (directory / "manifest-00000.json").stat().st_size
+    assert store.manifest_bytes == pytest.approx(manifest, rel=0.15)
+    written = sum(path.stat().st_size for path in arrows) + manifest
+    assert store.total_bytes == pytest.approx(written, rel=0.02)
+
+
+def test_files_are_cut_where_the_writer_cuts_them(tmp_path):
+    size, steps = 2**15, 420
+    sketch = ModelSketch((("weight", (size, 2)),), size)
+    writer = SketchWriter(tmp_path / "sketches", Header(sketch))
+    row = {name: torch.zeros(1) for name in ("epoch", "step", "learning_rate")}
+    row |= {name: torch.zeros(1) for name in ("gradient_norm", "clip_factor")}
+    row |= {"finite": torch.ones(1).bool(), "sketch": torch.zeros(1, size)}
+    for step in range(1, steps + 1):
+        writer.append(PER_STEP, {**row, "step": torch.tensor([step])})
+        writer.end_step()
+    writer.flush()
+    writer.close()
+    planned = store_size(
+        RowFormat(PER_STEP, size),
+        rows_a_step=1,
+        steps=steps,
+        per_step=False,
+        ranks=1,
+    )
+    files = files_of(tmp_path / "sketches", PER_STEP)
+    assert planned.files == len(files) > 2
+    assert planned.total_bytes == pytest.approx(
+        sum(path.stat().st_size for path in (tmp_path / "sketches").iterdir()),
+        rel=0.001,
+    )
+
+
+def test_ranks_share_the_examples_and_the_first_one_writes_the_steps():
+    kind = RowFormat(PER_EXAMPLE, 64)
+    options = {"rows_a_step": 8, "steps": 10, "per_step": True}
+    one = store_size(kind, ranks=1, **options)
+    four = store_size(kind, ranks=4, **options)
+    assert four.rows == 4 * one.rows
+    assert four.step_rows == one.step_rows == 10
+    assert (one.files, four.files) == (2, 5)
+
+
+def test_training_takes_six_flops_for_each_token_and_weight():
+    model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Linear(7, 3, bias=False))
+    batch = BatchShape(examples=2, tokens=10, element_bytes=4)
+    assert training_flops(model, batch) == 6 * 20 * (35 + 21)
+    model[0].requires_grad_(False)
+    assert training_flops(model, batch) == 20 * (4 * 35 + 6 * 21)
+
+
+def test_a_plan_of_shapes_alone_is_that_of_the_model_itself(small):
+    assert all(parameter.is_meta for parameter in small.parameters())
+    assert plan_recording(small, RUN) == plan_recording(
+        GPT2LMHeadModel(GPT2Config(**SMALL)), RUN
+    )
+
+
+def test_rows_of_fewer_steps_cost_as_much_less(small):
+    every, fourth = (
+        plan_recording(small, RUN, RowSettings(every_steps=n)) for n in (1, 4)
+    )
+    assert (every.steps, fourth.steps) == (250, 62)
+    assert fourth.store.rows == 62 * 4
+    extra = [plan.times.slowdown - 1 for plan in (every, fourth)]
+    assert extra[0] == pytest.approx(4 * extra[1])
+
+
+def test_a_known_step_takes_the_place_of_the_estimate(small):
+    times = plan_recording(small, RUN, step_seconds=0.5).times
+    assert times.plain_rows_per_second == 4 / 0.5
+    with_rows = 4 / (0.5 + times.sketch_seconds)
+    assert times.rows_per_second_lost == pytest.approx(8 - with_rows)
+
+
+def test_the_blocked_layout_forms_what_the_factored_one_does_not(small):
+    machine = Machine(seconds_per_call=0)  # of which both have as many
+    factored, blocked = (
+        plan_recording(small, RUN, RowSettings(layout=layout), machine=machine)
+        for layout in ("factored", "blocked")
+    )
+    assert blocked.times.sketch_seconds > 2 * factored.times.sketch_seconds
+    assert blocked.memory.held_bytes < factored.memory.held_bytes
+
+
+def test_models_of_16_bits_need_a_float32_copy_of_their_widest_gradient():
+    held = [
+        plan_recording(meta_model(GPT2Config(**SMALL), dtype), RUN).memory.held_bytes
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    assert held[0] - held[1] == 4 * 32 * 300 * 4  # of the logits
+
+
+def test_a_sketch_alone_goes_over_the_network(small):
+    def bytes_of(**options):
+        run = TrainingRun(1000, batch_size=4, tokens=32, **options)
+        return plan_recording(small, run).network.recording_bytes
+
+    assert bytes_of() == 0
+    assert bytes_of(ranks=4) == 4 * 1024
+    assert bytes_of(ranks=4, sharded=True) == 4 * 4096
+
+
+def test_a_spectrum_takes_its_basis_and_its_products(small):
+    spectrum = SpectrumSettings(out_size=2**12, krylov_dim=30)
+    cost = plan_recording(small, RUN, spectrum=spectrum).spectrum
+    assert cost.basis_bytes == 30 * 2**12 * 4
+    assert cost.products == 34  # with those of the check on first use
+
+
+def test_modules_without_a_rule_are_counted_as_run_again():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+    mixture = meta_model(MixtralConfig(**sizes), torch.float32)
+    dense = meta_model(LlamaConfig(**sizes), torch.float32)
+    seconds = [
+        plan_recording(model, RUN).times.sketch_seconds for model in (mixture, dense)
+    ]
+    assert seconds[0] > seconds[1]
+
+
+def test_convolutions_are_told_to_be_left_out():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 128))
+    plan = plan_recording(model, RUN, RowSettings(out_size=16))
+    assert plan.uncounted == ("0",)
+    assert any("of 1 modules" in s for s in limits_of(plan, RUN, Machine(), 4))
+
+
+def test_seventy_billion_parameters_are_planned_and_what_breaks_is_told():
+    model = meta_model(LlamaConfig(**LLAMA_70B), torch.bfloat16)
+    run = TrainingRun(10**9, batch_size=4, tokens=4096, ranks=1024)
+    plan = plan_recording(model, run)
+    assert plan.elements == sum(p.numel() for p in model.parameters()) > 70e9
+    assert plan.store.rows >= 10**9
+    limits = " ".join(limits_of(plan, run, Machine(), 2))
+    assert "training itself needs 8.47e+11 bytes" in limits
+    assert "float32 parameters" in limits
+    assert f"the store has {plan.store.files:,} files" in limits
+    shards = TrainingRun(10**9, batch_size=4, tokens=4096, ranks=1024, sharded=True)
+    plan = plan_recording(model, shards)
+    told = " ".join(limits_of(plan, shards, Machine(), 2))
+    assert "HessianSpectrumCallback refuses" in told
+    assert "training itself" not in told
+    assert plan.memory.first_step_bytes == 0
+
+
+def test_one_rank_with_very_many_files_rewrites_its_manifest_too_often(small):
+    run = TrainingRun(10**9, batch_size=4, tokens=32)
+    limits = limits_of(plan_recording(small, run), run, Machine(), 4)
+    assert any("written anew with each" in limit for limit in limits)
+
+
+@pytest.mark.parametrize("name", ["examples", "ranks", "tokens"])
+def test_counts_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0: pass 1"):
+        TrainingRun(**{"examples": 1, name: 0})
+
+
+def test_unknown_settings_are_refused(small):
+    with pytest.raises(ValueError, match="row_dtype must be one of"):
+        RowSettings(row_dtype="int4")
+    with pytest.raises(ValueError, match="every_steps must be at least 1, got 0"):
+        RowSettings(every_steps=0)
+    with pytest.raises(ValueError, match="layout must be one of"):
+        plan_recording(small, RUN, RowSettings(layout="square"))
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        PlanArguments("gpt2", 1, dtype="float8")
+
+
+def test_the_rates_of_this_machine_are_positive():
+    machine = Machine.measured()
+    assert machine.flops_per_second > 1e8
+    assert machine.bytes_per_second > 1e7
+    assert 0 <= machine.seconds_per_call < 1
+
+
+def test_the_command_prints_a_table_and_saves_it(tmp_path, capsys):
+    GPT2Config(**SMALL, architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
+    arguments = PlanArguments(
+        str(tmp_path / "config.json"),
+        examples=1000,
+        tokens=32,
+        dtype="float32",
+        out_size=256,
+        output_file=str(tmp_path / "plan.json"),
+    )
+    plan = run_plan(arguments)
+    printed = capsys.readouterr().out
+    assert "bytes a row                        1,072" in printed
+    assert "where it breaks:" in printed
+    saved = json.loads((tmp_path / "plan.json").read_text())
+    assert saved["plan"]["elements"] == plan.elements
+    assert saved["arguments"]["out_size"] == 256
+    assert math.isclose(saved["machine"]["bytes_per_second"], 2e12)
+
+
+def test_the_class_is_that_of_the_config(tmp_path):
+    config = GPT2Config(**SMALL, architectures=["GPT2ForSequenceClassification"])
+    config.save_pretrained(tmp_path)
+    model = meta_model(load_config(str(tmp_path)), torch.float16)
+    assert type(model).__name__ == "GPT2ForSequenceClassification"
+    assert next(model.parameters()).dtype == torch.float16
+    assert isinstance(meta_model(GPT2Config(**SMALL), torch.float32), GPT2LMHeadModel)
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [(999, "999 B"), (16432.125, "16.43 kB"), (1.6438e13, "16.44 TB")],
+)
+def test_sizes_have_the_unit_that_suits_them(count, told):
+    assert as_bytes(count) == told
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [(0.0123, "12.3 ms"), (90, "90 s"), (3600, "60 minutes"), (259200, "3 days")],
+)
+def test_times_have_the_unit_that_suits_them(count, told):
+    assert as_seconds(count) == told

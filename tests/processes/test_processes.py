@@ -1,0 +1,339 @@
+"""Several processes record what one records with the same batches, once.
+
+Training runs in processes of their own, by tests/helpers/distributed_training.py.
+"""
+
+import re
+import shutil
+
+import pytest
+import torch
+
+from hf_sketch import load_sketches
+from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.store.header import Header, read_manifests
+from hf_sketch.store.writer import SketchWriter
+from tests.callbacks.test_training_matrix import Pad, text_dataset, train, undropped
+from tests.conftest import Interrupt, tiny_dataset, tiny_trainer
+from tests.helpers.distributed_training import GLOBAL_BATCH, SIZE, even
+from tests.helpers.launching import ACCELERATE, TORCHRUN, launch, run_together, told
+from tests.store.test_store import SKETCH, step_row
+
+IN_TWO = ("plain", "watched", "interrupted", "divides", "padded", "left", "grouped")
+IN_TWO += (
+    "unlike",
+    "rarely",
+    "tokens",
+    "stream",
+    "unused",
+    "uncovered",
+    "disk",
+    "memory",
+    "garbage",  # the last one: it switches collection off
+)
+IN_FOUR = ("divides", "padded")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes leave."""
+    return launch(TORCHRUN, 2, tmp_path_factory.mktemp("two"), IN_TWO)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """What four processes leave."""
+    return launch(TORCHRUN, 4, tmp_path_factory.mktemp("four"), IN_FOUR)
+
+
+@pytest.fixture
+def launched(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """The store of the same training in one process."""
+    directory = tmp_path_factory.mktemp("single")
+    single_trainer(directory).train()
+    return load_sketches(directory)
+
+
+def single_trainer(directory, *callbacks, **arguments):
+    callback, settings = GradientSketchCallback(SIZE), {**even(), **arguments}
+    dataset = tiny_dataset(settings.pop("rows"))
+    return tiny_trainer(directory, callback, *callbacks, dataset=dataset, **settings)
+
+
+def columns(dataset):
+    return dataset.with_format("torch")[:]
+
+
+def in_order(rows):
+    """Rows by epoch and example."""
+    key = rows["epoch"] * 1000 + rows["example_id"]
+    assert len(key.unique()) == len(key)
+    order = key.argsort()
+    return {name: column[order] for name, column in rows.items()}
+
+
+def assert_once(store, examples, epochs=2):
+    """There is a row for each example in each epoch."""
+    rows = columns(store.dataset)
+    found = torch.stack([rows["epoch"], rows["example_id"]]).T.tolist()
+    assert sorted(found) == [[e, i] for e in range(epochs) for i in range(examples)]
+
+
+def assert_same_rows(got, expected):
+    """All rows are the same up to rounding."""
+    steps, wanted = columns(got.steps), columns(expected.steps)
+    for name in wanted:
+        torch.testing.assert_close(steps[name], wanted[name], rtol=1e-5, atol=1e-6)
+    rows, wanted = in_order(columns(got.dataset)), in_order(columns(expected.dataset))
+    for name in ("example_id", "epoch", "step", "micro_step", "weight"):
+        assert torch.equal(rows[name], wanted[name])
+    for name in ("learning_rate", "loss", "gradient_norm", "sketch"):
+        torch.testing.assert_close(rows[name], wanted[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", ["two", "four"], indirect=True)
+def test_rows_are_those_of_one_process_with_the_same_batches(launched, single):
+    store = load_sketches(launched / "divides")
+    assert_same_rows(store, single)
+    count = 2 if launched.name.startswith("two") else 4
+    ranks = columns(store.dataset)["rank"]
+    assert torch.bincount(ranks).tolist() == [48 // count] * count
+    assert not list((launched / "divides" / "sketches").glob("per_step-*[1-9]-*.arrow"))
+    assert store.measured_error.examples == 8 // count  # those of the first process
+    assert store.measured_error.row_error < 1e-4
+
+
+@pytest.mark.slow
+def test_training_is_bit_equal_with_and_without(two):
+    for scenario in ("watched", "disk", "memory"):
+        assert told(two / "plain", "curve") == told(two / scenario, "curve")
+        for rank in (0, 1):
+            plain, watched = (
+                torch.load(two / name / f"weights-{rank}.pt")
+                for name in ("plain", scenario)
+            )
+            assert all(torch.equal(plain[name], watched[name]) for name in plain)
+
+
+@pytest.mark.slow
+def test_a_sketch_of_witnesses_alone_is_exchanged(two):
+    for sizes in told(two / "watched", "exchanged"):
+        assert sizes == [1024] * 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["watched", "grouped"])
+def test_each_process_follows_the_examples_that_it_trains_on(two, scenario):
+    store = load_sketches(two / scenario)
+    rows = columns(store.dataset)
+    for rank, seen in enumerate(told(two / scenario, "seen")):
+        own = rows["example_id"][rows["rank"] == rank].tolist()
+        if rank == 1:  # its last batch of each epoch is filled up with two rows
+            seen = [*seen[:10], *seen[12:22]]
+        assert own == seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["watched", "unused"])
+def test_the_weighted_rows_of_all_processes_are_the_step_gradient(two, scenario):
+    store = load_sketches(two / scenario)
+    rows, steps = columns(store.dataset), columns(store.steps)
+    gradients = torch.load(two / scenario / "gradients.pt")
+    assert_once(store, 22)
+    for place, step in enumerate(steps["step"].tolist()):
+        sketch = store.model_sketch.sketch(gradients[place])
+        torch.testing.assert_close(steps["sketch"][place], sketch)
+        own = rows["step"] == step
+        total = rows["weight"][own].float() @ rows["sketch"][own]
+        expected = sketch / steps["clip_factor"][place]
+        distance = (total - expected).norm() / expected.norm()
+        if step % 3:
+            assert distance < 1e-5
+        else:  # two of the step's eight examples are there for the second time
+            assert distance > 1e-2
+    expected = (0.5 / (steps["gradient_norm"] + 1e-6)).clamp(max=1.0)
+    torch.testing.assert_close(steps["clip_factor"], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", ["two", "four"], indirect=True)
+def test_examples_that_fill_up_batches_have_no_row_and_count_in_the_step(launched):
+    assert_filled(load_sketches(launched / "padded"))
+
+
+def assert_filled(store):
+    """Three of the 24 places of an epoch are filled with its first three examples."""
+    assert_once(store, 21)
+    rows, steps = columns(store.dataset), columns(store.steps)
+    for place, step in enumerate(steps["step"].tolist()):
+        own = rows["step"] == step
+        total = rows["weight"][own].float() @ rows["sketch"][own]
+        if step % 3 == 0:
+            first = (rows["step"] == step - 2) & (rows["micro_step"] == 0)
+            repeated = rows["sketch"][first][rows["rank"][first].argsort(stable=True)]
+            total += rows["weight"][own][0] * repeated[:3].sum(0)
+        expected = steps["sketch"][place] / steps["clip_factor"][place]
+        assert (total - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.slow
+def test_the_step_that_is_verified_may_have_filled_up_batches(two):
+    store = load_sketches(two / "rarely")
+    assert store.steps["step"][:] == [3, 6]
+    assert torch.bincount(columns(store.dataset)["step"])[[3, 6]].tolist() == [6, 6]
+
+
+@pytest.mark.slow
+def test_resumed_rows_are_those_of_an_uninterrupted_run(two):
+    resumed, store = (load_sketches(two / name) for name in ("interrupted", "watched"))
+    assert resumed.dataset[:] == store.dataset[:]
+    assert resumed.steps[:] == store.steps[:]
+
+
+@pytest.mark.slow
+def test_the_threads_of_a_group_end_with_it(two):
+    for names in told(two, "threads"):
+        assert "python" in "".join(names) or not names
+        assert not any("gloo" in name for name in names)
+
+
+@pytest.mark.slow
+def test_one_process_resumes_what_two_began(two, tmp_path, single):
+    shutil.copytree(two / "left", tmp_path, dirs_exist_ok=True)
+    assert (tmp_path / "checkpoint-4").exists()
+    single_trainer(tmp_path).train(resume_from_checkpoint=True)
+    store = load_sketches(tmp_path)
+    assert_same_rows(store, single)
+    rows = columns(store.dataset)
+    assert set(rows["rank"][rows["step"] <= 4].tolist()) == {0, 1}
+    assert set(rows["rank"][rows["step"] > 4].tolist()) == {0}
+
+
+@pytest.mark.slow
+def test_one_process_does_not_go_on_in_steps_of_other_numbers(two, tmp_path):
+    shutil.copytree(two / "left", tmp_path, dirs_exist_ok=True)
+    before = load_sketches(tmp_path).dataset[:]
+    trainer = single_trainer(tmp_path, per_device_train_batch_size=GLOBAL_BATCH // 2)
+    with pytest.raises(ValueError, match=r"2 processes that took 8 .* 1 that take 4"):
+        trainer.train(resume_from_checkpoint=True)
+    assert load_sketches(tmp_path).dataset[:] == before
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_resume_what_one_began(tmp_path, single):
+    with pytest.raises(KeyboardInterrupt):
+        single_trainer(tmp_path / "continued", Interrupt(5)).train()
+    shutil.copytree(tmp_path / "continued", tmp_path / "widened")
+    before = sorted((tmp_path / "widened" / "sketches").iterdir())
+    launch(ACCELERATE, 2, tmp_path, ["continued", "split"])
+    store = load_sketches(tmp_path / "continued")
+    assert_same_rows(store, single)
+    rows = columns(store.dataset)
+    assert set(rows["rank"][rows["step"] > 4].tolist()) == {0, 1}
+    assert_filled(load_sketches(tmp_path / "split"))
+    module = "tests.helpers.distributed_training"
+    code, errors, _ = run_together(TORCHRUN, 2, tmp_path, ["widened"], module)
+    assert code != 0
+    assert "1 processes that took 8 examples a step, got 2 that take 16" in errors
+    assert sorted((tmp_path / "widened" / "sketches").iterdir()) == before
+
+
+@pytest.mark.slow
+def test_losses_over_the_tokens_of_all_processes(two, tmp_path):
+    callback, model = GradientSketchCallback(SIZE, seed=7), undropped("gpt2")
+    expected = train(tmp_path, model, text_dataset(), Pad(), [callback])
+    alone = in_order(columns(expected.dataset))
+    store = load_sketches(two / "tokens")
+    assert_once(store, 10)
+    rows, steps = columns(store.dataset), columns(store.steps)
+    for name in ("sketch", "loss"):
+        expected = alone[name][rows["example_id"]]
+        torch.testing.assert_close(rows[name], expected, rtol=1e-4, atol=1e-5)
+    for place in (0, 2):  # steps of two whole rounds of batches
+        own = rows["step"] == steps["step"][place]
+        assert float(rows["weight"][own].sum()) == pytest.approx(1)
+        total = rows["weight"][own].float() @ rows["sketch"][own]
+        expected = steps["sketch"][place] / steps["clip_factor"][place]
+        assert (total - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.slow
+def test_a_stream_with_a_shard_for_each_process(two):
+    rows = columns(load_sketches(two / "stream").dataset)
+    assert len(rows["example_id"].unique()) == 8
+    assert rows["step"].tolist() == [1, 1, 2, 2] * 2
+
+
+@pytest.mark.slow
+def test_parameters_that_not_every_process_uses_have_gradients(two):
+    gradients = torch.load(two / "unused" / "gradients.pt")
+    for head, used in enumerate([True, True, True, False]):
+        assert (f"classifier.heads.{head}.weight" in gradients[0]) == used
+
+
+@pytest.mark.slow
+def test_processes_with_other_settings_are_refused_in_all(two):
+    for error in told(two / "unlike", "error"):
+        assert "the same settings in all processes, got every_steps=1, 2: pass" in error
+
+
+@pytest.mark.slow
+def test_rows_that_do_not_add_up_in_one_process_stop_all(two):
+    for error in told(two / "uncovered", "error"):
+        assert "must add up to the step's gradient within 0.001" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scenario", "failing", "reason", "steps"),
+    [
+        ("disk", 1, "OSError: .*No space left", [0, 8, 8, 4, 4]),
+        ("memory", 0, "MemoryError: .*is full", [0, 8, 8]),
+    ],
+)
+def test_what_fails_in_one_process_ends_recording_in_all(
+    two, scenario, failing, reason, steps
+):
+    messages = told(two / scenario, "warnings")
+    reasons = ["recording failed in another process"] * 2
+    reasons[failing] = reason
+    for own, expected in zip(messages, reasons, strict=True):
+        (message,) = own
+        assert re.search(f"recorded no more, training goes on: {expected}", message)
+    with pytest.warns(UserWarning, match="no rows from step") as caught:
+        rows = columns(load_sketches(two / scenario).dataset)
+    # The process that fails lacks its rows from step 3 on, and so says the other.
+    assert any(
+        "no rows from step 3 on until training was resumed: recording failed in another"
+        in str(warning.message)
+        for warning in caught
+    )
+    assert torch.bincount(rows["step"]).tolist() == steps
+
+
+def test_a_store_that_the_first_process_does_not_reach(tmp_path):
+    def write(resume_step, *steps):
+        writer = SketchWriter(
+            tmp_path / "sketches", Header(SKETCH), resume_step, rank=1, world_size=2
+        )
+        for step in steps:
+            writer.append("per_step", step_row(step))
+        writer.flush()
+        writer.close()
+
+    def steps_there():
+        (manifest,) = read_manifests(tmp_path / "sketches")
+        return [(shard.first_step, shard.last_step) for shard in manifest.shards]
+
+    write(0, 1, 2, 3)
+    write(2, 3, 4)
+    assert steps_there() == [(1, 2), (3, 4)]
+    with pytest.warns(UserWarning, match=r"held rows up to step 4 .* not resumed"):
+        write(0, 1)
+    assert steps_there() == [(1, 1)]

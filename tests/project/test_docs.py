@@ -1,0 +1,41 @@
+"""Every Python block of README and docs runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name
+)
+def test_the_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks(page):
+        exec(compile(block, page.name, "exec"), names)
+
+
+def test_the_readme_has_its_snippet_and_its_two_commands():
+    text = (ROOT / "README.md").read_text()
+    assert "callbacks=[GradientSketchCallback(out_size=4096)]" in text
+    assert 'pip install -e ".[demo]" && hf-sketch demo' in text
+    assert 'pip install -e ".[test]" && pytest' in text
+
+
+def test_ci_runs_the_test_line_of_the_readme():
+    assert 'pip install -e ".[test]" && pytest' in (ROOT / ".ci" / "run").read_text()
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,79 @@
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command, **options):
+    return subprocess.run(
+        [str(word) for word in command],
+        check=True,
+        capture_output=True,
+        text=True,
+        **options,
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("wheel")
+    # A copy, because a build leaves folders behind in its source tree.
+    source = directory / "source"
+    names = run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines()
+    for name in names:
+        if (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation"]
+    run(*build, "--outdir", directory, source)
+    return next(directory.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_code_data_and_licences_and_no_more(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {
+        "hf_sketch/callbacks/gradient.py",
+        "hf_sketch/recipes/demo.py",
+        "hf_sketch/recipes/data/NOTICE",
+        "hf_sketch/recipes/data/snli_train.jsonl.gz",
+        "hf_sketch/recipes/metrics/accuracy/accuracy.py",
+        "hf_sketch/recipes/metrics/rouge/rouge.py",
+        "hf_sketch/sketches/affd.py",
+    } <= names
+    assert {name.split("/")[0] for name in names} == {
+        "hf_sketch",
+        "hf_sketch-0.1.0.dist-info",
+    }
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_imports_in_an_empty_environment(wheel, tmp_path):
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel)
+    # The dependencies are those of this environment, without its editable install:
+    # a path in a .pth file is searched, but the .pth files there are not run.
+    packages = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
+    dependencies = sysconfig.get_path("purelib")
+    (packages / "dependencies.pth").write_text(dependencies + "\n")
+    script = (
+        "import hf_sketch, hf_sketch.callbacks, hf_sketch.recipes.demo\n"
+        "from hf_sketch.recipes.texts.snli_sample import load_snli_sample\n"
+        "from hf_sketch.recipes.dimension.metric_scripts import load_metric\n"
+        "assert load_metric('rouge').name == 'rouge'\n"
+        "print(len(load_snli_sample('train')), hf_sketch.callbacks.__file__)\n"
+    )
+    rows, file = run(python, "-c", script, cwd=tmp_path).split()
+    assert rows == "2000"
+    assert Path(file).is_relative_to(packages)
+    command = tmp_path / "env" / "bin" / "hf-sketch"
+    assert "--output_dir" in run(command, "demo", "--help", cwd=tmp_path)

@@ -1,0 +1,266 @@
+"""The command that answers queries, and the recipe that trains, asks and reports."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_sketch import load_sketches, sketch_dataset
+from hf_sketch.attribution.record import (
+    FILE,
+    load_attribution,
+    record_attribution,
+)
+from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.cli import main
+from hf_sketch.recipes.demo import embedded_model_path
+from hf_sketch.recipes.texts.text_rows import load_text_model, text_columns, tokenized
+from hf_sketch.spectra.files import save_spectrum
+from tests.spectra.test_spectrum import VALUES, made_of
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+ROWS = [
+    {
+        "premise": f"a {animal} sleeps on day {day}",
+        "hypothesis": f"the {animal} is {word}",
+        "label": label,
+    }
+    for day in range(2)
+    for animal in ("cat", "dog", "horse")
+    for label, word in enumerate(("asleep", "old", "awake"))
+]
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return trained_classifier(tmp_path_factory.mktemp("classifier"), 256)
+
+
+def trained_classifier(directory, out_size):
+    """The output_dir of a classifier's run, with its training file and queries."""
+    set_seed(0)
+    config = BertConfig(**SMALL, intermediate_size=32, num_labels=3)
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
+    rows = Dataset.from_list(ROWS)
+    data = rows.map(
+        lambda row: tokenizer(row["premise"], row["hypothesis"]),
+        remove_columns=["premise", "hypothesis"],
+    )
+    trainer = Trainer(
+        BertForSequenceClassification(config),
+        TrainingArguments(
+            str(directory / "out"),
+            num_train_epochs=2,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            save_strategy="epoch",
+            report_to=[],
+            use_cpu=True,
+        ),
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[GradientSketchCallback(out_size)],
+    )
+    trainer.train()
+    trainer.save_model(directory / "model")
+    (directory / "train.json").write_text("\n".join(map(json.dumps, ROWS)))
+    (directory / "queries.jsonl").write_text("\n".join(map(json.dumps, ROWS[:3])))
+    return directory
+
+
+def ask(directory, *options):
+    main(
+        [
+            "attribute",
+            str(directory / "out"),
+            f"--queries={directory / 'queries.jsonl'}",
+            f"--model={directory / 'model'}",
+            f"--train_file={directory / 'train.json'}",
+            *options,
+        ]
+    )
+    return load_attribution(directory / "out" / FILE)
+
+
+def test_the_command_gives_the_scores_of_the_library(classifier, capsys):
+    record = ask(classifier, "--top_k=2", "--bottom_k=1")
+    store = load_sketches(classifier / "out")
+    text_model = load_text_model(str(classifier / "model"))
+    inputs = tokenized(
+        Dataset.from_list(ROWS[:3]), text_model, ["premise", "hypothesis"]
+    )
+    queries = sketch_dataset(
+        text_model.model,
+        inputs,
+        store.model_sketch,
+        data_collator=text_model.collator,
+    )
+    sums = store.scores(queries, groups="example_id")
+    printed = capsys.readouterr().out
+    assert record.method == "dot"
+    for scores, query, row in zip(sums, record.queries, ROWS, strict=False):
+        best = scores.argsort(descending=True)[[0, 1, -1]].tolist()
+        assert [line["example_id"] for line in query.lines] == best
+        expected = [float(scores[place]) for place in best]
+        got = [line["score"] for line in query.lines]
+        assert got == pytest.approx(expected, rel=1e-5)
+        text = f"[{row['label']}] {row['premise']} ⇒ {row['hypothesis']}"
+        assert query.text == text
+        assert text in printed
+        chosen = ROWS[best[0]]
+        assert query.lines[0]["text"].endswith(chosen["hypothesis"])
+        assert query.tokens == []
+
+
+@pytest.mark.parametrize("method", ["cosine", "tracin", "preconditioned"])
+def test_the_command_takes_every_method(classifier, method):
+    options = ["--damping=0.5"] if method == "preconditioned" else []
+    record = ask(classifier, f"--method={method}", *options)
+    assert record.method.lower() == method
+    assert len(record.queries) == 3
+    assert len(record.queries[0].lines) == 10
+
+
+def test_influence_takes_the_last_spectrum_of_the_run(classifier):
+    sketch = load_sketches(classifier / "out").model_sketch
+    vectors = torch.linalg.qr(torch.randn(256, 3))[0].T.contiguous()
+    spectrum = made_of(VALUES, model_sketch=sketch, vectors=vectors)
+    save_spectrum(classifier / "out" / "curvature", spectrum)
+    record = ask(classifier, "--method=influence", "--damping=0.2")
+    assert record.method == "Influence"
+
+
+def test_bad_input_is_named(classifier, tmp_path):
+    with pytest.raises(ValueError, match=r"damping is for .* got it for 'dot': leave"):
+        ask(classifier, "--damping=1")
+    with pytest.raises(ValueError, match=r"method must be one of .*, got 'magic'"):
+        ask(classifier, "--method=magic")
+    store = str(classifier / "out")
+    with pytest.raises(ValueError, match="takes one store, got 2: join them with"):
+        main(["attribute", store, store, "--queries=q", "--model=m"])
+    with pytest.raises(
+        FileNotFoundError, match=r"there, got no file at .*nothing\.json"
+    ):
+        ask(classifier, f"--queries={tmp_path / 'nothing.json'}")
+    rows = Dataset.from_list([{"body": "text"}])
+    text_model = load_text_model(str(classifier / "model"))
+    with pytest.raises(ValueError, match=r"got \['body'\]: name those of the texts"):
+        text_columns(rows, "causal")
+    with pytest.raises(ValueError, match=r"have a column label, got \['body'\]: add"):
+        tokenized(rows, text_model, ["body"])
+    BertModel(BertConfig(**SMALL, intermediate_size=32)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"got BertModel in .*: sketch its queries in"):
+        load_text_model(str(tmp_path))
+
+
+def test_spectra_and_report_are_made_from_the_shell(classifier, capsys, tmp_path):
+    directory = str(classifier / "out")
+    save_spectrum(classifier / "out" / "curvature", made_of(VALUES))
+    main(["spectrum", directory, f"--plot={tmp_path / 'figure.svg'}"])
+    assert f"{float(made_of(VALUES).eigenvalues[-1]):.4g}" in capsys.readouterr().out
+    assert (tmp_path / "figure.svg").read_text().startswith("<?xml")
+    main(["report", directory])
+    assert "report.html" in capsys.readouterr().out
+    assert (classifier / "out" / "report.html").is_file()
+    with pytest.raises(ValueError, match="output_file is for one DIR, got 2: leave"):
+        main(["report", directory, directory, f"--output_file={tmp_path / 'a.html'}"])
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    """A tiny causal model with a tokenizer, and passages."""
+    directory = tmp_path_factory.mktemp("language")
+    set_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64
+    )
+    GPT2LMHeadModel(config).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    lines = [f"passage number {i} tells of the river and of the sea" for i in range(12)]
+    lines.insert(3, " = A heading = ")
+    with gzip.open(directory / "train.txt.gz", "wt") as file:
+        file.write("\n".join(lines))
+    (directory / "queries.txt").write_text("the sea tells of the river and of passages")
+    return directory
+
+
+@pytest.mark.slow
+def test_the_recipe_trains_asks_and_reports(language_model, tmp_path, capsys):
+    main(
+        [
+            "attribution",
+            f"--model_name_or_path={language_model / 'model'}",
+            f"--train_file={language_model / 'train.txt.gz'}",
+            f"--query_file={language_model / 'queries.txt'}",
+            f"--output_dir={tmp_path}",
+            "--min_words=8",
+            "--out_size=64",
+            "--num_train_epochs=2",
+            "--report_to=none",
+            "--use_cpu",
+            "--top_k=3",
+            "--bottom_k=2",
+            "--token_scores",
+        ]
+    )
+    store = load_sketches(tmp_path)
+    assert store.dataset.unique("example_id") is not None
+    assert sorted(store.dataset.unique("example_id")) == list(range(12))
+    record = load_attribution(tmp_path / FILE)
+    (query,) = record.queries
+    assert record.method == "tracin"
+    assert [line["rank"] for line in query.lines] == [0, 1, 2, -2, -1]
+    assert all("passage number" in line["text"] for line in query.lines)
+    mean = sum(loss for _, loss in query.tokens[1:]) / (len(query.tokens) - 1)
+    assert mean == pytest.approx(query.loss, rel=1e-4)
+    assert len(query.token_scores) == len(query.lines)
+    for line, parts in zip(query.lines, query.token_scores, strict=True):
+        assert len(parts) == len(query.tokens)
+        assert parts[0] == 0
+        assert sum(parts) == pytest.approx(line["score"], rel=1e-4)
+        assert max(map(abs, parts)) > 0
+    assert "report.html" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert "the sea tells" in page
+    sides = [line["score"] * (1 if line["rank"] >= 0 else -1) for line in query.lines]
+    shown = sum(score > 0 for score in sides)
+    assert page.count("which of the query's tokens") == shown > 0
+
+
+def test_scores_of_tokens_are_refused_where_there_are_none(classifier):
+    with pytest.raises(ValueError, match="of causal language models, got a classif"):
+        ask(classifier, "--token_scores")
+    store = load_sketches(classifier / "out")
+    with pytest.raises(ValueError, match="linear in the query, got cosine: take"):
+        record_attribution(store, store, [], method="cosine", token_sketches=[])
+
+
+def test_the_recipe_wants_a_causal_model_and_long_passages(classifier, language_model):
+    files = [f"--train_file={language_model / 'train.txt.gz'}"]
+    with pytest.raises(ValueError, match="language model, got a classification model"):
+        main(["attribution", f"--model_name_or_path={classifier / 'model'}", *files])
+    with pytest.raises(
+        ValueError, match="at least 99 words, got none in 13 rows: pass"
+    ):
+        main(
+            [
+                "attribution",
+                f"--model_name_or_path={language_model / 'model'}",
+                "--min_words=99",
+                *files,
+            ]
+        )

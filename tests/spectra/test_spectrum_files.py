@@ -1,0 +1,100 @@
+import dataclasses
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+from hf_sketch import CurvatureCheck, hessian_spectrum, load_spectra
+from hf_sketch.durable import read_sealed, write_sealed
+from hf_sketch.spectra.files import save_spectrum
+from tests.spectra.test_spectrum import Quadratic, assert_equal, made_of, sketched
+
+
+@pytest.mark.parametrize("check", [CurvatureCheck(None, 1 / 3), None])
+def test_what_is_saved_is_what_is_loaded(tmp_path, check):
+    model = Quadratic(torch.linspace(-1, 5, 64).tolist())
+    taken = hessian_spectrum(sketched(model, 16), 8, step=12, progress=False)
+    spectra = [
+        dataclasses.replace(taken, check=check),
+        made_of(kept=()),
+        made_of(step=0),
+    ]
+    spectra[1] = dataclasses.replace(spectra[1], step=7)
+    for spectrum in spectra:
+        path = save_spectrum(tmp_path / "curvature", spectrum)
+        assert path.name == f"step-{spectrum.step:08d}.json"
+    for place in (tmp_path, tmp_path / "curvature"):
+        loaded = load_spectra(place)
+        assert [spectrum.step for spectrum in loaded] == [0, 7, 12]
+        for spectrum, saved in zip(loaded, spectra[::-1], strict=True):
+            assert_equal(spectrum, saved)
+    assert sorted(p.suffix for p in (tmp_path / "curvature").iterdir()) == (
+        [".json"] * 3 + [".safetensors"] * 3
+    )
+
+
+def test_a_run_in_a_directory_called_curvature_is_found(tmp_path):
+    output_dir = tmp_path / "curvature"
+    save_spectrum(output_dir / "curvature", made_of())
+    assert len(load_spectra(output_dir)) == 1
+
+
+def test_the_json_file_can_be_read_by_anything(tmp_path):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    for spectrum in (made_of(), made_of(kept=()), made_of((-4.0, -2.0), (0, 0), ())):
+        path = save_spectrum(tmp_path, spectrum)
+        summary = json.loads(path.read_text(), parse_constant=refuse)["summary"]
+        assert summary["eigenvalues"] == spectrum.eigenvalues.tolist()
+        assert summary["outliers"] == spectrum.outliers
+
+
+def test_no_spectra_are_an_error_that_says_where(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no spectra at .*curvature: give the"):
+        load_spectra(tmp_path)
+
+
+def damage(path, start, end=None, instead=b""):
+    data = path.read_bytes()
+    path.write_bytes(data[:start] + instead + (data[end:] if end else b""))
+
+
+@pytest.mark.parametrize("ending", [".json", ".safetensors"])
+@pytest.mark.parametrize("change", [(-10,), (200, 201, b"\x01"), (0,)], ids=str)
+def test_damaged_files_are_told_from_whole_ones(tmp_path, ending, change):
+    path = save_spectrum(tmp_path / "curvature", made_of())
+    damage(path.with_suffix(ending), *change)
+    message = rf"step-00000003\{ending} must have the digest \w+.*got .*restore it"
+    with pytest.raises(ValueError, match=message):
+        load_spectra(tmp_path)
+
+
+def test_a_missing_half_is_told(tmp_path):
+    path = save_spectrum(tmp_path / "curvature", made_of())
+    path.with_suffix(".safetensors").unlink()
+    with pytest.raises(
+        ValueError, match="of 0 bytes: restore it, or move step-00000003"
+    ):
+        load_spectra(tmp_path)
+
+
+def test_another_version_is_told(tmp_path):
+    path = save_spectrum(tmp_path / "curvature", made_of())
+    content = read_sealed(path)
+    write_sealed(path, {"format_version": 2, "other": content["step"]})
+    message = (
+        "must have format_version 1, got 2: open it with the hf_sketch that wrote it"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_spectra(tmp_path)
+
+
+def test_files_half_written_are_no_spectra(tmp_path):
+    path = save_spectrum(tmp_path / "curvature", made_of())
+    path.with_name("step-00000009.safetensors").write_bytes(b"alone")
+    path.with_name("step-00000009.json.tmp").write_bytes(b"{")
+    steps = [spectrum.step for spectrum in load_spectra(tmp_path)]
+    assert all(one < other for one, other in pairwise([*steps, 9]))
+    assert steps == [3]

@@ -1,0 +1,31 @@
+"""A store that the first version of the format wrote opens in every later one."""
+
+from pathlib import Path
+
+import torch
+
+from hf_sketch import load_sketches
+from hf_sketch.store.blocks import sketch_matrix
+from hf_sketch.store.maintenance import find_problems
+from tests.store.test_store import SKETCH
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "sketches"
+
+
+def test_the_golden_store_is_whole_and_has_its_rows():
+    assert find_problems(GOLDEN) == []
+    store = load_sketches(GOLDEN)
+    assert store.model_sketch == SKETCH
+    rows = store.dataset.with_format("torch")[:]
+    assert rows["example_id"].tolist() == [100, 101, 200, 201, 300, 301]
+    assert rows["step"].tolist() == [1, 1, 2, 2, 3, 3]
+    assert rows["weight"].tolist() == [1.0] * 6
+    assert rows["learning_rate"].tolist() == [0.5] * 6
+    expected = torch.outer(rows["example_id"] + 1.0, torch.arange(4.0))
+    expected += rows["step"].unsqueeze(1)
+    # These whole numbers have 11 bits at most, and float16 keeps as many.
+    assert torch.equal(sketch_matrix(store.dataset), expected)
+    assert torch.equal(
+        sketch_matrix(store.steps), torch.arange(4.0) + torch.arange(1.0, 4.0)[:, None]
+    )
+    assert store.steps["clip_factor"][:] == [0.5] * 3

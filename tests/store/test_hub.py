@@ -1,0 +1,71 @@
+"""The Hub is a folder here: what is sent to it comes back."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset
+from huggingface_hub import HfApi
+
+from hf_sketch import GradientRows, hub, load_sketches
+from tests.store.test_maintenance import write
+from tests.store.test_store import SKETCH
+
+
+@pytest.fixture
+def repositories(tmp_path, monkeypatch):
+    """Repositories as folders, and the calls that were made."""
+    calls = []
+
+    def create_repo(self, repo_id, **options):
+        calls.append(("create", repo_id, options))
+
+    def upload_folder(self, *, repo_id, folder_path, path_in_repo, **options):
+        calls.append(("upload", repo_id, options))
+        target = tmp_path / "hub" / options["repo_type"] / repo_id / path_in_repo
+        shutil.copytree(folder_path, target)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}")
+
+    def download(repo_id, *, repo_type, **options):
+        calls.append(("download", repo_id, options))
+        return str(tmp_path / "hub" / repo_type / repo_id)
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def test_a_store_goes_to_the_hub_and_comes_back(tmp_path, repositories):
+    sketches = load_sketches(write(tmp_path / "sketches"))
+    url = sketches.push_to_hub("somebody/rows", private=True)
+    assert url == "https://hub/somebody/rows"
+    again = load_sketches("somebody/rows", revision="main")
+    assert again.dataset[:] == sketches.dataset[:]
+    assert again.model_sketch == sketches.model_sketch
+    assert [call[:2] for call in repositories] == [
+        ("create", "somebody/rows"),
+        ("upload", "somebody/rows"),
+        ("download", "somebody/rows"),
+    ]
+    assert repositories[0][2]["private"] is True
+    assert repositories[1][2]["repo_type"] == "dataset"
+    assert repositories[2][2]["revision"] == "main"
+
+
+def test_what_a_trainer_pushed_is_opened(tmp_path, repositories):
+    write(tmp_path / "hub" / "model" / "somebody" / "bert" / "sketches")
+    store = load_sketches("somebody/bert", repo_type="model")
+    assert len(store.dataset) == 6
+
+
+def test_a_local_directory_comes_first(tmp_path, repositories):
+    write(tmp_path / "some" / "run" / "sketches")
+    assert len(load_sketches("some/run").dataset) == 6
+    assert repositories == []
+
+
+def test_sketches_in_memory_are_not_pushed():
+    with pytest.raises(ValueError, match="got sketches in memory: pass those of load"):
+        GradientRows(SKETCH, Dataset.from_dict({})).push_to_hub("somebody/rows")

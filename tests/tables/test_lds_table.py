@@ -1,0 +1,182 @@
+import importlib.util
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from hf_sketch.attribution.evaluation import random_subsets, retrain_on_subsets
+from hf_sketch.recipes.tables.paper.exact_products import REST, exact_products
+from hf_sketch.recipes.tables.paper.saved_losses import SavedLosses
+from hf_sketch.recipes.tables.quality.lds import (
+    LdsArguments,
+    best_by_size,
+    kept,
+    run_lds,
+    settled,
+)
+from hf_sketch.recipes.tables.quality.lds_methods import Row, fisher_influence
+from hf_sketch.recipes.tables.quality.lds_tasks import Digits, Snli
+
+needs_digits = pytest.mark.skipif(
+    importlib.util.find_spec("sklearn") is None, reason="scikit-learn has the digits"
+)
+
+
+@needs_digits
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the other packages
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_study_of_digits_runs_and_saves(tmp_path, capsys):
+    results = run_lds(LdsArguments(str(tmp_path), tiny=True))
+    saved = json.loads((tmp_path / "lds_digits.json").read_text())
+    assert saved["results"] == results
+    methods = {line["method"] for line in results["lines"]}
+    ours = {"dot", "cosine", "preconditioned", "influence", "tracin"}
+    exact = {"exact dot", "exact cosine", "exact preconditioned"}
+    assert ours | exact <= methods
+    peers = {"traker": {"traker TRAK"}, "dattri": {"dattri TRAK", "dattri TracIn"}}
+    theirs = [peers[name] for name in results["peers"]]
+    assert methods == (ours | exact).union(*theirs)
+    assert all(-1 <= lds <= 1 for line in results["lines"] for lds in line["lds"])
+    printed = capsys.readouterr().out
+    assert "best at D = 128: " in printed
+    assert "% of exact" in printed
+
+
+@pytest.mark.slow
+def test_the_study_of_snli_runs_without_others_and_goes_on(tmp_path, capsys):
+    arguments = LdsArguments(str(tmp_path), task="snli", tiny=True)
+    results = run_lds(arguments)
+    assert not any("TRAK" in line["method"] for line in results["lines"])
+    assert "no other packages" in capsys.readouterr().out
+    losses = json.loads((tmp_path / "lds_snli_losses.json").read_text())["losses"]
+    assert len(losses) == 4
+    task = Snli(24, 3, 1, num_hidden_layers=1)
+    rows = random_subsets(4, 24)[2].nonzero().squeeze(1)
+    again = task.losses(task.train(rows, 0)[-1].model).tolist()
+    assert pytest.approx(again, rel=1e-5) == [*losses.values()][2]
+
+
+def test_settings_that_are_given_stay_those_of_a_smaller_task():
+    assert settled(LdsArguments(task="snli")).subsets == 30
+    assert settled(LdsArguments(task="snli", subsets=7)).subsets == 7
+    with pytest.raises(ValueError, match=r"digits or snli, got 'mnist': pass --task"):
+        settled(LdsArguments(task="mnist"))
+
+
+def test_an_interrupted_retraining_goes_on_where_it_stopped(tmp_path):
+    done: list[int] = []
+
+    def train(rows, seed):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(seed)
+        return rows.float()[:2] + seed
+
+    subsets = random_subsets(2, 8)
+    path = tmp_path / "losses.json"
+    with pytest.raises(KeyboardInterrupt):
+        retrain_on_subsets(SavedLosses(path, {"rows": 8}, train), subsets, seeds=2)
+    assert len(done) == 3
+    done[:] = done[:1]
+    found = retrain_on_subsets(SavedLosses(path, {"rows": 8}, train), subsets, 2)
+    assert len(done) == 2  # only the one that was missing
+    expected = torch.stack([s.nonzero().squeeze(1)[:2] + 0.5 for s in subsets])
+    assert torch.equal(found, expected.double())
+    with pytest.raises(ValueError, match=r"'rows': 9.*'rows': 8.*another --output_dir"):
+        SavedLosses(path, {"rows": 9}, train)
+
+
+def test_exact_influence_of_products_is_that_of_the_dense_matrix():
+    torch.manual_seed(0)
+    rows, queries = torch.randn(5, 9).double(), torch.randn(3, 9).double()
+    covariance = rows.T @ rows / 5
+    damped = covariance + 0.5 * covariance.trace() / 4 * torch.eye(9)
+    expected = queries @ torch.linalg.solve(damped, rows.T)
+    found = fisher_influence(queries @ rows.T, rows @ rows.T, 0.5, 4)
+    assert torch.allclose(found, expected)
+
+
+class Quadratic(nn.Module):
+    """Half the squared output: its gradient has a closed form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 2), nn.Linear(2, 1, bias=False)
+
+    def forward(self, x):
+        return {"loss": self.second(self.first(x)).square().mean() / 2}
+
+
+def test_products_of_parts_are_those_of_gradients_in_closed_form():
+    torch.manual_seed(0)
+    model = Quadratic().double()
+    rows, queries = torch.randn(6, 3).double(), torch.randn(2, 3).double()
+
+    def collate(examples):
+        return {"x": torch.stack(examples)}
+
+    found = exact_products(model, rows, queries, collate, {"head": "second."})
+
+    def gradient(x):
+        hidden = model.first(x)
+        output = model.second(hidden)
+        first = output * model.second.weight.T
+        return torch.cat([(first * x).flatten(), first.flatten()]), output * hidden
+
+    for part, name in enumerate((REST, "head")):
+        left = torch.stack([gradient(x)[part] for x in queries])
+        right = torch.stack([gradient(x)[part] for x in rows])
+        assert torch.allclose(found[name], left @ right.T)
+
+
+def test_what_is_kept_is_told_of_those_with_an_exact_counterpart():
+    found = {
+        Row("exact dot"): [0.5],
+        Row("exact preconditioned", None, 1.0): [0.8],
+        Row("dot", 8): [0.3, 0.2],
+        Row("preconditioned", 8, 1.0): [0.3],
+        Row("preconditioned", 16, 1.0): [0.6],
+        Row("dattri TRAK", 16, 0.0): [0.7],
+        Row("traker TRAK", 16, 0.0): [0.1],
+    }
+    parts = {row: round(part, 6) for row, part in kept(found).items()}
+    assert parts == {Row("dot", 8): 0.5, Row("preconditioned", 16, 1.0): 0.75}
+    assert best_by_size(found) == {
+        8: {"ours": Row("preconditioned", 8, 1.0)},
+        16: {
+            "ours": Row("preconditioned", 16, 1.0),
+            "others": Row("dattri TRAK", 16, 0.0),
+        },
+    }
+
+
+def test_digits_without_their_package_are_refused(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"none installed: call pip install"):
+        Digits(rows=4, queries=1, epochs=1)
+
+
+@needs_digits
+@pytest.mark.slow
+def test_packages_that_are_not_there_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_sketch.recipes.tables.quality.lds.installed", dict)
+    monkeypatch.setattr("hf_sketch.recipes.tables.quality.lds_peers.installed", dict)
+    results = run_lds(LdsArguments(str(tmp_path), tiny=True))
+    assert results["peers"] == {}
+    assert not any("TRAK" in line["method"] for line in results["lines"])
+
+
+@needs_digits
+def test_the_moments_of_a_training_are_those_of_shorter_ones():
+    task = Digits(rows=40, queries=4, epochs=2)
+    before, between, after = task.train(torch.arange(40), 0, epochs=(0, 1))
+    assert {m.learning_rate for m in (before, between, after)} == {0.1}
+    torch.manual_seed(0)
+    first = task.new_model().state_dict()
+    assert all(torch.equal(first[n], p) for n, p in before.model.state_dict().items())
+    once = Digits(rows=40, queries=4, epochs=1).train(torch.arange(40), 0)[-1]
+    assert torch.equal(task.losses(between.model), task.losses(once.model))
+    assert not torch.equal(task.losses(after.model), task.losses(between.model))
+    assert not set(map(str, task.rows)) & set(map(str, task.queries))

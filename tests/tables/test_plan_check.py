@@ -1,0 +1,29 @@
+import json
+
+import pytest
+
+from hf_sketch.recipes.tables.costs.plan_check import PlanCheckArguments, run_plan_check
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_plans_are_put_beside_measured_runs(tmp_path, capsys, model_type):
+    arguments = PlanCheckArguments(
+        output_dir=str(tmp_path), model_type=model_type, steps=4, tiny=True
+    )
+    results = run_plan_check(arguments)
+    saved = json.loads((tmp_path / f"plan_check_{model_type}.json").read_text())
+    assert saved["results"] == results
+    assert set(results) == {"tiny factored", "tiny blocked"}
+    for result in results.values():
+        planned, measured = result["planned"], result["measured"]
+        assert set(planned) <= set(measured)
+        for exact in ("row_bytes", "store_bytes"):
+            assert planned[exact] == pytest.approx(measured[exact], rel=0.05)
+        assert measured["extra_bytes"] > 0.75 * planned["extra_bytes"]
+        ratio = measured["sketch_median_seconds"] / measured["step_median_seconds"]
+        assert measured["sketch_to_step"] == pytest.approx(ratio)  # of one round
+        assert planned["sketch_to_step"] > 0
+    held = (results["tiny factored"][x]["extra_bytes"] for x in ("planned", "measured"))
+    assert next(held) == pytest.approx(next(held), rel=0.25)
+    assert "sketch_to_step" in capsys.readouterr().out
