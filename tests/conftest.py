@@ -1,5 +1,7 @@
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: each worker has one core
+
 import pytest
 import torch
 
