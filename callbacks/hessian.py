@@ -27,9 +27,9 @@ from hf_sketch.spectra.files import DIRECTORY, continue_spectra, save_spectrum
 from hf_sketch.spectra.sketched_hessian import SketchedHessian
 from hf_sketch.spectra.spectrum import Spectrum, hessian_spectrum
 
-from .curvature_batches import batches_of, kept_batches
 from .placement import check_processes
-from .shared_hessian import SharedHessian, own_batches
+from .spectra.batches import batches_of, kept_batches
+from .spectra.shared_hessian import SharedHessian, own_batches
 
 PAPER_STEPS = (0, 10, 50, 100, 150, 200, 250, 500)
 PAPER_EVERY = 1000

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -23,36 +22,14 @@ from hf_sketch import (
 from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
 from tests.callbacks.test_resume import rows_of
 from tests.conftest import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
-from tests.spectra.test_spectrum import assert_equal, made_of
-
-
-def spectra_callback(steps=(0, 3), **options):
-    """One that is quick."""
-    settings = {"batches": 2, "krylov_dim": 4, "out_size": 64, "keep_vectors": 4}
-    return HessianSpectrumCallback(steps, **{**settings, **options})
-
-
-def train(tmp_path, *callbacks, resume=None, **arguments):
-    trainer = tiny_trainer(tmp_path, *callbacks, **arguments)
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def losses(trainer):
-    """What training and evaluation logged, without times."""
-    names = ("loss", "eval_loss", "grad_norm", "learning_rate", "step", "epoch")
-    entries = [{n: e.get(n) for n in names} for e in trainer.state.log_history]
-    return [e for e in entries if e["loss"] or e["eval_loss"]]
-
-
-def assert_trained_alike(one, other):
-    assert losses(one) == losses(other)
-    weights, others = one.model.state_dict(), other.model.state_dict()
-    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
-
-
-def steps_of(output_dir):
-    return [spectrum.step for spectrum in load_spectra(output_dir)]
+from tests.helpers.hessian_training import (
+    assert_trained_alike,
+    spectra_callback,
+    steps_of,
+    stored_batches,
+    train,
+)
+from tests.helpers.spectra import assert_equal, made_of
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +98,6 @@ def test_rows_of_the_gradient_callback_are_the_same_beside_it(tmp_path, first, m
     assert_trained_alike(alone, trainer)
     assert rows_of(tmp_path / "alone") == rows_of(tmp_path / "both")
     assert steps_of(tmp_path / "both") == [0, 1, 2]
-
-
-def stored_batches(directory):
-    stored = load_file(directory / "curvature" / "batches.safetensors")
-    batches = {}
-    for name, tensor in sorted(stored.items()):
-        batches.setdefault(name[:6], {})[name[7:]] = tensor
-    return list(batches.values())
 
 
 def test_spectra_are_of_the_model_at_their_step_on_batches_of_the_training_set(watched):

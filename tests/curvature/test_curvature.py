@@ -1,7 +1,6 @@
 import pytest
 import torch
 from torch.func import functional_call
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_sketch import (
@@ -11,6 +10,13 @@ from hf_sketch import (
     ModelSketch,
     SketchedHessian,
     hessian_vector_product,
+)
+from tests.helpers.curvature_oracles import (
+    cross_entropy,
+    flat,
+    relative,
+    theta_of,
+    unflat,
 )
 from tests.helpers.tiny_models import DoublePrecision, tiny_inputs, tiny_model
 
@@ -36,23 +42,6 @@ def micro_inputs(name, seed=1):
     return batch
 
 
-def flat(vector):
-    return torch.cat([part.reshape(-1) for part in vector.values()])
-
-
-def unflat(model, x):
-    parameters = dict(model.named_parameters())
-    parts = x.split([p.numel() for p in parameters.values()])
-    return {
-        n: part.view_as(p).to(p)
-        for (n, p), part in zip(parameters.items(), parts, strict=True)
-    }
-
-
-def theta_of(model):
-    return flat({n: p.detach() for n, p in model.named_parameters()})
-
-
 def function_of(model, batches, loss_of):
     """A function of the batches' outputs, as one of the parameters end to end."""
 
@@ -75,10 +64,6 @@ def exact_product(model, batches, loss_of, v):
     with sdpa_kernel(SDPBackend.MATH):
         function = function_of(model, batches, loss_of)
         return torch.autograd.functional.hvp(function, theta_of(model), v)[1]
-
-
-def relative(got, wanted):
-    return float((got - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.slow
@@ -110,20 +95,6 @@ def test_finite_differences_in_float32_are_near_the_exact_product(name):
     assert relative(flat(got).double(), flat(exact)) < 2e-3
     streamed = SketchedHessian(single, sketch) @ torch.ones(64)
     assert relative(streamed.double(), sketch.sketch(exact)) < 2e-3
-
-
-def cross_entropy(outputs, batches, shift):
-    """Sum over all tokens with labels, and how many there are."""
-    total = count = 0
-    for output, batch in zip(outputs, batches, strict=True):
-        logits, labels = output.logits, batch["labels"]
-        if shift:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        total += functional.cross_entropy(
-            logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum"
-        )
-        count += int((labels != -100).sum())
-    return total, count
 
 
 @pytest.mark.slow

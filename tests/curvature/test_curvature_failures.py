@@ -12,7 +12,6 @@ from hf_sketch import (
     hessian_spectrum,
     hessian_vector_product,
 )
-from tests.curvature.test_curvature import flat, relative
 from tests.helpers.curvature_oracles import (
     AUTOGRAD,
     BOTH,
@@ -20,7 +19,9 @@ from tests.helpers.curvature_oracles import (
     Head,
     direction,
     exact,
+    flat,
     head_batch,
+    relative,
 )
 from tests.helpers.tiny_models import tiny_inputs, tiny_model
 

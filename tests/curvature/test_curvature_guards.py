@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from hf_sketch import GaussNewtonOperator, HessianOperator, ModelSketch, SketchedHessian
-from tests.curvature.test_curvature import flat, relative
 from tests.helpers.curvature_oracles import (
     AUTOGRAD,
     BOTH,
@@ -26,7 +25,9 @@ from tests.helpers.curvature_oracles import (
     assert_right,
     direction,
     exact,
+    flat,
     head_batch,
+    relative,
     trainable,
 )
 from tests.helpers.tiny_models import tiny_inputs, tiny_model

@@ -11,7 +11,6 @@ from hf_sketch import (
     SketchedHessian,
     hessian_spectrum,
 )
-from tests.curvature.test_curvature import flat, relative
 from tests.helpers.curvature_oracles import (
     AUTOGRAD,
     BOTH,
@@ -20,6 +19,8 @@ from tests.helpers.curvature_oracles import (
     assert_right,
     direction,
     exact,
+    flat,
+    relative,
     trainable,
 )
 from tests.helpers.tiny_models import tiny_inputs, tiny_model

@@ -9,12 +9,32 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_sketch import HessianOperator
-from tests.curvature.test_curvature import flat, relative
 from tests.helpers.tiny_models import DoublePrecision
 
 AUTOGRAD, FINITE = "autograd", "finite_difference"
 BOTH = pytest.mark.parametrize("mode", [AUTOGRAD, FINITE])
 TOLERANCE = {AUTOGRAD: 1e-5, FINITE: 5e-3}  # in float32
+
+
+def relative(got, wanted):
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def flat(vector):
+    return torch.cat([part.reshape(-1) for part in vector.values()])
+
+
+def unflat(model, x):
+    parameters = dict(model.named_parameters())
+    parts = x.split([p.numel() for p in parameters.values()])
+    return {
+        n: part.view_as(p).to(p)
+        for (n, p), part in zip(parameters.items(), parts, strict=True)
+    }
+
+
+def theta_of(model):
+    return flat({n: p.detach() for n, p in model.named_parameters()})
 
 
 def trainable(model):
@@ -49,6 +69,20 @@ def exact(model, batches, vector, loss_of=mean_of_losses):
     with DoublePrecision(), sdpa_kernel(SDPBackend.MATH):
         products = torch.autograd.functional.hvp(loss, theta, vectors)[1]
     return torch.cat([part.flatten() for part in products])
+
+
+def cross_entropy(outputs, batches, shift):
+    """Sum over all tokens with labels, and how many there are."""
+    total = count = 0
+    for output, batch in zip(outputs, batches, strict=True):
+        logits, labels = output.logits, batch["labels"]
+        if shift:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        total += nn.functional.cross_entropy(
+            logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum"
+        )
+        count += int((labels != -100).sum())
+    return total, count
 
 
 def assert_right(model, batch, mode, **options):

@@ -29,7 +29,7 @@ from hf_sketch.cli import main
 from hf_sketch.recipes.demo import embedded_model_path
 from hf_sketch.recipes.texts.text_rows import load_text_model, text_columns, tokenized
 from hf_sketch.spectra.files import save_spectrum
-from tests.spectra.test_spectrum import VALUES, made_of
+from tests.helpers.spectra import VALUES, made_of
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 ROWS = [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.spectra.test_spectrum import VALUES, WIDE, made_of
+from tests.helpers.spectra import VALUES, WIDE, made_of
 
 pytest.importorskip("matplotlib")
 

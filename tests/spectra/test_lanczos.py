@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_sketch import lanczos, lanczos_basis
+import hf_sketch.spectra.basis as lanczos_basis
+from hf_sketch import lanczos
+from tests.helpers.lanczos_runs import SIZE, assert_same_bits, run
 from tests.helpers.symmetric import Diagonal, Matrix, goe, normals, with_eigenvalues
 
-SIZE = 120
 EVEN = torch.linspace(-1, 2, SIZE).double()
 SPECTRA = {
     "even": EVEN,
@@ -15,19 +16,8 @@ SPECTRA = {
     "outliers": torch.cat([EVEN[:-3] * 1e-4, torch.tensor([-5.0, 70.0, 1000.0])]),
     "ill-conditioned": torch.logspace(-8, 3, SIZE).double(),
 }
-FIELDS = ("alphas", "betas", "eigenvalues", "residuals", "weights", "rotation")
 
 each_spectrum = pytest.mark.parametrize("name", SPECTRA)
-
-
-def run(operator, steps, **arguments):
-    return lanczos(operator, steps, progress=False, **arguments)
-
-
-def assert_same_bits(left, right):
-    for name in FIELDS:
-        assert torch.equal(getattr(left, name), getattr(right, name)), name
-    assert torch.equal(left.basis.rows, right.basis.rows)
 
 
 @each_spectrum

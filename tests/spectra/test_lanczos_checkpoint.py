@@ -10,22 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_sketch import lanczos_basis, lanczos_checkpoint
+import hf_sketch.spectra.basis as lanczos_basis
+import hf_sketch.spectra.checkpoint as lanczos_checkpoint
 from hf_sketch.durable import read_sealed, write_sealed
 from hf_sketch.spectra.checkpoint import ROWS, STATE
+from tests.helpers.lanczos_runs import SIZE, STEPS, assert_same_bits, operator, run
 from tests.helpers.symmetric import Diagonal, Matrix, goe, normals
-from tests.spectra.test_lanczos import SIZE, assert_same_bits, run
-
-STEPS = 24
 
 
 @pytest.fixture
 def directory(tmp_path):
     return tmp_path / "a" / "checkpoint"
-
-
-def operator(**arguments):
-    return Matrix(goe(SIZE), **arguments)
 
 
 def killed_at(step, directory, copy, **arguments):
@@ -252,21 +247,9 @@ def test_the_state_is_what_its_class_says(directory):
     }
 
 
-def run_and_die(directory, step):
-    """Kills this process at a product."""
-
-    def die(v):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    dying = operator(spoilt_product=step, spoil=die)
-    run(dying, STEPS, checkpoint=directory, checkpoint_every=3)
-
-
 @pytest.mark.slow
 def test_kill_9_loses_only_the_steps_since_the_last_saving(directory):
-    command = (
-        "import sys; from tests.spectra.test_lanczos_checkpoint import run_and_die; "
-    )
+    command = "import sys; from tests.helpers.lanczos_runs import run_and_die; "
     command += "run_and_die(sys.argv[1], 12)"
     died = subprocess.run(
         [sys.executable, "-c", command, str(directory)],

@@ -8,7 +8,7 @@ import torch
 from hf_sketch import CurvatureCheck, hessian_spectrum, load_spectra
 from hf_sketch.durable import read_sealed, write_sealed
 from hf_sketch.spectra.files import save_spectrum
-from tests.spectra.test_spectrum import Quadratic, assert_equal, made_of, sketched
+from tests.helpers.spectra import Quadratic, assert_equal, made_of, sketched
 
 
 @pytest.mark.parametrize("check", [CurvatureCheck(None, 1 / 3), None])

@@ -16,15 +16,15 @@ from transformers import (
 )
 
 from hf_sketch import load_spectra
-from hf_sketch.callbacks.curvature_batches import draw_batches, tensors_of
-from tests.callbacks.test_hessian_callback import (
+from hf_sketch.callbacks.spectra.batches import draw_batches, tensors_of
+from tests.conftest import VOCABULARY, Interrupt, tiny_dataset, tiny_trainer
+from tests.helpers.curvature_oracles import cross_entropy
+from tests.helpers.hessian_training import (
     assert_trained_alike,
     spectra_callback,
     steps_of,
     stored_batches,
 )
-from tests.conftest import VOCABULARY, Interrupt, tiny_dataset, tiny_trainer
-from tests.curvature.test_curvature import cross_entropy
 from tests.helpers.tiny_models import tiny_inputs, tiny_model
 
 FIRST = {"max_steps": 3, "save_strategy": "no"}

@@ -1,0 +1,1 @@
+"""What the Hessian callback needs: its batches, and one Hessian over processes."""
