@@ -83,9 +83,8 @@ class ExampleRecorder:
         ids = None if self._ids is None else self._ids.next_batch()
         if not self._sketcher.recording:
             return
-        inputs = self._sketcher.inputs
         batch = self._sketcher.take(loss_scale)
-        split = self._sketcher.split_of(inputs)
+        split, inputs = batch.examples, batch.inputs
         if ids is None:
             ids = content_ids(inputs, split, self._sketcher.main_input)
         if len(ids) != split.size:
@@ -104,8 +103,12 @@ class ExampleRecorder:
         kept = [place for place, example in enumerate(ids) if example is not None]
         if kept:  # those whose turn it is
             if len(kept) < len(ids):
-                parts = batch.rows, batch.losses, batch.weights
-                batch = ExampleBatch(*(part[kept] for part in parts))
+                batch = replace(
+                    batch,
+                    rows=batch.rows[kept],
+                    losses=batch.losses[kept],
+                    weights=batch.weights[kept],
+                )
             own = [ids[place] for place in kept]
             rows.append(PER_EXAMPLE, _columns(moment, self._rank, own, batch))
         if len(self._step_inputs) < _MEASURED_EXAMPLES:

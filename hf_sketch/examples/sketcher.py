@@ -28,9 +28,11 @@ ExampleLossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 
 @dataclass(frozen=True)
 class ExampleBatch:
-    """Sketched gradients of the examples of one batch.
+    """A batch, with the sketched gradients of its examples.
 
     Args:
+        examples: how the batch divides into examples.
+        inputs: what the model was called with.
         rows: (b, out_size), row i the sketch of the gradient of losses[i].
         losses: (b,), each example's own loss; NaN where the loss is computed outside of
             the model, and a row is b times the gradient of the example's share of it.
@@ -38,6 +40,8 @@ class ExampleBatch:
             of weights[i] * rows[i] is the sketch of the batch's gradient.
     """
 
+    examples: ExampleSplit
+    inputs: Mapping[str, Any]
     rows: Tensor
     losses: Tensor
     weights: Tensor
@@ -137,11 +141,15 @@ class ExampleSketcher:
         if losses is None or scale is None:
             size = batch.split.size
             shares = torch.full((size,), 1 / size, dtype=rows.dtype, device=rows.device)
-            return ExampleBatch(rows * (size / loss_scale), shares * torch.nan, shares)
+            rows = rows * (size / loss_scale)
+            none = shares * torch.nan
+            return ExampleBatch(batch.split, batch.inputs, rows, none, shares)
         weights = losses.weights * scale.to(losses.weights)
         scaled = rows / weights.to(rows).unsqueeze(1)
         rows = torch.where(weights.unsqueeze(1) == 0, rows, scaled)
-        return ExampleBatch(rows, losses.losses, weights / loss_scale)
+        return ExampleBatch(
+            batch.split, batch.inputs, rows, losses.losses, weights / loss_scale
+        )
 
     def sketch(
         self,
@@ -186,11 +194,6 @@ class ExampleSketcher:
     def main_input(self) -> str:
         """The name of the model's first input."""
         return getattr(self.model, "main_input_name", "input_ids")
-
-    @property
-    def inputs(self) -> Mapping[str, Any]:
-        """What the model was called with for the batch that is taken next."""
-        return {} if self._batch is None else self._batch.inputs
 
     @contextmanager
     def paused(self) -> Generator[None]:
