@@ -8,7 +8,7 @@ from datasets import Dataset
 from hf_sketch import GradientRows, ModelSketch, load_sketches, sketch_dataset
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.store.rows import features
-from tests.conftest import tiny_bert, tiny_dataset, tiny_trainer
+from tests.helpers.training import tiny_bert, tiny_dataset, tiny_trainer
 
 SKETCH = ModelSketch((("weight", (8, 4)),), 4)
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from hf_sketch import Influence, ModelSketch, Preconditioned, Spectrum, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from tests.attribution.test_attribution import SKETCH, random_rows, sketches_of
-from tests.conftest import tiny_bert, tiny_trainer
+from tests.helpers.training import tiny_bert, tiny_trainer
 
 
 def dense(matrix):

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.examples.sums import GradientSums
-from tests.conftest import tiny_trainer
+from tests.helpers.training import tiny_trainer
 
 SIZE = 64
 

@@ -4,7 +4,7 @@ from transformers import TrainerCallback
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from tests.conftest import tiny_bert, tiny_dataset, tiny_trainer
+from tests.helpers.training import tiny_bert, tiny_dataset, tiny_trainer
 
 SIZE = 256
 

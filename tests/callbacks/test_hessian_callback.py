@@ -21,7 +21,6 @@ from hf_sketch import (
 )
 from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
 from tests.callbacks.test_resume import rows_of
-from tests.conftest import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
 from tests.helpers.hessian_training import (
     assert_trained_alike,
     spectra_callback,
@@ -30,6 +29,7 @@ from tests.helpers.hessian_training import (
     train,
 )
 from tests.helpers.spectra import assert_equal, made_of
+from tests.helpers.training import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
 
 
 @pytest.fixture(scope="module")

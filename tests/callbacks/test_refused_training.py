@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 import hf_sketch.callbacks.placement as processes_module
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from tests.conftest import tiny_bert, tiny_trainer
+from tests.helpers.training import tiny_bert, tiny_trainer
 
 SIZE = 256
 

@@ -3,7 +3,7 @@ import torch
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from tests.conftest import Interrupt, tiny_trainer
+from tests.helpers.training import Interrupt, tiny_trainer
 
 SIZE = 64
 

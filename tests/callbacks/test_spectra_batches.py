@@ -17,7 +17,6 @@ from transformers import (
 
 from hf_sketch import load_spectra
 from hf_sketch.callbacks.spectra.batches import draw_batches, tensors_of
-from tests.conftest import VOCABULARY, Interrupt, tiny_dataset, tiny_trainer
 from tests.helpers.curvature_oracles import cross_entropy
 from tests.helpers.hessian_training import (
     assert_trained_alike,
@@ -26,6 +25,7 @@ from tests.helpers.hessian_training import (
     stored_batches,
 )
 from tests.helpers.tiny_models import tiny_inputs, tiny_model
+from tests.helpers.training import VOCABULARY, Interrupt, tiny_dataset, tiny_trainer
 
 FIRST = {"max_steps": 3, "save_strategy": "no"}
 

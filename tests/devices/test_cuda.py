@@ -24,13 +24,13 @@ from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
 from hf_sketch.callbacks.recording.sink import HeldRows
 from hf_sketch.sketches.transforms.random import CounterRandom
 from hf_sketch.sketches.transforms.signs import flip, sign_masks
-from tests.conftest import tiny_batch, tiny_bert, tiny_trainer
 from tests.helpers.device_oracles import (
     WITHOUT_DROPOUT,
     assert_same_operator_on,
     random,
     subspace_steps,
 )
+from tests.helpers.training import tiny_batch, tiny_bert, tiny_trainer
 
 pytestmark = [
     pytest.mark.gpu,

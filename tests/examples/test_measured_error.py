@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_sketch import ExampleSketcher, ModelSketch, load_sketches, measured_error
 from hf_sketch.callbacks import GradientSketchCallback
-from tests.conftest import tiny_batch, tiny_bert, tiny_trainer
+from tests.helpers.training import tiny_batch, tiny_bert, tiny_trainer
 
 SIZE = 64
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_sketch import ExampleSketcher, ModelSketch
 from hf_sketch.examples.sketcher import field_of
-from tests.conftest import tiny_batch, tiny_bert
+from tests.helpers.training import tiny_batch, tiny_bert
 
 
 @pytest.fixture(params=["blocked", "factored", "flat"])

@@ -11,8 +11,8 @@ from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.callbacks.recording.position import Position
 from hf_sketch.callbacks.recording.steps import StepRecorder
 from hf_sketch.examples.losses import example_losses
-from tests.conftest import tiny_batch, tiny_bert, tiny_trainer
 from tests.helpers.tiny_models import NAMES, tiny_inputs, tiny_model
+from tests.helpers.training import tiny_batch, tiny_bert, tiny_trainer
 
 SIZE = 256
 

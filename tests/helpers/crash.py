@@ -24,7 +24,7 @@ from transformers.utils import logging
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.store.maintenance import find_problems
-from tests.conftest import tiny_dataset, tiny_trainer
+from tests.helpers.training import tiny_dataset, tiny_trainer
 
 _CALLS = ("replace", "fsync")
 _MOST_KILLS_A_RUN = 4

@@ -21,9 +21,9 @@ from hf_sketch import SubspaceConfig
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.examples.sums import GradientSums
 from hf_sketch.processes import reduced
-from tests.callbacks.test_training_matrix import Pad, text_dataset, undropped
-from tests.conftest import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
 from tests.helpers.launching import run_scenarios
+from tests.helpers.text_training import Pad, text_dataset, undropped
+from tests.helpers.training import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
 
 SIZE = 64
 GLOBAL_BATCH = 4

@@ -12,10 +12,10 @@ from transformers import TrainerCallback
 import hf_sketch.spectra.files as spectrum_files
 from hf_sketch import SubspaceConfig
 from hf_sketch.callbacks import HessianSpectrumCallback, IntrinsicDimensionCallback
-from tests.callbacks.test_training_matrix import Pad, text_dataset, undropped
-from tests.conftest import Interrupt, tiny_dataset
 from tests.helpers.distributed_training import even, leave, train, trainer_of
 from tests.helpers.launching import run_scenarios
+from tests.helpers.text_training import Pad, text_dataset, undropped
+from tests.helpers.training import Interrupt, tiny_dataset
 
 MODULE = "tests.helpers.joint_training"
 STEPS = (0, 2, 3)

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.callbacks.placement import check_processes
-from tests.callbacks.test_training_matrix import Pad, text_dataset, undropped
-from tests.conftest import TINY_TRAINING
 from tests.helpers.distributed_training import GLOBAL_BATCH, SIZE, leave
 from tests.helpers.launching import run_scenarios
+from tests.helpers.text_training import Pad, text_dataset, undropped
+from tests.helpers.training import TINY_TRAINING
 
 TRAINING = {
     **TINY_TRAINING,

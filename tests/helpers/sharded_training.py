@@ -28,7 +28,6 @@ from hf_sketch import (
 from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
 from hf_sketch.callbacks.recording.steps import StepRecorder
 from hf_sketch.recipes.tables.measure import peak_extra_bytes
-from tests.conftest import TINY_TRAINING, tiny_batch, tiny_bert, tiny_dataset
 from tests.helpers.distributed_training import (
     GLOBAL_BATCH,
     SIZE,
@@ -38,6 +37,7 @@ from tests.helpers.distributed_training import (
 )
 from tests.helpers.launching import run_scenarios
 from tests.helpers.tiny_models import NAMES, tiny_inputs, tiny_model
+from tests.helpers.training import TINY_TRAINING, tiny_batch, tiny_bert, tiny_dataset
 
 GREATEST = (2**16, 128)  # the shape of a model's one great parameter
 FSDP2 = {

@@ -10,7 +10,7 @@ from torch import nn
 from hf_sketch import QK, ModelSketch
 from hf_sketch.recipes.tables.measure import peak_extra_bytes
 from hf_sketch.sketches.by_name import OPERATORS
-from tests.conftest import tiny_bert
+from tests.helpers.training import tiny_bert
 
 
 @pytest.fixture(params=["blocked", "factored", "flat"])
@@ -115,7 +115,7 @@ def test_another_process_computes_the_same_bits(layout):
     script = (
         "import torch\n"
         "from hf_sketch import ModelSketch\n"
-        "from tests.conftest import tiny_bert\n"
+        "from tests.helpers.training import tiny_bert\n"
         "model = tiny_bert()\n"
         f"sketch = ModelSketch.from_model(model, 64, {layout!r})\n"
         "print(sketch.sketch(dict(model.named_parameters())).tolist())\n"

@@ -15,11 +15,11 @@ from hf_sketch import (
     hessian_spectrum,
     load_spectra,
 )
-from tests.callbacks.test_training_matrix import undropped
-from tests.conftest import tiny_bert
 from tests.helpers.hessian_training import stored_batches
 from tests.helpers.joint_training import MODULE, STEPS
 from tests.helpers.launching import TORCHRUN, launch, run_together, told
+from tests.helpers.text_training import undropped
+from tests.helpers.training import tiny_bert
 
 IN_TWO = ("plain", "spectra", "weighted", "differences", "unlabelled", "resumed")
 IN_TWO += ("failing", "unwritable", "unlike")

@@ -13,10 +13,10 @@ from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.store.header import Header, read_manifests
 from hf_sketch.store.writer import SketchWriter
-from tests.callbacks.test_training_matrix import Pad, text_dataset, train, undropped
-from tests.conftest import Interrupt, tiny_dataset, tiny_trainer
 from tests.helpers.distributed_training import GLOBAL_BATCH, SIZE, even
 from tests.helpers.launching import ACCELERATE, TORCHRUN, launch, run_together, told
+from tests.helpers.text_training import Pad, text_dataset, train, undropped
+from tests.helpers.training import Interrupt, tiny_dataset, tiny_trainer
 from tests.store.test_store import SKETCH, step_row
 
 IN_TWO = ("plain", "watched", "interrupted", "divides", "padded", "left", "grouped")

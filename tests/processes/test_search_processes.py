@@ -8,9 +8,9 @@ import torch
 
 from hf_sketch import load_dimension_search
 from hf_sketch.callbacks import IntrinsicDimensionCallback
-from tests.conftest import tiny_trainer
 from tests.helpers.joint_training import HEAD, HEADED, MODULE, SEARCH, search_settings
 from tests.helpers.launching import TORCHRUN, launch, run_together, told
+from tests.helpers.training import tiny_trainer
 
 IN_TWO = ("search", "search_with_a_head", "search_resumed", "search_unwritable")
 IN_TWO += ("search_refused",)

@@ -11,15 +11,15 @@ import torch
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from tests.callbacks.test_training_matrix import Pad, undropped
-from tests.callbacks.test_training_matrix import train as trained
-from tests.conftest import tiny_dataset, tiny_trainer
 from tests.helpers.distributed_training import SIZE, even
 from tests.helpers.launching import TORCHRUN, launch, told
 from tests.helpers.loaded_training import TRAINING as LOADED
 from tests.helpers.loaded_training import even_dataset
 from tests.helpers.sharded_training import GREATEST, IN_MANY_UNITS
+from tests.helpers.text_training import Pad, undropped
+from tests.helpers.text_training import train as trained
 from tests.helpers.tiny_models import NAMES
+from tests.helpers.training import tiny_dataset, tiny_trainer
 from tests.processes.test_processes import assert_same_rows, columns, in_order
 
 MODULE = "tests.helpers.sharded_training"

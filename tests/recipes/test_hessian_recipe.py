@@ -24,8 +24,8 @@ from hf_sketch.recipes.texts.data_files import read_data_file
 from hf_sketch.recipes.texts.snli_data import load_snli
 from hf_sketch.recipes.texts.xsum_data import load_short_documents, load_xsum
 from hf_sketch.recipes.timed_spectra import TimedSpectra
-from tests.conftest import tiny_trainer
 from tests.helpers.tiny_models import tiny_model
+from tests.helpers.training import tiny_trainer
 from tests.tables.test_operator_tables import make_absent
 
 PAIRS = [
