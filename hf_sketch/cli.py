@@ -1,265 +1,178 @@
-"""The command `hf-sketch`."""
+"""Record, maintain and query gradient sketches: the command `hf-sketch`."""
 
 import argparse
 import importlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib.metadata import version
 from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_sketch.attribution.loading import load_sketches
-from hf_sketch.processes import (
-    end_group,
-)
-from hf_sketch.recipes.attribute import (  # pyright: ignore[reportMissingImports]
-    AttributeArguments,
-    run_attribute,
-)
-from hf_sketch.recipes.demo import (  # pyright: ignore[reportMissingImports]
-    DemoArguments,
-    run_demo,
-)
-from hf_sketch.recipes.hessian import (  # pyright: ignore[reportMissingImports]
-    HessianArguments,
-    HessianTrainingArguments,
-    run_hessian,
-)
-from hf_sketch.recipes.plan import PlanArguments, run_plan  # pyright: ignore[reportMissingImports]
-from hf_sketch.recipes.snli import (  # pyright: ignore[reportMissingImports]
-    SnliArguments,
-    SnliTrainingArguments,
-    run_snli,
-)
-from hf_sketch.recipes.spectrum_report import (  # pyright: ignore[reportMissingImports]
-    print_spectra,
-)
-from hf_sketch.recipes.wikitext import (  # pyright: ignore[reportMissingImports]
-    AttributionArguments,
-    AttributionTrainingArguments,
-    run_attribution,
-)
-from hf_sketch.recipes.xsum import (  # pyright: ignore[reportMissingImports]
-    XsumArguments,
-    XsumTrainingArguments,
-    run_xsum,
-)
-from hf_sketch.report.page import write_report
-from hf_sketch.spectra.files import load_spectra
-from hf_sketch.store.export import export_sketches
-from hf_sketch.store.hub import store_directory
-from hf_sketch.store.maintenance import describe, find_problems, merge, repair
-from hf_sketch.store.remote import is_remote
-
-
-@dataclass
-class InfoArguments:
-    """Tell what is in a store."""
-
-
-@dataclass
-class VerifyArguments:
-    """Compare every byte of a store with its digest; exit with 1 if one differs."""
-
-
-@dataclass
-class RepairArguments:
-    """Set damaged files of a store aside, so that it opens again."""
-
-
-@dataclass
-class MergeArguments:
-    """Copy stores of one map, as of several machines, into one."""
-
-    output_dir: str = field(metadata={"help": "The new store; must not be there."})
-
-
-@dataclass
-class ExportArguments:
-    """Copy the rows of a store to files of another format."""
-
-    to: str = field(metadata={"help": "parquet, npy or safetensors."})
-    output_dir: str = field(metadata={"help": "A new directory for the files."})
-
-
-@dataclass
-class SpectrumArguments:
-    """Print the Hessian's spectra that a run recorded, and draw them if asked."""
-
-    plot: str | None = field(
-        default=None,
-        metadata={"help": "A .svg, .png or .pdf file for RNEG and R(n), as Figure 2."},
-    )
-
-
-@dataclass
-class ReportArguments:
-    """Write one HTML page of all that was recorded: it opens without a network.
-
-    It shows the sketches, what hf-sketch attribute answered, spectra and the search for
-    the intrinsic dimension, each if it is there.
-    """
-
-    output_file: str | None = field(
-        default=None, metadata={"help": "The page; by default DIR/report.html."}
-    )
-
-
-def run_info(arguments: InfoArguments, directories: list[str]) -> None:
-    """Print what is in each store."""
-    for directory in directories:
-        print(describe(store_directory(directory)))
-
-
-def run_verify(arguments: VerifyArguments, directories: list[str]) -> None:
-    """Print what is wrong with each store."""
-    problems = [p for d in directories for p in find_problems(store_directory(d))]
-    print("\n".join(problems) or "nothing differs from what was written")
-    if problems:
-        raise SystemExit(1)
-
-
-def run_repair(arguments: RepairArguments, directories: list[str]) -> None:
-    """Mend each store and print how."""
-    if remote := [directory for directory in directories if is_remote(directory)]:
-        raise ValueError(
-            f"repair takes directories, got {remote}: mend a copy of it, and put that "
-            "in its place."
-        )
-    done = [line for d in directories for line in repair(store_directory(d))]
-    print("\n".join(done) or "there was nothing to mend")
-
-
-def run_merge(arguments: MergeArguments, directories: list[str]) -> None:
-    """Join the stores and print what came out."""
-    output = Path(arguments.output_dir)
-    merge([store_directory(directory) for directory in directories], output)
-    print(describe(output))
-
-
-def run_export(arguments: ExportArguments, directories: list[str]) -> None:
-    """Export the store and print the files."""
-    if len(directories) != 1:
-        raise ValueError(
-            f"export takes one store, got {len(directories)}: join them with hf-sketch "
-            "merge."
-        )
-    sketches = load_sketches(directories[0])
-    for path in export_sketches(sketches, arguments.to, Path(arguments.output_dir)):
-        print(path)
-
-
-def run_spectrum(arguments: SpectrumArguments, directories: list[str]) -> None:
-    """Print the spectra of each run, and draw all of them in one picture."""
-    spectra = {directory: load_spectra(directory) for directory in directories}
-    for directory, found in spectra.items():
-        print(directory)
-        print_spectra(found)
-    if arguments.plot is not None:
-        plots = importlib.import_module("hf_sketch.report.plots")
-        plots.plot_figure_2(spectra).savefig(arguments.plot)
-        print(f"saved {arguments.plot}")
-
-
-def run_report(arguments: ReportArguments, directories: list[str]) -> None:
-    """Write a page for each run."""
-    if arguments.output_file is not None and len(directories) != 1:
-        raise ValueError(
-            f"output_file is for one DIR, got {len(directories)}: leave it out, and "
-            "each gets its own report.html."
-        )
-    for directory in directories:
-        print(f"saved {write_report(directory, arguments.output_file)}")
+_HELP = {"-h", "--help"}
+_ALL_HELP = "--help_training"
 
 
 @dataclass(frozen=True)
 class _Command:
-    """A subcommand.
+    """A subcommand, by the names of what it consists of; modules load when needed.
 
     Args:
-        arguments: dataclass of its options; its docstring is the help.
-        run: called with them, with those of the Trainer if it takes some, and with a
-            list of directories if it takes stores.
+        options: module and class of its options; the docstring is the help.
+        run: module and function, called with the options, with those of the Trainer if
+            it takes some, and with a list of directories if it takes stores.
         takes_stores: whether it does.
-        training: dataclass of the Trainer's options.
+        training: module and class of the Trainer's options.
+        defaults: module and mapping of those with a default of the command's own.
     """
 
-    arguments: type
-    run: Callable[..., Any]
-    takes_stores: bool = True
-    training: type | None = None
-
-    @property
-    def dataclasses(self) -> list[type]:
-        """Of all its options."""
-        return [kind for kind in (self.arguments, self.training) if kind is not None]
+    options: str
+    run: str
+    takes_stores: bool = False
+    training: str | None = None
+    defaults: str | None = None
 
 
+_OPTIONS, _RECIPES = "hf_sketch.recipes.options", "hf_sketch.recipes"
 _COMMANDS = {
-    "demo": _Command(DemoArguments, run_demo, takes_stores=False),
-    "attribution": _Command(
-        AttributionArguments,
-        run_attribution,
-        takes_stores=False,
-        training=AttributionTrainingArguments,
+    "demo": _Command(f"{_OPTIONS}.demo:DemoArguments", f"{_RECIPES}.demo:run_demo"),
+    "wikitext": _Command(
+        f"{_OPTIONS}.wikitext:WikitextArguments",
+        f"{_RECIPES}.wikitext:run_wikitext",
+        training=f"{_RECIPES}.wikitext:WikitextTrainingArguments",
+        defaults=f"{_OPTIONS}.wikitext:WIKITEXT_TRAINING",
     ),
     "hessian": _Command(
-        HessianArguments,
-        run_hessian,
-        takes_stores=False,
-        training=HessianTrainingArguments,
+        f"{_OPTIONS}.hessian:HessianArguments",
+        f"{_RECIPES}.hessian:run_hessian",
+        training=f"{_RECIPES}.hessian:HessianTrainingArguments",
+        defaults=f"{_OPTIONS}.hessian:HESSIAN_TRAINING",
     ),
     "snli": _Command(
-        SnliArguments, run_snli, takes_stores=False, training=SnliTrainingArguments
+        f"{_OPTIONS}.dimension:SnliArguments",
+        f"{_RECIPES}.snli:run_snli",
+        training=f"{_RECIPES}.snli:SnliTrainingArguments",
+        defaults=f"{_OPTIONS}.dimension:SNLI_TRAINING",
     ),
     "xsum": _Command(
-        XsumArguments, run_xsum, takes_stores=False, training=XsumTrainingArguments
+        f"{_OPTIONS}.dimension:XsumArguments",
+        f"{_RECIPES}.xsum:run_xsum",
+        training=f"{_RECIPES}.xsum:XsumTrainingArguments",
+        defaults=f"{_OPTIONS}.dimension:XSUM_TRAINING",
     ),
-    "plan": _Command(PlanArguments, run_plan, takes_stores=False),
-    "attribute": _Command(AttributeArguments, run_attribute),
-    "spectrum": _Command(SpectrumArguments, run_spectrum),
-    "report": _Command(ReportArguments, run_report),
-    "info": _Command(InfoArguments, run_info),
-    "verify": _Command(VerifyArguments, run_verify),
-    "repair": _Command(RepairArguments, run_repair),
-    "merge": _Command(MergeArguments, run_merge),
-    "export": _Command(ExportArguments, run_export),
+    "plan": _Command(f"{_OPTIONS}.plan:PlanArguments", f"{_RECIPES}.plan:run_plan"),
+    "attribute": _Command(
+        f"{_OPTIONS}.attribute:AttributeArguments",
+        f"{_RECIPES}.attribute:run_attribute",
+        takes_stores=True,
+    ),
+    **{
+        name: _Command(
+            f"{_OPTIONS}.stores:{name.title()}Arguments",
+            f"{_RECIPES}.stores:run_{name}",
+            takes_stores=True,
+        )
+        for name in (
+            "spectrum",
+            "report",
+            "info",
+            "verify",
+            "repair",
+            "merge",
+            "export",
+        )
+    },
 }
+_RENAMED = {"attribution": "wikitext"}
+
+
+def console() -> None:
+    """Run `main` as a command: an expected error is one line and exit status 2."""
+    try:
+        main()
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print("hf-sketch:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run a subcommand of `hf-sketch`.
 
     Args:
-        words: what follows the command's name; by default what the shell gave.
+        words: the command line after the program's name; the shell's by default.
     """
-    parser = argparse.ArgumentParser("hf-sketch", description=__doc__)
+    words = list(sys.argv[1:] if words is None else words)
+    if words and words[0] in _RENAMED:
+        new = _RENAMED[words[0]]
+        print(f"hf-sketch {words[0]} is now hf-sketch {new}.", file=sys.stderr)
+        words[0] = new
+    given = vars(_parser(words).parse_args(words))
+    command = _COMMANDS[given.pop("command")]
+    stores = [given.pop("directories")] if command.takes_stores else []
+    kinds = [_load(name) for name in (command.options, command.training) if name]
+    _load(command.run)(*(_filled(kind, given) for kind in kinds), *stores)
+    _load("hf_sketch.processes:end_group")()
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of all commands; the Trainer's options are added to the chosen one.
+
+    They take seconds to import, so `--help` names only those with a new default.
+    """
+    parser = argparse.ArgumentParser(
+        "hf-sketch", description="Record, maintain and query gradient sketches."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"hf-sketch {version('hf-sketch')}"
+    )
     commands = parser.add_subparsers(
         dest="command", required=True, parser_class=HfArgumentParser
     )
     for name, command in _COMMANDS.items():
-        help_text = command.arguments.__doc__
+        kinds = [_load(command.options)]
+        if command.training and [name] == words[:1] and not _HELP & set(words):
+            kinds.append(_load(command.training))
+        help_text = str(kinds[0].__doc__)
         sub = commands.add_parser(
             name,
-            dataclass_types=command.dataclasses,
-            help=help_text,
+            dataclass_types=kinds,
+            help=help_text.partition("\n")[0],
             description=help_text,
+            epilog=_training_help(command),
         )
+        if command.training:
+            what = "Also list all options of the Trainer, and exit."
+            sub.add_argument(_ALL_HELP, action="help", help=what)
         if command.takes_stores:
-            what = "An output_dir of a Trainer or the sketches in it, or its URL."
+            what = "A Trainer's output_dir, the sketches in it, or a URL of either."
             sub.add_argument("directories", nargs="+", metavar="DIR", help=what)
-    given = vars(parser.parse_args(words))
-    command = _COMMANDS[given.pop("command")]
-    stores = [given.pop("directories")] if command.takes_stores else []
-    command.run(*(_filled(kind, given) for kind in command.dataclasses), *stores)
-    end_group()
+    return parser
+
+
+def _training_help(command: _Command) -> str | None:
+    """A sentence on the Trainer's options of a command that takes them."""
+    if command.defaults is None:
+        return None
+    own = " ".join(
+        f"--{name} {value}" for name, value in _load(command.defaults).items()
+    )
+    return (
+        "All options of transformers.TrainingArguments are accepted as well "
+        f"({_ALL_HELP} lists them). Other defaults than the Trainer's: {own}."
+    )
+
+
+def _load(name: str) -> Any:
+    """The object of a module's and an attribute's name."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _filled(kind: type, given: Mapping[str, Any]) -> Any:
-    """A dataclass with those of the options that are its own."""
+    """A dataclass filled with those of the options that are its own."""
     return kind(**{f.name: given[f.name] for f in fields(kind) if f.init})
 
 
 if __name__ == "__main__":
-    main()
+    console()

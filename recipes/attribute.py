@@ -1,6 +1,5 @@
 """Answer queries from a store: which training examples moved the model."""
 
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from hf_sketch.attribution.record import (
     record_attribution,
 )
 from hf_sketch.attribution.shares import processes
+from hf_sketch.recipes.options.attribute import AttributeArguments
 from hf_sketch.recipes.texts.data_files import read_data_file
 from hf_sketch.recipes.texts.text_rows import (
     TextModel,
@@ -33,72 +33,6 @@ from hf_sketch.recipes.texts.text_rows import (
 )
 from hf_sketch.store.hub import store_directory
 from hf_sketch.store.remote import is_remote
-
-
-@dataclass
-class AttributeArguments:
-    """Tell which training examples moved the model most for and against each query.
-
-    The queries' gradients are taken at the model given, which should be the run's last
-    checkpoint or another one near it. Scores are sums over all occasions on which
-    training met an example. Positive: training on it lowered the query's loss.
-
-    Several processes (accelerate launch -m hf_sketch.cli attribute ...) share the
-    store's rows, and give the same answer.
-    """
-
-    queries: str = field(
-        metadata={
-            "help": "A .json, .jsonl, .csv or .txt file, or one with .gz: a row for "
-            "each query, with the text and, for a classifier, its label."
-        }
-    )
-    model: str = field(
-        metadata={"help": "Folder of a checkpoint, or a model of the Hub."}
-    )
-    train_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "The training rows in the same form and order, to show the "
-            "examples' texts."
-        },
-    )
-    method: str = field(
-        default="dot",
-        metadata={
-            "help": "dot, cosine, tracin (each step with its learning rate), "
-            "preconditioned (by the rows' own covariance) or influence (by the last "
-            "spectrum in DIR/curvature)."
-        },
-    )
-    damping: float | None = field(
-        default=None, metadata={"help": "Of preconditioned and influence."}
-    )
-    top_k: int = field(default=5, metadata={"help": "Proponents of each query."})
-    bottom_k: int = field(default=5, metadata={"help": "Opponents of each query."})
-    text_columns: str | None = field(
-        default=None,
-        metadata={"help": "Comma-separated; by default the usual ones of the task."},
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens that are kept; give training's."}
-    )
-    max_queries: int = field(default=100, metadata={"help": "The first ones."})
-    batch_size: int = field(default=8, metadata={"help": "Queries in one pass."})
-    token_scores: bool = field(
-        default=False,
-        metadata={
-            "help": "Of a causal model: tell which of a query's tokens an example "
-            "speaks for. A query costs as much as so many queries as it has tokens."
-        },
-    )
-    output_file: str | None = field(
-        default=None,
-        metadata={
-            "help": f"JSON for hf-sketch report; by default DIR/{FILE}, or {FILE} here "
-            "if DIR is a URL."
-        },
-    )
 
 
 def run_attribute(

@@ -1,6 +1,6 @@
 """The main job on an embedded model: fine-tune, record, attribute."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transformers.utils import logging
 from hf_sketch import GradientRows, load_sketches, sketch_dataset
 from hf_sketch.attribution.evaluation import mislabel_auc
 from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.recipes.options.demo import DemoArguments
 from hf_sketch.recipes.texts.snli_sample import (
     LABELS,
     FlippedLabels,
@@ -28,24 +29,6 @@ from hf_sketch.recipes.texts.snli_sample import (
     load_snli_sample,
     tokenize,
 )
-
-
-@dataclass
-class DemoArguments:
-    """Fine-tune MiniLM on SNLI with a tenth of the labels wrong, and attribute."""
-
-    output_dir: str = field(
-        default="out/demo", metadata={"help": "Where checkpoints and sketches go."}
-    )
-    out_size: int = field(default=4096, metadata={"help": "Numbers in a sketch."})
-    num_train_epochs: int = field(default=3, metadata={"help": "Passes over the data."})
-    num_queries: int = field(
-        default=3, metadata={"help": "Validation examples to explain."}
-    )
-    seed: int = field(default=0, metadata={"help": "Of training, labels and sketch."})
-    tiny: bool = field(
-        default=False, metadata={"help": "A few rows and one epoch, as a check."}
-    )
 
 
 @dataclass(frozen=True)

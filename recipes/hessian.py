@@ -1,108 +1,26 @@
 """Section 5.5 of the paper: Hessian spectra while a model is fine-tuned."""
 
 import argparse
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from hf_sketch import ModelSketch, Spectrum, load_spectra
 from hf_sketch.callbacks import HessianSpectrumCallback
-from hf_sketch.callbacks.hessian import PAPER_EVERY, PAPER_STEPS
+from hf_sketch.recipes.options.hessian import HESSIAN_TRAINING, HessianArguments
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.setups import Setup, snli_setup, xsum_setup
-from hf_sketch.recipes.small_settings import with_small
 from hf_sketch.recipes.spectrum_report import (
     plots_if_installed,
     print_spectra,
     summary_of,
 )
-from hf_sketch.recipes.tables.report import save_report
 from hf_sketch.recipes.timed_spectra import TimedSpectra
+from hf_sketch.recipes.training_defaults import with_defaults, with_small
 
-
-@dataclass
-class HessianArguments:
-    """Take Hessian spectra while a model is fine-tuned.
-
-    Defaults are the paper's; it does not give the batches that a product is taken over,
-    the number of training steps, nor the lengths of documents and summaries.
-    """
-
-    task: Literal["snli", "xsum"] = field(
-        default="snli", metadata={"help": "What the model is trained on."}
-    )
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "By default roberta-base for snli, bart-base for xsum."},
-    )
-    train_file: str | None = field(
-        default=None,
-        metadata={
-            "help": ".json, .jsonl, .csv or one of these with .gz, of premise, "
-            "hypothesis, label or of document, summary; by default the Hub's rows."
-        },
-    )
-    small: bool = field(
-        default=False,
-        metadata={
-            "help": "Minutes on two cores, without network: a small model, few rows "
-            "and smaller numbers wherever you leave the default."
-        },
-    )
-    steps: str = field(
-        default=",".join(map(str, PAPER_STEPS)),
-        metadata={"help": "Spectra are taken after these steps, 0 for the start."},
-    )
-    every: int = field(
-        default=PAPER_EVERY,
-        metadata={"help": "And after each so many steps; 0 for these alone."},
-    )
-    batches: int = field(
-        default=4, metadata={"help": "Batches that the Hessian's loss is the mean of."}
-    )
-    krylov_dim: int = field(default=1000, metadata={"help": "Products a spectrum."})
-    out_size: int = field(default=2**20, metadata={"help": "Numbers in a sketch."})
-    keep_vectors: int = field(
-        default=50,
-        metadata={"help": "Eigenvectors kept, of the largest eigenvalues."},
-    )
-    operator: str = field(default="affd", metadata={"help": "The sketch's operator."})
-    layout: str = field(default="blocked", metadata={"help": "blocked or flat."})
-    mode: str = field(
-        default="auto", metadata={"help": "auto, autograd or finite_difference."}
-    )
-    max_source_length: int = field(
-        default=512, metadata={"help": "Tokens of a document that are kept."}
-    )
-    max_target_length: int = field(
-        default=64, metadata={"help": "Tokens of a summary that are kept."}
-    )
-
-
-@dataclass
-class HessianTrainingArguments(TrainingArguments):
-    """The Trainer's settings, by default the paper's plain SGD."""
-
-    output_dir: str = field(
-        default="out/hessian", metadata={"help": "Where all results go."}
-    )
-    optim: str = field(default="sgd", metadata={"help": "The optimizer."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Of the optimizer."})
-    lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "How the learning rate changes."}
-    )
-    max_grad_norm: float = field(
-        default=0.0, metadata={"help": "Where gradients are clipped; 0 for nowhere."}
-    )
-    per_device_train_batch_size: int = field(
-        default=32, metadata={"help": "Examples in a batch."}
-    )
-    max_steps: int = field(default=10_000, metadata={"help": "Of the optimizer."})
-    save_total_limit: int | None = field(
-        default=1, metadata={"help": "Checkpoints that are kept."}
-    )
-
+HessianTrainingArguments = with_defaults(
+    TrainingArguments, HESSIAN_TRAINING, "HessianTrainingArguments", __name__
+)
 
 _SMALL = {"steps": "0,10,30,100", "batches": 2, "krylov_dim": 30, "out_size": 2**14}
 _SMALL_TRAINING = {
@@ -114,7 +32,7 @@ _SMALL_TRAINING = {
 
 
 def run_hessian(
-    arguments: HessianArguments, training: HessianTrainingArguments
+    arguments: HessianArguments, training: TrainingArguments
 ) -> list[Spectrum]:
     """Fine-tune, take spectra, print them, and save them with plots.
 

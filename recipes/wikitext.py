@@ -1,7 +1,6 @@
 """The passages behind a language model: fine-tune, record, ask, report."""
 
 import importlib.util
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from hf_sketch import load_sketches
 from hf_sketch.attribution.record import FILE, AttributionRecord
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.recipes.attribute import attribute_texts, method_of, print_record
+from hf_sketch.recipes.options.wikitext import WIKITEXT_TRAINING, WikitextArguments
 from hf_sketch.recipes.setups import first_rows
 from hf_sketch.recipes.texts.data_files import read_data_file
 from hf_sketch.recipes.texts.text_rows import (
@@ -20,69 +20,19 @@ from hf_sketch.recipes.texts.text_rows import (
     text_columns,
     tokenized,
 )
+from hf_sketch.recipes.training_defaults import with_defaults
 from hf_sketch.report.page import write_report
 
 _HUB_ROWS = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 
-@dataclass
-class AttributionArguments:
-    """Fine-tune a causal language model and find the passages behind its losses.
-
-    An example is a passage of at least `min_words` words. Held-out passages are the
-    queries.
-    """
-
-    model_name_or_path: str = field(
-        default="distilbert/distilgpt2",
-        metadata={"help": "Any causal language model; by default the paper's."},
-    )
-    train_file: str | None = field(
-        default=None,
-        metadata={
-            "help": ".txt with a passage a line, .json, .jsonl or .csv with a column "
-            "text, or one with .gz; by default WikiText-2 of the Hub."
-        },
-    )
-    query_file: str | None = field(
-        default=None,
-        metadata={"help": "Passages to explain; by default the Hub's validation rows."},
-    )
-    num_queries: int = field(default=10, metadata={"help": "The first passages."})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Passages trained on; by default all."}
-    )
-    min_words: int = field(
-        default=20, metadata={"help": "Shorter ones, as headings, are left out."}
-    )
-    max_length: int = field(default=128, metadata={"help": "Tokens of a passage."})
-    out_size: int = field(default=4096, metadata={"help": "Numbers in a sketch."})
-    method: str = field(
-        default="tracin", metadata={"help": "As of hf-sketch attribute."}
-    )
-    damping: float | None = field(default=None, metadata={"help": "Of preconditioned."})
-    token_scores: bool = field(
-        default=False,
-        metadata={"help": "Of each query's tokens, too; as of hf-sketch attribute."},
-    )
-    top_k: int = field(default=5, metadata={"help": "Proponents of each query."})
-    bottom_k: int = field(default=5, metadata={"help": "Opponents of each query."})
+WikitextTrainingArguments = with_defaults(
+    TrainingArguments, WIKITEXT_TRAINING, "WikitextTrainingArguments", __name__
+)
 
 
-@dataclass
-class AttributionTrainingArguments(TrainingArguments):
-    """The Trainer's settings."""
-
-    output_dir: str = field(
-        default="out/attribution", metadata={"help": "Where all results go."}
-    )
-    num_train_epochs: float = field(default=3, metadata={"help": "Passes over data."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "The first."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save."})
-
-
-def run_attribution(
-    arguments: AttributionArguments, training: AttributionTrainingArguments
+def run_wikitext(
+    arguments: WikitextArguments, training: TrainingArguments
 ) -> AttributionRecord:
     """Train, attribute, print, save and report.
 
@@ -130,8 +80,8 @@ def run_attribution(
 def _train(
     text_model: TextModel,
     inputs: Dataset,
-    arguments: AttributionArguments,
-    training: AttributionTrainingArguments,
+    arguments: WikitextArguments,
+    training: TrainingArguments,
 ) -> None:
     """Fine-tune the model and record sketches."""
     trainer = Trainer(
@@ -162,5 +112,5 @@ def _passages(split: str, file: str | None, min_words: int) -> Dataset:
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser((AttributionArguments, AttributionTrainingArguments))
-    run_attribution(*parser.parse_args_into_dataclasses())
+    parser = HfArgumentParser((WikitextArguments, WikitextTrainingArguments))
+    run_wikitext(*parser.parse_args_into_dataclasses())

@@ -1,89 +1,26 @@
 """Section 5.4 of the paper: the intrinsic dimension of a summarizer on XSum."""
 
-from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from transformers import EvalPrediction, HfArgumentParser, set_seed
+from transformers import EvalPrediction, HfArgumentParser, Seq2SeqTrainingArguments
 
 from hf_sketch import DimensionSearch
-from hf_sketch.recipes.dimension.arguments import (
-    DimensionArguments,
-    DimensionTrainingArguments,
-    with_small_search,
-)
 from hf_sketch.recipes.dimension.metric_scripts import load_metric
-from hf_sketch.recipes.dimension.report import save_run
-from hf_sketch.recipes.dimension.runs import Task, run_dimension
+from hf_sketch.recipes.dimension.recipe import DimensionRecipe
+from hf_sketch.recipes.dimension.runs import Task
+from hf_sketch.recipes.options.dimension import XSUM_TRAINING, XsumArguments
 from hf_sketch.recipes.setups import first_rows, xsum_setup
-from hf_sketch.recipes.small_settings import with_small
 from hf_sketch.recipes.texts.xsum_data import (
     load_short_documents,
     load_xsum,
     tokenize_summaries,
 )
+from hf_sketch.recipes.training_defaults import with_defaults
 
-
-@dataclass
-class XsumArguments(DimensionArguments):
-    """Search for the intrinsic dimension of BART on XSum.
-
-    Defaults are the paper's. It does not give the dimensions at which the search begins
-    and ends, 2^7 and 2^26 here, nor the rows that are summarized in an evaluation and
-    their lengths. ROUGE counts from 0 to 100.
-    """
-
-    start_dim: int = field(
-        default=2**7, metadata={"help": "The dimension that the search begins with."}
-    )
-    max_dim: int = field(
-        default=2**26, metadata={"help": "Of the fixed subspace that it grows in."}
-    )
-    metric: str = field(
-        default="eval_rouge1",
-        metadata={"help": "eval_rouge1, eval_rouge2 or eval_rougeL."},
-    )
-    min_improvement: float = field(
-        default=0.5, metadata={"help": "A stage that improves ROUGE by less doubles."}
-    )
-    baseline_steps: int = field(
-        default=20_000, metadata={"help": "Of full fine-tuning."}
-    )
-    max_eval_samples: int | None = field(
-        default=500, metadata={"help": "Documents summarized in an evaluation."}
-    )
-    max_source_length: int = field(
-        default=512, metadata={"help": "Tokens of a document that are kept."}
-    )
-    max_target_length: int = field(
-        default=64, metadata={"help": "Tokens of a summary that are kept."}
-    )
-    encoder_decoder: bool = field(
-        default=False,
-        metadata={
-            "help": "model_name_or_path is an encoder, of which both an encoder and a "
-            "decoder are made."
-        },
-    )
-
-
-@dataclass
-class XsumTrainingArguments(DimensionTrainingArguments):
-    """The Trainer's settings, by default the paper's: Adam with a constant rate."""
-
-    output_dir: str = field(
-        default="out/xsum", metadata={"help": "Where all results go."}
-    )
-    max_steps: int = field(default=40_000, metadata={"help": "Of the search."})
-    predict_with_generate: bool = field(
-        default=True, metadata={"help": "ROUGE is of generated summaries."}
-    )
-    generation_max_length: int | None = field(
-        default=64, metadata={"help": "Tokens of a generated summary."}
-    )
-    generation_num_beams: int | None = field(
-        default=1, metadata={"help": "Beams that generation keeps."}
-    )
-
+XsumTrainingArguments = with_defaults(
+    Seq2SeqTrainingArguments, XSUM_TRAINING, "XsumTrainingArguments", __name__
+)
 
 _SMALL = {"baseline_steps": 60, "baseline_learning_rate": 3e-3}
 _SMALL |= {"start_dim": 2**4, "max_dim": 2**10, "stage_steps": 10}
@@ -91,27 +28,6 @@ _SMALL |= {"max_source_length": 64, "max_target_length": 24, "max_eval_samples":
 _SMALL_TRAINING = {"max_steps": 150, "learning_rate": 3e-3, "save_steps": 50}
 _SMALL_TRAINING |= {"per_device_train_batch_size": 8, "generation_max_length": 24}
 _SMALL_TRAINING |= {"dataloader_pin_memory": False}
-
-
-def run_xsum(
-    arguments: XsumArguments, training: XsumTrainingArguments
-) -> DimensionSearch:
-    """Search, print, and save numbers, a plot, the adapter and its model card.
-
-    Raises:
-        ModuleNotFoundError: the extra `recipes` is not installed, or with `small` the
-            package with the tokenizer.
-        ValueError: an argument or a file is bad, or full fine-tuning does not reach
-            the target.
-    """
-    if arguments.small:
-        arguments = with_small_search(arguments, _SMALL)
-        training = with_small(training, _SMALL_TRAINING)
-    set_seed(training.seed)
-    task = xsum_task(arguments)
-    run = run_dimension(task, arguments, training)
-    save_run("xsum", task, arguments, training, run)
-    return run.search
 
 
 def xsum_task(arguments: XsumArguments) -> Task:
@@ -146,6 +62,14 @@ def xsum_task(arguments: XsumArguments) -> Task:
     eval_dataset = tokenize_summaries(rows, setup.tokenizer, *lengths)
     metrics = tuple(f"eval_{kind}" for kind in ("rouge1", "rouge2", "rougeL"))
     return Task(setup, eval_dataset, compute_metrics, metrics)
+
+
+_RECIPE = DimensionRecipe("xsum", xsum_task, _SMALL, _SMALL_TRAINING)
+
+
+def run_xsum(arguments: XsumArguments, training: Any) -> DimensionSearch:
+    """Search for the intrinsic dimension; see `DimensionRecipe.run`."""
+    return _RECIPE.run(arguments, training)
 
 
 if __name__ == "__main__":

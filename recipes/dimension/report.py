@@ -5,14 +5,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from transformers import Seq2SeqTrainingArguments
+
 from hf_sketch import DimensionSearch
-from hf_sketch.recipes.dimension.arguments import (
-    DimensionArguments,
-    DimensionTrainingArguments,
-)
 from hf_sketch.recipes.dimension.runs import DimensionRun, Task
+from hf_sketch.recipes.options.dimension import DimensionArguments
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.spectrum_report import plots_if_installed
-from hf_sketch.recipes.tables.report import save_report
 
 _CARD = """---
 library_name: peft
@@ -41,7 +40,7 @@ def save_run(
     name: str,
     task: Task,
     arguments: DimensionArguments,
-    training: DimensionTrainingArguments,
+    training: Seq2SeqTrainingArguments,
     run: DimensionRun,
 ) -> None:
     """Print what was found; write results.json, the plot and README.md.
@@ -113,7 +112,7 @@ def finding_of(search: DimensionSearch, baseline: float | None) -> str:
 def _card(
     name: str,
     arguments: DimensionArguments,
-    training: DimensionTrainingArguments,
+    training: Seq2SeqTrainingArguments,
     run: DimensionRun,
 ) -> str:
     """README.md of the adapter."""

@@ -15,17 +15,15 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_sketch import DimensionSearch, SubspaceConfig, load_dimension_search
 from hf_sketch.callbacks import IntrinsicDimensionCallback
-from hf_sketch.recipes.dimension.arguments import (
-    DimensionArguments,
-    DimensionTrainingArguments,
-    checkpoint_in,
-)
+from hf_sketch.recipes.options.dimension import DimensionArguments
 from hf_sketch.recipes.setups import Setup
 
 _BASELINE = "baseline.json"
@@ -67,7 +65,7 @@ class DimensionRun:
 
 
 def run_dimension(
-    task: Task, arguments: DimensionArguments, training: DimensionTrainingArguments
+    task: Task, arguments: DimensionArguments, training: Seq2SeqTrainingArguments
 ) -> DimensionRun:
     """Full fine-tuning and the check of half the dimension if asked, and the search.
 
@@ -85,7 +83,7 @@ def run_dimension(
 
 
 def full_fine_tuning(
-    task: Task, arguments: DimensionArguments, training: DimensionTrainingArguments
+    task: Task, arguments: DimensionArguments, training: Seq2SeqTrainingArguments
 ) -> float:
     """The metric of the whole model, fine-tuned in output_dir/baseline.
 
@@ -139,7 +137,7 @@ def _saved_metric(path: Path, metric: str, settings: dict[str, float]) -> float:
 def timed_search(
     task: Task,
     arguments: DimensionArguments,
-    training: DimensionTrainingArguments,
+    training: Seq2SeqTrainingArguments,
     baseline: float | None = None,
 ) -> tuple[DimensionSearch, float]:
     """One search in output_dir, which keeps its path and the adapter; its seconds.
@@ -167,7 +165,7 @@ def timed_search(
 def train_half(
     task: Task,
     arguments: DimensionArguments,
-    training: DimensionTrainingArguments,
+    training: Seq2SeqTrainingArguments,
     search: DimensionSearch,
 ) -> dict[str, Any]:
     """The best metric of the first half of the subspace, in output_dir/half.
@@ -198,7 +196,7 @@ def train_half(
 def _in_subspace(
     task: Task,
     arguments: DimensionArguments,
-    training: DimensionTrainingArguments,
+    training: Seq2SeqTrainingArguments,
     dim: int,
 ) -> Any:
     """A copy of the model that moves in the first dimensions of the search's map."""
@@ -215,7 +213,7 @@ def _in_subspace(
 def _train(
     task: Task,
     model: PreTrainedModel,
-    training: DimensionTrainingArguments,
+    training: Seq2SeqTrainingArguments,
     *callbacks: TrainerCallback,
 ) -> Seq2SeqTrainer:
     """Train a model, from a checkpoint if asked."""
@@ -230,5 +228,14 @@ def _train(
         compute_metrics=task.compute_metrics,
         callbacks=[*callbacks],
     )
-    trainer.train(resume_from_checkpoint=checkpoint_in(training))
+    trainer.train(resume_from_checkpoint=_checkpoint_in(training))
     return trainer
+
+
+def _checkpoint_in(training: Seq2SeqTrainingArguments) -> str | None:
+    """The checkpoint to resume from: the given one, or output_dir's last if "true"."""
+    given = training.resume_from_checkpoint
+    if given is None or given.lower() != "true":
+        return given
+    directory = training.output_dir
+    return get_last_checkpoint(directory) if Path(directory).is_dir() else None

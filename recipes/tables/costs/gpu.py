@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, Dense, Sketch
+from hf_sketch.recipes.placement import device, device_name
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.costs.hvp_cost import HvpCostArguments, measure_products
 from hf_sketch.recipes.tables.costs.per_example_cost import (
     PerExampleCostArguments,
@@ -28,8 +30,6 @@ from hf_sketch.recipes.tables.costs.subspace_cost import (
 from hf_sketch.recipes.tables.measure import timed
 from hf_sketch.recipes.tables.paper.table8 import Table8Arguments, run_table8
 from hf_sketch.recipes.tables.paper.table11 import Table11Arguments, run_table11
-from hf_sketch.recipes.tables.placement import device, device_name
-from hf_sketch.recipes.tables.report import save_report
 
 _SIDE = 2**13  # of the matrices whose product tells the rate of arithmetic
 

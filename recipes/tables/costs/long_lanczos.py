@@ -9,9 +9,9 @@ import psutil
 from transformers import HfArgumentParser
 
 from hf_sketch import HessianOperator, ModelSketch, SketchedHessian, lanczos
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.paper.hessians import random_tokens
 from hf_sketch.recipes.tables.paper.table9 import small_gpt2
-from hf_sketch.recipes.tables.report import save_report
 
 
 @dataclass

@@ -16,11 +16,11 @@ from transformers import HfArgumentParser
 from transformers.pytorch_utils import Conv1D
 
 from hf_sketch import ModelSketch
-from hf_sketch.recipes.tables.costs.peers import PEERS
-from hf_sketch.recipes.tables.costs.recorders import Ours, PostHocRecorder, Recorder
+from hf_sketch.recipes.placement import device_name
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.measure import peak_extra_bytes, spread
 from hf_sketch.recipes.tables.paper.table6 import pearson_r
-from hf_sketch.recipes.tables.placement import device_name
+from hf_sketch.recipes.tables.peers import PEERS
 from hf_sketch.recipes.tables.quality.recorded_runs import (
     SHAPES,
     Setting,
@@ -28,7 +28,7 @@ from hf_sketch.recipes.tables.quality.recorded_runs import (
     exact_products,
     record,
 )
-from hf_sketch.recipes.tables.report import save_report
+from hf_sketch.recipes.tables.recorders import Ours, PostHocRecorder, Recorder
 from hf_sketch.sketches import QK
 
 PLAIN = "plain"

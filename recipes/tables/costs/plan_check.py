@@ -22,10 +22,10 @@ from hf_sketch.planning.machine import Machine
 from hf_sketch.planning.plan import Plan, plan_recording
 from hf_sketch.planning.settings import RowSettings, TrainingRun
 from hf_sketch.recipes.meta_models import meta_model
-from hf_sketch.recipes.tables.costs.recorders import Ours, bytes_below
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.measure import peak_extra_bytes, spread
 from hf_sketch.recipes.tables.quality.recorded_runs import Setting, Shape, train
-from hf_sketch.recipes.tables.report import save_report
+from hf_sketch.recipes.tables.recorders import Ours, bytes_below
 
 _BATCH_SIZE, _TOKENS = 8, 128
 _SHAPES = {"1M": (4, 128, 2048), "10M": (6, 320, 8192), "38M": (8, 512, 24000)}

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_sketch.processes import end_group
-from hf_sketch.recipes.tables.costs.recorders import Ours
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.quality.recorded_runs import SHAPES, Setting, train
-from hf_sketch.recipes.tables.report import save_report
+from hf_sketch.recipes.tables.recorders import Ours
 
 _MODULE = "hf_sketch.recipes.tables.costs.process_cost"
 

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_sketch import GradientRows, ModelSketch, load_sketches
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.costs.storage import columns_of, size_of
 from hf_sketch.recipes.tables.measure import spread
-from hf_sketch.recipes.tables.report import save_report
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE, QUERY, features
 from hf_sketch.store.writer import SketchWriter

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_sketch import ModelSketch, load_sketches
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.measure import spread
-from hf_sketch.recipes.tables.report import save_report
 from hf_sketch.store.blocks import row_blocks
 from hf_sketch.store.header import Header, Manifest, create_store, write_manifest
 from hf_sketch.store.rows import PER_EXAMPLE, ROW_DTYPES, arrow_table, decode, encode

@@ -6,12 +6,12 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from hf_sketch import Spectrum, load_spectra
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.spectrum_report import (
     plots_if_installed,
     print_spectra,
     summary_of,
 )
-from hf_sketch.recipes.tables.report import save_report
 
 
 @dataclass

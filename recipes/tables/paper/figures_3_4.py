@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from hf_sketch import AFJL, FJL, Sketch
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.measure import (
     fitting_bits,
     milliseconds,
@@ -23,7 +24,6 @@ from hf_sketch.recipes.tables.measure import (
     timed,
 )
 from hf_sketch.recipes.tables.paper.language_model import model_gradient
-from hf_sketch.recipes.tables.report import save_report
 
 _BYTES_OF_A_DRAW = 60  # at the peak of drawing one entry of FJL's sparse matrix
 

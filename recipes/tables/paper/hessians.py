@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from hf_sketch import HessianOperator
 from hf_sketch.recipes.demo import embedded_model_path
-from hf_sketch.recipes.tables.placement import device
+from hf_sketch.recipes.placement import device
 from hf_sketch.recipes.texts.snli_sample import load_snli_sample, tokenize
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_sketch.recipes.tables.placement import device
+from hf_sketch.recipes.placement import device
 
 _TINY = {
     "num_hidden_layers": 2,

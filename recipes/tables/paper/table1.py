@@ -13,11 +13,10 @@ from transformers import AutoTokenizer, HfArgumentParser
 from hf_sketch import ModelSketch, sketch_dataset
 from hf_sketch.attribution.evaluation import score_correlation
 from hf_sketch.recipes.demo import embedded_model_path
-from hf_sketch.recipes.small_settings import with_small
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.paper.exact_products import exact_products
 from hf_sketch.recipes.tables.paper.gradients import fine_tuned_minilm
 from hf_sketch.recipes.tables.paper.table1_eigenvalues import layers_of
-from hf_sketch.recipes.tables.report import save_report
 from hf_sketch.recipes.texts.data_files import read_data_file
 from hf_sketch.recipes.texts.snli_sample import load_snli_sample
 from hf_sketch.recipes.texts.text_rows import (
@@ -26,6 +25,7 @@ from hf_sketch.recipes.texts.text_rows import (
     text_columns,
     tokenized,
 )
+from hf_sketch.recipes.training_defaults import with_small
 
 # Least and greatest r of a layer (Schioppa 2024, Tables 1 and 5).
 PAPER = {"GPT-2": (0.16, 0.90), "BART": (0.41, 0.91)}

@@ -8,12 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, set_seed
 
-from hf_sketch.recipes.dimension.arguments import (
-    DimensionArguments,
-    DimensionTrainingArguments,
-)
 from hf_sketch.recipes.dimension.report import save_run
 from hf_sketch.recipes.dimension.runs import (
     DimensionRun,
@@ -21,11 +17,16 @@ from hf_sketch.recipes.dimension.runs import (
     full_fine_tuning,
     timed_search,
 )
-from hf_sketch.recipes.small_settings import with_small
-from hf_sketch.recipes.snli import SnliArguments, SnliTrainingArguments, snli_task
+from hf_sketch.recipes.options.dimension import (
+    DimensionArguments,
+    SnliArguments,
+    XsumArguments,
+)
+from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.snli import SnliTrainingArguments, snli_task
 from hf_sketch.recipes.spectrum_report import plots_if_installed
-from hf_sketch.recipes.tables.report import save_report
-from hf_sketch.recipes.xsum import XsumArguments, XsumTrainingArguments, xsum_task
+from hf_sketch.recipes.training_defaults import with_small
+from hf_sketch.recipes.xsum import XsumTrainingArguments, xsum_task
 
 # log2 of D* for three seeds (Schioppa 2024, Table 10): accuracy and ROUGE-1.
 PAPER = {
@@ -219,7 +220,7 @@ def _settings(arguments: Table10Arguments, operator: str) -> DimensionArguments:
 
 def _training(
     arguments: Table10Arguments, folder: Path, seed: int
-) -> DimensionTrainingArguments:
+) -> Seq2SeqTrainingArguments:
     """Of the Trainer, for a run that goes on where it was interrupted."""
     given = {
         "output_dir": str(folder),

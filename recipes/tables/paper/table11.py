@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from hf_sketch import Dense
-from hf_sketch.recipes.tables.costs.peers import PEERS
+from hf_sketch.recipes.placement import device, device_name
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.measure import (
     fitting_bits,
     milliseconds,
@@ -23,8 +24,7 @@ from hf_sketch.recipes.tables.measure import (
     timed,
 )
 from hf_sketch.recipes.tables.paper.language_model import model_gradient
-from hf_sketch.recipes.tables.placement import device, device_name
-from hf_sketch.recipes.tables.report import save_report
+from hf_sketch.recipes.tables.peers import PEERS
 from hf_sketch.sketches.by_name import choose_operator
 
 # Schioppa 2024, Table 11: milliseconds on one V100 for sketches of 2^12, 2^13, ...

@@ -14,13 +14,13 @@ from hf_sketch import (
     hessian_spectrum,
     lanczos,
 )
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.paper.gradients import fine_tuned_minilm
 from hf_sketch.recipes.tables.paper.hessians import (
     FlatHessian,
     relative_error,
     snli_batches,
 )
-from hf_sketch.recipes.tables.report import save_report
 
 # Least and greatest error of a layer (Schioppa 2024, Tables 1 and 5).
 PAPER = {"GPT-2": (0.19, 0.72), "BART": (0.16, 0.59)}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.measure import (
     milliseconds,
     peak_extra_bytes,
@@ -22,7 +23,6 @@ from hf_sketch.recipes.tables.paper.language_model import (
     flat_gradient,
     random_language_model,
 )
-from hf_sketch.recipes.tables.report import save_report
 from hf_sketch.sketches.by_name import choose_operator
 
 # Schioppa 2024, Table 2: largest number of rows and milliseconds of a pass on one V100,

@@ -10,12 +10,12 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_sketch import ModelSketch
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.paper.gradients import (
     as_mapping,
     fine_tuned_minilm,
     per_example_gradients,
 )
-from hf_sketch.recipes.tables.report import save_report
 from hf_sketch.sketches.by_name import choose_operator
 
 # Least log2 of the size for r > 0.95, 0.98, 0.99 (Schioppa 2024, Table 6).

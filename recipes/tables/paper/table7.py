@@ -10,13 +10,13 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_sketch import HessianOperator, ModelSketch, SketchedHessian, hessian_spectrum
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.paper.gradients import fine_tuned_minilm
 from hf_sketch.recipes.tables.paper.hessians import (
     FlatHessian,
     relative_error,
     snli_batches,
 )
-from hf_sketch.recipes.tables.report import save_report
 from hf_sketch.spectra.lanczos_run import lanczos
 
 # Least log2 of the size for an error < 0.2, 0.1, 0.05 (Schioppa 2024, Table 7).

@@ -11,16 +11,16 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, Sketch
-from hf_sketch.recipes.tables.costs.speed_ups import (
+from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.tables.measure import milliseconds, operator_costs
+from hf_sketch.recipes.tables.paper.language_model import model_gradient
+from hf_sketch.recipes.tables.speed_ups import (
     PUBLISHED,
     PUBLISHED_SPEED_UPS,
     Row,
     is_in_table_3,
     speed_ups,
 )
-from hf_sketch.recipes.tables.measure import milliseconds, operator_costs
-from hf_sketch.recipes.tables.paper.language_model import model_gradient
-from hf_sketch.recipes.tables.report import save_report
 
 _MIXED = {"fjl": FJL, "affd": AFFD, "afjl": AFJL}
 _SRHT_BLOCK = 2**10  # the block of ModelSketch's default layout

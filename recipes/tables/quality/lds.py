@@ -16,7 +16,7 @@ from hf_sketch.attribution.evaluation import (
     random_subsets,
     retrain_on_subsets,
 )
-from hf_sketch.recipes.small_settings import with_small
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.paper.saved_losses import SavedLosses
 from hf_sketch.recipes.tables.quality.lds_methods import (
     How,
@@ -32,7 +32,7 @@ from hf_sketch.recipes.tables.quality.lds_peers import (
     peer_scores,
 )
 from hf_sketch.recipes.tables.quality.lds_tasks import Digits, Moment, Snli, Task
-from hf_sketch.recipes.tables.report import save_report
+from hf_sketch.recipes.training_defaults import with_small
 
 _SNLI = {
     "rows": 240,

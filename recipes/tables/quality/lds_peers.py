@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
-from hf_sketch.recipes.tables.costs.peers import PEERS
+from hf_sketch.recipes.tables.peers import PEERS
 from hf_sketch.recipes.tables.quality.lds_methods import Row, Scores
 from hf_sketch.recipes.tables.quality.lds_tasks import Digits, Moment
 

@@ -27,7 +27,7 @@ from hf_sketch.recipes.demo import (
     new_model,
     training_arguments,
 )
-from hf_sketch.recipes.tables.report import save_report
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.texts.snli_sample import flip_labels, load_snli_sample, tokenize
 from hf_sketch.store.blocks import sketch_matrix
 

@@ -20,13 +20,13 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_sketch.recipes.tables.costs.recorders import (
+from hf_sketch.recipes.placement import device, synchronize
+from hf_sketch.recipes.tables.recorders import (
     PostHocRecorder,
     Recorder,
     TrainingRecorder,
     intervals,
 )
-from hf_sketch.recipes.tables.placement import device, synchronize
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from hf_sketch.recipes.tables.costs.recorders import (
+from hf_sketch.recipes.tables.recorders import (
     PostHocRecorder,
     Recorded,
     Recorder,

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import hf_sketch
-from hf_sketch.recipes.tables.placement import device_name
+from hf_sketch.recipes.placement import device_name
 
 
 def save_report(output_dir: str, name: str, arguments: Any, results: Any) -> Path:

@@ -1,0 +1,1 @@
+"""The options of each command, in modules that import nothing heavy."""

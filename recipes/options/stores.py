@@ -1,0 +1,61 @@
+"""Options of the commands that take recorded directories."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class InfoArguments:
+    """Describe a store."""
+
+
+@dataclass
+class VerifyArguments:
+    """Compare every byte of a store with its checksums; exit with 1 on a difference."""
+
+
+@dataclass
+class RepairArguments:
+    """Set damaged files of a store aside, so that it opens again."""
+
+
+@dataclass
+class MergeArguments:
+    """Merge stores with the same map, as from several machines, into one."""
+
+    output_dir: str = field(
+        metadata={"help": "Folder of the new store; must not exist."}
+    )
+
+
+@dataclass
+class ExportArguments:
+    """Copy the rows of a store to files of another format."""
+
+    to: str = field(metadata={"help": "Format: parquet, npy or safetensors."})
+    output_dir: str = field(metadata={"help": "New folder for the files."})
+
+
+@dataclass
+class SpectrumArguments:
+    """Print the Hessian spectra that a run recorded, and optionally plot them."""
+
+    plot: str | None = field(
+        default=None,
+        metadata={
+            "help": "File (.svg, .png or .pdf) to plot RNEG and R(n) to, as in Figure 2"
+            " of the paper."
+        },
+    )
+
+
+@dataclass
+class ReportArguments:
+    """Write everything that a run recorded to one HTML page that opens offline.
+
+    It shows the sketches, the answers of hf-sketch attribute, spectra and the search
+    for the intrinsic dimension, each if present.
+    """
+
+    output_file: str | None = field(
+        default=None, metadata={"help": "HTML file; DIR/report.html by default."}
+    )

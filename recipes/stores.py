@@ -1,0 +1,88 @@
+"""The commands that take recorded directories."""
+
+import importlib
+from pathlib import Path
+
+from hf_sketch import load_sketches, load_spectra
+from hf_sketch.recipes.options.stores import (
+    ExportArguments,
+    InfoArguments,
+    MergeArguments,
+    RepairArguments,
+    ReportArguments,
+    SpectrumArguments,
+    VerifyArguments,
+)
+from hf_sketch.recipes.spectrum_report import print_spectra
+from hf_sketch.report.page import write_report
+from hf_sketch.store.export import export_sketches
+from hf_sketch.store.hub import store_directory
+from hf_sketch.store.maintenance import describe, find_problems, merge, repair
+from hf_sketch.store.remote import is_remote
+
+
+def run_info(arguments: InfoArguments, directories: list[str]) -> None:
+    """Print what is in each store."""
+    for directory in directories:
+        print(describe(store_directory(directory)))
+
+
+def run_verify(arguments: VerifyArguments, directories: list[str]) -> None:
+    """Print what is wrong with each store; exit with 1 if anything is."""
+    problems = [p for d in directories for p in find_problems(store_directory(d))]
+    print("\n".join(problems) or "nothing differs from what was written")
+    if problems:
+        raise SystemExit(1)
+
+
+def run_repair(arguments: RepairArguments, directories: list[str]) -> None:
+    """Repair each store and print how."""
+    if remote := [directory for directory in directories if is_remote(directory)]:
+        raise ValueError(
+            f"repair takes directories, got {remote}: mend a copy of it, and put that "
+            "in its place."
+        )
+    done = [line for d in directories for line in repair(store_directory(d))]
+    print("\n".join(done) or "there was nothing to mend")
+
+
+def run_merge(arguments: MergeArguments, directories: list[str]) -> None:
+    """Merge the stores and describe the result."""
+    output = Path(arguments.output_dir)
+    merge([store_directory(directory) for directory in directories], output)
+    print(describe(output))
+
+
+def run_export(arguments: ExportArguments, directories: list[str]) -> None:
+    """Export the store and print the names of the files."""
+    if len(directories) != 1:
+        raise ValueError(
+            f"export takes one store, got {len(directories)}: join them with hf-sketch "
+            "merge."
+        )
+    sketches = load_sketches(directories[0])
+    for path in export_sketches(sketches, arguments.to, Path(arguments.output_dir)):
+        print(path)
+
+
+def run_spectrum(arguments: SpectrumArguments, directories: list[str]) -> None:
+    """Print the spectra of each run, and plot all of them in one figure."""
+    spectra = {directory: load_spectra(directory) for directory in directories}
+    for directory, found in spectra.items():
+        print(directory)
+        print_spectra(found)
+    if arguments.plot is not None:
+        plots = importlib.import_module("hf_sketch.report.plots")
+        plots.plot_figure_2(spectra).savefig(arguments.plot)
+        print(f"saved {arguments.plot}")
+
+
+def run_report(arguments: ReportArguments, directories: list[str]) -> None:
+    """Write one page per run."""
+    if arguments.output_file is not None and len(directories) != 1:
+        raise ValueError(
+            f"output_file is for one DIR, got {len(directories)}: leave it out, and "
+            "each gets its own report.html."
+        )
+    for directory in directories:
+        print(f"saved {write_report(directory, arguments.output_file)}")
