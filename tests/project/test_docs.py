@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page):
@@ -24,15 +25,10 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatc
         exec(compile(block, page.name, "exec"), names)
 
 
-def test_the_readme_has_its_snippet_and_its_two_commands():
-    text = (ROOT / "README.md").read_text()
-    assert "callbacks=[GradientSketchCallback(out_size=4096)]" in text
-    assert 'pip install -e ".[demo]" && hf-sketch demo' in text
-    assert 'pip install -e ".[test]" && pytest' in text
-
-
 def test_ci_runs_the_test_line_of_the_readme():
-    assert 'pip install -e ".[test]" && pytest' in (ROOT / ".ci" / "run").read_text()
+    """So that what newcomers are told to run is what was seen to pass."""
+    (line,) = re.findall(r"^(pip install .* && pytest)\b", README.read_text(), re.M)
+    assert line in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
 def test_links_between_pages_lead_somewhere():
