@@ -31,8 +31,7 @@ from hf_sketch.recipes.texts.text_rows import (
     token_rows,
     tokenized,
 )
-from hf_sketch.store.hub import store_directory
-from hf_sketch.store.remote import is_remote
+from hf_sketch.store.locations import is_remote, store_directory
 
 
 def run_attribute(

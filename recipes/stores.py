@@ -16,9 +16,9 @@ from hf_sketch.recipes.options.stores import (
 from hf_sketch.recipes.spectrum_report import print_spectra
 from hf_sketch.report.page import write_report
 from hf_sketch.store.export import export_sketches
-from hf_sketch.store.hub import store_directory
+from hf_sketch.store.locations import is_remote, store_directory
 from hf_sketch.store.maintenance import describe, find_problems, merge, repair
-from hf_sketch.store.remote import is_remote
+from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 
 
 def run_info(arguments: InfoArguments, directories: list[str]) -> None:
@@ -61,7 +61,8 @@ def run_export(arguments: ExportArguments, directories: list[str]) -> None:
             "merge."
         )
     sketches = load_sketches(directories[0])
-    for path in export_sketches(sketches, arguments.to, Path(arguments.output_dir)):
+    rows = {PER_EXAMPLE: sketches.dataset, PER_STEP: sketches.steps}
+    for path in export_sketches(rows, arguments.to, Path(arguments.output_dir)):
         print(path)
 
 

@@ -32,7 +32,7 @@ from hf_sketch.attribution.scores import (
 from hf_sketch.attribution.shares import RowShare
 from hf_sketch.examples.measured_error import MeasuredError
 from hf_sketch.model.sketch import ModelSketch
-from hf_sketch.store.hub import push_store
+from hf_sketch.store.locations import push_store
 
 
 @dataclass(frozen=True)

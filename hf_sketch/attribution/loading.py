@@ -5,17 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from hf_sketch.attribution.collection import GradientRows
-from hf_sketch.store.header import (
+from hf_sketch.store.header import read_header
+from hf_sketch.store.locations import store_directory
+from hf_sketch.store.manifest import (
     Manifest,
     missing_ranks,
-    read_header,
     read_manifests,
     shards_of,
 )
-from hf_sketch.store.hub import store_directory
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP, features
 from hf_sketch.store.shards import Shard, check_shard, contents_are_checked, open_shards
 
@@ -28,9 +26,8 @@ def load_sketches(
 ) -> GradientRows:
     """Open the sketches that a GradientSketchCallback left beside the checkpoints.
 
-    The rows are memory-mapped; those at a URL are copied to the local cache first. What
-    is missing from the store, because a process died or recording was off, is told in
-    a warning.
+    The rows are memory-mapped; those at a URL are copied to the local cache first. A
+    warning names rows that are missing because a process died or recording stopped.
 
     Args:
         path: the Trainer's `output_dir`, the `sketches` directory in it, the URL of
@@ -38,50 +35,48 @@ def load_sketches(
             dataset repository on the Hub.
         skip_damaged: leave out files that are missing or damaged, with a warning,
             instead of raising.
-        verify: compare every byte with the digests that were written with it; by
-            default this is done for stores of up to 1 GiB, and of larger ones only the
-            lengths and the heads of the files are compared (`hf-sketch verify` does it
-            all).
-        hub_options: for `huggingface_hub.snapshot_download`, as `revision`, `token` or
-            `repo_type="model"`; of a URL, those of its file system.
+        verify: compare every byte with its checksum. By default this is done for stores
+            of up to 1 GiB; in larger ones, only the lengths and the heads of the files
+            are compared (`hf-sketch verify` compares everything).
+        hub_options: for `huggingface_hub.snapshot_download`, such as `revision`,
+            `token` or `repo_type="model"`; for a URL, those of its file system.
 
     Raises:
         FileNotFoundError: there is no store.
-        ValueError: a file is damaged, or the header is of another version or map.
+        ValueError: a file is damaged, or the header has an unknown version or another
+            map.
     """
     directory = store_directory(path, **hub_options)
     header = read_header(directory)
     manifests = read_manifests(directory)
-    _tell_what_is_missing(directory, manifests)
+    _warn_of_missing_rows(directory, manifests)
     shards = [shard for manifest in manifests for shard in manifest.shards]
     if verify is None:
         verify = contents_are_checked(shards)
         if not verify:
             warnings.warn(
-                f"{directory} holds {sum(s.size_bytes for s in shards) / 2**30:.1f} "
-                "GiB, whose numbers are not compared with their digests on opening: "
-                "pass verify=True to compare them, False to hear of it no more.",
+                f"Skipping the checksums of {directory}: it holds more than 1 GiB. "
+                "verify=True compares them, verify=False silences this warning.",
                 stacklevel=2,
             )
     damaged = _damaged(directory, shards, verify, skip_damaged)
-    opened: dict[str, Dataset] = {}
-    for kind in (PER_EXAMPLE, PER_STEP):
-        whole = [s for s in shards_of(manifests, kind) if s.file not in damaged]
-        columns = features(kind, header.model_sketch.out_size, header.row_dtype)
-        opened[kind] = open_shards(directory, whole, columns)
+    examples, steps = (
+        open_shards(
+            directory,
+            [s for s in shards_of(manifests, kind) if s.file not in damaged],
+            features(kind, header.model_sketch.out_size, header.row_dtype),
+        )
+        for kind in (PER_EXAMPLE, PER_STEP)
+    )
     return GradientRows(
-        header.model_sketch,
-        opened[PER_EXAMPLE],
-        opened[PER_STEP],
-        header.measured_error,
-        directory,
+        header.model_sketch, examples, steps, header.measured_error, directory
     )
 
 
 def _damaged(
     directory: Path, shards: Sequence[Shard], contents: bool, skip: bool
 ) -> set[str]:
-    """The files that cannot be read, each with a warning; raises unless `skip`."""
+    """Return the files that cannot be read, warning of each; raise unless `skip`."""
     damaged: set[str] = set()
     for shard in shards:
         try:
@@ -90,17 +85,15 @@ def _damaged(
             if not skip:
                 raise
             damaged.add(shard.file)
-            message = f"{shard.rows} rows left out: {error}"
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(f"Left out {shard.rows} rows. {error}", stacklevel=3)
     return damaged
 
 
-def _tell_what_is_missing(directory: Path, manifests: Sequence[Manifest]) -> None:
-    """Warn of rows that the store should have."""
+def _warn_of_missing_rows(directory: Path, manifests: Sequence[Manifest]) -> None:
     if missing := missing_ranks(manifests):
         warnings.warn(
             f"{directory} has no rows of the processes {missing}: they died before they"
-            " wrote any, or their files are on another machine; join them with "
+            " wrote any, or their files are on another machine. Join them with "
             "hf-sketch merge.",
             stacklevel=3,
         )

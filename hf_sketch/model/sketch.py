@@ -244,13 +244,17 @@ class ModelSketch:
         The probe is cos(0), cos(1), ... on the first elements of the first, the last,
         the largest and the smallest parameter, and zero elsewhere.
         """
+        return list(self._check_value)
+
+    @cached_property
+    def _check_value(self) -> tuple[float, ...]:
         by_size = sorted(self.shapes, key=lambda item: math.prod(item[1]))
         probed = {self.shapes[0], self.shapes[-1], by_size[0], by_size[-1]}
         probe = {
             name: (torch.arange(min(math.prod(shape), _PROBED_ELEMENTS)).cos(), 0)
             for name, shape in sorted(probed)
         }
-        return self.sketch_parts(probe)[:16].tolist()
+        return tuple(self.sketch_parts(probe)[:16].tolist())
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""

@@ -15,10 +15,10 @@ from hf_sketch.planning.cost import (
     step_work,
     training_flops,
 )
+from hf_sketch.planning.disk import BUFFER_BYTES, RowFormat, StoreSize, store_size
 from hf_sketch.planning.machine import Machine
 from hf_sketch.planning.settings import RowSettings, SpectrumSettings, TrainingRun
 from hf_sketch.store.rows import PER_EXAMPLE
-from hf_sketch.store.size import BUFFER_BYTES, RowFormat, StoreSize, store_size
 
 _TRAINING_PASSES: Final = 22  # over what layers take and give: GPT-2's in eager mode
 _OPTIMIZER_BYTES: Final = 28  # AdamW reads and writes seven numbers for each

@@ -22,7 +22,7 @@ from hf_sketch.spectra.files import DIRECTORY as CURVATURE
 from hf_sketch.spectra.files import load_spectra
 from hf_sketch.spectra.spectrum import Spectrum
 from hf_sketch.store.header import HEADER
-from hf_sketch.store.hub import store_directory
+from hf_sketch.store.locations import store_directory
 from hf_sketch.subspace.search import FILE as SEARCH
 from hf_sketch.subspace.search import load_dimension_search
 

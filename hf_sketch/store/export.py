@@ -1,6 +1,6 @@
 """Copies of a store's rows in other formats."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,31 +13,34 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_sketch.attribution.collection import GradientRows
 from hf_sketch.store.blocks import row_blocks, sketch_matrix
-from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 
 _FILE_ELEMENTS = 2**28
 
 
-def export_sketches(sketches: GradientRows, to: str, output: Path) -> list[Path]:
+def export_sketches(
+    datasets: Mapping[str, Dataset | None], to: str, output: Path
+) -> list[Path]:
     """Write all rows to a new directory, sketches in float32, memory bounded.
 
-    "parquet": a file of each kind of rows. "npy": a file of each column. "safetensors":
-    files of up to 2**28 numbers with a tensor of each column.
+    Args:
+        datasets: the rows of each kind; None or an empty one writes no file.
+        to: "parquet", one file per kind; "npy", one file per column; "safetensors",
+            files of up to 2**28 numbers with one tensor per column.
+        output: the new directory.
 
     Returns:
         the files.
 
     Raises:
         ValueError: the format is unknown.
-        FileExistsError: the directory is there already.
+        FileExistsError: the directory exists.
     """
     if to not in FORMATS:
-        raise ValueError(f"to must be one of {tuple(FORMATS)}, got {to!r}.")
+        raise ValueError(f"to is {to!r}. Pass one of {tuple(FORMATS)}.")
     output.mkdir(parents=True)
     written: list[Path] = []
-    for kind, dataset in ((PER_EXAMPLE, sketches.dataset), (PER_STEP, sketches.steps)):
+    for kind, dataset in datasets.items():
         if dataset is not None and len(dataset):
             written += FORMATS[to](dataset, output, kind)
     return written

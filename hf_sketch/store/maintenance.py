@@ -1,4 +1,4 @@
-"""Looking after stores: what is in them, whether they are whole, and mending them."""
+"""Maintaining stores: what is in them, whether they are whole, repairing, merging."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,24 +8,25 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from hf_sketch.durable import replace_file
-from hf_sketch.store.header import (
+from hf_sketch.store.header import read_header
+from hf_sketch.store.manifest import (
     Gap,
     Manifest,
-    create_store,
+    manifest_paths,
     missing_ranks,
-    read_header,
     read_manifest,
     read_manifests,
     write_manifest,
 )
+from hf_sketch.store.opening import create_store
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
-from hf_sketch.store.shards import Shard, check_shard, describe_shard
+from hf_sketch.store.shards import Shard, check_shard, describe_shard, shard_name
 
 _ASIDE = "damaged"
 
 
 def describe(directory: Path) -> str:
-    """What is in a store, in some lines.
+    """Return what is in a store, in some lines.
 
     Raises:
         FileNotFoundError: there is no store.
@@ -64,30 +65,29 @@ def describe(directory: Path) -> str:
 
 
 def find_problems(directory: Path) -> list[str]:
-    """Everything that differs from what was written: nothing if the store is whole.
+    """Return everything that differs from what was written; empty for a whole store.
 
-    Every byte is compared with its digest, the header's map with its check value, and
+    It compares every byte with its checksum, the header's map with its check value, and
     the numbers of rows with the manifests.
     """
     problems: list[str] = []
+    manifests: list[Manifest] = []
     try:
         read_header(directory)
     except (FileNotFoundError, ValueError) as error:
         problems.append(str(error))
-    manifests: list[Manifest] = []
-    for path in sorted(directory.glob("manifest-*.json")):
+    for path in manifest_paths(directory):
         try:
             manifests.append(read_manifest(path))
         except ValueError as error:
             problems.append(str(error))
     for shard in tqdm([s for m in manifests for s in m.shards], desc="Verifying"):
-        problem = _problem_of(directory, shard)
-        if problem is not None:
+        if problem := _problem_of(directory, shard):
             problems.append(problem)
     if not manifests:
-        problems.append(f"{directory} has no manifest that can be read")
+        problems.append(f"{directory} has no manifest that can be read.")
     problems += [
-        f"{directory} has no files of process {rank}: join them with hf-sketch merge."
+        f"{directory} has no files of process {rank}. Join them with hf-sketch merge."
         for rank in missing_ranks(manifests)
     ]
     return problems
@@ -96,9 +96,9 @@ def find_problems(directory: Path) -> list[str]:
 def repair(directory: Path) -> list[str]:
     """Make a damaged store open again; nothing is deleted.
 
-    Files that are not as they were written are moved to the directory `damaged` in the
-    store, and the manifest says which steps lack rows. A manifest that cannot be read
-    is made anew from the files of its process.
+    Damaged files are moved to the directory `damaged` in the store, and the manifest
+    notes which steps lack rows. A manifest that cannot be read is rebuilt from the
+    files of its process.
 
     Returns:
         what was done.
@@ -108,14 +108,14 @@ def repair(directory: Path) -> list[str]:
     """
     read_header(directory)
     done: list[str] = []
-    for path in sorted(directory.glob("manifest-*.json")):
+    for path in manifest_paths(directory):
         try:
             manifest = read_manifest(path)
         except ValueError:
             manifest = _rebuild_manifest(directory, path)
             _set_aside(directory, path.name)
             write_manifest(directory, manifest)
-            done.append(f"{path.name} was made anew from {len(manifest.shards)} files")
+            done.append(f"{path.name} was rebuilt from {len(manifest.shards)} files")
         kept: list[Shard] = []
         gaps = list(manifest.gaps)
         for shard in tqdm(manifest.shards, desc="Verifying"):
@@ -136,23 +136,22 @@ def repair(directory: Path) -> list[str]:
 def merge(directories: Sequence[Path], output: Path) -> None:
     """Copy stores of one map into a new one.
 
-    Processes keep their ranks where no two stores have one in common, as on machines
-    without a common file system; otherwise they are counted anew.
+    Processes keep their ranks unless two stores share one; then all ranks are numbered
+    again.
 
     Raises:
-        ValueError: the stores have different settings, or rows in common, or a file is
-            damaged; or the output is there already.
+        ValueError: the stores have different settings or share rows, a file is damaged,
+            or the output exists.
     """
     if output.exists():
-        raise ValueError(f"{output} must not be there, got a file: pass a new name.")
+        raise ValueError(f"{output} exists. Pass the name of a new directory.")
     headers = [read_header(directory) for directory in directories]
     for directory, header in zip(directories, headers, strict=True):
-        if header.settings != headers[0].settings or (
-            header.model_sketch != headers[0].model_sketch
-        ):
+        if not header.fits(headers[0]):
             raise ValueError(
                 f"{directory} holds rows of {header.settings}, {directories[0]} of "
-                f"{headers[0].settings}: only rows of one map can be joined."
+                f"{headers[0].settings}. Merge only stores with the same settings and "
+                "parameters."
             )
     sources = [
         (directory, manifest)
@@ -164,7 +163,7 @@ def merge(directories: Sequence[Path], output: Path) -> None:
     if len(set(ranks)) < len(ranks):
         ranks = list(range(len(sources)))
     world_size = max([len(sources), *(m.world_size for _, m in sources)])
-    create_store(output, headers[0], ranks[0])
+    create_store(output, headers[0], Manifest(ranks[0]))
     for rank, (directory, manifest) in zip(ranks, sources, strict=True):
         shards = tuple(
             _copy(directory, shard, output, rank)
@@ -174,20 +173,21 @@ def merge(directories: Sequence[Path], output: Path) -> None:
 
 
 def _problem_of(directory: Path, shard: Shard) -> str | None:
-    """What is wrong with a shard, if anything."""
+    """Return what is wrong with a shard, if anything."""
+    path = directory / shard.file
     try:
         check_shard(directory, shard, contents=True)
     except ValueError as error:
         return str(error)
-    found = describe_shard(directory / shard.file)
-    if found != shard:
-        return f"{directory / shard.file} must hold {shard}, got {found}"
-    return None
+    found = describe_shard(path)
+    return (
+        None if found == shard else f"{path} holds {found}, the manifest says {shard}."
+    )
 
 
 def _rebuild_manifest(directory: Path, path: Path) -> Manifest:
-    """A manifest of all files of a process that can be read."""
-    rank = int(path.stem.rsplit("-", 1)[1])
+    """Make a manifest of all files of a process that can be read."""
+    rank = int(path.stem.rpartition("-")[2])
     shards: list[Shard] = []
     for file in sorted(directory.glob(f"*-{rank:05d}-*.arrow")):
         try:
@@ -214,15 +214,14 @@ def _check_apart(sources: Sequence[tuple[Path, Manifest]]) -> None:
             other = seen.setdefault(shard.xxh3_128, directory)
             if other != directory:
                 raise ValueError(
-                    f"{directory} and {other} have rows in common ({shard.file}): pass "
+                    f"{directory} and {other} hold the same rows ({shard.file}). Pass "
                     "stores of different runs or processes."
                 )
 
 
 def _copy(directory: Path, shard: Shard, output: Path, rank: int) -> Shard:
-    """Copy a shard, whole and unchanged, under the name of a process."""
+    """Copy a shard unchanged, under the name of a process."""
     check_shard(directory, shard, contents=True)
-    number = Path(shard.file).stem.rsplit("-", 1)[1]
-    name = f"{shard.kind}-{rank:05d}-{number}.arrow"
+    name = shard_name(shard.kind, rank, shard.number)
     replace_file(output / name, (directory / shard.file).read_bytes())
     return replace(shard, file=name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hf_sketch.durable import Draft, sync_directory
-from hf_sketch.store.header import Manifest, write_manifest
+from hf_sketch.store.manifest import Manifest, write_manifest
 from hf_sketch.store.rows import arrow_table, joined
 from hf_sketch.store.shards import Shard, draft_shard
 
@@ -34,7 +34,7 @@ class ShardQueue:
         self.manifest = manifest
         self._directory = directory
         self._row_dtype = row_dtype
-        self._next_number = 1 + max((s.number for s in manifest.shards), default=0)
+        self._next_number = manifest.next_number
         self._drafting = ThreadPoolExecutor(1, thread_name_prefix="hf-sketch-draft")
         self._naming = ThreadPoolExecutor(1, thread_name_prefix="hf-sketch-name")
         self._drafted: Future[None] = _done()

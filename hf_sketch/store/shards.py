@@ -1,6 +1,6 @@
-"""Arrow files of a store, each written whole and listed with its digests."""
+"""Arrow files of a store, each written whole and listed with its checksums."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from hf_sketch.durable import Draft, sync_directory
 
 _READ_BYTES = 2**20
 _VERIFIED_BYTES = 2**30
+_END_BYTES = 8  # what ends an Arrow stream
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,13 @@ class Shard:
     Args:
         file: its name within the store's directory.
         kind: "per_example" or "per_step".
-        rows: how many rows it holds.
-        first_step: the least optimizer step among them, counted from 1.
+        rows: number of rows.
+        first_step: the smallest optimizer step among them, counted from 1.
         last_step: the greatest.
-        size_bytes: the file's length.
+        size_bytes: length of the file.
         head_bytes: where the columns start, after all that describes them.
-        head_xxh3_128: digest of what comes before, in hexadecimal.
-        xxh3_128: digest of the file.
+        head_xxh3_128: checksum of the bytes before, in hexadecimal.
+        xxh3_128: checksum of the file.
     """
 
     file: str
@@ -45,7 +46,12 @@ class Shard:
     @property
     def number(self) -> int:
         """The running number in the file's name."""
-        return int(Path(self.file).stem.rsplit("-", 1)[1])
+        return int(Path(self.file).stem.rpartition("-")[2])
+
+
+def shard_name(kind: str, rank: int, number: int) -> str:
+    """Return the name of a process's file."""
+    return f"{kind}-{rank:05d}-{number:06d}.arrow"
 
 
 def write_shard(
@@ -65,7 +71,7 @@ def write_shard(
 def draft_shard(
     directory: Path, kind: str, rank: int, number: int, table: pa.Table
 ) -> tuple[Draft, Shard]:
-    """Write rows as one Arrow file that is not synced and has no name of its own yet.
+    """Write rows as one Arrow file, not yet synced and under a temporary name.
 
     Raises:
         OSError: it cannot be written.
@@ -74,12 +80,12 @@ def draft_shard(
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
     data = memoryview(sink.getvalue())
-    path = directory / f"{kind}-{rank:05d}-{number:06d}.arrow"
-    return Draft(path, data), _describe(path.name, data, table)
+    name = shard_name(kind, rank, number)
+    return Draft(directory / name, data), _describe(name, data, table)
 
 
 def describe_shard(path: Path) -> Shard:
-    """What the manifest should say of a file, as far as the file itself tells.
+    """Return what a file's manifest should say of it.
 
     Raises:
         pyarrow.ArrowInvalid: it holds no rows that can be read.
@@ -92,7 +98,7 @@ def describe_shard(path: Path) -> Shard:
 
 
 def read_shard(directory: Path, shard: Shard) -> pa.Table:
-    """The shard's rows, memory-mapped.
+    """Return the shard's rows, memory-mapped.
 
     Raises:
         ValueError: the file is missing, or differs from what was written.
@@ -106,34 +112,38 @@ def check_shard(directory: Path, shard: Shard, contents: bool) -> None:
     """Raise ValueError unless the shard's file is as it was written.
 
     Args:
-        directory: of the store.
-        shard: what the manifest says of it.
-        contents: read and compare all of it, not only its length and its head.
+        directory: the store.
+        shard: the file's entry in the manifest.
+        contents: compare all of it, not only its length and its head.
     """
     path = directory / shard.file
-    size = path.stat().st_size if path.is_file() else None
+    fix = (
+        f"Restore it, set it aside with hf-sketch repair {directory}, or read the other"
+        " files with load_sketches(..., skip_damaged=True)."
+    )
+    if not path.is_file():
+        raise ValueError(f"{path} is missing. {fix}")
+    size = path.stat().st_size
     if size != shard.size_bytes:
-        got = "no such file" if size is None else f"{size} bytes"
-        raise ValueError(
-            f"{path} must have {shard.size_bytes} bytes, got {got}: {_mend(directory)}"
-        )
-    limit = shard.size_bytes if contents else shard.head_bytes
-    expected = shard.xxh3_128 if contents else shard.head_xxh3_128
+        raise ValueError(f"{path} has {size} bytes, not {shard.size_bytes}. {fix}")
+    limit, expected = shard.head_bytes, shard.head_xxh3_128
+    if contents:
+        limit, expected = shard.size_bytes, shard.xxh3_128
     digest = _file_digest(path, limit)
     if digest != expected:
         raise ValueError(
-            f"{path} must have the digest {expected} in its first {limit} bytes, got "
-            f"{digest}: {_mend(directory)}"
+            f"{path} was changed: the checksum of its first {limit} bytes is {digest}, "
+            f"not {expected}. {fix}"
         )
 
 
 def contents_are_checked(shards: Sequence[Shard]) -> bool:
-    """Whether opening compares every byte: of 1 GiB at most."""
+    """Return whether opening compares every byte: up to 1 GiB."""
     return sum(shard.size_bytes for shard in shards) <= _VERIFIED_BYTES
 
 
 def open_shards(directory: Path, shards: Sequence[Shard], columns: Features) -> Dataset:
-    """All rows, memory-mapped, in the order of the shards."""
+    """Return all rows, memory-mapped, in the order of the shards."""
     if not shards:
         empty: dict[str, list[Any]] = {name: [] for name in columns}
         return Dataset.from_dict(empty, features=columns)
@@ -145,8 +155,10 @@ def open_shards(directory: Path, shards: Sequence[Shard], columns: Features) -> 
 
 
 def _describe(name: str, data: memoryview, table: pa.Table) -> Shard:
-    """The entry of a file with these bytes and rows."""
-    steps, head = table["step"].to_numpy(), _head_bytes(data)
+    """Return the entry of a file with these bytes and rows."""
+    steps = table["step"].to_numpy()
+    *_, batch = pa.ipc.MessageReader.open_stream(pa.py_buffer(data))
+    head = data.nbytes - _END_BYTES - (0 if batch.body is None else batch.body.size)
     return Shard(
         file=name,
         kind=name.partition("-")[0],
@@ -160,32 +172,8 @@ def _describe(name: str, data: memoryview, table: pa.Table) -> Shard:
     )
 
 
-def _mend(directory: Path) -> str:
-    return (
-        f"restore the file, set it aside with hf-sketch repair {directory}, or read the"
-        " others with load_sketches(..., skip_damaged=True)."
-    )
-
-
-def _head_bytes(data: memoryview) -> int:
-    """Where the body of the only record batch starts."""
-    messages = list(_messages(data))
-    body = messages[-1].body
-    end_of_stream = 8
-    return data.nbytes - end_of_stream - (0 if body is None else body.size)
-
-
-def _messages(data: memoryview) -> Iterator[Any]:
-    reader = pa.ipc.MessageReader.open_stream(pa.py_buffer(data))
-    while True:
-        try:
-            yield reader.read_next_message()
-        except StopIteration:
-            return
-
-
 def _file_digest(path: Path, limit: int) -> str:
-    """Digest of a file's first bytes, read in parts."""
+    """Return the checksum of a file's first bytes, read in parts."""
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         while limit > 0 and (part := file.read(min(limit, _READ_BYTES))):

@@ -109,7 +109,7 @@ def test_compiled_training_is_refused(tmp_path):
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "sketches").write_text("a file where the directory should be")
-    message = "cannot be written to .*: give the Trainer an output_dir"
+    message = "Cannot write sketches to .* Give the Trainer an output_dir"
     refused(tmp_path, message, error=OSError)
 
 
@@ -117,7 +117,7 @@ def test_a_store_of_other_settings_is_refused_and_kept(tmp_path):
     tiny_trainer(tmp_path, GradientSketchCallback(SIZE)).train()
     before = load_sketches(tmp_path).dataset[:]
     other = GradientSketchCallback(SIZE // 2)
-    message = r"holds rows of out_size=256, .* given out_size=128.*: pass the store's"
+    message = r"made with out_size=256, .* uses out_size=128.* Pass the store's"
     refused(tmp_path, message, callback=other)
     assert load_sketches(tmp_path).dataset[:] == before
 
@@ -126,7 +126,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
     tiny_trainer(tmp_path, GradientSketchCallback(SIZE)).train()
     trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE // 2))
     with pytest.raises(
-        ValueError, match=r"holds rows of out_size=256, .* was given out_size=128"
+        ValueError, match=r"made with out_size=256, .* this run uses out_size=128"
     ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert len(load_sketches(tmp_path).dataset) == 44

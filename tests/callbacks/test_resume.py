@@ -59,7 +59,7 @@ def test_a_new_run_sets_the_rows_of_an_earlier_one_aside(tmp_path, uninterrupted
     interrupted(tmp_path, 2)
     assert not any(tmp_path.glob("checkpoint-*"))
     for number in (1, 2):
-        message = rf"held rows up to step \d .* now in .*sketches-before-{number}\."
+        message = rf"Renamed .* to sketches-before-{number}: .* rows up to step \d"
         with pytest.warns(UserWarning, match=message):
             tiny_trainer(tmp_path, GradientSketchCallback(SIZE)).train()
         assert rows_of(tmp_path) == uninterrupted

@@ -116,7 +116,7 @@ class OutOfMemory(TrainerCallback):
 
 
 @pytest.mark.parametrize("step", [1, 3])
-@pytest.mark.filterwarnings("ignore:.*held rows up to step.*not resumed:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*rows up to step.*not resumed:UserWarning")
 def test_with_a_batch_size_that_is_found(tmp_path, step):
     seen = Seen()
     trainer = tiny_trainer(

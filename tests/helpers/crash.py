@@ -122,7 +122,7 @@ def start(action, *arguments):
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "'pin_memory' argument", UserWarning)
         # Killed between its first rows and its first checkpoint, training starts anew.
-        warnings.filterwarnings("ignore", ".*of an earlier run that is not resumed")
+        warnings.filterwarnings("ignore", ".*of a run that is not resumed")
         action(*arguments)
         status = 0
     except BaseException:

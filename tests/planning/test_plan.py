@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig
 from hf_sketch import ModelSketch, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.planning.cost import BatchShape, training_flops
+from hf_sketch.planning.disk import RowFormat, store_size
 from hf_sketch.planning.limits import limits_of
 from hf_sketch.planning.machine import Machine
 from hf_sketch.planning.plan import plan_recording
@@ -17,7 +18,6 @@ from hf_sketch.recipes.meta_models import load_config, meta_model
 from hf_sketch.recipes.plan import PlanArguments, as_bytes, as_seconds, run_plan
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP, ROW_DTYPES
-from hf_sketch.store.size import RowFormat, store_size
 from hf_sketch.store.writer import SketchWriter
 from tests.helpers.training import tiny_bert, tiny_dataset, tiny_trainer
 

@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 
 from hf_sketch import load_sketches
+from hf_sketch.durable import read_sealed
 from hf_sketch.store.blocks import sketch_matrix
+from hf_sketch.store.header import READERS
 from hf_sketch.store.maintenance import find_problems
-from tests.store.test_store import SKETCH
+from tests.helpers.stores import SKETCH
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sketches"
 
@@ -29,3 +31,8 @@ def test_the_golden_store_is_whole_and_has_its_rows():
         sketch_matrix(store.steps), torch.arange(4.0) + torch.arange(1.0, 4.0)[:, None]
     )
     assert store.steps["clip_factor"][:] == [0.5] * 3
+
+
+def test_a_store_of_each_version_is_kept():
+    headers = GOLDEN.parent.glob("sketches*/header.json")
+    assert sorted(read_sealed(path)["format_version"] for path in headers) == [*READERS]

@@ -7,9 +7,9 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import HfApi
 
-from hf_sketch import GradientRows, hub, load_sketches
-from tests.store.test_maintenance import write
-from tests.store.test_store import SKETCH
+from hf_sketch import GradientRows, load_sketches
+from hf_sketch.store import locations
+from tests.helpers.stores import SKETCH, write_store
 
 
 @pytest.fixture
@@ -32,13 +32,13 @@ def repositories(tmp_path, monkeypatch):
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(locations, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     return calls
 
 
 def test_a_store_goes_to_the_hub_and_comes_back(tmp_path, repositories):
-    sketches = load_sketches(write(tmp_path / "sketches"))
+    sketches = load_sketches(write_store(tmp_path / "sketches"))
     url = sketches.push_to_hub("somebody/rows", private=True)
     assert url == "https://hub/somebody/rows"
     again = load_sketches("somebody/rows", revision="main")
@@ -55,13 +55,13 @@ def test_a_store_goes_to_the_hub_and_comes_back(tmp_path, repositories):
 
 
 def test_what_a_trainer_pushed_is_opened(tmp_path, repositories):
-    write(tmp_path / "hub" / "model" / "somebody" / "bert" / "sketches")
+    write_store(tmp_path / "hub" / "model" / "somebody" / "bert" / "sketches")
     store = load_sketches("somebody/bert", repo_type="model")
     assert len(store.dataset) == 6
 
 
 def test_a_local_directory_comes_first(tmp_path, repositories):
-    write(tmp_path / "some" / "run" / "sketches")
+    write_store(tmp_path / "some" / "run" / "sketches")
     assert len(load_sketches("some/run").dataset) == 6
     assert repositories == []
 

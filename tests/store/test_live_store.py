@@ -9,9 +9,8 @@ from hf_sketch import load_sketches, sketch_dataset
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 from hf_sketch.store.writer import SketchWriter
+from tests.helpers.stores import HEADER, example_rows, step_row
 from tests.helpers.training import tiny_dataset, tiny_trainer
-from tests.store.test_maintenance import HEADER, example_rows
-from tests.store.test_store import step_row
 
 FLUSHES = 60
 

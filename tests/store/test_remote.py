@@ -12,8 +12,7 @@ from hf_sketch import load_sketches
 from hf_sketch.cli import main
 from hf_sketch.store.rows import PER_EXAMPLE
 from hf_sketch.store.writer import SketchWriter
-from tests.store.test_maintenance import HEADER, example_rows, write
-from tests.store.test_store import SKETCH
+from tests.helpers.stores import HEADER, SKETCH, example_rows, write_store
 
 URL = "memory://bucket/run"
 
@@ -46,7 +45,7 @@ def shards(names):
 
 @pytest.mark.parametrize("url", [URL, f"{URL}/", f"{URL}/sketches"])
 def test_a_store_at_a_url_opens_like_one_on_disk(tmp_path, bucket, url):
-    put(write(tmp_path / "sketches"))
+    put(write_store(tmp_path / "sketches"))
     here, there = load_sketches(tmp_path), load_sketches(url)
     assert there.model_sketch == here.model_sketch
     assert there.dataset[:] == here.dataset[:]
@@ -54,7 +53,7 @@ def test_a_store_at_a_url_opens_like_one_on_disk(tmp_path, bucket, url):
 
 
 def test_rows_that_are_there_are_not_fetched_again(tmp_path, bucket):
-    directory = write(tmp_path / "sketches", steps=(1, 2))
+    directory = write_store(tmp_path / "sketches", steps=(1, 2))
     put(directory)
     assert len(load_sketches(URL).dataset) == 4
     known = shards(bucket)
@@ -72,17 +71,17 @@ def test_rows_that_are_there_are_not_fetched_again(tmp_path, bucket):
 
 
 def test_another_run_at_the_same_url_is_fetched_whole(tmp_path, bucket):
-    put(write(tmp_path / "one" / "sketches"))
+    put(write_store(tmp_path / "one" / "sketches"))
     assert load_sketches(URL).dataset["step"][:] == [1, 1, 2, 2, 3, 3]
     bucket.clear()
-    other = write(tmp_path / "other" / "sketches", steps=(4, 5, 6))
+    other = write_store(tmp_path / "other" / "sketches", steps=(4, 5, 6))
     put(other)
     assert load_sketches(URL).dataset["step"][:] == [4, 4, 5, 5, 6, 6]
     assert shards(bucket) == sorted(p.name for p in other.glob("*.arrow"))
 
 
 def test_what_was_cut_off_is_fetched_again(tmp_path, bucket):
-    put(write(tmp_path / "sketches"))
+    put(write_store(tmp_path / "sketches"))
     store = load_sketches(URL)
     expected = store.dataset[:]
     path = sorted(store.directory.glob("per_example*.arrow"))[0]
@@ -93,15 +92,15 @@ def test_what_was_cut_off_is_fetched_again(tmp_path, bucket):
 
 
 def test_bad_urls_are_named(tmp_path, bucket):
-    with pytest.raises(FileNotFoundError, match=r"no sketches at memory://bucket/run"):
+    with pytest.raises(FileNotFoundError, match=r"No sketches at memory://bucket/run"):
         load_sketches(URL)
-    put(write(tmp_path / "sketches"))
+    put(write_store(tmp_path / "sketches"))
     with pytest.raises(ValueError, match=r"repair takes directories, got \['memory"):
         main(["repair", URL])
 
 
 def test_the_commands_read_urls(tmp_path, bucket, capsys):
-    put(write(tmp_path / "sketches"))
+    put(write_store(tmp_path / "sketches"))
     main(["info", URL])
     assert "per_example: 6 rows in 3 files" in capsys.readouterr().out
     main(["verify", URL])
@@ -111,7 +110,7 @@ def test_the_commands_read_urls(tmp_path, bucket, capsys):
 def test_a_store_on_a_web_server_is_read_too(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     pytest.importorskip("aiohttp")
-    write(tmp_path / "run" / "sketches")
+    write_store(tmp_path / "run" / "sketches")
     handler = functools.partial(
         http.server.SimpleHTTPRequestHandler, directory=tmp_path / "run"
     )

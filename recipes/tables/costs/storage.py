@@ -19,7 +19,9 @@ from hf_sketch import ModelSketch, load_sketches
 from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.measure import spread
 from hf_sketch.store.blocks import row_blocks
-from hf_sketch.store.header import Header, Manifest, create_store, write_manifest
+from hf_sketch.store.header import Header
+from hf_sketch.store.manifest import Manifest, write_manifest
+from hf_sketch.store.opening import create_store
 from hf_sketch.store.rows import PER_EXAMPLE, ROW_DTYPES, arrow_table, decode, encode
 from hf_sketch.store.shards import write_shard
 from hf_sketch.store.writer import SketchWriter
@@ -154,7 +156,8 @@ def speed_ratio(floors: list[float], seconds: list[float]) -> float:
 def build_store(directory: Path, shards: int, rows: int) -> None:
     """A store of many files, as a long training leaves it."""
     width = 64
-    create_store(directory, Header(ModelSketch((("w", (2 * width,)),), width)))
+    header = Header(ModelSketch((("w", (2 * width,)),), width))
+    create_store(directory, header, Manifest())
     columns = columns_of(1, torch.randn(rows, width))
     written = tuple(
         write_shard(

@@ -8,7 +8,7 @@ from typing import Final
 import pyarrow as pa
 import torch
 
-from hf_sketch.store.header import Manifest
+from hf_sketch.store.manifest import Manifest
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP, arrow_table, features, joined
 from hf_sketch.store.shards import Shard
 

@@ -1,0 +1,123 @@
+"""Where stores are opened from: a directory, a URL that fsspec reads, or the Hub."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from filelock import FileLock
+from fsspec.callbacks import TqdmCallback
+from fsspec.core import url_to_fs
+from fsspec.spec import AbstractFileSystem
+from huggingface_hub import HfApi, constants, snapshot_download
+
+from hf_sketch.store.header import HEADER
+from hf_sketch.store.manifest import read_manifests
+from hf_sketch.store.shards import Shard
+
+_FOLDER = "sketches"
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def is_remote(path: str | Path) -> bool:
+    """Return whether a path is a URL."""
+    return "://" in str(path)
+
+
+def store_directory(path: str | Path, **options: Any) -> Path:
+    """Return the directory of a store, downloading it first if it is elsewhere.
+
+    Args:
+        path: a Trainer's `output_dir`, its `sketches` directory, the URL of either, or,
+            if no such directory exists, the id of a repository on the Hub.
+        options: for `huggingface_hub.snapshot_download`; `repo_type` defaults to
+            "dataset", pass "model" for what a Trainer pushed. For a URL, options of
+            its file system.
+    """
+    if is_remote(path):
+        return fetch_store(str(path), **options)
+    directory = Path(path)
+    if (directory / HEADER).exists():
+        return directory
+    if not directory.exists() and _REPO_ID.fullmatch(str(path)):
+        settings: dict[str, Any] = {"repo_type": "dataset", **options}
+        settings["allow_patterns"] = [f"{_FOLDER}/*"]
+        return Path(snapshot_download(str(path), **settings)) / _FOLDER
+    return directory / _FOLDER
+
+
+def push_store(directory: Path, repo_id: str, private: bool | None, token: Any) -> str:
+    """Upload a store to a dataset repository, creating it if necessary.
+
+    Returns:
+        the commit's address.
+    """
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, repo_type="dataset", exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=directory,
+        path_in_repo=_FOLDER,
+        repo_type="dataset",
+        commit_message="Upload sketches",
+        ignore_patterns=["*.tmp"],
+    )
+    return commit.commit_url
+
+
+def fetch_store(url: str, **options: object) -> Path:
+    """Bring the local copy of the store at a URL up to date, and return its directory.
+
+    A listed shard never changes, so only new shards are downloaded, for example those
+    that a live run has completed since. Copies lie in `HF_HOME`/hf_sketch.
+
+    Args:
+        url: a Trainer's `output_dir` or its `sketches` directory.
+        options: those of the file system, passed to fsspec.
+
+    Raises:
+        ImportError: the package of the file system is not installed.
+        FileNotFoundError: there is no store.
+    """
+    files, root = url_to_fs(url, **options)
+    places = [root.rstrip("/"), f"{root.rstrip('/')}/{_FOLDER}"]
+    root = next((p for p in places if files.isfile(f"{p}/{HEADER}")), None)
+    if root is None:
+        raise FileNotFoundError(
+            f"No sketches at {url}. Pass the URL of the output_dir (or of the "
+            "'sketches' directory in it) of a run with GradientSketchCallback."
+        )
+    key = xxhash.xxh3_128_hexdigest(files.unstrip_protocol(root).encode())
+    directory = Path(constants.HF_HOME) / "hf_sketch" / key / _FOLDER
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory.with_suffix(".lock")):
+        _update(files, root, directory)
+    return directory
+
+
+def _update(files: AbstractFileSystem, root: str, directory: Path) -> None:
+    """Download what a copy lacks, manifests before the shards that they list."""
+    before = {shard.file: shard for shard in _shards(directory)}
+    manifests = [str(path) for path in files.glob(f"{root}/manifest-*.json")]
+    for old in directory.glob("manifest-*.json"):
+        old.unlink()
+    _fetch(files, [f"{root}/{HEADER}", *manifests], directory)
+    lacking: list[str] = []
+    for shard in _shards(directory):
+        path = directory / shard.file
+        if before.get(shard.file, shard) != shard:  # of another run at the same URL
+            path.unlink(missing_ok=True)
+        if not path.is_file() or path.stat().st_size != shard.size_bytes:
+            lacking.append(f"{root}/{shard.file}")
+    _fetch(files, lacking, directory)
+
+
+def _shards(directory: Path) -> list[Shard]:
+    return [s for manifest in read_manifests(directory) for s in manifest.shards]
+
+
+def _fetch(files: AbstractFileSystem, paths: list[str], directory: Path) -> None:
+    local = [str(directory / path.rpartition("/")[2]) for path in paths]
+    settings = {"desc": "Fetching sketches", "unit": "file", "disable": len(paths) < 2}
+    progress: Any = TqdmCallback(tqdm_kwargs=settings)
+    files.get(paths, local, callback=progress)
