@@ -5,20 +5,13 @@ from functools import cached_property
 
 from torch import Tensor
 
-from hf_sketch.sketches.blocked import BlockedSketch
+from hf_sketch.sketches.blocked import MixedSketch
 from hf_sketch.sketches.transforms.magnitudes import weigh_
-from hf_sketch.sketches.transforms.mixing import (
-    Mixing,
-    Permuted,
-    check_mix,
-    mix_adjoint,
-    mix_rows,
-    mixing,
-)
+from hf_sketch.sketches.transforms.mixing import Mixing, mix_adjoint, mix_rows, mixing
 
 
 @dataclass(frozen=True)
-class AFFD(BlockedSketch):
+class AFFD(MixedSketch):
     """Signs, Hadamard, Gaussian diagonal, Hadamard; keep the first coordinates.
 
     On one block of n elements this is sqrt(n / out_size) R H2 G H1 B: B random signs,
@@ -58,25 +51,6 @@ class AFFD(BlockedSketch):
         the real form of the FFT are ours.
     """
 
-    mix: str = "hadamard"
-
-    def __post_init__(self) -> None:
-        check_mix(self.mix)
-        super().__post_init__()
-
-    @property
-    def hadamard_permuted(self) -> Permuted | None:
-        """The rows of H1, where the transform is a Hadamard one."""
-        return "rows" if self.mix == "hadamard" else None
-
-    def transform(self, blocks: Tensor, scratch: Tensor) -> Tensor:
-        """H1, unscaled."""
-        return mix_rows(blocks, self._first, self.block, scratch)
-
-    def transform_adjoint(self, blocks: Tensor) -> Tensor:
-        """The transpose of H1, unscaled."""
-        return mix_adjoint(blocks, self._first, self.block)
-
     def finish(self, mixed: Tensor) -> Tensor:
         """R H2 |G| and the whole scale; |G|'s signs are those after H1."""
         weighted = weigh_(mixed, self.seed, self._scale)
@@ -88,18 +62,9 @@ class AFFD(BlockedSketch):
         return weigh_(mixed.contiguous(), self.seed, self._scale)
 
     @property
-    def signs_before(self) -> bool:
-        """Random rotations need no signs (section 3 of the paper)."""
-        return self.mix != "kronecker"
-
-    @property
     def _scale(self) -> float:
         """The restriction's sqrt(n / D), and 1 / sqrt(n) of each transform."""
         return (self.block * self.out_size) ** -0.5
-
-    @cached_property
-    def _first(self) -> Mixing:
-        return mixing(self.mix, self.block, self.seed, "rows")
 
     @cached_property
     def _second(self) -> Mixing:

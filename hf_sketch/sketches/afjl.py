@@ -1,24 +1,16 @@
 """AFJL: signs, Hadamard, Gaussian, restrict."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from typing import ClassVar
 
 from torch import Tensor
 
-from hf_sketch.sketches.blocked import BlockedSketch
+from hf_sketch.sketches.blocked import MixedSketch
 from hf_sketch.sketches.transforms.magnitudes import weigh_
-from hf_sketch.sketches.transforms.mixing import (
-    Mixing,
-    Permuted,
-    check_mix,
-    mix_adjoint,
-    mix_rows,
-    mixing,
-)
 
 
 @dataclass(frozen=True)
-class AFJL(BlockedSketch):
+class AFJL(MixedSketch):
     """Signs, Hadamard, Gaussian diagonal; keep the first coordinates.
 
     AFFD without its second transform: sqrt(n / out_size) R G H1 B on a block of n
@@ -50,29 +42,12 @@ class AFJL(BlockedSketch):
         Schioppa 2024, arXiv:2402.03994, eq. (7); blocks as for AFFD.
     """
 
-    mix: str = "hadamard"
-
-    def __post_init__(self) -> None:
-        check_mix(self.mix)
-        super().__post_init__()
+    cut: ClassVar[bool] = True
 
     @property
     def mixed_shape(self) -> tuple[int, int]:
         """Only the kept coordinates are computed."""
         return 1, self.out_size
-
-    @property
-    def hadamard_permuted(self) -> Permuted | None:
-        """The rows of H1, where the transform is a Hadamard one."""
-        return "rows" if self.mix == "hadamard" else None
-
-    def transform(self, blocks: Tensor, scratch: Tensor) -> Tensor:
-        """The kept rows of H1, unscaled."""
-        return mix_rows(blocks, self._mixing, self.out_size, scratch)
-
-    def transform_adjoint(self, blocks: Tensor) -> Tensor:
-        """The transpose."""
-        return mix_adjoint(blocks, self._mixing, self.block)
 
     def finish(self, mixed: Tensor) -> Tensor:
         """|G| and the scale: sqrt(n / D) and 1 / sqrt(n) cancel to 1 / sqrt(D)."""
@@ -81,12 +56,3 @@ class AFJL(BlockedSketch):
     def finish_adjoint(self, rows: Tensor) -> Tensor:
         """The same."""
         return self.finish(rows.clone())
-
-    @property
-    def signs_before(self) -> bool:
-        """Random rotations need no signs (section 3 of the paper)."""
-        return self.mix != "kronecker"
-
-    @cached_property
-    def _mixing(self) -> Mixing:
-        return mixing(self.mix, self.block, self.seed, "rows", cut=True)

@@ -3,50 +3,40 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from hf_sketch.sketches.choices import check_choice
 from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
 from hf_sketch.sketches.outer import form_outer, is_touched
-from hf_sketch.sketches.pieces import BlockSigns, Piece
+from hf_sketch.sketches.pieces import BlockSigns, Piece, WorkingMemory
 from hf_sketch.sketches.transforms.fused import accumulate_fused, can_fuse
 from hf_sketch.sketches.transforms.lazy import is_lazy
-from hf_sketch.sketches.transforms.mixing import Permuted
+from hf_sketch.sketches.transforms.mixing import (
+    MIXES,
+    Mix,
+    Mixing,
+    Permuted,
+    mix_adjoint,
+    mix_rows,
+    mixing,
+)
 from hf_sketch.sketches.transforms.random import CounterRandom
 from hf_sketch.sketches.transforms.signs import ROLES, flip, sign_masks
 
 _PIECE_ELEMENTS = 2**20  # 4 MiB in float32: stays in the cache between passes
 
 
-class WorkingMemory:
-    """Two buffers, kept from use to use.
-
-    Memory that is given back and asked for again costs a page fault for each 4 KiB.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: Tensor | None = None
-
-    def take(self, like: Tensor, elements: int) -> Tensor:
-        """Two rows of at least so many elements, with what was left in them."""
-        held = self._buffers
-        if (
-            held is None
-            or held.shape[1] < elements
-            or (held.dtype, held.device) != (like.dtype, like.device)
-        ):
-            held = self._buffers = like.new_empty(2, elements)
-        return held
-
-
 @dataclass(frozen=True)
 class BlockedSketch(Sketch):
-    """S x = finish(sum_b signs'_b * transform(signs_b * x_b)) over blocks x_b of x.
+    """S x = finish(sum_b signs'_b * H (signs_b * x_b)) over blocks x_b of x.
 
-    Both sign vectors are fresh for each block and stream; the transform and `finish`
-    are shared. Different blocks are then uncorrelated for every fixed transform and
-    finish, and `finish` is applied once to the sum.
+    Both sign vectors are fresh for each block and stream; the first rows of a
+    transform, H, and `finish` are shared. Different blocks are then uncorrelated for
+    every fixed H and finish, and `finish` is applied once to the sum.
     """
 
     in_size: int
@@ -54,6 +44,8 @@ class BlockedSketch(Sketch):
     seed: int
     block_size: int | None = None
     stream: str = ""
+    permuted: ClassVar[Permuted] = "rows"  # of each factor of H
+    cut: ClassVar[bool] = False  # `finish` keeps the first numbers alone
 
     def __post_init__(self) -> None:
         block = self.block_size
@@ -80,23 +72,14 @@ class BlockedSketch(Sketch):
         return 1, self.block
 
     @property
-    def hadamard_permuted(self) -> Permuted | None:
-        """What is permuted in the factors, if `transform` is a Hadamard transform.
+    def kind(self) -> Mix:
+        """What transform H is."""
+        return "hadamard"
 
-        It then keeps the first elements, and signs are flipped on both sides of it.
-        """
-        return None
-
-    @abstractmethod
-    def transform(self, blocks: Tensor, scratch: Tensor) -> Tensor:
-        """Transform each block: (k, block) -> (k, elements of a segment).
-
-        Both `blocks` and `scratch`, of the same size, may be overwritten.
-        """
-
-    @abstractmethod
-    def transform_adjoint(self, blocks: Tensor) -> Tensor:
-        """The transpose: (k, elements of a segment) -> (k, block)."""
+    @property
+    def signs_before(self) -> bool:
+        """Whether signs are flipped before H, too: random rotations need none."""
+        return self.kind != "kronecker"  # section 3 of the paper
 
     @abstractmethod
     def finish(self, mixed: Tensor) -> Tensor:
@@ -124,7 +107,7 @@ class BlockedSketch(Sketch):
         mixed = self.finish_adjoint(rows).reshape(batch, segments, width)
         if self.block_size is None:
             x = self._flip_whole(mixed.flatten(1), "after")
-            x = self.transform_adjoint(x).contiguous()
+            x = mix_adjoint(x, self._mixing, block).contiguous()
             return self._flip_whole(x, "before")[:, : self.in_size]
         result = rows.new_empty(batch, self.in_size)
         for piece in self._pieces(rows, 0, self.in_size):
@@ -132,7 +115,7 @@ class BlockedSketch(Sketch):
             one = segments == 1
             x = mixed.repeat(1, blocks, 1) if one else mixed[:, piece.places]
             x = piece.flip_("after", x)
-            x = self.transform_adjoint(x.view(batch * blocks, width))
+            x = mix_adjoint(x.view(-1, width), self._mixing, block)
             x = piece.flip_("before", x.reshape(batch, blocks, block))
             kept = piece.high - piece.low
             result[:, piece.low : piece.high] = x.view(batch, -1)[:, :kept]
@@ -157,7 +140,7 @@ class BlockedSketch(Sketch):
         self,
         rows: Tensor,
         first_block: int = 0,
-        memory: "WorkingMemory | None" = None,
+        memory: WorkingMemory | None = None,
     ) -> Tensor:
         """The sum over blocks, before `finish`.
 
@@ -188,7 +171,7 @@ class BlockedSketch(Sketch):
             x = x.reshape(batch, blocks, self.block)
             flipped, scratch = buffers[:, : x.numel()]
             x = piece.flip("before", x, out=flipped.view(x.shape))
-            x = self.transform(x.view(batch * blocks, self.block), scratch)
+            x = mix_rows(x.view(-1, self.block), self._mixing, width, scratch)
             x = piece.flip_("after", x.reshape(batch, blocks, width))
             if segments == 1:
                 total.baddbmm_(x.new_ones(batch, 1, blocks), x)
@@ -200,7 +183,7 @@ class BlockedSketch(Sketch):
         return total.view(batch, segments * width)
 
     def accumulate_part(
-        self, part: Tensor, start: int, memory: "WorkingMemory | None" = None
+        self, part: Tensor, start: int, memory: WorkingMemory | None = None
     ) -> Tensor:
         """`accumulate` for coordinates that need not begin with a block.
 
@@ -225,7 +208,8 @@ class BlockedSketch(Sketch):
             padded (b, block), zeros after in_size -> (b, elements of the segment)
         """
         x = self._flip_whole(padded, "before")
-        x = self.transform(x, torch.empty_like(x)).contiguous()
+        x = mix_rows(x, self._mixing, self.mixed_shape[1], torch.empty_like(x))
+        x = x.contiguous()
         return self._flip_whole(x, "after")
 
     def _flip_whole(self, x: Tensor, role: str) -> Tensor:
@@ -243,10 +227,10 @@ class BlockedSketch(Sketch):
         """The longest sketch that one block can give."""
         return self.block
 
-    @property
-    def signs_before(self) -> bool:
-        """Whether signs are flipped before the transform, too."""
-        return True
+    @cached_property
+    def _mixing(self) -> Mixing:
+        """The factors of H, unscaled."""
+        return mixing(self.kind, self.block, self.seed, self.permuted, self.cut)
 
     def _step(self, batch: int) -> int:
         """How many blocks fit the working set."""
@@ -283,3 +267,19 @@ class BlockedSketch(Sketch):
         rng = CounterRandom(self.seed, f"segments/{self.stream}")
         words = rng.words(start, stop - start).to(torch.int64) & (2**32 - 1)
         return words * segments >> 32
+
+
+@dataclass(frozen=True)
+class MixedSketch(BlockedSketch):
+    """A sketch in blocks that offers a choice of transforms."""
+
+    mix: Mix = "hadamard"
+
+    def __post_init__(self) -> None:
+        check_choice("mix", self.mix, MIXES)
+        super().__post_init__()
+
+    @property
+    def kind(self) -> Mix:
+        """As chosen."""
+        return self.mix

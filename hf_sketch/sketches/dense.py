@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_sketch.sketches.operator import Sketch, check_sizes
-from hf_sketch.sketches.outer import form_outer
 from hf_sketch.sketches.transforms.random import CounterRandom
 
 _PIECE_ELEMENTS = 2**20
@@ -61,10 +60,6 @@ class Dense(Sketch):
         for low, high in self._pieces():
             result[:, low:high] = rows @ self._columns(low, high, rows).T
         return result
-
-    def apply_outer(self, left: Tensor, right: Tensor) -> Tensor:
-        """Sketch sum_t left_t (x) right_t, formed first."""
-        return self.apply_rows(form_outer(left, right, 0, self.in_size))
 
     def _pieces(self) -> list[tuple[int, int]]:
         step = max(1, _PIECE_ELEMENTS // self.out_size)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
-from hf_sketch.sketches.outer import form_outer
 from hf_sketch.sketches.transforms.hadamard import (
     apply_kronecker,
     hadamard_matrix,
@@ -88,10 +87,6 @@ class FFD(Sketch):
             y = torch.empty_like(y).index_copy_(1, order, y).mul_(gaussian)
             result[:, first * block : last * block] = self._transform(y)
         return result[:, : self.in_size] * self._scale
-
-    def apply_outer(self, left: Tensor, right: Tensor) -> Tensor:
-        """Sketch sum_t left_t (x) right_t, formed first."""
-        return self.apply_rows(form_outer(left, right, 0, self.in_size))
 
     @property
     def _block(self) -> int:

@@ -2,24 +2,18 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_sketch.sketches.blocked import BlockedSketch
-from hf_sketch.sketches.transforms.mixing import (
-    Mixing,
-    Permuted,
-    check_mix,
-    mix_adjoint,
-    mix_rows,
-    mixing,
-)
+from hf_sketch.sketches.blocked import MixedSketch
+from hf_sketch.sketches.transforms.mixing import Permuted
 from hf_sketch.sketches.transforms.random import CounterRandom
 
 
 @dataclass(frozen=True)
-class FJL(BlockedSketch):
+class FJL(MixedSketch):
     """Signs, Hadamard, then `samples` random coordinates for each number, weighted.
 
     On one block of n elements this is sqrt(n / out_size) G_s H B: every row of G_s has
@@ -50,29 +44,15 @@ class FJL(BlockedSketch):
         little.
     """
 
-    mix: str = "hadamard"
     samples: int = 16
+    permuted: ClassVar[Permuted] = "none"
 
     def __post_init__(self) -> None:
-        check_mix(self.mix)
         if self.samples < 1:
             raise ValueError(
                 f"samples must be at least 1, got {self.samples}: pass 1 or more."
             )
         super().__post_init__()
-
-    @property
-    def hadamard_permuted(self) -> Permuted | None:
-        """Nothing, where the transform is a Hadamard one."""
-        return "none" if self.mix == "hadamard" else None
-
-    def transform(self, blocks: Tensor, scratch: Tensor) -> Tensor:
-        """H, unscaled."""
-        return mix_rows(blocks, self._mixing, self.block, scratch)
-
-    def transform_adjoint(self, blocks: Tensor) -> Tensor:
-        """The transpose of H, unscaled."""
-        return mix_adjoint(blocks, self._mixing, self.block)
 
     def finish(self, mixed: Tensor) -> Tensor:
         """G_s and the whole scale."""
@@ -87,15 +67,6 @@ class FJL(BlockedSketch):
         mixed = rows.new_zeros(len(rows), self.block)
         mixed.index_add_(1, index.flatten().to(rows.device), spread)
         return mixed * (self.out_size * self.samples) ** -0.5
-
-    @property
-    def signs_before(self) -> bool:
-        """Random rotations need no signs (section 3 of the paper)."""
-        return self.mix != "kronecker"
-
-    @cached_property
-    def _mixing(self) -> Mixing:
-        return mixing(self.mix, self.block, self.seed, "none")
 
     @cached_property
     def _sparse(self) -> tuple[Tensor, Tensor]:

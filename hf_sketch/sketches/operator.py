@@ -8,6 +8,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from hf_sketch.sketches.outer import form_outer
+
 
 class Sketch(ABC):
     """A seeded linear map from R^in_size to R^out_size that nearly keeps angles.
@@ -77,18 +79,19 @@ class Sketch(ABC):
             rows (b, out_size) -> (b, in_size)
         """
 
-    @abstractmethod
     def apply_outer(self, left: Tensor, right: Tensor) -> Tensor:
         """Sketch sum_t left_t (x) right_t of each example, flattened row by row.
 
         This is the per-example gradient of a weight whose inputs are `right` and whose
         outputs have the gradients `left`; integer `left` stands for one-hot vectors
-        (an embedding's token ids).
+        (an embedding's token ids). The products are formed, unless the operator knows
+        better.
 
         Shapes:
             left (b, t, m) or integer (b, t), right (b, t, n), m * n = in_size
             returns (b, out_size)
         """
+        return self.apply_rows(form_outer(left, right, 0, self.shape[1]))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Runs of blocks of a vector, with the signs that are flipped in them."""
+"""Runs of blocks of a vector: their signs, and memory to work on them."""
 
 from dataclasses import dataclass
 
@@ -45,6 +45,27 @@ class Piece:
     def flip_(self, role: str, x: Tensor) -> Tensor:
         """The same in place of x, which is not to be used any more."""
         return x if self.masks[role] is None else self.flip(role, x, out=x)
+
+
+class WorkingMemory:
+    """Two buffers, kept from use to use.
+
+    Memory that is given back and asked for again costs a page fault for each 4 KiB.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: Tensor | None = None
+
+    def take(self, like: Tensor, elements: int) -> Tensor:
+        """Two rows of at least so many elements, with what was left in them."""
+        held = self._buffers
+        if (
+            held is None
+            or held.shape[1] < elements
+            or (held.dtype, held.device) != (like.dtype, like.device)
+        ):
+            held = self._buffers = like.new_empty(2, elements)
+        return held
 
 
 class BlockSigns:

@@ -4,18 +4,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from hf_sketch.sketches.choices import check_choice
 from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
-from hf_sketch.sketches.outer import form_outer
 from hf_sketch.sketches.transforms.folding import fold, folding_columns, folding_signs
 from hf_sketch.sketches.transforms.haar import haar_columns
 from hf_sketch.sketches.transforms.hadamard import apply_kronecker
 from hf_sketch.sketches.transforms.random import CounterRandom
 
-ROTATIONS = ("haar", "signs")
+Rotation = Literal["haar", "signs"]
 _LARGEST_FACTOR_BITS = 10
 
 
@@ -71,14 +72,10 @@ class QK(Sketch):
     in_factors: tuple[int, ...] = ()
     out_factors: tuple[int, ...] = ()
     stream: str = ""
-    rotation: str = "haar"
+    rotation: Rotation = "haar"
 
     def __post_init__(self) -> None:
-        if self.rotation not in ROTATIONS:
-            raise ValueError(
-                f"rotation must be one of {ROTATIONS}, got {self.rotation!r}: pass "
-                "'haar'."
-            )
+        check_choice("rotation", self.rotation, get_args(Rotation))
         check_sizes(self.in_size, self.out_size, next_power_of_two(self.in_size))
         into, out = self._sizes
         fits = len(into) == len(out) and all(
@@ -122,7 +119,7 @@ class QK(Sketch):
         """Sketch sum_t left_t (x) right_t; the product is never formed if k = 2."""
         width = right.shape[-1]
         if self.sides != (self.in_size // width, width):
-            return self.apply_rows(form_outer(left, right, 0, self.in_size))
+            return super().apply_outer(left, right)
         return self.apply_folded(self.fold(left, 0), self.fold(right, 1))
 
     def apply_part(self, part: Tensor, start: int) -> Tensor:

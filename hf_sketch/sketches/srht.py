@@ -2,19 +2,11 @@
 
 import sys
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hf_sketch.sketches.blocked import BlockedSketch
-from hf_sketch.sketches.transforms.mixing import (
-    Mixing,
-    Permuted,
-    mix_adjoint,
-    mix_rows,
-    mixing,
-)
 
 
 @dataclass(frozen=True)
@@ -65,19 +57,6 @@ class SRHT(BlockedSketch):
             return 1, self.out_size
         return -(-self.out_size // self.block), self.block
 
-    @property
-    def hadamard_permuted(self) -> Permuted | None:
-        """The rows, where the transform is a Hadamard one."""
-        return "rows"
-
-    def transform(self, blocks: Tensor, scratch: Tensor) -> Tensor:
-        """The kept rows of the Hadamard transform, unscaled."""
-        return mix_rows(blocks, self._mixing, self.mixed_shape[1], scratch)
-
-    def transform_adjoint(self, blocks: Tensor) -> Tensor:
-        """The transpose."""
-        return mix_adjoint(blocks, self._mixing, self.block)
-
     def finish(self, mixed: Tensor) -> Tensor:
         """The scale, and the cut of the last segment."""
         return mixed[:, : self.out_size] * self._scale
@@ -98,7 +77,3 @@ class SRHT(BlockedSketch):
         segments, width = self.mixed_shape
         whole = max(self.block, segments * width)
         return (whole / self.out_size / self.block) ** 0.5
-
-    @cached_property
-    def _mixing(self) -> Mixing:
-        return mixing("hadamard", self.block, self.seed, "rows")

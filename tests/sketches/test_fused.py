@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_sketch import AFFD, AFJL, FJL, SRHT
-from hf_sketch.sketches import fused
+from hf_sketch.sketches.transforms import fused
 from hf_sketch.sketches.transforms.fused import accumulate_fused, can_fuse
 
 pytest.importorskip("triton")

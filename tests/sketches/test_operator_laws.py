@@ -203,7 +203,7 @@ def test_another_process_draws_the_same_bits():
 
 @pytest.mark.parametrize("kind", [AFFD, AFJL, FJL])
 def test_an_unknown_mix_is_named(kind):
-    with pytest.raises(ValueError, match=r"mix must be one of .*, got 'dct': pass"):
+    with pytest.raises(ValueError, match=r"mix must be one of .*, got 'dct'"):
         kind(7, 4, seed=0, mix="dct")
 
 

@@ -4,12 +4,12 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from hf_sketch.sketches.transforms.mixing import Permuted, mixing
+from hf_sketch.sketches.transforms.mixing import Mix, Permuted, mixing
 from hf_sketch.sketches.transforms.signs import RUN, StreamSigns
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -25,7 +25,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class HadamardBlocks(Protocol):
-    """What an operator tells: the properties of `BlockedSketch`."""
+    """What the kernels read of an operator: properties of `BlockedSketch`."""
+
+    permuted: ClassVar[Permuted]
 
     @property
     def seed(self) -> int: ...
@@ -38,7 +40,7 @@ class HadamardBlocks(Protocol):
     @property
     def mixed_shape(self) -> tuple[int, int]: ...
     @property
-    def hadamard_permuted(self) -> Permuted | None: ...
+    def kind(self) -> Mix: ...
     def places(self, start: int, stop: int) -> Tensor: ...
 
 
@@ -50,7 +52,7 @@ def can_fuse(operator: HadamardBlocks, rows: Tensor) -> bool:
         return False  # no products in bfloat16
     if rows.dtype not in _DTYPES or rows.stride(1) != 1 or not rows.numel():
         return False
-    if operator.hadamard_permuted is None or operator.block_size is None:
+    if operator.kind != "hadamard" or operator.block_size is None:
         return False
     segments = operator.mixed_shape[0]
     if segments > 1:
@@ -226,9 +228,8 @@ def _factors(
     operator: HadamardBlocks, count: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The transform's factors, the last first: (count, 32, 32) and the leading one."""
-    permuted = operator.hadamard_permuted
-    assert permuted is not None
-    return _factors_held(operator.block, operator.seed, permuted, count, device)
+    drawn = operator.block, operator.seed, operator.permuted
+    return _factors_held(*drawn, count, device)
 
 
 @lru_cache(maxsize=16)  # a memo of a pure function: 13 KiB each

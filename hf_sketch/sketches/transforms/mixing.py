@@ -1,7 +1,7 @@
 """Orthogonal transforms that spread a vector's energy over all coordinates."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from hf_sketch.sketches.transforms.hadamard import (
 )
 from hf_sketch.sketches.transforms.random import CounterRandom
 
-MIXES = ("hadamard", "fft", "kronecker")
+Mix = Literal["hadamard", "fft", "kronecker"]
+MIXES: tuple[Mix, ...] = get_args(Mix)
 Permuted = Literal["rows", "columns", "none"]
 
 # Unscaled: the transform's matrix divided by sqrt(n) is orthogonal. A number stands for
@@ -23,14 +24,8 @@ Permuted = Literal["rows", "columns", "none"]
 Mixing = Sequence[Tensor] | int
 
 
-def check_mix(mix: str) -> None:
-    """Raise unless `mix` is the name of one."""
-    if mix not in MIXES:
-        raise ValueError(f"mix must be one of {MIXES}, got {mix!r}: pass 'hadamard'.")
-
-
 def mixing(
-    mix: str, size: int, seed: int, permuted: Permuted, cut: bool = False
+    mix: Mix, size: int, seed: int, permuted: Permuted, cut: bool = False
 ) -> Mixing:
     """The factors of an unscaled n x n transform, on the CPU; a number for the FFT.
 

@@ -1,0 +1,14 @@
+"""Settings that take one of a few words."""
+
+from collections.abc import Collection
+
+
+def check_choice(setting: str, value: object, choices: Collection[str]) -> None:
+    """Raise unless a setting has one of the values that it can take.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if value not in choices:
+        known = ", ".join(map(repr, choices))
+        raise ValueError(f"{setting} must be one of {known}, got {value!r}.")
