@@ -118,13 +118,7 @@ class IntrinsicDimensionCallback(TrainerCallback):
         start = len(tuner.omega) if self._start_dim is None else self._start_dim
         self._grow(start, **kwargs)
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
         if not self._search.path:
             raise ValueError(
                 f"evaluation must give the metric {self._search.metric!r}, got "
@@ -182,11 +176,7 @@ class IntrinsicDimensionCallback(TrainerCallback):
                 save_dimension_search(Path(args.output_dir or "."), search)
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, *_: Any, **__: Any
     ) -> None:
         if self._ddp is not None and not self._ddp.found:
             raise RuntimeError(
@@ -195,13 +185,7 @@ class IntrinsicDimensionCallback(TrainerCallback):
                 "process."
             )
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         if self._ddp is not None:
             self._ddp.close()
 

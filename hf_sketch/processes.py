@@ -15,6 +15,11 @@ Value = TypeVar("Value")
 _COMPARED = (int, float, str, frozenset, type(None))
 
 
+def processes() -> PartialState:
+    """Those that Accelerate knows of; without an accelerator they are on the CPU."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def check_same(callback: str, settings: Mapping[str, Any]) -> None:
     """Raise in all processes if one has other settings; all of them must call together.
 

@@ -20,7 +20,7 @@ from hf_sketch.attribution.record import (
     QueryRecord,
     record_attribution,
 )
-from hf_sketch.attribution.shares import processes
+from hf_sketch.processes import processes
 from hf_sketch.recipes.options.attribute import AttributeArguments
 from hf_sketch.recipes.texts.data_files import read_data_file
 from hf_sketch.recipes.texts.text_rows import (

@@ -14,15 +14,11 @@ from tqdm.auto import tqdm
 
 from hf_sketch.attribution.collection import GradientRows
 from hf_sketch.examples.measured_error import measure_error
-from hf_sketch.examples.sketcher import (
-    ExampleBatch,
-    ExampleLossFunction,
-    ExampleSketcher,
-)
+from hf_sketch.examples.sketcher import ExampleLossFunction, ExampleSketcher
 from hf_sketch.model.fsdp import check_whole
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.model.state import evaluation_mode
-from hf_sketch.store.rows import QUERY, arrow_table, features
+from hf_sketch.store.rows import QUERY, arrow_table, features, row_columns
 
 _CHECKED_EXAMPLES = 2
 _LABELS = ("label", "label_ids", "labels")
@@ -87,7 +83,10 @@ def sketch_dataset(
                 first = [sketcher.split_of(moved).first(moved, _CHECKED_EXAMPLES)]
                 measure_error(sketcher, first, _CHECKED_EXAMPLES, loss_fn)
             done = sum(table.num_rows for table in tables)
-            tables.append(_table(sketcher.sketch(moved, loss_fn), done))
+            found = sketcher.sketch(moved, loss_fn)
+            ids = torch.arange(done, done + len(found.losses))
+            columns = row_columns(found.rows, example_id=ids, loss=found.losses)
+            tables.append(arrow_table(QUERY, columns))
     schema = features(QUERY, model_sketch.out_size).arrow_schema
     table = pa.concat_tables(tables) if tables else schema.empty_table()
     return GradientRows(model_sketch, Dataset(InMemoryTable(table)))
@@ -132,17 +131,3 @@ def _stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         for example in examples
     ]
     return default_collate(tensors)
-
-
-def _table(batch: ExampleBatch, first: int) -> pa.Table:
-    """A batch's rows as a table; the ids count on from `first`."""
-    return arrow_table(
-        QUERY,
-        {
-            "example_id": torch.arange(first, first + len(batch.losses)),
-            "loss": batch.losses,
-            "gradient_norm": batch.rows.norm(dim=1),
-            "finite": batch.rows.isfinite().all(1),
-            "sketch": batch.rows,
-        },
-    )

@@ -6,19 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.state import PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_sketch.attribution.methods import Method
+from hf_sketch.processes import processes, reduced
 from hf_sketch.store.blocks import RowBlock, block_rows, row_blocks
-
-
-def processes() -> PartialState:
-    """Those that Accelerate knows of; without an accelerator they are on the CPU."""
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 @dataclass(frozen=True)
@@ -79,9 +74,7 @@ class RowShare:
         """The sum over the processes; all must call together."""
         if self.count == 1:
             return x
-        total = reduce(x.to(processes().device), "sum")
-        assert isinstance(total, Tensor)
-        return total.to(x.device)
+        return reduced(x.to(processes().device), "sum").to(x.device)
 
     def gathered(self, value: Any) -> list[Any]:
         """What each process has, in the rows' order; all must call together."""

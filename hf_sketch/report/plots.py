@@ -1,7 +1,7 @@
 """Pictures of what a run left behind; needs the extra `plot`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -39,10 +39,7 @@ def plot_rneg(spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> Figure:
     Raises:
         ValueError: there is no spectrum of a name.
     """
-    _check(spectra_by_name)
-    figure = Figure(layout="constrained")
-    _draw_rneg(figure.subplots(), spectra_by_name)
-    return figure
+    return _drawn(spectra_by_name, _draw_rneg)
 
 
 def plot_ratios(spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> Figure:
@@ -56,10 +53,7 @@ def plot_ratios(spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> Figure:
     Raises:
         ValueError: there is no spectrum of a name.
     """
-    _check(spectra_by_name)
-    figure = Figure(layout="constrained")
-    _draw_ratios(figure.subplots(), spectra_by_name)
-    return figure
+    return _drawn(spectra_by_name, _draw_ratios)
 
 
 def plot_figure_2(spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> Figure:
@@ -74,13 +68,9 @@ def plot_figure_2(spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> Figure:
     Reference:
         Schioppa 2024, arXiv:2402.03994, Figure 2; differs in the bars and bands.
     """
-    _check(spectra_by_name)
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _draw_rneg(left, spectra_by_name)
-    _draw_ratios(right, spectra_by_name)
-    left.set_title("(a)", loc="left")
-    right.set_title("(b)", loc="left")
+    figure = _drawn(spectra_by_name, _draw_rneg, _draw_ratios)
+    for axes, label in zip(figure.axes, ("(a)", "(b)"), strict=True):
+        axes.set_title(label, loc="left")
     return figure
 
 
@@ -116,6 +106,32 @@ def plot_density(spectrum: Spectrum) -> Figure:
     return figure
 
 
+def _drawn(
+    spectra_by_name: Mapping[str, Sequence[Spectrum]],
+    *draw: Callable[[Axes, Mapping[str, Sequence[Spectrum]]], None],
+) -> Figure:
+    """Draw spectra in one way or in several, side by side.
+
+    Raises:
+        ValueError: a name has no spectrum.
+    """
+    empty = [name for name, spectra in spectra_by_name.items() if not spectra]
+    if empty or not spectra_by_name:
+        raise ValueError(
+            "plots need at least one spectrum of every name, got "
+            f"{f'none of {empty}' if empty else 'no name'}: pass "
+            '{"name": load_spectra(output_dir)}.'
+        )
+    size = None if len(draw) == 1 else (10, 4)
+    figure = Figure(figsize=size, layout="constrained")
+    for place, one in enumerate(draw):
+        axes = figure.add_subplot(1, len(draw), place + 1)
+        one(axes, spectra_by_name)
+        axes.grid(alpha=0.3)
+        axes.legend().set_in_layout(False)
+    return figure
+
+
 def _draw_rneg(axes: Axes, spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> None:
     for name, spectra in spectra_by_name.items():
         rneg = [spectrum.rneg for spectrum in spectra]
@@ -129,8 +145,6 @@ def _draw_rneg(axes: Axes, spectra_by_name: Mapping[str, Sequence[Spectrum]]) ->
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step of the optimizer")
     axes.set_ylabel("RNEG: |least eigenvalue| / greatest (ratio)")
-    axes.grid(alpha=0.3)
-    axes.legend().set_in_layout(False)
 
 
 def _draw_ratios(axes: Axes, spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> None:
@@ -160,8 +174,6 @@ def _draw_ratios(axes: Axes, spectra_by_name: Mapping[str, Sequence[Spectrum]]) 
     axes.set_ylim(bottom=0)
     axes.set_xlabel("n, of the positive eigenvalues from the greatest")
     axes.set_ylabel("R(n): n-th eigenvalue / greatest (ratio)")
-    axes.grid(alpha=0.3)
-    axes.legend().set_in_layout(False)
 
 
 def _rneg_error(spectrum: Spectrum) -> float:
@@ -238,14 +250,3 @@ def plot_training(store: GradientRows) -> Figure:
         right.set_yscale("log")
     right.set(xlabel="step of the optimizer", ylabel="norm of the gradient")
     return figure
-
-
-def _check(spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> None:
-    """Raise unless every name has a spectrum."""
-    empty = [name for name, spectra in spectra_by_name.items() if not spectra]
-    if empty or not spectra_by_name:
-        raise ValueError(
-            "plots need at least one spectrum of every name, got "
-            f"{f'none of {empty}' if empty else 'no name'}: pass "
-            '{"name": load_spectra(output_dir)}.'
-        )

@@ -61,6 +61,25 @@ def features(kind: str, out_size: int, row_dtype: str = "float32") -> Features:
     return Features(**columns, sketch=List(Value(row_dtype), length=out_size))
 
 
+def row_columns(sketches: Tensor, **values: Tensor | float) -> dict[str, Tensor]:
+    """The columns of rows: their sketches, what these say, and other values.
+
+    Shapes:
+        sketches (rows, out_size); each value (rows,), or a number for all rows
+    """
+    columns = {
+        "gradient_norm": sketches.norm(dim=1),
+        "finite": sketches.isfinite().all(1),
+        "sketch": sketches,
+    }
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            dtype = torch.int64 if isinstance(value, int) else torch.float64
+            value = torch.full((len(sketches),), value, dtype=dtype)
+        columns[name] = value
+    return columns
+
+
 def arrow_table(kind: str, columns: Mapping[str, Tensor]) -> pa.Table:
     """Rows as an Arrow table; sketches that are not in a short dtype become float32.
 

@@ -2,16 +2,13 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Final
 
 from packaging.version import Version
 from peft import PeftConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
-
-from hf_sketch.model.sketch import check_layout
-from hf_sketch.sketches.by_name import check_operator
 
 PEFT_TYPE: Any = "SUBSPACE"  # PEFT's enum cannot be extended
 _LEAST_PEFT: Final = "0.21"
@@ -61,31 +58,17 @@ class SubspaceConfig(PeftConfig):
         Schioppa 2024, arXiv:2402.03994, section 4.
     """
 
-    dim: int = field(default=2**13, metadata={"help": "Numbers that train."})
-    max_dim: int | None = field(
-        default=None, metadata={"help": "What dim may grow to; None for dim."}
-    )
-    operator: str = field(default="affd", metadata={"help": "Of the sketch."})
-    layout: str = field(default="blocked", metadata={"help": "Of the sketch."})
-    seed: int = field(default=0, metadata={"help": "Draws the subspace."})
-    target_parameters: Names = field(
-        default=None, metadata={"help": "Parameters that move; None for all."}
-    )
-    exclude_parameters: Names = field(
-        default=None, metadata={"help": "Parameters that are left out."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained and saved in full."}
-    )
-    base_fingerprint: str | None = field(
-        default=None, metadata={"help": "Digest of the base model's parameters."}
-    )
-    base_on_disk: bool = field(
-        default=False, metadata={"help": "Keep theta0 in a file, not in memory."}
-    )
-    target_modules: str = field(
-        default=DUMMY_TARGET_MODULES, metadata={"help": "Not used: no module changes."}
-    )
+    dim: int = 2**13
+    max_dim: int | None = None
+    operator: str = "affd"
+    layout: str = "blocked"
+    seed: int = 0
+    target_parameters: Names = None
+    exclude_parameters: Names = None
+    modules_to_save: list[str] | None = None
+    base_fingerprint: str | None = None
+    base_on_disk: bool = False
+    target_modules: str = DUMMY_TARGET_MODULES  # PEFT asks for it; no module changes
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,8 +78,6 @@ class SubspaceConfig(PeftConfig):
                 f"pip install -U 'peft>={_LEAST_PEFT}'."
             )
         self.peft_type = PEFT_TYPE
-        check_layout(self.layout)
-        check_operator(self.operator)
         if self.dim < 1 or self.dim > self.largest_dim:
             raise ValueError(
                 f"dim must be in [1, max_dim={self.largest_dim}], got {self.dim}: pass "

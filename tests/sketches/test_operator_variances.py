@@ -12,6 +12,8 @@ from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, CounterRandom, Dense
 from tests.helpers import hartley_variances, variances
 from tests.helpers.dense import hadamard
 
+pytestmark = pytest.mark.usefixtures("short_sign_tables")
+
 DRAWS = 400
 SIZE, PADDED, SIZES = 250, 256, (8, 32)
 BLOCK, BLOCK_SIZES = 64, (2, 32)
@@ -105,13 +107,11 @@ def assert_draws_have(mean, variance, draws, what):
     assert abs(squares.mean() - 1) < 5 * error + 1e-6, what
 
 
-def case(operator, formula):
-    """Slow with blocks: the table of their signs takes milliseconds a seed."""
-    marks = [pytest.mark.slow] if getattr(operator, "block_size", None) else []
-    return pytest.param(operator, formula, id=repr(operator), marks=marks)
-
-
-@pytest.mark.parametrize(("operator", "formula"), [case(*pair) for pair in OPERATORS])
+@pytest.mark.parametrize(
+    ("operator", "formula"),
+    OPERATORS,
+    ids=[repr(operator) for operator, _ in OPERATORS],
+)
 def test_inner_products_have_the_mean_and_variance_of_the_formula(operator, formula):
     names, vectors = zip(*inputs(SIZE).items(), strict=True)
     draws = inner_products(operator, vectors)
