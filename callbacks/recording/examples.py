@@ -14,7 +14,7 @@ from hf_sketch.examples.sketcher import ExampleBatch, ExampleSketcher
 from hf_sketch.model.fsdp import in_row_shards
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.sketches.transforms.lazy import is_lazy
-from hf_sketch.store.rows import PER_EXAMPLE
+from hf_sketch.store.rows import PER_EXAMPLE, row_columns
 
 from .ids import ExampleIds, check_stream, content_ids
 from .position import Position
@@ -175,19 +175,14 @@ def _columns(
     moment: Position, rank: int, ids: list[int | None], batch: ExampleBatch
 ) -> dict[str, Tensor]:
     """The columns of a micro-batch's rows."""
-    count = len(ids)
-    return {
-        "example_id": torch.tensor(ids),
-        "epoch": torch.full((count,), moment.epoch),
-        "step": torch.full((count,), moment.step),
-        "micro_step": torch.full((count,), moment.micro_step),
-        "rank": torch.full((count,), rank),
-        "learning_rate": torch.full(
-            (count,), moment.learning_rate, dtype=torch.float64
-        ),
-        "loss": batch.losses,
-        "weight": batch.weights,
-        "gradient_norm": batch.rows.norm(dim=1),
-        "finite": batch.rows.isfinite().all(1),
-        "sketch": batch.rows,
-    }
+    return row_columns(
+        batch.rows,
+        example_id=torch.tensor(ids),
+        epoch=moment.epoch,
+        step=moment.step,
+        micro_step=moment.micro_step,
+        rank=rank,
+        learning_rate=float(moment.learning_rate),
+        loss=batch.losses,
+        weight=batch.weights,
+    )

@@ -11,7 +11,7 @@ from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.processes import reduced
 from hf_sketch.sketches import SRHT, Sketch
 from hf_sketch.sketches.operator import accumulation_dtype, next_power_of_two
-from hf_sketch.store.rows import PER_STEP
+from hf_sketch.store.rows import PER_STEP, row_columns
 
 from .position import Position
 from .sink import HeldRows
@@ -96,15 +96,14 @@ class StepRecorder:
         sketch = self._sketch(gradients, factor)
         sketch = sketch / torch.where(scaled, loss_scale, 1.0)
         norm = self._norm(parts.values())
-        columns = {
-            "epoch": torch.tensor([moment.epoch]),
-            "step": torch.tensor([moment.step]),
-            "learning_rate": torch.tensor([moment.learning_rate], dtype=torch.float64),
-            "gradient_norm": (norm / divisor / loss_scale).reshape(1),
-            "clip_factor": clip_factor.reshape(1),
-            "finite": sketch.isfinite().all().reshape(1),
-            "sketch": sketch.unsqueeze(0),
-        }
+        columns = row_columns(
+            sketch.unsqueeze(0),
+            epoch=moment.epoch,
+            step=moment.step,
+            learning_rate=float(moment.learning_rate),
+            gradient_norm=(norm / divisor / loss_scale).reshape(1),
+            clip_factor=clip_factor.reshape(1),
+        )
         if PartialState().is_main_process:
             rows.append(PER_STEP, columns)
         return sketch / clip_factor

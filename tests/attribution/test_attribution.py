@@ -1,45 +1,20 @@
 import copy
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
-from hf_sketch import GradientRows, ModelSketch, load_sketches, sketch_dataset
+from hf_sketch import ModelSketch, load_sketches, sketch_dataset
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.store.rows import features
+from tests.helpers.rows_in_memory import SKETCH, random_matrix, rows_of
 from tests.helpers.training import tiny_bert, tiny_dataset, tiny_trainer
-
-SKETCH = ModelSketch((("weight", (8, 4)),), 4)
-
-
-def sketches_of(matrix, model_sketch=SKETCH, **columns):
-    """Rows in memory with the given rows."""
-    count = len(matrix)
-    table = {
-        "example_id": np.arange(count) + 100,
-        "loss": np.zeros(count, dtype=np.float32),
-        "gradient_norm": matrix.norm(dim=1).numpy(),
-        "finite": matrix.isfinite().all(1).numpy(),
-        "sketch": matrix.tolist(),
-    }
-    schema = features("query", matrix.shape[1])
-    dataset = Dataset.from_dict(table, features=schema)
-    for name, values in columns.items():
-        dataset = dataset.add_column(name, values)
-    return GradientRows(model_sketch, dataset)
-
-
-def random_rows(rows, seed):
-    return torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("method", ["dot", "cosine"])
 def test_scores_are_those_of_the_full_matrix(monkeypatch, method):
     monkeypatch.setattr("hf_sketch.store.blocks._BLOCK_ELEMENTS", 4 * 7)
     monkeypatch.setattr("hf_sketch.attribution.scores._QUERIES_AT_ONCE", 2)
-    rows, queries = random_rows(50, 0), random_rows(5, 1)
-    store, asked = sketches_of(rows), sketches_of(queries)
+    rows, queries = random_matrix(50, 0), random_matrix(5, 1)
+    store, asked = rows_of(rows), rows_of(queries)
     lines = store.attribute(asked, 6, method, bottom_k=3)
     scores = queries @ rows.T
     if method == "cosine":
@@ -56,20 +31,20 @@ def test_scores_are_those_of_the_full_matrix(monkeypatch, method):
 
 
 def test_a_top_k_beyond_the_rows_gives_them_all():
-    top = sketches_of(random_rows(3, 0)).attribute(sketches_of(random_rows(2, 1)), 10)
+    top = rows_of(random_matrix(3, 0)).attribute(rows_of(random_matrix(2, 1)), 10)
     assert len(top) == 6
 
 
 def test_columns_of_the_rows_come_along():
-    store = sketches_of(random_rows(3, 0), step=[5, 6, 7], epoch=[0, 0, 1])
-    top = store.attribute(sketches_of(random_rows(1, 1)), 3)
+    store = rows_of(random_matrix(3, 0), step=[5, 6, 7], epoch=[0, 0, 1])
+    top = store.attribute(rows_of(random_matrix(1, 1)), 3)
     assert [step - 5 for step in top["step"]] == [i - 100 for i in top["example_id"]]
 
 
 @pytest.mark.parametrize("descending", [False, True])
 def test_memory_does_not_grow_with_the_store(monkeypatch, descending):
     """Blocks are looked through one by one, those without better rows not at all."""
-    rows, query = random_rows(200, 0), random_rows(1, 1)
+    rows, query = random_matrix(200, 0), random_matrix(1, 1)
     rows = rows[(rows @ query[0]).argsort(descending=descending)]
     sizes = []
     plain = torch.Tensor.topk
@@ -80,7 +55,7 @@ def test_memory_does_not_grow_with_the_store(monkeypatch, descending):
 
     monkeypatch.setattr("hf_sketch.store.blocks._BLOCK_ELEMENTS", 4 * 10)
     monkeypatch.setattr(torch.Tensor, "topk", noting)
-    top = sketches_of(rows).attribute(sketches_of(query), 3)
+    top = rows_of(rows).attribute(rows_of(query), 3)
     assert sizes == ([10] if descending else [10] + [3 + 10] * 19)
     best = [0, 1, 2] if descending else [199, 198, 197]
     assert top["example_id"][:] == [100 + place for place in best]
@@ -89,23 +64,23 @@ def test_memory_does_not_grow_with_the_store(monkeypatch, descending):
 def test_of_equal_rows_in_several_blocks_the_first_are_told(monkeypatch):
     monkeypatch.setattr("hf_sketch.store.blocks._BLOCK_ELEMENTS", 4 * 10)
     # Whole numbers have exact products; of others the place may decide the rounding.
-    one, asked = (4 * random_rows(n, seed) for n, seed in ((1, 0), (2, 1)))
+    one, asked = (4 * random_matrix(n, seed) for n, seed in ((1, 0), (2, 1)))
     rows, queries = one.round().repeat(45, 1), asked.round()
-    top = sketches_of(rows).attribute(sketches_of(queries), 3, bottom_k=2)
+    top = rows_of(rows).attribute(rows_of(queries), 3, bottom_k=2)
     assert top["example_id"][:] == [100, 101, 102, 101, 100] * 2
 
 
 def test_rows_that_are_not_finite_are_passed_over():
-    rows = random_rows(5, 0)
+    rows = random_matrix(5, 0)
     rows[2, 1] = float("nan")
-    store = sketches_of(rows)
+    store = rows_of(rows)
     with pytest.warns(UserWarning, match="1 rows with a NaN .* finite=False"):
-        top = store.attribute(sketches_of(random_rows(1, 1)), 10)
+        top = store.attribute(rows_of(random_matrix(1, 1)), 10)
     assert sorted(top["example_id"]) == [100, 101, 103, 104]
 
 
 def test_where_picks_rows_by_columns():
-    store = sketches_of(random_rows(4, 0), epoch=[0, 0, 1, 1], step=[1, 2, 1, 2])
+    store = rows_of(random_matrix(4, 0), epoch=[0, 0, 1, 1], step=[1, 2, 1, 2])
     assert store.where(epoch=1).dataset["example_id"][:] == [102, 103]
     assert store.where(epoch=1, step=2).dataset["example_id"][:] == [103]
     assert store.where(step=[2, 3], epoch=0).dataset["example_id"][:] == [101]
@@ -117,14 +92,14 @@ def test_where_picks_rows_by_columns():
 
 
 def test_bad_queries_are_named():
-    store = sketches_of(random_rows(4, 0))
+    store = rows_of(random_matrix(4, 0))
     other = ModelSketch(SKETCH.shapes, 4, seed=1)
     with pytest.raises(ValueError, match=r"another: make them with sketch_dataset\("):
-        store.attribute(sketches_of(random_rows(1, 0), other))
-    broken = sketches_of(torch.full((2, 4), float("inf")))
+        store.attribute(rows_of(random_matrix(1, 0), other))
+    broken = rows_of(torch.full((2, 4), float("inf")))
     with pytest.raises(ValueError, match=r"in rows \[0, 1\]: leave them out with"):
         store.attribute(broken)
-    queries = sketches_of(random_rows(1, 0))
+    queries = rows_of(random_matrix(1, 0))
     with pytest.raises(ValueError, match="or bottom_k, got 0 and 0: pass 1 or more"):
         store.attribute(queries, top_k=0)
     with pytest.raises(ValueError, match=r"method must be one of .*, got 'euclid'"):

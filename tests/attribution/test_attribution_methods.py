@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from hf_sketch import Influence, ModelSketch, Preconditioned, Spectrum, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from tests.attribution.test_attribution import SKETCH, random_rows, sketches_of
+from tests.helpers.rows_in_memory import SKETCH, random_matrix, rows_of
 from tests.helpers.training import tiny_bert, tiny_trainer
 
 
@@ -16,24 +16,24 @@ def dense(matrix):
 
 
 def test_preconditioned_scores_solve_with_the_damped_covariance():
-    rows, queries = random_rows(40, 0), random_rows(3, 1)
+    rows, queries = random_matrix(40, 0), random_matrix(3, 1)
     rows[:, 2] *= 7
-    store = sketches_of(rows)
+    store = rows_of(rows)
     covariance = dense(rows).T @ dense(rows) / 40
     damped = covariance + 0.2 * np.trace(covariance) / 4 * np.eye(4)
     expected = dense(queries) @ np.linalg.inv(damped) @ dense(rows).T
-    got = store.scores(sketches_of(queries), store.preconditioned(damping=0.2))
+    got = store.scores(rows_of(queries), store.preconditioned(damping=0.2))
     assert got.numpy() == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    default = store.scores(sketches_of(queries), "preconditioned")
-    by_hand = store.scores(sketches_of(queries), store.preconditioned())
+    default = store.scores(rows_of(queries), "preconditioned")
+    by_hand = store.scores(rows_of(queries), store.preconditioned())
     assert torch.equal(default, by_hand)
 
 
 def test_rows_that_are_not_finite_are_no_part_of_the_covariance():
-    rows = random_rows(6, 0)
+    rows = random_matrix(6, 0)
     rows[2, 1] = float("inf")
     expected = dense(rows[[0, 1, 3, 4, 5]])
-    got = sketches_of(rows).preconditioned().covariance.numpy()
+    got = rows_of(rows).preconditioned().covariance.numpy()
     assert got == pytest.approx(expected.T @ expected / 5, rel=1e-5)
 
 
@@ -59,21 +59,21 @@ def spectrum_of(eigenvalues, vectors, model_sketch=SKETCH):
 
 
 def test_influence_solves_with_the_kept_part_of_the_hessian():
-    rows, queries = random_rows(10, 0), random_rows(3, 1)
-    vectors = torch.linalg.qr(random_rows(4, 2))[0]
+    rows, queries = random_matrix(10, 0), random_matrix(3, 1)
+    vectors = torch.linalg.qr(random_matrix(4, 2))[0]
     values = torch.tensor([-5.0, 0.0, 1.0, 4.0])
     spectrum = spectrum_of(values, vectors)
     kept = dense(vectors[-2:])
     found = spectrum.eigenvalues[-2:].abs().numpy()
     damped = kept.T @ np.diag(found) @ kept + 0.1 * found.max() * np.eye(4)
     expected = dense(queries) @ np.linalg.inv(damped) @ dense(rows).T
-    got = sketches_of(rows).scores(sketches_of(queries), Influence(spectrum, 0.1))
+    got = rows_of(rows).scores(rows_of(queries), Influence(spectrum, 0.1))
     assert got.numpy() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_bad_settings_of_methods_are_named():
-    store = sketches_of(random_rows(5, 0))
-    queries = sketches_of(random_rows(2, 1))
+    store = rows_of(random_matrix(5, 0))
+    queries = rows_of(random_matrix(2, 1))
     other = ModelSketch(SKETCH.shapes, 4, seed=1)
     values = torch.tensor([-5.0, 0.0, 1.0, 4.0])
     foreign = spectrum_of(values, torch.eye(4), other)
@@ -92,13 +92,13 @@ def test_bad_settings_of_methods_are_named():
 
 
 def test_groups_are_sums_over_their_rows():
-    rows, queries = random_rows(30, 0), random_rows(3, 1)
+    rows, queries = random_matrix(30, 0), random_matrix(3, 1)
     label = [["cat", "dog", "eel"][i % 3] for i in range(30)]
-    store = sketches_of(rows, label=label)
+    store = rows_of(rows, label=label)
     expected = dense(queries) @ np.stack([dense(rows[i::3]).sum(0) for i in range(3)]).T
-    got = store.scores(sketches_of(queries), groups="label")
+    got = store.scores(rows_of(queries), groups="label")
     assert got.numpy() == pytest.approx(expected, rel=1e-4)
-    lines = store.attribute(sketches_of(queries), 1, bottom_k=1, groups="label")
+    lines = store.attribute(rows_of(queries), 1, bottom_k=1, groups="label")
     names = np.array(["cat", "dog", "eel"])
     assert lines["label"][::2] == names[expected.argmax(1)].tolist()
     assert lines["label"][1::2] == names[expected.argmin(1)].tolist()
@@ -106,7 +106,7 @@ def test_groups_are_sums_over_their_rows():
 
 
 def test_columns_of_the_training_data_are_joined_by_id():
-    store = sketches_of(random_rows(4, 0))  # of the examples 100 to 103
+    store = rows_of(random_matrix(4, 0))  # of the examples 100 to 103
     data = Dataset.from_dict(
         {"key": [103, 100, 101, 99, 102], "text": ["d", "a", "b", "-", "c"]}
     )
@@ -114,7 +114,7 @@ def test_columns_of_the_training_data_are_joined_by_id():
     assert joined.dataset["text"][:] == ["a", "b", "c", "d"]
     assert joined.where(text="c").dataset["example_id"][:] == [102]
     assert joined.where(text=["a", "d"]).dataset["example_id"][:] == [100, 103]
-    lines = joined.attribute(sketches_of(random_rows(1, 1)), 4)
+    lines = joined.attribute(rows_of(random_matrix(1, 1)), 4)
     by_id = dict(zip(data["key"], data["text"], strict=True))
     assert lines["text"][:] == [by_id[i] for i in lines["example_id"]]
     with pytest.raises(ValueError, match=r"got \[100, 101, 102, 103\] of 5 rows: pass"):
@@ -122,22 +122,22 @@ def test_columns_of_the_training_data_are_joined_by_id():
 
 
 def test_self_influence_is_the_score_of_a_row_with_itself():
-    rows = random_rows(20, 0)
-    store = sketches_of(rows)
+    rows = random_matrix(20, 0)
+    store = rows_of(rows)
     for method in ("dot", "cosine", "preconditioned"):
         expected = store.scores(store, method).diagonal()
         assert torch.allclose(store.self_influence(method), expected, rtol=1e-4)
 
 
 def test_a_row_meets_the_queries_of_the_nearest_state():
-    rows = random_rows(6, 0)
-    store = sketches_of(rows, step=[0, 4, 6, 9, 11, 40])
-    states = {5: sketches_of(random_rows(2, 1)), 10: sketches_of(random_rows(2, 2))}
+    rows = random_matrix(6, 0)
+    store = rows_of(rows, step=[0, 4, 6, 9, 11, 40])
+    states = {5: rows_of(random_matrix(2, 1)), 10: rows_of(random_matrix(2, 2))}
     got = store.scores(states)
-    early, late = random_rows(2, 1) @ rows.T, random_rows(2, 2) @ rows.T
+    early, late = random_matrix(2, 1) @ rows.T, random_matrix(2, 2) @ rows.T
     assert torch.allclose(got[:, :3], early[:, :3])
     assert torch.allclose(got[:, 3:], late[:, 3:])
-    other = sketches_of(random_rows(3, 1))
+    other = rows_of(random_matrix(3, 1))
     with pytest.raises(ValueError, match=r"got \{5: 2, 10: 3\} queries by step"):
         store.scores({5: states[5], 10: other})
 
@@ -187,10 +187,10 @@ def test_tracin_sums_an_examples_occasions(clipped):
 
 def test_recorded_rows_meet_the_state_that_their_step_began_with(clipped):
     queries = clipped.where(step=1)
-    zero = sketches_of(torch.zeros(len(queries.dataset), 1024), clipped.model_sketch)
+    zero = rows_of(torch.zeros(len(queries.dataset), 1024), clipped.model_sketch)
     zero = zero.where(example_id=zero.dataset["example_id"][:])
     ids = queries.dataset["example_id"][:]
-    zero = sketches_of(torch.zeros(len(ids), 1024), clipped.model_sketch)
+    zero = rows_of(torch.zeros(len(ids), 1024), clipped.model_sketch)
     zero_data = zero.dataset.remove_columns("example_id").add_column("example_id", ids)
     zero = type(zero)(clipped.model_sketch, zero_data)
     last = max(clipped.dataset["step"])

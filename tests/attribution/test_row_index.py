@@ -5,18 +5,18 @@ import torch
 
 from hf_sketch import Cosine
 from hf_sketch.store.blocks import sketch_matrix
-from tests.attribution.test_attribution import random_rows, sketches_of
+from tests.helpers.rows_in_memory import random_matrix, rows_of
 
 
 def clusters(rows, seed):
     """Rows about 20 centres."""
-    centres = 5 * random_rows(20, 7)
-    return centres[torch.arange(rows) % 20] + random_rows(rows, seed)
+    centres = 5 * random_matrix(20, 7)
+    return centres[torch.arange(rows) % 20] + random_matrix(rows, seed)
 
 
 @pytest.mark.parametrize("method", ["dot", "cosine", "preconditioned"])
 def test_a_search_of_all_lists_is_exact(method):
-    store, queries = sketches_of(clusters(500, 0)), sketches_of(random_rows(6, 1))
+    store, queries = rows_of(clusters(500, 0)), rows_of(random_matrix(6, 1))
     index = store.build_index(method, lists=10, probed=10)
     scores, rows = index.search(sketch_matrix(queries.dataset), 7)
     expected = store.scores(queries, method).topk(7)
@@ -26,11 +26,11 @@ def test_a_search_of_all_lists_is_exact(method):
 
 
 def test_recall_is_the_part_of_the_exact_answers_that_is_found():
-    store, queries = sketches_of(clusters(500, 0)), clusters(30, 1)
+    store, queries = rows_of(clusters(500, 0)), clusters(30, 1)
     recalls = []
     for probed in (1, 4, 20):
         index = store.build_index(Cosine(), lists=20, probed=probed)
-        exact = store.scores(sketches_of(queries), "cosine").topk(10).indices
+        exact = store.scores(rows_of(queries), "cosine").topk(10).indices
         found = index.search(queries, 10)[1]
         hits = [len({*e.tolist()} & {*f.tolist()}) for e, f in zip(exact, found)]  # noqa: B905
         recalls.append(index.recall(queries, 10))
@@ -41,13 +41,13 @@ def test_recall_is_the_part_of_the_exact_answers_that_is_found():
 def test_rows_that_are_not_finite_are_not_found():
     rows = clusters(50, 0)
     rows[7] = float("nan")
-    index = sketches_of(rows).build_index(lists=2, probed=2)
-    found = index.search(random_rows(1, 1), 50)[1]
+    index = rows_of(rows).build_index(lists=2, probed=2)
+    found = index.search(random_matrix(1, 1), 50)[1]
     assert sorted(found[0].tolist()) == [-1, *(i for i in range(50) if i != 7)]
 
 
 def test_bad_settings_are_named(monkeypatch):
-    store = sketches_of(clusters(50, 0))
+    store = rows_of(clusters(50, 0))
     with pytest.raises(ValueError, match=r"got 9, 4 and 50 rows: pass smaller ones"):
         store.build_index(lists=4, probed=9)
     monkeypatch.setitem(sys.modules, "faiss", None)

@@ -138,24 +138,31 @@ def search_trainer(directory, *callbacks, search=None, **arguments):
     )
 
 
-def test_the_trainer_searches_in_one_run(tmp_path):
-    dims = Dims()
-    trainer = search_trainer(tmp_path, dims)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing cut: its Trainer, its folder and omega's length by step."""
+    directory, dims = tmp_path_factory.mktemp("whole"), Dims()
+    trainer = search_trainer(directory, dims)
     trainer.train()
-    search = load_dimension_search(tmp_path)
+    return trainer, directory, dims.dims
+
+
+def test_the_trainer_searches_in_one_run(whole):
+    trainer, directory, dims = whole
+    search = load_dimension_search(directory)
     assert [stage.step for stage in search.path] == list(range(0, 29, 4))
     assert len({stage.metric for stage in search.path}) == len(search.path)
     doubled = [stage.step for stage in search.path if stage.decision == "double"]
     expected = [4 * 2 ** sum(at < step for at in doubled) for step in range(1, 31)]
     assert doubled
-    assert dims.dims == expected
+    assert dims == expected
     logged = [log for log in trainer.state.log_history if "subspace_dim" in log]
     assert [log["subspace_dim"] for log in logged] == [s.dim for s in search.path]
     evaluated = [
         log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log
     ]
     assert evaluated == [stage.metric for stage in search.path]
-    content = json.loads((tmp_path / "intrinsic_dimension.json").read_text())
+    content = json.loads((directory / "intrinsic_dimension.json").read_text())
     assert content["dimension"] is None
 
 
@@ -168,14 +175,13 @@ def test_reaching_the_target_stops_training(tmp_path):
     assert load_dimension_search(tmp_path).dimension == 4
 
 
-@pytest.mark.parametrize("step", [9, 17])  # at 8, after the checkpoint, it doubles
-def test_a_search_resumes_in_the_middle_of_a_stage(tmp_path, step):
-    search_trainer(tmp_path / "whole").train()
-    whole = load_dimension_search(tmp_path / "whole")
+# At 8, after the checkpoint, it doubles.
+@pytest.mark.parametrize("step", [9, pytest.param(17, marks=pytest.mark.full)])
+def test_a_search_resumes_in_the_middle_of_a_stage(whole, tmp_path, step):
     with pytest.raises(KeyboardInterrupt):
         search_trainer(tmp_path / "cut", Interrupt(step)).train()
     search_trainer(tmp_path / "cut").train(resume_from_checkpoint=True)
-    assert load_dimension_search(tmp_path / "cut") == whole
+    assert load_dimension_search(tmp_path / "cut") == load_dimension_search(whole[1])
     other = IntrinsicDimensionCallback(**{**SETTINGS, "stage_steps": 5})
     resumed = search_trainer(tmp_path / "cut", search=other, max_steps=40)
     with pytest.raises(ValueError, match="resume with the same settings"):

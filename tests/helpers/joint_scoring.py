@@ -6,13 +6,11 @@
 import sys
 import warnings
 
-import numpy as np
 import torch
-from datasets import Dataset
 
-from hf_sketch import GradientRows, ModelSketch
+from hf_sketch import ModelSketch
 from hf_sketch.processes import end_group
-from hf_sketch.store.rows import features
+from tests.helpers.rows_in_memory import rows_of
 
 OUT_SIZE = 2**20  # blocks of four rows
 ROWS = 22
@@ -26,34 +24,19 @@ def store():
     matrix[:, :50] = torch.randn(ROWS, 50, generator=generator)
     matrix[5, 0] = torch.nan
     matrix[18] = matrix[9] = matrix[2]
-    return sketches(matrix, label=[i % 3 for i in range(ROWS)])
+    return rows_of(matrix, SKETCH, label=[i % 3 for i in range(ROWS)])
 
 
 def queries():
     matrix = torch.zeros(3, OUT_SIZE)
     matrix[:, :50] = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
     matrix[2, :50] = store_row(2)
-    return sketches(matrix)
+    return rows_of(matrix, SKETCH)
 
 
 def store_row(number):
     generator = torch.Generator().manual_seed(0)
     return torch.randn(ROWS, 50, generator=generator)[number]
-
-
-def sketches(matrix, **columns):
-    count = len(matrix)
-    table = {
-        "example_id": np.arange(count) + 100,
-        "loss": np.zeros(count, dtype=np.float32),
-        "gradient_norm": matrix.norm(dim=1).numpy(),
-        "finite": matrix.isfinite().all(1).numpy(),
-        "sketch": matrix.numpy(),
-    }
-    dataset = Dataset.from_dict(table, features=features("query", matrix.shape[1]))
-    for name, values in columns.items():
-        dataset = dataset.add_column(name, values)
-    return GradientRows(SKETCH, dataset)
 
 
 def answers(rows):

@@ -8,7 +8,7 @@ import torch
 
 from tests.helpers.distributed_training import subspace_settings
 from tests.helpers.launching import TORCHRUN, launch, told
-from tests.subspace.test_subspace_training import tiny_trainer
+from tests.helpers.training import tiny_trainer
 
 OMEGA = "base_model.coordinates.subspace_omega.default"
 

@@ -233,7 +233,7 @@ def test_as_many_dimensions_as_parameters_are_accepted():
         get_peft_model(undropped_bert(), SubspaceConfig(dim=elements + 1))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("operator", ["affd", "afjl"])
 def test_growth_to_a_million_dimensions_keeps_the_loss(operator):
     base = undropped_bert_of_a_million()
