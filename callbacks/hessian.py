@@ -1,13 +1,12 @@
-"""The callback that takes Hessian spectra while a Trainer trains."""
+"""The callback that computes Hessian spectra while a Trainer trains."""
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     Trainer,
@@ -17,9 +16,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_sketch.curvature.double_backward import MODES
+from hf_sketch.curvature.double_backward import Mode, check_mode
 from hf_sketch.curvature.hessian import HessianOperator
-from hf_sketch.curvature.mean_loss import UNITS, LossFunction
+from hf_sketch.curvature.mean_loss import LossFunction, Unit, check_unit
 from hf_sketch.model.sketch import ModelSketch, check_layout
 from hf_sketch.processes import Together, check_others, check_same
 from hf_sketch.sketches.by_name import check_operator
@@ -28,58 +27,52 @@ from hf_sketch.spectra.sketched_hessian import SketchedHessian
 from hf_sketch.spectra.spectrum import Spectrum, hessian_spectrum
 
 from .placement import check_processes
-from .spectra.batches import batches_of, kept_batches
+from .spectra.batches import kept_batches
 from .spectra.shared_hessian import SharedHessian, own_batches
 
-PAPER_STEPS = (0, 10, 50, 100, 150, 200, 250, 500)
-PAPER_EVERY = 1000
-_LOGGED_EIGENVALUES = 5
-# Whatever the model's own code may raise: training must go on.
-_FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+PAPER_STEPS: Final = (0, 10, 50, 100, 150, 200, 250, 500)
+PAPER_EVERY: Final = 1000
+_LOGGED_EIGENVALUES: Final = 5
+# What can stop a spectrum in the middle of a training that is worth finishing: memory,
+# the disk, numbers that are not finite, a kernel, or a setting that is refused.
+_SURVIVED: Final = (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError)
 
 
 class HessianSpectrumCallback(TrainerCallback):
-    """Takes the Hessian's spectrum at some steps, into `<output_dir>/curvature`.
+    """Compute the Hessian's spectrum at some steps, into `<output_dir>/curvature`.
 
     The Hessian is that of the mean loss over a fixed set of batches, in eval mode, at
     the parameters after the step. Training is bit for bit what it is without the
-    callback, and goes on, with a warning, where a spectrum fails. Open the spectra with
-    `hf_sketch.load_spectra(output_dir)`; training that is resumed from a checkpoint
-    drops later ones and goes on with the same batches.
+    callback. Where a spectrum fails for lack of memory or disk, for a number that is
+    not finite or an unsupported model, the callback warns and training continues; an
+    error in the code of `loss_fn` (TypeError, KeyError, ...) ends it.
 
-    The largest eigenvalues, RNEG, outliers and alignment go to `state.log_history`, and
-    by `set_trainer(trainer)` to the Trainer's loggers: the Trainer gives its callbacks
-    no way to them.
+    Open the spectra with `hf_sketch.load_spectra(output_dir)`. Training that resumes
+    from a checkpoint drops later spectra and uses the same batches. The largest
+    eigenvalues, RNEG, outliers and alignment go to `state.log_history`. Call
+    `set_trainer(trainer)` to also log to W&B, TensorBoard, ...
 
-    Several processes share the batches, add up their products, which are of `out_size`
-    numbers, and fail together; the first one writes. They must hold the whole model.
+    Several processes share the batches, add up their products of `out_size` numbers,
+    and fail together; the first one writes. Each must hold the whole model.
 
     Args:
-        steps: after which spectra are taken, 0 for the start; with neither `steps` nor
-            `every`, the paper's: 0, 10, 50, 100, 150, 200, 250, 500, and every 1,000.
-        every: takes one after each so many steps, and at the start.
-        batches: inputs of the model with labels, or how many batches to draw of the
-            training set, once.
-        batch_size: examples in a drawn batch; by default the Trainer's per device.
+        steps: steps after which to compute a spectrum, 0 for the start; with neither
+            `steps` nor `every`, the paper's: 0, 10, 50, 100, 150, 200, 250, 500, and
+            every 1,000.
+        every: compute a spectrum every `every` steps, and at the start.
+        batches: inputs of the model with labels, or the number of batches to draw from
+            the training set, once.
+        batch_size: examples per drawn batch; by default the Trainer's per device.
         krylov_dim: Lanczos steps, each a Hessian-vector product.
-        out_size: of the sketch; krylov_dim * out_size numbers are held meanwhile.
-        operator: of the sketch, see `ModelSketch`.
-        layout: of the sketch, see `ModelSketch`.
-        seed: of the sketch, the batches and the start vector; by default the Trainer's.
+        out_size: length of the sketch; krylov_dim * out_size numbers stay in memory.
+        operator: see `ModelSketch`, as for `layout`.
+        layout: "blocked" | "factored" | "flat".
+        seed: seed of the sketch, the batches and the start vector; by default the
+            Trainer's.
         loss_fn: see `HessianOperator`, as for `mode` and `unit`.
         mode: "auto" | "autograd" | "finite_difference".
         unit: "tokens" | "examples".
-        keep_vectors: eigenvectors kept, of the largest eigenvalues by size.
+        keep_vectors: number of eigenvectors kept, those of the largest eigenvalues.
 
     Raises:
         ValueError: a bad argument.
@@ -98,8 +91,8 @@ class HessianSpectrumCallback(TrainerCallback):
         layout: str = "blocked",
         seed: int | None = None,
         loss_fn: LossFunction | None = None,
-        mode: str = "auto",
-        unit: str = "tokens",
+        mode: Mode = "auto",
+        unit: Unit = "tokens",
         keep_vectors: int = 20,
     ) -> None:
         if steps is None and every is None:
@@ -107,7 +100,10 @@ class HessianSpectrumCallback(TrainerCallback):
         _check_counts(1, every=every, batches=batches, batch_size=batch_size)
         _check_counts(0, keep_vectors=keep_vectors, steps=min(steps or (0,)))
         _check_sizes(batches, krylov_dim, out_size)
-        _check_choices(operator, layout, mode, unit)
+        check_operator(operator)
+        check_layout(layout)
+        check_mode(mode)
+        check_unit(unit)
         self.steps = frozenset(steps or ())
         self.every = every
         self.batches = batches
@@ -118,15 +114,15 @@ class HessianSpectrumCallback(TrainerCallback):
         self.layout = layout
         self.seed = seed
         self.loss_fn = loss_fn
-        self.mode = mode
-        self.unit = unit
+        self.mode: Mode = mode
+        self.unit: Unit = unit
         self.keep_vectors = keep_vectors
         self._trainer: Trainer | None = None
         self._hessian: SketchedHessian | None = None
         self._directory = Path()
 
     def set_trainer(self, trainer: Trainer) -> None:
-        """Log through this Trainer, to all that it reports to."""
+        """Log through this Trainer, to everything it reports to."""
         self._trainer = trainer
 
     def on_train_begin(
@@ -142,9 +138,9 @@ class HessianSpectrumCallback(TrainerCallback):
         self._hessian = None
         try:
             self._prepare(args, state, model, train_dataloader)
-        except _FAILURES as error:
+        except _SURVIVED as error:
             warnings.warn(
-                "no Hessian spectra are taken, training goes on: "
+                "No Hessian spectra; training continues. "
                 f"{type(error).__name__}: {error}",
                 stacklevel=2,
             )
@@ -191,10 +187,9 @@ class HessianSpectrumCallback(TrainerCallback):
             if state.is_world_process_zero:
                 continue_spectra(self._directory, sketch, state.global_step)
                 size = self.batch_size or args.per_device_train_batch_size
+                resumed = bool(state.global_step)
                 batches = kept_batches(
-                    self._directory,
-                    bool(state.global_step),
-                    lambda: batches_of(self.batches, loader, size, seed),
+                    self._directory, resumed, self.batches, loader, size, seed
                 )
             check_others()
             own, idle = own_batches(batches, args.device)
@@ -206,7 +201,7 @@ class HessianSpectrumCallback(TrainerCallback):
     def _take_if_due(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl
     ) -> None:
-        """Take, write and log a spectrum at this step, if it is one of those asked."""
+        """Compute, write and log a spectrum at this step, if one is due."""
         step = state.global_step
         due = step in self.steps or (self.every is not None and step % self.every == 0)
         if self._hessian is None or not due:
@@ -214,10 +209,10 @@ class HessianSpectrumCallback(TrainerCallback):
         try:
             with Together():
                 spectrum = self._spectrum(self._hessian, args, state)
-        except _FAILURES as error:
+        except _SURVIVED as error:
             warnings.warn(
-                f"the Hessian's spectrum of step {step} is missing, training goes on: "
-                f"{type(error).__name__}: {error}",
+                f"The Hessian's spectrum of step {step} is missing; training continues."
+                f" {type(error).__name__}: {error}",
                 stacklevel=3,
             )
             return
@@ -232,7 +227,7 @@ class HessianSpectrumCallback(TrainerCallback):
     def _spectrum(
         self, hessian: SketchedHessian, args: TrainingArguments, state: TrainerState
     ) -> Spectrum:
-        """Take the spectrum; the first process writes it."""
+        """Compute the spectrum; the first process writes it."""
         first = state.is_world_process_zero
         spectrum = hessian_spectrum(
             hessian,
@@ -242,24 +237,13 @@ class HessianSpectrumCallback(TrainerCallback):
             seed=hessian.model_sketch.seed,
             progress=first and not args.disable_tqdm,
         )
-        assert isinstance(hessian.curvature, SharedHessian)
-        spectrum = dataclasses.replace(spectrum, check=hessian.curvature.own.check)
         if first:
             save_spectrum(self._directory, spectrum)
         return spectrum
 
 
-def _check_choices(operator: str, layout: str, mode: str, unit: str) -> None:
-    """Raise unless these are names of one."""
-    check_operator(operator)
-    check_layout(layout)
-    for name, value, known in (("mode", mode, MODES), ("unit", unit, UNITS)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {value!r}.")
-
-
 def _check_counts(least: int, **counts: Any) -> None:
-    """Raise unless those that are numbers are large enough."""
+    """Raise unless all that are numbers are large enough."""
     for name, value in counts.items():
         if isinstance(value, int) and value < least:
             raise ValueError(
@@ -274,7 +258,7 @@ def _check_sizes(
     if not isinstance(batches, int) and not batches:
         raise ValueError(
             "batches must hold at least one batch, got none: pass inputs of the model "
-            "with labels, or how many to draw."
+            "with labels, or the number of batches to draw."
         )
     if not 1 <= krylov_dim <= out_size:
         raise ValueError(
@@ -284,8 +268,8 @@ def _check_sizes(
 
 
 def _logs(spectrum: Spectrum) -> dict[str, float]:
-    """What is logged of a spectrum."""
-    largest: Tensor = spectrum.eigenvalues.flip(0)[:_LOGGED_EIGENVALUES]
+    """Return the statistics that are logged."""
+    largest = spectrum.eigenvalues.flip(0)[:_LOGGED_EIGENVALUES]
     logs = {
         f"curvature_eigenvalue_{place}": value
         for place, value in enumerate(largest.tolist(), start=1)

@@ -15,7 +15,7 @@ from transformers import (
 from hf_sketch.callbacks import HessianSpectrumCallback
 
 # What the callback warns of: here it is not training that must go on.
-_FAILURES = "no Hessian spectra are taken|the Hessian's spectrum of step"
+_FAILURES = "No Hessian spectra|The Hessian's spectrum of step"
 
 
 class TimedSpectra(TrainerCallback):

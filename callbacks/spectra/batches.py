@@ -1,9 +1,9 @@
-"""The batches that curvature is taken of: drawn once, kept beside the spectra."""
+"""The batches of the spectra's loss: drawn once, kept beside the spectra."""
 
 import copy
 import itertools
 import random
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -29,19 +29,52 @@ _GENERATORS = (
 _SHARED = (nn.Module, FunctionType, type)
 
 
+def kept_batches(
+    directory: Path,
+    resumed: bool,
+    given: int | Sequence[Mapping[str, Any]],
+    loader: DataLoader[Any],
+    batch_size: int,
+    seed: int,
+) -> list[dict[str, Tensor]]:
+    """Return a directory's batches if training resumes, else store new ones there.
+
+    New ones are those given, or the given number of them, drawn from the training set.
+
+    Raises:
+        OSError: the directory cannot be written.
+        ValueError: the file there is damaged, or a batch holds anything but tensors.
+    """
+    kept = _load_batches(directory / _FILE) if resumed else None
+    if kept is not None:
+        return kept
+    if isinstance(given, int):
+        batches = draw_batches(loader, given, batch_size, seed)
+    else:
+        batches = [tensors_of(batch) for batch in given]
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{place:06d}/{name}": value.detach().cpu().clone().contiguous()
+        for place, batch in enumerate(batches)
+        for name, value in batch.items()
+    }
+    replace_file(directory / _FILE, save(tensors))
+    return batches
+
+
 def draw_batches(
     loader: DataLoader[Any], count: int, batch_size: int, seed: int
 ) -> list[dict[str, Tensor]]:
-    """Batches of random examples of a training set, of a stream's first ones.
+    """Draw random examples of a training set, or a stream's first ones, as batches.
 
-    Neither the loader's sampler, nor any global random number, nor a generator that the
-    collate function keeps is touched. A stream is iterated once more from its start.
+    This leaves the loader's sampler, all global random numbers and the generators of
+    the collate function as they were. A stream is iterated once more from its start.
 
     Args:
-        loader: whose dataset and collate function are used.
-        count: of batches.
-        batch_size: examples in each.
-        seed: of the choice, and of what the collate function draws.
+        loader: its dataset and collate function are used.
+        count: number of batches.
+        batch_size: examples per batch.
+        seed: seed of the choice, and of whatever the collate function draws.
     """
     dataset: Any = loader.dataset
     with _own_randomness(seed):
@@ -50,79 +83,26 @@ def draw_batches(
         else:
             order = CounterRandom(seed, "curvature-batches").permutation(len(dataset))
             examples = [dataset[i] for i in order[: count * batch_size].tolist()]
-        parts = [
-            examples[low : low + batch_size]
+        collate = _twin(loader.collate_fn, {})
+        return [
+            tensors_of(collate(examples[low : low + batch_size]))
             for low in range(0, len(examples), batch_size)
         ]
-        collate = _twin(loader.collate_fn, {})
-        return [tensors_of(collate(part)) for part in parts]
-
-
-def batches_of(
-    given: int | Sequence[Mapping[str, Any]],
-    loader: DataLoader[Any],
-    batch_size: int,
-    seed: int,
-) -> list[dict[str, Tensor]]:
-    """Batches as given, or as many drawn; see `draw_batches`."""
-    if isinstance(given, int):
-        return draw_batches(loader, given, batch_size, seed)
-    return [tensors_of(batch) for batch in given]
-
-
-def kept_batches(
-    directory: Path, resumed: bool, make: Callable[[], list[dict[str, Tensor]]]
-) -> list[dict[str, Tensor]]:
-    """Those in a directory if training is resumed, else new ones, which are put there.
-
-    Raises:
-        OSError: the directory cannot be written.
-        ValueError: the file there is damaged.
-    """
-    batches = load_batches(directory) if resumed else None
-    if batches is None:
-        batches = make()
-        save_batches(directory, batches)
-    return batches
 
 
 def tensors_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A batch that can be stored.
-
-    Raises:
-        ValueError: it has something that is no tensor.
-    """
+    """Return a batch as it can be stored: raise if it holds anything but tensors."""
     for name, value in batch.items():
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"curvature batches must hold tensors, got {type(value).__name__} in "
-                f"{name!r}: leave it out, or pass batches= of tensors."
+                f"Curvature batches must hold tensors, got {type(value).__name__} in "
+                f"{name!r}. Leave it out, or pass batches= of tensors."
             )
     return dict(batch)
 
 
-def save_batches(directory: Path, batches: Sequence[Mapping[str, Tensor]]) -> None:
-    """Put the batches into a directory.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"{place:06d}/{name}": value.detach().cpu().clone().contiguous()
-        for place, batch in enumerate(batches)
-        for name, value in batch.items()
-    }
-    replace_file(directory / _FILE, save(tensors))
-
-
-def load_batches(directory: Path) -> list[dict[str, Tensor]] | None:
-    """The batches in a directory, or None if there are none.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = directory / _FILE
+def _load_batches(path: Path) -> list[dict[str, Tensor]] | None:
+    """Return the batches in a file, or None if there is no file."""
     if not path.is_file():
         return None
     batches: dict[str, dict[str, Tensor]] = {}
@@ -130,8 +110,8 @@ def load_batches(directory: Path) -> list[dict[str, Tensor]] | None:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(
-            f"{path} must be a safetensors file, got one that is damaged ({error}): "
-            f"restore it, or move {directory} away to draw batches anew."
+            f"{path} is damaged ({error}). Restore it, or move {path.parent} away to "
+            "draw new batches."
         ) from error
     for key, value in sorted(tensors.items()):
         place, _, name = key.partition("/")
@@ -140,7 +120,7 @@ def load_batches(directory: Path) -> list[dict[str, Tensor]] | None:
 
 
 def _twin(collate: Any, twins: dict[int, Any]) -> Any:
-    """A collate function with generators of its own; all else is shared."""
+    """Copy a collate function with its generators; share everything else."""
     if id(collate) in twins:
         return twins[id(collate)]
     if isinstance(collate, _GENERATORS):
@@ -158,7 +138,7 @@ def _twin(collate: Any, twins: dict[int, Any]) -> Any:
 
 @contextmanager
 def _own_randomness(seed: int) -> Generator[None]:
-    """Random numbers of Python, numpy and torch of their own, for a while."""
+    """Seed Python, numpy and torch for a while, then restore their states."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

@@ -8,8 +8,10 @@ from accelerate.state import PartialState
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from hf_sketch.curvature.hessian import CurvatureOperator, HessianOperator, Vector
+from hf_sketch.curvature.check import CurvatureCheck
+from hf_sketch.curvature.hessian import CurvatureOperator, HessianOperator
 from hf_sketch.curvature.mean_loss import check_items
+from hf_sketch.curvature.vectors import Vector
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.processes import check_others, gathered, of_first, reduced
 from hf_sketch.sketches.operator import accumulation_dtype
@@ -20,14 +22,14 @@ Batch = Mapping[str, Any]
 class SharedHessian(CurvatureOperator):
     """The Hessian of the mean loss over the batches of all processes.
 
-    Each takes products with its own batches, on the bare model, so that DDP's hooks do
-    nothing; their sum, weighted by tokens or examples, is one all-reduce of as many
-    numbers as the product has: those of the sketch. All processes call the same things
-    in the same order, inside `Together`.
+    Each multiplies with its own batches, on the bare model, so that DDP's hooks do
+    nothing. One all-reduce of the product, of `out_size` numbers if sketched, adds them
+    up, weighted by tokens or examples. All processes make the same calls in the same
+    order, inside `Together`.
 
     Args:
-        own: of this process's batches.
-        idle: whether they belong to another process, and count for nothing here.
+        own: the Hessian over this process's batches.
+        idle: whether these belong to another process, and count for nothing here.
 
     Raises:
         ValueError: on first use, no token of any process has a label.
@@ -41,19 +43,22 @@ class SharedHessian(CurvatureOperator):
         self._idle = idle
         self._share: float | None = None
 
+    @property
+    def check(self) -> CurvatureCheck | None:
+        return self.own.check
+
     def __matmul__(self, vector: Vector) -> dict[str, Tensor]:
-        """The Hessian-vector product."""
+        """Return the Hessian-vector product."""
         return self._mean(lambda: self.own @ vector, self.parameters)
 
     def gradient(self) -> dict[str, Tensor]:
         return self._mean(self.own.gradient, self.parameters)
 
     def sketched_product(self, model_sketch: ModelSketch, vector: Tensor) -> Tensor:
-        product = self._mean(
-            lambda: {"": self.own.sketched_product(model_sketch, vector)},
-            {"": vector},
-        )
-        return product[""]
+        def own() -> dict[str, Tensor]:
+            return {"": self.own.sketched_product(model_sketch, vector)}
+
+        return self._mean(own, {"": vector})[""]
 
     def loss_and_sketched_gradient(
         self, model_sketch: ModelSketch
@@ -63,13 +68,13 @@ class SharedHessian(CurvatureOperator):
             return {"": torch.cat([gradient, gradient.new_tensor([loss])])}
 
         like = next(iter(self.parameters.values())).new_empty(model_sketch.out_size + 1)
-        *_, total = self._mean(own, {"": like}).values()
+        total = self._mean(own, {"": like})[""]
         return float(total[-1]), total[:-1]
 
     def _mean(
         self, own: Callable[[], dict[str, Tensor]], like: Vector
     ) -> dict[str, Tensor]:
-        """The processes' weighted mean; zeros of one that has nothing to weigh."""
+        """Return the processes' weighted mean; an idle one adds zeros."""
         share = self._own_share()
         if share:
             parts = own()
@@ -83,7 +88,7 @@ class SharedHessian(CurvatureOperator):
         }
 
     def _own_share(self) -> float:
-        """The part of all tokens or examples that is in this process's batches."""
+        """Return the part of all tokens or examples that is in the own batches."""
         if self._share is None:
             items = 0 if self._idle else self.mean_loss.items
             check_others()
@@ -96,7 +101,7 @@ class SharedHessian(CurvatureOperator):
 def own_batches(
     batches: Sequence[Batch] | None, device: torch.device
 ) -> tuple[list[Batch], bool]:
-    """This process's share of the batches of the first one; all call together.
+    """Return this process's share of the first one's batches; all call together.
 
     Returns:
         the batches, on the device; the first one and True if there are too few for all.

@@ -2,25 +2,33 @@
 
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_sketch.curvature.mean_loss import is_out_of_memory
 from hf_sketch.model.state import evaluation_mode
 
-MODES = ("auto", "autograd", "finite_difference")
-_REPLACEABLE = ("eager", "sdpa")
+Mode = Literal["auto", "autograd", "finite_difference"]
+
+_REPLACEABLE: Final = ("eager", "sdpa")
+# What torch 2.13 says of an operation whose gradient it cannot differentiate.
+_NO_DOUBLE_BACKWARD: Final = (
+    "is not implemented",  # derivative for aten::... is not implemented
+    "once_differentiable",
+    "double backward",  # of compiled graphs
+    "modified by an inplace operation",  # a backward pass that overwrites what it saved
+    "not have been used in the graph",
+)
 
 
 class DoubleBackwardError(ValueError):
-    """The gradient of a model cannot be differentiated."""
+    """An operation of the model has a gradient that cannot be differentiated."""
 
 
 def obstacle_to_double_backward(model: nn.Module) -> str | None:
-    """Why autograd cannot differentiate the model's gradient, if that can be seen."""
+    """Return why autograd cannot differentiate the model's gradient, if it shows."""
     for path, module in model.named_modules():
         marks = ("_orig_mod", "_compiled_call_impl")
         if any(getattr(module, mark, None) is not None for mark in marks):
@@ -41,34 +49,39 @@ def obstacle_to_double_backward(model: nn.Module) -> str | None:
 
 
 def obstacle_to_finite_differences(model: nn.Module) -> str | None:
-    """Why the parameters cannot be moved by small steps, if they cannot."""
+    """Return why the parameters cannot be moved by small steps, if they cannot."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.element_size() < 4:
             return f"{name} is {parameter.dtype}, too coarse for small steps"
     return None
 
 
-def choose_mode(model: nn.Module, mode: str) -> tuple[str, str | None]:
-    """The mode that is used, and why it is not autograd if it is not.
+def check_mode(mode: str) -> None:
+    """Raise unless the mode is known."""
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}.")
+
+
+def choose_mode(model: nn.Module, mode: Mode) -> tuple[str, str | None]:
+    """Return the mode that is used, and why it is not autograd if it is not.
 
     Raises:
         ValueError: the mode is unknown, or the model does not allow it.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
+    check_mode(mode)
     double = obstacle_to_double_backward(model)
-    if mode == "autograd" or (mode == "auto" and double is None):
-        if double is not None:
-            raise DoubleBackwardError(
-                f'mode="autograd" needs a double backward, but {double}: pass '
-                'mode="finite_difference", or the model without it.'
-            )
+    if mode == "autograd" and double is not None:
+        raise DoubleBackwardError(
+            f'mode="autograd" needs a double backward, but {double}. Pass '
+            'mode="finite_difference".'
+        )
+    if mode != "finite_difference" and double is None:
         return "autograd", None
     coarse = obstacle_to_finite_differences(model)
     if coarse is not None:
         other = ', or pass mode="autograd"' if double is None else f", as {double}"
         raise ValueError(
-            f"finite differences need float32 parameters, but {coarse}: load the model "
+            f"Finite differences need float32 parameters, but {coarse}. Load the model "
             f"with dtype=torch.float32{other}."
         )
     return "finite_difference", double
@@ -78,8 +91,7 @@ def choose_mode(model: nn.Module, mode: str) -> tuple[str, str | None]:
 def curvature_setting(model: nn.Module, mode: str) -> Generator[None]:
     """Eval mode, no autocast, and for autograd attention that differentiates twice.
 
-    Everything that is touched, also the random state, is as before afterwards, even
-    after an error.
+    Afterwards everything is restored, even after an error, the random state included.
     """
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
@@ -94,7 +106,7 @@ def curvature_setting(model: nn.Module, mode: str) -> Generator[None]:
 
 @contextmanager
 def _own_forward(model: nn.Module) -> Generator[None]:
-    """The forward that the model had before Accelerate wrapped autocast around it."""
+    """Use the forward that Accelerate (1.15) wrapped autocast around."""
     patched: Any = vars(model).get("forward")
     original = vars(model).get("_original_forward")
     if original is None:
@@ -109,7 +121,7 @@ def _own_forward(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def _plain_attention(model: nn.Module) -> Generator[None]:
-    """Eager attention instead of kernels outside torch's own sdpa."""
+    """Use eager attention instead of kernels outside torch's own sdpa."""
     before = _attention_of(getattr(model, "config", None))
     if all(kernel in _REPLACEABLE for kernel in before.values()):
         yield
@@ -123,7 +135,7 @@ def _plain_attention(model: nn.Module) -> Generator[None]:
 
 
 def _attention_of(config: Any) -> dict[str, str]:
-    """The attention kernel of a model, under "", and of its parts by their names."""
+    """Return the attention kernel of a model, under "", and of its parts by name."""
     parts = {"": config}
     for name in getattr(config, "sub_configs", ()):
         parts[name] = getattr(config, name)
@@ -134,8 +146,8 @@ def _attention_of(config: Any) -> dict[str, str]:
 def check_graph(gradient: Sequence[Tensor]) -> None:
     """Raise if an operation that made a gradient is marked once_differentiable.
 
-    The mark lies on no path to the parameters, so that autograd.grad misses it, and
-    takes what the operation gave for a constant.
+    The mark lies on no path to the parameters: autograd.grad misses it, and takes the
+    operation's result for a constant.
     """
     nodes = [part.grad_fn for part in gradient]
     seen: set[Any] = {None}
@@ -151,17 +163,17 @@ def check_graph(gradient: Sequence[Tensor]) -> None:
 
 @contextmanager
 def explained() -> Generator[None]:
-    """Tell what to do where a kernel has no double backward.
+    """Name the way out where a kernel has no double backward.
 
     Raises:
-        DoubleBackwardError: anything but lack of memory went wrong.
+        DoubleBackwardError: torch says so; any other error passes through.
     """
     try:
         yield
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        if not any(text in str(error) for text in _NO_DOUBLE_BACKWARD):
             raise
         raise DoubleBackwardError(
-            "an operation of the model has no double backward "
-            f'({str(error).splitlines()[0]}): pass mode="finite_difference".'
+            "An operation of the model has no double backward "
+            f'({str(error).splitlines()[0]}). Pass mode="finite_difference".'
         ) from error

@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from hf_sketch.curvature.vectors import norm_of
 from hf_sketch.model.accumulator import SketchSum
 from hf_sketch.model.state import kept_random_state, random_state
 from hf_sketch.sketches.transforms.lazy import is_lazy
@@ -29,96 +30,77 @@ def central_difference(
     norm: float,
     evaluate: Callable[[], list[Tensor]],
 ) -> list[Tensor]:
-    """The derivative along a direction of what a function gives at the parameters.
+    """Return the derivative of a function of the parameters along a direction.
 
     Args:
-        parameters: of the model; bit for bit as before when this returns.
-        direction: gives its parts by name, one parameter after the other, in order.
-        norm: of the direction, at least roughly.
-        evaluate: the function.
+        parameters: the model's, by name; bit for bit the same afterwards.
+        direction: yields its parts by name, in the order of the parameters.
+        norm: the direction's norm, at least roughly.
+        evaluate: the function, of the parameters as they are when it is called.
     """
-    moved = _Displacement(parameters, norm)
-    parts = moved.both_sides(direction, evaluate)
-    change = _relative_change(*parts)
+    theta = norm_of(parameters.values())
+    step = _STEP * (theta or 1.0) / (norm or 1.0)
+    sides = _both_sides(parameters, direction, step, evaluate)
+    change = _relative_change(*sides)
     if change > _LARGEST_CHANGE:
-        moved.step *= max(_LEAST_FRACTION, _TARGET_CHANGE / change)
-        del parts  # as large as the model, perhaps
-        parts = moved.both_sides(direction, evaluate)
-    ahead, behind = parts
+        step *= max(_LEAST_FRACTION, _TARGET_CHANGE / change)
+        del sides  # as large as the model, perhaps
+        sides = _both_sides(parameters, direction, step, evaluate)
+    ahead, behind = sides
     for one, other in zip(ahead, behind, strict=True):
-        one.sub_(other).div_(2 * moved.step)
+        one.sub_(other).div_(2 * step)
     return ahead
 
 
-class _Displacement:
-    """The parameters of a model, moved from theta by a step along a direction.
+def _both_sides(
+    parameters: Mapping[str, nn.Parameter],
+    direction: Callable[[], Iterable[tuple[str, Tensor]]],
+    step: float,
+    evaluate: Callable[[], list[Tensor]],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Evaluate at theta + step * direction and at the opposite point."""
+    device = next(iter(parameters.values())).device
+    state = random_state(device)  # losses may draw; both sides draw the same
+    before: dict[str, _Before] = {}
 
-    Args:
-        parameters: of the model, by name.
-        norm: of the direction, at least roughly.
-    """
+    def move(name: str, theta: Tensor, moved: Tensor) -> None:
+        before[name] = _Before(theta)  # known before the move, if that is interrupted
+        parameters[name].copy_(moved)
+        before[name].compress(moved)
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], norm: float) -> None:
-        self._parameters = parameters
-        theta = _norm([p.detach() for p in parameters.values()])
-        self.step = _STEP * (theta or 1.0) / (norm or 1.0)
-        self._before: dict[str, _Before] = {}
-
-    def both_sides(
-        self,
-        direction: Callable[[], Iterable[tuple[str, Tensor]]],
-        evaluate: Callable[[], list[Tensor]],
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """What a function gives at theta + step * direction, and at the opposite."""
-        device = next(iter(self._parameters.values())).device
-        state = random_state(device)  # losses may draw; both sides draw the same
-        with self.forward(direction()):
-            with kept_random_state(state, device):
-                ahead = evaluate()
-            self.reverse()
-            with kept_random_state(state, device):
-                return ahead, evaluate()
-
-    @contextmanager
-    def forward(self, direction: Iterable[tuple[str, Tensor]]) -> Generator[None]:
-        """Move along the direction, which is read one parameter after the other.
-
-        Leaving it puts the parameters back, bit for bit.
-        """
-        try:
-            with torch.no_grad():
-                for name, part in direction:
-                    parameter = self._parameters[name]
-                    moved = parameter.add(part.to(parameter.dtype), alpha=self.step)
-                    self._move(name, parameter.detach().clone(), moved)
-            yield
-        finally:
-            with torch.no_grad():
-                for name, before in self._before.items():
-                    parameter = self._parameters[name]
-                    parameter.copy_(before.restored(parameter))
-            self._before = {}
-
-    def reverse(self) -> None:
-        """From theta + d to theta - d, with the very d that rounding left."""
+    try:
         with torch.no_grad():
-            for name, before in self._before.items():
-                parameter = self._parameters[name]
-                theta = before.restored(parameter)
-                self._move(name, theta, (theta - parameter).add_(theta))
+            for name, part in direction():
+                theta = parameters[name].detach()
+                moved = theta.add(part.to(theta.dtype), alpha=step)
+                move(name, theta.clone(), moved)
+        with kept_random_state(state, device):
+            ahead = evaluate()
+        with torch.no_grad():  # to theta - d, with the very d that rounding left
+            for name, kept in before.items():
+                moved = parameters[name].detach()
+                theta = kept.restored(moved)
+                move(name, theta, (theta - moved).add_(theta))
+        with kept_random_state(state, device):
+            return ahead, evaluate()
+    finally:
+        with torch.no_grad():
+            for name, kept in before.items():
+                parameters[name].copy_(kept.restored(parameters[name]))
 
-    def _move(self, name: str, theta: Tensor, moved: Tensor) -> None:
-        """Put a parameter elsewhere, and remember where it was."""
-        before = self._before[name] = _Before(theta)
-        self._parameters[name].copy_(moved)
-        before.compress(moved)
+
+def _relative_change(ahead: list[Tensor], behind: list[Tensor]) -> float:
+    """|ahead - behind| / (|ahead| + |behind|)."""
+    size = norm_of(ahead) + norm_of(behind)
+    pairs = zip(ahead, behind, strict=True)
+    return norm_of(one - other for one, other in pairs) / size if size else 0.0
 
 
 class _Before:
-    """What a tensor was before it moved a little, in half of its memory.
+    """A tensor as it was before it moved a little, in half of its memory.
 
-    Read as integers, float32 numbers and those near them differ by few units, kept in
-    16 bits; the elements of which this is not so are kept as they were.
+    Read as integers, float32 numbers and their near neighbours differ by few units,
+    which fit 16 bits. The elements that moved further are kept whole.
 
     Args:
         theta: the tensor, which must not change.
@@ -128,7 +110,7 @@ class _Before:
         self._theta: Tensor | None = theta
 
     def compress(self, moved: Tensor) -> None:
-        """Keep what is needed to restore it from where it went, if that is less."""
+        """Keep only what restores it from where it went, if that is less."""
         theta = self._theta
         if theta is None or theta.dtype != torch.float32 or is_lazy(theta):
             return
@@ -142,7 +124,7 @@ class _Before:
             del self._units, self._far
 
     def restored(self, moved: Tensor) -> Tensor:
-        """The tensor as it was, bit for bit, from where it is now."""
+        """Return the tensor as it was, bit for bit, from where it is now."""
         if self._theta is not None:
             return self._theta
         theta = moved.detach().view(torch.int32).add(self._units).view(torch.float32)
@@ -157,9 +139,9 @@ def gradients_into(
 ) -> Generator[None]:
     """Sketch each parameter's gradient as a backward pass gives it, and drop it.
 
-    Gradients and hooks that the parameters had are theirs again afterwards.
+    The parameters get their own gradients and hooks back afterwards.
     """
-    # Hooks of others may step an optimizer. They have no public name.
+    # Other hooks may step an optimizer. torch (2.13) has no public name for them.
     plain: dict[str, Any] = dict(parameters)
     kept = {name: (p.grad, p._post_accumulate_grad_hooks) for name, p in plain.items()}
     handles: list[Any] = []
@@ -181,16 +163,3 @@ def gradients_into(
             handle.remove()
         for name, parameter in plain.items():
             parameter.grad, parameter._post_accumulate_grad_hooks = kept[name]
-
-
-def _relative_change(ahead: list[Tensor], behind: list[Tensor]) -> float:
-    """|ahead - behind| / (|ahead| + |behind|)."""
-    pairs = zip(ahead, behind, strict=True)
-    changes = [torch.linalg.vector_norm(one - other) for one, other in pairs]
-    size = _norm(ahead) + _norm(behind)
-    return _norm(changes) / size if size else 0.0
-
-
-def _norm(parts: list[Tensor]) -> float:
-    norms = torch.stack([torch.linalg.vector_norm(part) for part in parts])
-    return float(norms.to(torch.float64).norm())

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from hf_sketch.curvature.double_backward import check_graph, explained
 from hf_sketch.curvature.finite_differences import central_difference
-from hf_sketch.curvature.hessian import CurvatureOperator, Vector
+from hf_sketch.curvature.hessian import CurvatureOperator
+from hf_sketch.curvature.vectors import Parts, Vector, dot, norm_of
 from hf_sketch.examples.sketcher import field_of
 from hf_sketch.model.sketch import ModelSketch
 
@@ -17,9 +18,9 @@ class GaussNewtonOperator(CurvatureOperator):
     """The generalised Gauss-Newton matrix J.T H_loss J of the mean loss.
 
     J is the derivative of the model's logits, H_loss the Hessian of the loss with
-    respect to them; positive semi-definite where the loss is convex in the logits. See
-    `CurvatureOperator` for the arguments; with "finite_difference" it is J v that is a
-    difference, of two forward passes.
+    respect to them. It is positive semi-definite where the loss is convex in the
+    logits. See `CurvatureOperator` for the arguments; "finite_difference" takes J v as
+    the difference of two forward passes.
 
     Raises:
         ValueError: the loss does not depend on the logits of the model's output.
@@ -29,10 +30,10 @@ class GaussNewtonOperator(CurvatureOperator):
     """
 
     def __matmul__(self, vector: Vector) -> dict[str, Tensor]:
-        """The Gauss-Newton-vector product."""
+        """Return the Gauss-Newton-vector product."""
         parts = self._vectors(vector)
 
-        def product(inputs: Mapping[str, Any], share: float) -> list[Tensor]:
+        def product(inputs: Mapping[str, Any], share: float) -> Parts:
             finite = self.mode == "finite_difference"
             along = self._difference(inputs, parts) if finite else None
             output, loss = self.mean_loss.run(inputs)
@@ -46,8 +47,8 @@ class GaussNewtonOperator(CurvatureOperator):
             )
             if slope is None:
                 raise ValueError(
-                    "the Gauss-Newton matrix needs a loss of the output's logits, got "
-                    "one that does not depend on them: use HessianOperator."
+                    "The Gauss-Newton matrix needs a loss of the output's logits, but "
+                    "this loss does not depend on them. Use HessianOperator."
                 )
             curved = torch.zeros_like(logits)
             if slope.requires_grad:  # the loss is not linear in the logits
@@ -59,8 +60,8 @@ class GaussNewtonOperator(CurvatureOperator):
         with self._setting():
             return self._named(self.mean_loss.sum(product))
 
-    def _derivative_along(self, logits: Tensor, vectors: list[Tensor]) -> Tensor:
-        """J v, as the derivative of J.T u with respect to u."""
+    def _derivative_along(self, logits: Tensor, vectors: Parts) -> Tensor:
+        """Return J v, as the derivative of J.T u with respect to u."""
         dual = torch.zeros_like(logits, requires_grad=True)
         pulled = self._derivative(logits, dual, create_graph=True)
         pairs = zip(pulled, vectors, strict=True)
@@ -69,14 +70,13 @@ class GaussNewtonOperator(CurvatureOperator):
             check_graph(linear)
             return torch.autograd.grad(linear, dual, along)[0]
 
-    def _difference(self, inputs: Mapping[str, Any], vectors: list[Tensor]) -> Tensor:
-        """J v, as the difference of two forward passes."""
-        norm = torch.stack([torch.linalg.vector_norm(v) for v in vectors]).norm()
+    def _difference(self, inputs: Mapping[str, Any], vectors: Parts) -> Tensor:
+        """Return J v, as the difference of two forward passes."""
         with torch.no_grad():
             (along,) = central_difference(
                 self.parameters,
                 lambda: self._named(vectors).items(),
-                float(norm),
+                norm_of(vectors),
                 lambda: [field_of(self.mean_loss.run(inputs)[0], "logits", 1)],
             )
         return along
@@ -86,31 +86,30 @@ class EmpiricalFisherOperator(CurvatureOperator):
     """The empirical Fisher matrix: the mean over examples of g g.T.
 
     g is the gradient of an example's own loss, the mean over its tokens. Products in
-    sketch space are taken with the examples' sketched gradients, which are computed
-    once and kept until a parameter changes: (examples, out_size) numbers. See
-    `CurvatureOperator` for the arguments; `mode` and `unit` change nothing.
+    sketch space use the examples' sketched gradients, which are computed once and kept
+    until a parameter changes: (examples, out_size) numbers. See `CurvatureOperator` for
+    the arguments; `mode` and `unit` have no effect.
     """
 
     _rows: Tensor | None = None
     _rows_are_of: tuple[ModelSketch, list[int]] | None = None
 
     def __matmul__(self, vector: Vector) -> dict[str, Tensor]:
-        """The Fisher-vector product, one example after the other."""
+        """Return the Fisher-vector product, one example after the other."""
         parts = self._vectors(vector)
-        total: list[Tensor] = [torch.zeros_like(part) for part in parts]
+        total: Parts = [torch.zeros_like(part) for part in parts]
+        count = 0
         with self._setting():
-            count = 0
             for inputs in self.mean_loss.examples():
                 gradient = self._gradient_of(inputs, 1.0)
-                pairs = zip(gradient, parts, strict=True)
-                slope = torch.stack([torch.sum(g * v) for g, v in pairs]).sum()
+                slope = dot(gradient, parts)
                 for held, part in zip(total, gradient, strict=True):
-                    held.addcmul_(part, slope)
+                    held.add_(part, alpha=slope)
                 count += 1
         return self._named([held.div_(count) for held in total])
 
     def sketched_product(self, model_sketch: ModelSketch, vector: Tensor) -> Tensor:
-        """S @ F(S.T @ v), exactly: the mean of (S g) (S g).v."""
+        """Return S @ F(S.T @ v), exactly: the mean of (S g) (S g).v."""
         versions = [p._version for p in self.parameters.values()]
         if self._rows is None or self._rows_are_of != (model_sketch, versions):
             with self._setting():

@@ -3,7 +3,8 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -16,23 +17,18 @@ from hf_sketch.model.fsdp import check_whole
 from hf_sketch.model.names import named_parameters
 from hf_sketch.model.state import evaluation_mode, kept_random_state, random_state
 
-UNITS = ("tokens", "examples")
+Unit = Literal["tokens", "examples"]
+LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
+Part = TypeVar("Part", Tensor, list[Tensor])
+Value = TypeVar("Value")
 
 _ITEMS = "num_items_in_batch"
 _IGNORED = -100
 
-LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
-Part = TypeVar("Part", Tensor, list[Tensor])
-
 
 @dataclass(frozen=True)
 class CurvatureBatch:
-    """A batch and what it counts for.
-
-    Args:
-        inputs: of the model.
-        items: the tokens or examples that its loss is the mean over.
-    """
+    """A batch's inputs, and how many tokens or examples its loss is the mean over."""
 
     inputs: Mapping[str, Any]
     items: int
@@ -41,18 +37,12 @@ class CurvatureBatch:
 class MeanLoss:
     """The mean of a model's loss over all tokens, or all examples, of some batches.
 
-    Args:
-        model: called with a batch's named tensors.
-        batches: inputs of the model, with labels.
-        loss_fn: of (the model's output, its inputs), the batch's mean loss, a scalar;
-            by default the model's own loss.
-        unit: "tokens": every token with a label counts the same, in whatever batch it
-            is; "examples": every example does, by the mean over its own tokens.
+    See `CurvatureOperator` for the arguments.
 
     Raises:
-        ValueError: there is no batch, nothing trains, parameters are in shards, or the
-            unit is unknown; on first use, a loss that is no scalar or not finite, or
-            whose tokens cannot be counted.
+        ValueError: there is no batch, nothing trains, or parameters are in shards; on
+            first use, a loss that is no finite scalar, or whose tokens cannot be
+            counted.
     """
 
     def __init__(
@@ -60,15 +50,14 @@ class MeanLoss:
         model: nn.Module,
         batches: Sequence[Mapping[str, Any]],
         loss_fn: LossFunction | None = None,
-        unit: str = "tokens",
+        unit: Unit = "tokens",
     ) -> None:
+        check_unit(unit)
         if not batches:
             raise ValueError(
-                "curvature needs at least one batch, got an empty list: pass the inputs"
-                " of the model, with labels."
+                "Curvature needs at least one batch, got an empty list. Pass inputs of "
+                "the model, with labels."
             )
-        if unit not in UNITS:
-            raise ValueError(f"unit must be one of {UNITS}, got {unit!r}.")
         self.model = model
         self.loss_fn = loss_fn
         self.unit = unit
@@ -77,11 +66,11 @@ class MeanLoss:
         }
         if not self.parameters:
             raise ValueError(
-                "curvature needs at least one trainable parameter, got none: call "
+                "Curvature needs at least one trainable parameter, got none. Call "
                 "requires_grad_(True) on those that train."
             )
         check_whole("curvature", self.parameters.values())
-        # The Trainer's count is of other batches too; ours are weighted here.
+        # The Trainer counts the tokens of a whole step; ours are counted here.
         self._given = [
             {name: value for name, value in batch.items() if name != _ITEMS}
             for batch in batches
@@ -105,7 +94,7 @@ class MeanLoss:
         return sum(batch.items for batch in self._counted)
 
     def run(self, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
-        """The model's output and loss on a batch.
+        """Return the model's output and loss on a batch.
 
         Raises:
             ValueError: the loss is no scalar, or not finite.
@@ -119,66 +108,55 @@ class MeanLoss:
             loss = self.loss_fn(output, inputs)
         if loss.numel() != 1:
             raise ValueError(
-                f"curvature needs a loss that is one number, got {tuple(loss.shape)}: "
-                "return the batch's mean from loss_fn."
+                f"Curvature needs a loss that is one number, got {tuple(loss.shape)}. "
+                "Return the batch's mean from loss_fn."
             )
         if not loss.isfinite().all():
             raise ValueError(
-                f"curvature needs a finite loss, got {float(loss.detach())}: look for "
-                "the batch or the step that made it so."
+                f"Curvature needs a finite loss, got {float(loss.detach())}. Look for "
+                "the batch or the step that caused it."
             )
         return output, loss.reshape(())
 
     def sum(self, part_of: Callable[[Mapping[str, Any], float], Part]) -> Part:
-        """Add up what a function gives for each batch and its share of the mean.
+        """Add up what a function returns for each batch and its share of the mean.
 
-        A batch that does not fit the memory is halved, for good. The random numbers are
-        the same each time.
+        A batch that does not fit into memory is halved, for good. The random numbers
+        are the same each time.
 
         Raises:
             MemoryError: a single example does not fit.
         """
         device = next(iter(self.parameters.values())).device
-        with kept_random_state(random_state(device), device):
-            return self._sum(part_of)
-
-    def _sum(self, part_of: Callable[[Mapping[str, Any], float], Part]) -> Part:
         total: Part | None = None
         place = 0
-        while place < len(self.batches):
-            batch = self.batches[place]
-            try:
-                part = part_of(batch.inputs, batch.items / self.items)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                part = None
-            if part is None:
-                self._counted[place : place + 1] = self._halves(batch.inputs)
-                continue
-            total = part if total is None else _added(total, part)
-            place += 1
+        with kept_random_state(random_state(device), device):
+            while place < len(self.batches):
+                batch = self.batches[place]
+                share = batch.items / self.items
+                part = _unless_out_of_memory(partial(part_of, batch.inputs, share))
+                if part is None:
+                    self._counted[place : place + 1] = self._halves(batch.inputs)
+                    continue
+                total = part if total is None else _added(total, part)
+                place += 1
         assert total is not None
         return total
 
     def examples(self) -> Iterator[Mapping[str, Any]]:
-        """Each example as a batch of its own; those without any label are left out."""
+        """Yield each example with a label as a batch of its own."""
         for inputs in self._given:
             for alone in self._split(inputs).pieces(inputs, 1):
                 if self._labelled(alone.get("labels")) != 0:
                     yield alone
 
     def _count(self, inputs: Mapping[str, Any]) -> list[CurvatureBatch]:
-        """A batch with its number of items, in halves if it does not fit the memory."""
-        try:
-            return self._items_of(inputs)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        return self._halves(inputs)
+        """Count a batch's items; halve it if it does not fit into memory."""
+        counted = _unless_out_of_memory(partial(self._items_of, inputs))
+        return self._halves(inputs) if counted is None else counted
 
     def _items_of(self, inputs: Mapping[str, Any]) -> list[CurvatureBatch]:
-        """A batch with its number of items; its examples if they are to count alike."""
+        """Count a batch's items; split it where examples count alike but weigh not."""
         labels, split = inputs.get("labels"), self._split(inputs)
         labelled = self._labelled(labels)
         if labelled == 0:
@@ -196,7 +174,7 @@ class MeanLoss:
         return [part for example in alone for part in self._count(example)]
 
     def _labelled(self, labels: Any) -> int | None:
-        """How many tokens have a label; None if labels are not of tokens."""
+        """Return how many tokens have a label; None if labels are not per token."""
         if not isinstance(labels, Tensor) or labels.dim() < 2:
             return None
         if labels.is_floating_point():
@@ -208,7 +186,7 @@ class MeanLoss:
     def _weights(
         self, output: Any, loss: Tensor, inputs: Mapping[str, Any], split: ExampleSplit
     ) -> Tensor:
-        """The weight of an example's loss in the batch's: one item's, with "tokens"."""
+        """Return each example's weight in the batch's loss; per token with "tokens"."""
         config = getattr(self.model, "config", None)
         try:
             return example_losses(
@@ -222,19 +200,19 @@ class MeanLoss:
             ).weights
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"the model's loss must be a mean over {self.unit}, so that batches can"
-                f" be weighted; {error} Or pass loss_fn=lambda output, inputs: "
-                "output.loss, to weight batches by the labels that are not -100."
+                f"The model's loss must be a mean over {self.unit}, so that batches can"
+                f" be weighted: {error} Or pass loss_fn=lambda output, inputs: "
+                "output.loss to weight batches by the labels other than -100."
             ) from error
 
     def _halves(self, inputs: Mapping[str, Any]) -> list[CurvatureBatch]:
-        """The batch's examples in two batches, or in more."""
+        """Put the batch's examples into two batches, or more."""
         split = self._split(inputs)
         if split.size == 1 or split.starts:
             raise MemoryError(
-                "curvature needs memory for one example at a time, which ran out with "
-                f"{split.size} in a packed batch or alone: pass shorter examples, or "
-                'mode="finite_difference", which needs less.'
+                f"Memory ran out with {split.size} examples that cannot be split "
+                'further. Pass shorter examples, or mode="finite_difference", which '
+                "needs less memory."
             )
         clear_device_cache(garbage_collection=True)
         halves = split.pieces(inputs, -(-split.size // 2))
@@ -246,25 +224,35 @@ class MeanLoss:
         return ExampleSplit.of_inputs(inputs, main_input)
 
 
+def check_unit(unit: str) -> None:
+    """Raise unless the unit is known."""
+    if unit not in get_args(Unit):
+        raise ValueError(f"unit must be one of {get_args(Unit)}, got {unit!r}.")
+
+
 def check_items(items: int) -> None:
-    """Raise unless there is something that a mean loss can be over."""
+    """Raise unless there is something to take the mean over."""
     if not items:
         raise ValueError(
-            "curvature needs a loss on at least one token, got labels that are all "
-            "-100: pass other batches."
+            "Curvature needs a loss on at least one token, but all labels are -100. "
+            "Pass other batches."
         )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a processor or an accelerator."""
-    texts = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        text in str(error) for text in texts
-    )
+def _unless_out_of_memory(compute: Callable[[], Value]) -> Value | None:
+    """Return what a function computes; None if it ran out of memory on any device."""
+    try:
+        return compute()
+    except (RuntimeError, MemoryError) as error:
+        texts = ("out of memory", "can't allocate memory", "not enough memory")
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not any(text in str(error) for text in texts):
+            raise
+        return None
 
 
 def _added(total: Any, part: Any) -> Any:
-    """The sum, in place."""
+    """Add in place."""
     if isinstance(total, Tensor):
         return total.add_(part)
     for held, more in zip(total, part, strict=True):

@@ -1,4 +1,4 @@
-"""What spectra are taken of: a symmetric map that is known by its products."""
+"""The operators that have spectra: symmetric maps, known by their products."""
 
 from typing import Protocol
 
@@ -32,7 +32,7 @@ class SymmetricOperator(Protocol):
 
 
 def product(operator: SymmetricOperator, vector: Tensor) -> Tensor:
-    """The product of operator and vector, checked, in memory of its own.
+    """Return operator @ vector, checked, in memory of its own.
 
     Raises:
         ValueError: the operator's sizes or dtypes contradict each other.
@@ -40,9 +40,9 @@ def product(operator: SymmetricOperator, vector: Tensor) -> Tensor:
     result = operator @ vector
     if result.shape != vector.shape or result.dtype != operator.dtype:
         raise ValueError(
-            f"operator @ v must have the shape {tuple(vector.shape)} and the dtype "
-            f"{operator.dtype} that the operator names, got {tuple(result.shape)} and "
-            f"{result.dtype}: return result.to(operator.dtype), of v's shape."
+            f"operator @ v must have shape {tuple(vector.shape)} and dtype "
+            f"{operator.dtype}, got {tuple(result.shape)} and {result.dtype}. Return "
+            "result.to(operator.dtype), of v's shape."
         )
     return result.detach().clone()
 
@@ -52,5 +52,5 @@ def check_dtype(operator: SymmetricOperator) -> None:
     if operator.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             "operator.dtype must be torch.float32 or torch.float64, got "
-            f"{operator.dtype}: take v in float32 and return (...).float()."
+            f"{operator.dtype}. Take v in float32 and return (...).float()."
         )

@@ -9,26 +9,25 @@ import torch
 from torch import Tensor
 
 from hf_sketch.curvature.operator import SymmetricOperator
+from hf_sketch.curvature.vectors import norm_of
 
-CHUNK_ELEMENTS = 2**26  # of the rows that are at work at a time
-
-_SUMMED = 2**10  # squares in a row, in the vectors' own dtype
+CHUNK_ELEMENTS = 2**26  # of the rows in use at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """Orthonormal rows, at work a chunk at a time: nothing else here is of their size.
+    """Orthonormal rows, used a chunk at a time: nothing else here is of their size.
 
-    The chunks are the same wherever the rows lie, and so are the results' bits. All
+    The chunks, and so the results' bits, are the same in memory and in a file. All
     products are of a matrix and a vector: these stay precise where a Trainer has
-    lowered the precision of those of two matrices (TF32).
+    lowered the precision of matrix products (TF32).
 
     Shapes:
         rows (count, size)
 
     Args:
         rows: on the operator's device, or mapped from a file.
-        device: where the vectors are that meet them.
+        device: the operator's.
     """
 
     rows: Tensor
@@ -38,12 +37,7 @@ class Basis:
     def empty(
         cls, count: int, operator: SymmetricOperator, file: Path | None = None
     ) -> "Basis":
-        """Room for `count` vectors of the operator.
-
-        Args:
-            count: of the vectors.
-            operator: whose size, dtype and device they have.
-            file: where they lie, if not in memory; what it held before is lost.
+        """Make room for `count` vectors of the operator, in memory or in a file.
 
         Raises:
             OSError: the file cannot be made, or its disk has no room for it.
@@ -57,24 +51,23 @@ class Basis:
         free = shutil.disk_usage(file.parent).free
         if free < needed:
             raise OSError(
-                f"{file} must have room for {needed} bytes, got {free} free: make room "
-                "there, pass another basis_file, or take fewer steps."
+                f"{file} needs room for {needed} bytes, got {free} free. Free disk "
+                "space, pass another basis_file, or take fewer steps."
             )
-        size = count * operator.size
-        rows = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
+        rows = torch.from_file(str(file), True, count * operator.size, dtype=dtype)
         return cls(rows.view(shape), device)
 
     def first(self, count: int) -> "Basis":
-        """The first `count` vectors, in the same memory."""
+        """Return the first `count` vectors, in the same memory."""
         return Basis(self.rows[:count], self.device)
 
     def orthogonalise(self, count: int, vector: Tensor) -> float:
-        """Take the first `count` rows out of a vector, in place, twice.
+        """Remove the first `count` rows from a vector, in place, twice.
 
         Classical Gram-Schmidt within a chunk, modified from chunk to chunk.
 
         Returns:
-            what was there of the last of these rows; 0 if there are none.
+            the coefficient of the last of these rows; 0 if there are none.
 
         Reference:
             Giraud, Langou, Rozloznik, van den Eshof 2005, "Rounding error analysis of
@@ -83,13 +76,13 @@ class Basis:
         return self._remove(count, vector) + self._remove(count, vector)
 
     def products(self, vector: Tensor) -> Tensor:
-        """The inner products of a vector, (size,), with all rows: (count,)."""
+        """Return the inner products of a vector, (size,), with all rows: (count,)."""
         vector = vector.to(self.rows.dtype).to(self.device)
         chunks = self._chunks(len(self.rows))
         return torch.cat([torch.mv(part, vector) for _, part in chunks])
 
     def combine(self, coefficients: Tensor) -> Tensor:
-        """Sums of all rows.
+        """Return weighted sums of all rows.
 
         Shapes:
             coefficients (k, count) -> (k, size)
@@ -102,7 +95,7 @@ class Basis:
         return sums
 
     def loss_of_orthogonality(self) -> float:
-        """The greatest element of |V V^T - 1|."""
+        """Return the greatest element of |V V^T - 1|."""
         count = len(self.rows)
         worst = self.rows.new_zeros((), device=self.device)
         for start, part in self._chunks(count):
@@ -110,7 +103,7 @@ class Basis:
                 before = part[: index + 1 - start]
                 inner = torch.mv(before, self.rows[index].to(self.device))
                 if index < start + len(part):
-                    inner[-1] = norm_of(part[index - start]) ** 2 - 1
+                    inner[-1] = norm_of([part[index - start]]) ** 2 - 1
                 worst = torch.maximum(worst, inner.abs().max())
         return float(worst)
 
@@ -122,19 +115,7 @@ class Basis:
         return float(inner[-1])
 
     def _chunks(self, count: int) -> Iterator[tuple[int, Tensor]]:
-        """Where chunks of the first `count` rows start, and what they are."""
+        """Yield the chunks of the first `count` rows, and where they start."""
         step = max(1, CHUNK_ELEMENTS // self.rows.shape[1])
         for start in range(0, count, step):
             yield start, self.rows[start : min(start + step, count)].to(self.device)
-
-
-def norm_of(vector: Tensor) -> float:
-    """The norm, exact to some 1e-7: a float32 sum of a million squares is off by 2e-5.
-
-    Shapes:
-        vector (size,)
-    """
-    whole = len(vector) // _SUMMED * _SUMMED
-    norms = torch.linalg.vector_norm(vector[:whole].view(-1, _SUMMED), dim=1)
-    rest = torch.linalg.vector_norm(vector[whole:]).view(1)
-    return float(torch.cat([norms, rest]).to("cpu", torch.float64).norm())

@@ -1,4 +1,4 @@
-"""What a sketch does to the eigenvalues of a matrix, undone as far as it can be."""
+"""Correction of eigenvalues for what a sketch does to them on average."""
 
 import torch
 from torch import Tensor
@@ -9,16 +9,16 @@ _MOST_GAIN = 10.0
 def unbiased_eigenvalues(
     sketched: Tensor, multiplicities: Tensor, others: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Estimates of H's eigenvalues from those of S @ H @ S.T, and their errors.
+    """Estimate H's eigenvalues from those of S @ H @ S.T, with their variances.
 
-    An eigenvalue l of H that lies outside of the bulk appears in the sketch at about
-    l + sum_j l_j / (1 - l_j / l) / D: the first term of the sum, tr(H) / D, moves all
-    eigenvalues up, the others push large ones away from the rest. Solved for l, with
+    An eigenvalue l of H outside of the bulk appears in the sketch at about
+    l + sum_j l_j / (1 - l_j / l) / D. The first term of the sum, tr(H) / D, moves all
+    eigenvalues up; the others push large ones away from the rest. Solved for l, with
     the sketch's own eigenvalues s_j, this is 1 / l = sum_j 1 / (s - s_j) / D over all
     but s itself. A neighbour within the sketch's scatter, s * sqrt(2 / D), pushes less
     than its distance says. The scatter of l grows by the slope of this map.
 
-    Within the bulk, where the slope is steep, only tr(H) / D is taken off.
+    Within the bulk, where the slope is steep, only tr(H) / D is subtracted.
 
     Shapes:
         sketched, multiplicities, others (n,), float64 -> two of (n,)
@@ -26,12 +26,12 @@ def unbiased_eigenvalues(
     Args:
         sketched: Ritz values, ascending.
         multiplicities: how many eigenvalues of the sketch each stands for.
-        others: the part of `multiplicities` that was estimated with one probe.
-        size: D, of the sketch.
+        others: the part of `multiplicities` that one probe estimated.
+        size: D, the sketch's out_size.
 
     Reference:
         Silverstein and Bai 1995, doi:10.1006/jmva.1995.1083; Lawley 1956,
-        doi:10.1093/biomet/43.1-2.128, of sample covariances, which S @ H @ S.T is like.
+        doi:10.1093/biomet/43.1-2.128, for sample covariances, as S @ H @ S.T is one.
     """
     distances = sketched.unsqueeze(1) - sketched
     scatter = 2 / size * sketched.square()
@@ -52,7 +52,7 @@ def unbiased_eigenvalues(
 
 
 def variance_of_sum(terms: Tensor, others: Tensor) -> Tensor:
-    """Of sum_j others_j * terms_ij, known by one probe: 2 * count * variance."""
+    """Return that of sum_j others_j * terms_ij by one probe: 2 * count * variance."""
     count = float(others.sum())
     if not count:
         return terms.new_zeros(len(terms))
@@ -61,6 +61,6 @@ def variance_of_sum(terms: Tensor, others: Tensor) -> Tensor:
 
 
 def _ascending(values: Tensor, upper: Tensor) -> Tensor:
-    """The same in order: from both ends inwards, none lies beyond one before it."""
+    """Put them in order: from both ends inwards, none lies beyond one before it."""
     low, high = values[~upper], values[upper]
     return torch.cat([low.cummax(0).values, high.flip(0).cummin(0).values.flip(0)])

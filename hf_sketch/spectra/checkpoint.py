@@ -1,4 +1,4 @@
-"""Steps of a Lanczos run on disk, so that a run that was killed goes on."""
+"""Steps of a Lanczos run on disk, so that a run that was killed can resume."""
 
 import os
 from collections.abc import Mapping
@@ -19,14 +19,14 @@ ROWS: Final = "lanczos-rows.bin"
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """What is known after some steps, beside the basis.
+    """The state after some steps, beside the basis.
 
     Shapes:
         vector (size,)
 
     Args:
-        alphas: the tridiagonal matrix's diagonal, one a step.
-        betas: what stands beside it, one a step; the last one stands outside.
+        alphas: the tridiagonal matrix's diagonal, one per step.
+        betas: the off-diagonal, one per step; the last one lies outside.
         vector: the basis vector of the next step.
     """
 
@@ -41,14 +41,13 @@ class Steps:
 class LanczosCheckpoint:
     """The steps of one run, in a directory.
 
-    `lanczos-rows.bin` holds the basis vectors one after the other as they lie in
-    memory, that of the next step too; `lanczos.json` says of which run they are, how
-    many count and what their digest is, and has the steps' numbers. Rows are appended
-    and synced before the JSON that counts them is replaced.
+    `lanczos-rows.bin` holds the raw basis vectors, the next step's included;
+    `lanczos.json` holds the run, the steps' numbers and the rows' digest. Rows are
+    appended and synced before the JSON that counts them is replaced.
 
     Args:
-        directory: where; it is made.
-        run: what must be equal for steps to be steps of the same run.
+        directory: created if missing.
+        run: settings that must be equal for a run to resume.
 
     Raises:
         OSError: it cannot be written.
@@ -62,10 +61,10 @@ class LanczosCheckpoint:
         directory.mkdir(parents=True, exist_ok=True)
 
     def load(self, basis: Basis) -> Steps | None:
-        """Fill the basis with the steps that are there, as far as it reaches.
+        """Fill the basis with the stored steps, as far as it reaches.
 
         Raises:
-            ValueError: they are of another run, or were changed or cut.
+            ValueError: they belong to another run, or were changed or cut.
         """
         if not (self._directory / STATE).exists():
             return None
@@ -79,10 +78,10 @@ class LanczosCheckpoint:
         return Steps(alphas[:count], betas[:count], vector)
 
     def save(self, steps: Steps, basis: Basis) -> None:
-        """Add the steps that are not there yet.
+        """Add the steps that are not stored yet.
 
         Raises:
-            OSError: they cannot be written; what was there before still is.
+            OSError: they cannot be written; the stored steps stay intact.
         """
         if len(steps) <= self._saved:
             return
@@ -102,18 +101,18 @@ class LanczosCheckpoint:
         self._digest, self._saved = digest, len(steps)
 
     def _read_state(self) -> dict[str, Any]:
-        """The JSON, if it is whole and of this run."""
+        """Return the JSON, if it is whole and of this run."""
         state = read_sealed(self._directory / STATE, self._mend())
         theirs = {name: state.get(name) for name in self._run}
         if theirs != self._run:
             raise ValueError(
-                f"{self._directory} holds steps of {_words(theirs)}, lanczos was given "
-                f"{_words(self._run)}: pass another directory as checkpoint."
+                f"{self._directory} holds steps of {_words(theirs)}, but this run has "
+                f"{_words(self._run)}. Pass another directory as checkpoint."
             )
         return state
 
     def _read_rows(self, targets: list[Tensor], rows: int, digest: str) -> None:
-        """Read all rows for their digest, and put the first ones where they belong."""
+        """Check the digest of all rows, and copy the first ones to their places."""
         path = self._directory / ROWS
         expected = rows * targets[0].nbytes
         size = path.stat().st_size if path.exists() else 0
@@ -135,9 +134,9 @@ class LanczosCheckpoint:
             )
 
     def _mend(self) -> str:
-        return f"restore it, or remove {self._directory} to start anew"
+        return f"restore it, or remove {self._directory} to start again"
 
 
 def _words(run: Mapping[str, Any]) -> str:
-    """The run's description, as an error names it."""
+    """Describe the run in an error."""
     return ", ".join(f"{name}={value!r}" for name, value in run.items())

@@ -1,4 +1,4 @@
-"""The spectrum's density and sum, from products with random signs."""
+"""Estimates of a spectrum's density and sum, from products with random signs."""
 
 import math
 import statistics
@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_sketch.curvature.operator import SymmetricOperator, check_dtype, product
+from hf_sketch.curvature.vectors import norm_of
 from hf_sketch.sketches import CounterRandom
 from hf_sketch.sketches.transforms.signs import flip, sign_masks
 from hf_sketch.spectra.basis import Basis
@@ -29,9 +30,9 @@ class SpectralDensity:
         grid, density, standard_error (points,), float64, on the CPU
 
     Args:
-        grid: where it is known.
-        density: its values; the integral over all eigenvalues is 1.
-        standard_error: of the values, from the spread of the probes; nan for one probe.
+        grid: points at which it is known.
+        density: its values there; the integral over all eigenvalues is 1.
+        standard_error: their errors, from the spread of the probes; nan for one probe.
         width: standard deviation of a bump.
     """
 
@@ -47,7 +48,7 @@ class TraceEstimate:
 
     Args:
         value: the estimate; unbiased.
-        standard_error: of the value, from the spread of the random products.
+        standard_error: its error, from the spread of the random products.
     """
 
     value: float
@@ -71,15 +72,15 @@ def spectral_density(
 
     Args:
         operator: anything with `size`, `dtype`, `device` and `operator @ v`.
-        probes: Lanczos runs; the statistical error falls with their square root.
-        steps: of each run, in [1, operator.size].
-        grid: float tensor, (points,); by default four points to a width, from six
+        probes: number of Lanczos runs; the error falls with its square root.
+        steps: Lanczos steps per run, in [1, operator.size].
+        grid: float tensor, (points,); by default four points per width, from six
             widths below the spectrum to six above: the trapezoidal rule gives 1 there.
-        width: standard deviation of the Gaussian bumps. By default the spectrum's range
-            divided by `steps`: the narrowest for which the Ritz values leave no trace,
-            as a bump of that width is a polynomial of degree 2 steps - 1, which the
-            quadrature integrates exactly, up to some exp(-8) of its height.
-        seed: of the probes.
+        width: standard deviation of the Gaussian bumps; by default the spectrum's range
+            divided by `steps`, the narrowest that hides the single Ritz values: up to
+            exp(-8) of its height such a bump is a polynomial of degree 2 steps - 1,
+            which the quadrature integrates exactly.
+        seed: seed of the probes.
         progress: show a progress bar.
 
     Raises:
@@ -87,18 +88,18 @@ def spectral_density(
         FloatingPointError: a product is not finite.
 
     Reference:
-        Ghorbani, Krishnan, Xiao 2019, arXiv:1901.10159, Algorithm 1; differs
-        in the default width (their code's is sqrt(1e-5 range) for ranges above 1, which
-        shows single Ritz values and depends on the unit) and in that no grid is
-        normalised.
+        Ghorbani, Krishnan, Xiao 2019, arXiv:1901.10159, Algorithm 1; differs in the
+        default width (their code's, sqrt(1e-5 range) for ranges above 1, shows single
+        Ritz values and depends on the unit), and normalises no grid.
     """
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}: pass 1 or more.")
     _check_width(width)
-    quadratures = [
-        _quadrature(operator, steps, seed, number)
-        for number in tqdm(range(probes), "Density", unit="probe", disable=not progress)
-    ]
+    quadratures: list[tuple[Tensor, Tensor]] = []
+    for number in tqdm(range(probes), "Density", unit="probe", disable=not progress):
+        probe = _signs(operator, seed, "slq-probe", number)
+        run = lanczos(operator, steps, start=probe, progress=False)
+        quadratures.append((run.eigenvalues, run.weights))
     return quadrature_density(quadratures, steps, grid, width)
 
 
@@ -108,11 +109,11 @@ def quadrature_density(
     grid: Tensor | None = None,
     width: float | None = None,
 ) -> SpectralDensity:
-    """The density of which each probe's Ritz values and weights are a quadrature.
+    """Return the density of which the probes' Ritz values and weights are quadratures.
 
     Args:
         quadratures: (nodes, weights) of each probe, ascending, the weights' sum 1.
-        steps: of each probe's Lanczos run, at most.
+        steps: the longest probe's Lanczos steps.
         grid: see `spectral_density`.
         width: see `spectral_density`.
 
@@ -148,16 +149,16 @@ def estimate_trace(
 ) -> TraceEstimate:
     """Estimate the trace by Hutch++.
 
-    A third of the products sketch the range, a third take the trace on it exactly, and
-    the rest estimate what is left by Hutchinson's method. Operators of a rank up to a
-    third of the products have no error: sketched directions that are dependent give
-    their products to the rest.
+    A third of the products sketch the range, a third compute the trace on it exactly,
+    and the rest estimate the remainder by Hutchinson's method. Operators of a rank up
+    to a third of `products` have no error: dependent directions of the sketched range
+    leave their products to the remainder.
 
     Args:
         operator: anything with `size`, `dtype`, `device` and `operator @ v`.
-        products: taken exactly, in [4, operator.size]; as many as the size would give
-            the trace without any method. A third as many vectors are kept in memory.
-        seed: of the random signs.
+        products: number of products, in [4, operator.size]. A third as many vectors are
+            kept in memory.
+        seed: seed of the random signs.
         progress: show a progress bar.
 
     Raises:
@@ -191,17 +192,8 @@ def estimate_trace(
     )
 
 
-def _quadrature(
-    operator: SymmetricOperator, steps: int, seed: int, number: int
-) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of a probe; the run's basis is let go."""
-    probe = _signs(operator, seed, "slq-probe", number)
-    result = lanczos(operator, steps, start=probe, progress=False)
-    return result.eigenvalues, result.weights
-
-
 def _bumps(grid: Tensor, nodes: Tensor, weights: Tensor, width: float) -> Tensor:
-    """Gaussian bumps at the nodes, of the weights' areas."""
+    """Sum Gaussian bumps at the nodes, with the weights as areas."""
     heights = ((grid[:, None] - nodes) / width).square().mul(-0.5).exp()
     return heights @ weights / (width * math.sqrt(2 * math.pi))
 
@@ -212,7 +204,7 @@ def _check_width(width: float | None) -> None:
 
 
 class _Products:
-    """Products with an operator: counted, shown, and checked to be finite."""
+    """Products with an operator, counted, shown, and checked to be finite."""
 
     def __init__(self, operator: SymmetricOperator, bar: "tqdm[Any]") -> None:
         self.operator = operator
@@ -225,8 +217,8 @@ class _Products:
         bad = int((~result.isfinite()).sum())
         if bad:
             raise FloatingPointError(
-                f"product {self.count} must be finite, got {bad} of {len(result)} "
-                "elements that are not: correct the operator."
+                f"Product {self.count} has {bad} of {len(result)} elements that are "
+                "not finite. Correct the operator."
             )
         self._bar.update()
         return result
@@ -237,9 +229,9 @@ def _fill_range(multiply: _Products, basis: Basis, seed: int) -> int:
     rank, largest = 0, 0.0
     for number in range(len(basis.rows)):
         vector = multiply(_signs(multiply.operator, seed, "trace-sketch", number))
-        largest = max(largest, float(torch.linalg.vector_norm(vector)))
+        largest = max(largest, norm_of([vector]))
         basis.orthogonalise(rank, vector)
-        norm = float(torch.linalg.vector_norm(vector))
+        norm = norm_of([vector])
         if norm > torch.finfo(vector.dtype).eps ** 0.75 * largest:
             basis.rows[rank].copy_(vector / norm)
             rank += 1
@@ -247,7 +239,7 @@ def _fill_range(multiply: _Products, basis: Basis, seed: int) -> int:
 
 
 def _signs(operator: SymmetricOperator, seed: int, role: str, number: int) -> Tensor:
-    """The probe of this number: random signs, (size,)."""
+    """Return the probe of this number: random signs, (size,)."""
     size = operator.size
     masks = sign_masks(CounterRandom(seed, role), number * size, size)
     signs = flip(torch.ones(size, dtype=torch.float32), masks)

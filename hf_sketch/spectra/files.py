@@ -28,9 +28,9 @@ _TENSORS = (
 
 
 def save_spectrum(directory: Path, spectrum: Spectrum) -> Path:
-    """Write a spectrum, its tensors first; it is there when its JSON file is.
+    """Write a spectrum, its tensors first; it counts once its JSON file exists.
 
-    The JSON file carries the eigenvalues and what they tell, for reading by eye.
+    The JSON file also has the eigenvalues and statistics, to be read by eye.
 
     Returns:
         the JSON file.
@@ -40,8 +40,7 @@ def save_spectrum(directory: Path, spectrum: Spectrum) -> Path:
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"step-{spectrum.step:08d}.json"
-    tensors = {name: getattr(spectrum, name).contiguous() for name in _TENSORS}
-    data = save(tensors)
+    data = save({name: getattr(spectrum, name).contiguous() for name in _TENSORS})
     replace_file(path.with_suffix(".safetensors"), data)
     fields = {
         field.name: getattr(spectrum, field.name)
@@ -61,14 +60,14 @@ def save_spectrum(directory: Path, spectrum: Spectrum) -> Path:
 
 
 def load_spectra(path: str | Path) -> list[Spectrum]:
-    """The spectra that a HessianSpectrumCallback left, by step.
+    """Return the spectra that a HessianSpectrumCallback wrote, by step.
 
     Args:
         path: the Trainer's `output_dir`, or the `curvature` directory in it.
 
     Raises:
         FileNotFoundError: there are none.
-        ValueError: a file is damaged, or of another version.
+        ValueError: a file is damaged, or has another format version.
     """
     directory = Path(path)
     if directory.name != DIRECTORY or (directory / DIRECTORY).is_dir():
@@ -76,18 +75,13 @@ def load_spectra(path: str | Path) -> list[Spectrum]:
     files = sorted(directory.glob("step-*.json"))
     if not files:
         raise FileNotFoundError(
-            f"no spectra at {directory}: give the Trainer's output_dir of a run with "
+            f"No spectra at {directory}. Pass the output_dir of a run with "
             "HessianSpectrumCallback."
         )
-    return [read_spectrum(file) for file in files]
+    return [_read_spectrum(file) for file in files]
 
 
-def read_spectrum(path: Path) -> Spectrum:
-    """One spectrum.
-
-    Raises:
-        ValueError: a file is damaged, or of another version.
-    """
+def _read_spectrum(path: Path) -> Spectrum:
     content = read_sealed(path)
     version = content.pop("format_version")
     if version != FORMAT_VERSION:
@@ -107,55 +101,49 @@ def read_spectrum(path: Path) -> Spectrum:
     sketch: ModelSketch = ModelSketch.from_dict(content.pop("model_sketch"))
     check: dict[str, Any] | None = content.pop("check")
     fields: dict[str, Any] = {**content, **load(data)}
-    return Spectrum(
-        model_sketch=sketch,
-        check=None if check is None else CurvatureCheck(**check),
-        **fields,
-    )
+    fields["check"] = None if check is None else CurvatureCheck(**check)
+    return Spectrum(model_sketch=sketch, **fields)
 
 
 def continue_spectra(directory: Path, sketch: ModelSketch, step: int) -> None:
-    """Keep the spectra that training resumes after, and none of another run.
+    """Keep the spectra up to a step that training resumes from, and of no other run.
 
-    Args:
-        directory: of the spectra.
-        sketch: that the others are taken with.
-        step: after which training resumes; at 0 it starts, and what is there already is
-            set aside with a warning.
+    At step 0 training starts: earlier spectra are set aside with a warning.
 
     Raises:
-        ValueError: a file is damaged, or of another sketch or version.
+        ValueError: a file is damaged, or of another sketch or format version.
     """
     if not any(directory.glob("step-*.json")):
         return
     if step == 0:
-        aside = set_aside(directory)
         warnings.warn(
             f"{directory} held spectra of an earlier run that is not resumed: they are "
-            f"now in {aside}.",
+            f"now in {set_aside(directory)}.",
             stacklevel=4,
         )
         return
     for spectrum in load_spectra(directory):
         if spectrum.model_sketch != sketch:
-            theirs = spectrum.model_sketch
             raise ValueError(
-                f"{directory} holds spectra of {len(theirs.shapes)} parameters with "
-                f"{theirs.in_size} elements, out_size={theirs.out_size}, "
-                f"operator={theirs.operator!r}, layout={theirs.layout!r}, "
-                f"seed={theirs.seed}, got {len(sketch.shapes)} parameters with "
-                f"{sketch.in_size} elements, out_size={sketch.out_size}, "
-                f"operator={sketch.operator!r}, layout={sketch.layout!r}, "
-                f"seed={sketch.seed}: pass the settings of the run that is resumed, or "
-                "another output_dir."
+                f"{directory} holds spectra of {_words(spectrum.model_sketch)}, but "
+                f"this run has {_words(sketch)}. Pass the settings of the run that you "
+                "resume, or another output_dir."
             )
         if spectrum.step > step:
             for ending in ("json", "safetensors"):
                 (directory / f"step-{spectrum.step:08d}.{ending}").unlink()
 
 
+def _words(sketch: ModelSketch) -> str:
+    """Describe a sketch in an error."""
+    settings = ("out_size", "operator", "layout", "seed")
+    return f"{len(sketch.shapes)} parameters with {sketch.in_size} elements, " + (
+        ", ".join(f"{name}={getattr(sketch, name)!r}" for name in settings)
+    )
+
+
 def _summary(spectrum: Spectrum) -> dict[str, Any]:
-    """What a reader of the JSON file wants to see; JSON has no word for nan or inf."""
+    """Return the statistics for readers of the JSON file, which has no nan or inf."""
     return {
         "eigenvalues": spectrum.eigenvalues.tolist(),
         "standard_errors": spectrum.standard_errors.tolist(),

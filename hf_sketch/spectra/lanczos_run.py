@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_sketch.curvature.operator import SymmetricOperator, check_dtype, product
+from hf_sketch.curvature.vectors import norm_of
 from hf_sketch.sketches import CounterRandom
-from hf_sketch.spectra.basis import Basis, norm_of
+from hf_sketch.spectra.basis import Basis
 from hf_sketch.spectra.checkpoint import LanczosCheckpoint, Steps
 
 
@@ -27,13 +28,13 @@ class LanczosResult:
 
     Args:
         alphas: diagonal of the tridiagonal matrix.
-        betas: what stands beside it; the last one stands outside, and tells how far
-            the Krylov space is from an invariant one.
-        eigenvalues: of the tridiagonal matrix, ascending: the Ritz values.
-        residuals: |A y - theta y| of each Ritz pair; an eigenvalue of A lies at most so
-            far from theta.
-        weights: squared parts of the start vector along the Ritz vectors; their sum is
-            1, and sum(weights * f(eigenvalues)) is Gauss quadrature of v^T f(A) v.
+        betas: off-diagonal; the last one lies outside of the matrix, and measures how
+            far the Krylov space is from an invariant one.
+        eigenvalues: eigenvalues of the tridiagonal matrix, ascending: the Ritz values.
+        residuals: |A y - theta y| of each Ritz pair: an eigenvalue of A lies within
+            this distance of theta.
+        weights: squared components of the start vector along the Ritz vectors, of sum
+            1; sum(weights * f(eigenvalues)) is Gauss quadrature of v^T f(A) v.
         rotation: eigenvectors of the tridiagonal matrix, as columns.
         basis: the orthonormal basis of the Krylov space.
     """
@@ -48,26 +49,26 @@ class LanczosResult:
 
     @property
     def steps(self) -> int:
-        """Products taken: fewer than asked for if the Krylov space became invariant."""
+        """Number of products: fewer than asked for if the Krylov space is invariant."""
         return len(self.alphas)
 
     @cached_property
     def loss_of_orthogonality(self) -> float:
-        """The greatest element of |V V^T - 1|, V the basis; taken when first asked."""
+        """The greatest element of |V V^T - 1|, V the basis; computed on first use."""
         return self.basis.loss_of_orthogonality()
 
     def along_ritz_vectors(self, vector: Tensor) -> Tensor:
-        """The parts of a vector, (size,), along all Ritz vectors: (steps,), float64."""
+        """Return a vector's components along all Ritz vectors: (steps,), float64."""
         return self.rotation.T @ self.basis.products(vector).to("cpu", torch.float64)
 
     def ritz_vectors(self, indices: Sequence[int]) -> Tensor:
-        """Approximate eigenvectors of unit norm.
+        """Return approximate eigenvectors of unit norm.
 
         Shapes:
             returns (len(indices), size), in the operator's dtype, on its device
 
         Args:
-            indices: of the eigenvalues; `range(-10, 0)` are the ten largest ones.
+            indices: which eigenvalues; `range(-10, 0)` are the ten largest ones.
 
         Raises:
             IndexError: there is no such eigenvalue.
@@ -87,38 +88,37 @@ def lanczos(
     identity: str = "",
     progress: bool = True,
 ) -> LanczosResult:
-    """Take Lanczos steps, each vector orthogonalised twice against all before.
+    """Compute eigenvalues at both ends of an operator's spectrum by Lanczos steps.
 
-    The basis takes steps * size numbers of memory, and nothing else is of that size.
-    The run ends early where the Krylov space is invariant: where the new vector's norm
-    is at most eps^(3/4) of the largest alpha or beta so far, eps that of the operator's
-    dtype. Copies of a multiple eigenvalue come late, one by one, of rounding errors.
+    Each vector is orthogonalised twice against all before. The basis takes steps * size
+    numbers of memory; nothing else is of that size. The run ends early where the Krylov
+    space is invariant: where the new vector's norm is at most eps^(3/4) of the largest
+    alpha or beta so far. Repeated eigenvalues appear late, through rounding error.
 
     Args:
         operator: anything with `size`, `dtype`, `device` and `operator @ v`.
-        steps: products to take, in [1, operator.size].
-        seed: of the normal start vector.
+        steps: number of products, in [1, operator.size].
+        seed: seed of the normal start vector.
         start: another start vector, (size,), of any norm.
-        basis_file: keeps the basis in this file instead of memory; it is scratch,
-            overwritten if there, and must stay while the result is in use.
-        checkpoint: directory that keeps the steps. A run with the same arguments takes
-            them up from there and gives bit by bit what it would have given, also with
-            other `steps`. It takes as much disk as the basis.
+        basis_file: file that holds the basis instead of memory. It is overwritten, and
+            must stay while the result is in use.
+        checkpoint: directory that keeps the steps, in as much disk as the basis. A run
+            with the same arguments, or other `steps`, resumes from it with the same
+            bits.
         checkpoint_every: steps between two savings.
-        identity: what the operator is, for the checkpoint: the steps of an operator of
-            another identity are refused.
+        identity: name of the operator; a checkpoint of another identity is refused.
         progress: show a progress bar.
 
     Raises:
         ValueError: an argument is out of range, the operator contradicts itself, or the
-            checkpoint is of another run or damaged.
-        FloatingPointError: a product is not finite; the steps before are in the
+            checkpoint belongs to another run or is damaged.
+        FloatingPointError: a product is not finite; earlier steps are in the
             checkpoint.
         OSError: a file cannot be written.
 
     Reference:
         Schioppa 2024, arXiv:2402.03994, Sec. 4: Arnoldi with full reorthogonalisation.
-        Of a symmetric operator that is this, and only the tridiagonal part is kept.
+        For a symmetric operator that is this, and only the tridiagonal part is kept.
     """
     check_dtype(operator)
     _check_counts(operator, steps, checkpoint_every)
@@ -154,12 +154,12 @@ def _step(operator: SymmetricOperator, basis: Basis, taken: Steps) -> Steps:
     basis.rows[count].copy_(taken.vector)
     vector = product(operator, taken.vector)
     alpha = basis.orthogonalise(count + 1, vector)
-    beta = norm_of(vector)
+    beta = norm_of([vector])
     if not (math.isfinite(alpha) and math.isfinite(beta)):
         raise FloatingPointError(
-            f"the product of step {count + 1} must be finite, got alpha={alpha} and "
-            f"beta={beta}: correct the operator and call lanczos(..., checkpoint=...) "
-            f"with the directory that you gave, if any: it holds {count} steps."
+            f"The product of step {count + 1} is not finite (alpha={alpha}, "
+            f"beta={beta}). Correct the operator and call lanczos again; the checkpoint"
+            f" directory, if you passed one, holds {count} steps."
         )
     if beta > 0:
         vector.div_(beta)
@@ -167,7 +167,7 @@ def _step(operator: SymmetricOperator, basis: Basis, taken: Steps) -> Steps:
 
 
 def _is_invariant(taken: Steps) -> bool:
-    """Whether the last beta is rounding error of the products."""
+    """Return whether the last beta is rounding error of the products."""
     if not taken.betas:
         return False
     largest = max(map(abs, (*taken.alphas, *taken.betas)))
@@ -194,16 +194,16 @@ def _result(taken: Steps, basis: Basis) -> LanczosResult:
 def _start_vector(
     operator: SymmetricOperator, seed: int, start: Tensor | None
 ) -> Tensor:
-    """The start vector, of unit norm, in memory of its own."""
+    """Return the start vector, of unit norm, in memory of its own."""
     if start is None:
         start = CounterRandom(seed, "lanczos-start").normals(0, operator.size)
     if start.shape != (operator.size,):
         raise ValueError(
-            f"start must have the shape ({operator.size},), got {tuple(start.shape)}: "
-            "pass a vector of the operator's size."
+            f"start must have shape ({operator.size},), got {tuple(start.shape)}: pass "
+            "a vector of the operator's size."
         )
     vector = start.detach().to(operator.dtype).to(operator.device)
-    norm = norm_of(vector)
+    norm = norm_of([vector])
     if norm == 0 or not math.isfinite(norm):
         raise ValueError(
             f"start must have a finite norm above 0, got {norm}: pass another vector, "

@@ -14,7 +14,7 @@ from hf_sketch.sketches.operator import accumulation_dtype
 class SketchedHessian:
     """A curvature operator between a sketch and its transpose: v -> S @ H(S.T @ v).
 
-    Its largest eigenvalues are near those of H, moved by about tr(H) / out_size; see
+    Its largest eigenvalues are near those of H, shifted by about tr(H) / out_size; see
     `Spectrum`.
 
     Shapes:
@@ -44,12 +44,12 @@ class SketchedHessian:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the vectors: float32, or float64 of a float64 model."""
+        """The vectors' dtype: float32, or float64 for a float64 model."""
         return accumulation_dtype(self._parameter.dtype)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return self._parameter.device
 
     def __matmul__(self, v: Tensor, /) -> Tensor:

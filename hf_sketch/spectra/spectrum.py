@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.curvature.check import CurvatureCheck
-from hf_sketch.curvature.hessian import HessianOperator
+from hf_sketch.curvature.vectors import norm_of
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.spectra.bias import unbiased_eigenvalues, variance_of_sum
 from hf_sketch.spectra.density import (
@@ -27,11 +27,11 @@ _CONVERGED = 1e-2
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Eigenvalues of S @ H @ S.T, and what they tell of H.
+    """Eigenvalues of S @ H @ S.T, and what they say about H.
 
     A sketch moves all eigenvalues up by about `shift` = tr(H) / out_size, pushes the
-    large ones further out and scatters each of them by a relative sqrt(2 / out_size);
-    `eigenvalues` are without what can be undone of it, and all statistics are of these.
+    large ones further out and scatters each of them by a relative sqrt(2 / out_size).
+    `eigenvalues` undo the first two; all statistics use them.
 
     Shapes:
         sketched, residuals, weights, gradient_along (krylov_dim,), float64, ascending
@@ -39,19 +39,19 @@ class Spectrum:
 
     Args:
         model_sketch: S.
-        step: of the optimizer, 0 before the first.
+        step: the optimizer step, 0 before the first.
         loss: the mean loss at the parameters.
-        sketched: Ritz values of S @ H @ S.T, as they are.
-        residuals: distance within which S @ H @ S.T has an eigenvalue, of each.
-        weights: of the Ritz values in the quadrature of the spectrum.
-        gradient: of the mean loss, sketched: (out_size,).
-        gradient_along: parts of it along the eigenvectors in sketch space.
+        sketched: Ritz values of S @ H @ S.T, uncorrected.
+        residuals: for each, the distance within which S @ H @ S.T has an eigenvalue.
+        weights: the Ritz values' weights in the quadrature of the spectrum.
+        gradient: the mean loss's gradient, sketched: (out_size,).
+        gradient_along: its components along the eigenvectors in sketch space.
         vectors: unit eigenvectors in sketch space, of the largest eigenvalues by size.
-        vector_places: which of the eigenvalues they belong to.
+        vector_places: which eigenvalues they belong to.
         loss_of_orthogonality: the greatest error of the Krylov basis.
-        mode: how products were taken, "autograd" or "finite_difference".
+        mode: how products were computed, "autograd" or "finite_difference".
         unit: the loss is the mean over "tokens" or "examples".
-        check: of the products, along the gradient; None if it was not made.
+        check: how well the products agreed; None if they were not compared.
 
     Reference:
         Schioppa 2024, arXiv:2402.03994, Sec. 5.5: RNEG, R(n), outliers, alignment. The
@@ -75,11 +75,11 @@ class Spectrum:
 
     @cached_property
     def _multiplicities(self) -> tuple[Tensor, Tensor]:
-        """How many eigenvalues each Ritz value stands for, and those of it unproven.
+        """How many eigenvalues each Ritz value stands for, and the unproven part.
 
-        Large ones that have converged stand for themselves, all others for as many as
-        the quadrature gives them. The start vector's parts along the large eigenvectors
-        say nothing of the others, so they are left out, as in Hutch++.
+        Large ones that have converged stand for themselves; the quadrature spreads the
+        rest over all others. The start vector's components along the large eigenvectors
+        say nothing about the others, so they are left out, as in Hutch++.
         """
         large = torch.zeros(len(self.sketched), dtype=torch.bool)
         large[self.vector_places] = True
@@ -100,7 +100,7 @@ class Spectrum:
 
     @property
     def shift(self) -> float:
-        """What the sketch adds to every eigenvalue: tr(H) / out_size."""
+        """The amount that the sketch adds to every eigenvalue: tr(H) / out_size."""
         return self.trace.value / self.model_sketch.out_size
 
     @cached_property
@@ -110,16 +110,15 @@ class Spectrum:
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Estimates of the eigenvalues of H at both ends of its spectrum, ascending.
+        """Estimates of H's eigenvalues at both ends of its spectrum, ascending.
 
-        What the sketch does to them on average is undone; `unbiased_eigenvalues` says
-        how.
+        They correct what the sketch does on average; see `unbiased_eigenvalues`.
         """
         return self._unbiased[0]
 
     @property
     def standard_errors(self) -> Tensor:
-        """Of `eigenvalues`: the scatter of the sketch, the residual, and the bias's."""
+        """Errors of `eigenvalues`: of scatter, residual and correction together."""
         return (self._unbiased[1] + self.residuals.square()).sqrt()
 
     @property
@@ -151,29 +150,27 @@ class Spectrum:
     def density(
         self, grid: Tensor | None = None, width: float | None = None
     ) -> SpectralDensity:
-        """The distribution of all eigenvalues of S @ H @ S.T, out of the same products.
+        """Return the density of all eigenvalues of S @ H @ S.T, from the same products.
 
-        One start vector stands for all, so heights have the noise of one probe;
-        `spectral_density` takes more.
+        Heights have the noise of one probe; `spectral_density` uses more.
         """
         return quadrature_density(
             [(self.sketched, self.weights)], len(self.sketched), grid, width
         )
 
     def lifted(self, places: Sequence[int]) -> list[dict[str, Tensor]]:
-        """S.T @ v of unit norm, by parameter, where v are eigenvectors of S @ H @ S.T.
+        """Return S.T @ v of unit norm, by parameter, for eigenvectors v of S @ H @ S.T.
 
-        What they have of an eigenvector of H is about sqrt(out_size / in_size), far
-        more than of any other direction; all else is the sketch's noise.
+        Their component along an eigenvector of H is about sqrt(out_size / in_size), far
+        more than along any other direction; the rest is the sketch's noise.
 
         Args:
-            places: of the rows of `vectors`.
+            places: rows of `vectors`.
         """
         found: list[dict[str, Tensor]] = []
         for place in places:
             vector = self.model_sketch.adjoint(self.vectors[place])
-            norms = [torch.linalg.vector_norm(part) for part in vector.values()]
-            norm = torch.stack(norms).norm()
+            norm = norm_of(vector.values())
             found.append({name: part / norm for name, part in vector.items()})
         return found
 
@@ -188,17 +185,18 @@ def hessian_spectrum(
     basis_file: str | Path | None = None,
     progress: bool = True,
 ) -> Spectrum:
-    """Take the spectrum of a sketched Hessian by Lanczos steps.
+    """Compute the spectrum of a sketched Hessian by Lanczos steps.
 
-    Memory is krylov_dim * out_size numbers, and that of one product.
+    Memory is krylov_dim * out_size numbers, plus that of one product.
 
     Args:
-        operator: of a model at its present parameters.
-        krylov_dim: products, in [1, out_size]. Both ends of the spectrum come first.
-        step: of the optimizer, for the record.
-        keep_vectors: eigenvectors kept, of the largest eigenvalues by size.
-        seed: of the start vector.
-        basis_file: keeps the Krylov basis in this file instead of memory.
+        operator: the sketched Hessian, at the model's present parameters.
+        krylov_dim: number of products, in [1, out_size]. Both ends of the spectrum
+            converge first.
+        step: the optimizer step, for the record.
+        keep_vectors: number of eigenvectors kept, those of the largest eigenvalues.
+        seed: seed of the start vector.
+        basis_file: file that keeps the Krylov basis instead of memory.
         progress: show a progress bar.
 
     Raises:
@@ -215,7 +213,6 @@ def hessian_spectrum(
     curvature = operator.curvature
     loss, gradient = curvature.loss_and_sketched_gradient(operator.model_sketch)
     places = _largest(found, keep_vectors)
-    hessian = isinstance(curvature, HessianOperator)
     return Spectrum(
         model_sketch=operator.model_sketch,
         step=step,
@@ -230,12 +227,12 @@ def hessian_spectrum(
         loss_of_orthogonality=found.loss_of_orthogonality,
         mode=curvature.mode,
         unit=curvature.mean_loss.unit,
-        check=curvature.check if hessian else None,
+        check=curvature.check,
     )
 
 
 def _largest(found: LanczosResult, count: int) -> Tensor:
-    """Where the eigenvalues lie that are largest by size without the shift."""
+    """Return the places of the eigenvalues that are largest without the shift."""
     shift = (found.weights * found.eigenvalues).sum()
     sizes = (found.eigenvalues - shift).abs()
     return sizes.topk(min(count, found.steps)).indices.sort().values

@@ -233,7 +233,7 @@ def test_drawing_copies_no_model_and_leaves_all_generators():
 
 
 def test_batches_of_anything_but_tensors_are_refused():
-    with pytest.raises(ValueError, match="hold tensors, got list in 'text': leave it"):
+    with pytest.raises(ValueError, match=r"tensors, got list in 'text'\. Leave it"):
         tensors_of({"input_ids": torch.ones(2), "text": ["a", "b"]})
 
 

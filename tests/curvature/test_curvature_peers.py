@@ -23,12 +23,20 @@ from tests.helpers.curvature_oracles import (
     relative,
     trainable,
 )
+from tests.helpers.tiers import full
 from tests.helpers.tiny_models import tiny_inputs, tiny_model
 
 DROPOUT = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "bert",
+        *full("gpt2", "t5"),
+    ],
+)
 def test_silu_layer_norm_and_rms_norm_are_differentiated_also_without_grad_mode(name):
     with torch.no_grad():
         assert_right(tiny_model(name).float(), tiny_inputs(name), AUTOGRAD)
@@ -82,7 +90,7 @@ def test_the_trainers_count_of_a_whole_window_changes_nothing():
     assert relative(flat(HessianOperator(model, counted) @ vector), plain) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["llama", *full("bert")])
 def test_bfloat16_weights_have_finite_spectra_in_float64(name):
     model, batch = tiny_model(name), tiny_inputs(name)
 
@@ -101,7 +109,7 @@ def test_bfloat16_weights_have_finite_spectra_in_float64(name):
     assert float(got.sketched[-1]) == pytest.approx(float(wanted.sketched[-1]), 0.05)
 
 
-@pytest.mark.parametrize("norm", [1e-6, 1.0, 1e3, 1e8, "signs"])
+@pytest.mark.parametrize("norm", [1e-6, 1e8, "signs", *full(1.0, 1e3)])
 def test_finite_differences_are_right_for_vectors_of_any_norm(norm):
     model, batch = tiny_model("bert").float(), tiny_inputs("bert")
     vector = direction(model)
@@ -150,7 +158,7 @@ def test_models_in_train_mode_with_dropout_are_taken_in_eval_mode(mode, form):
 
 
 @BOTH
-@pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
+@pytest.mark.parametrize("fails_at", [1, 3, *full(2, 4)])
 def test_a_loss_that_fails_leaves_all_as_it_was(mode, fails_at):
     model, batch = tiny_model("bert", **DROPOUT).float(), tiny_inputs("bert")
     model.train()

@@ -1,6 +1,7 @@
 """Symmetric operators with spectra that are known."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -60,16 +61,25 @@ class Diagonal:
         return self.elements * v
 
 
+@cache
+def _drawn(count, seed):
+    return CounterRandom(seed, "test").normals(0, count).double()
+
+
 def normals(*shape, seed=0):
-    count = torch.Size(shape).numel()
-    return CounterRandom(seed, "test").normals(0, count).double().view(shape)
+    return _drawn(torch.Size(shape).numel(), seed).clone().view(shape)
+
+
+@cache
+def _orthogonal(size, seed):
+    return torch.linalg.qr(normals(size, size, seed=seed)).Q
 
 
 def with_eigenvalues(eigenvalues, seed=0):
     """A dense matrix with these eigenvalues and random eigenvectors, as columns."""
     eigenvalues = torch.as_tensor(eigenvalues, dtype=torch.float64)
     size = len(eigenvalues)
-    vectors = torch.linalg.qr(normals(size, size, seed=seed)).Q
+    vectors = _orthogonal(size, seed).clone()
     matrix = (vectors * eigenvalues) @ vectors.T
     return (matrix + matrix.T) / 2, vectors
 

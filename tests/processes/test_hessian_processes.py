@@ -130,7 +130,7 @@ def assert_warned(directory, expected):
 
 
 def test_what_fails_in_one_process_is_missing_in_all_and_training_goes_on(two):
-    missing = "spectrum of step {} is missing, training goes on: "
+    missing = "spectrum of step {} is missing; training continues. "
     other = missing + "OtherProcessFailedError: it failed in another"
     own = missing + "OSError.*No space left"
     assert_warned(
@@ -144,7 +144,7 @@ def test_what_fails_in_one_process_is_missing_in_all_and_training_goes_on(two):
 
 
 def test_a_directory_that_the_first_process_cannot_make_warns_in_all(two):
-    none = "no Hessian spectra are taken, training goes on: "
+    none = "No Hessian spectra; training continues. "
     other = none + "OtherProcessFailedError: it failed in another process"
     assert_warned(two / "unwritable", [[none + "FileExistsError"], [other]])
 

@@ -207,7 +207,7 @@ def test_a_model_without_a_padding_token_learns_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"out_size": 10**8}, "no Hessian spectra.*pass an out_size in that range"),
+        ({"out_size": 10**8}, "No Hessian spectra.*pass an out_size in that range"),
         ({"loss_fn": lambda output, inputs: output.logits}, "spectrum of step 0"),
     ],
 )

@@ -1,11 +1,9 @@
-import pytest
 import torch
 
 from hf_sketch import lanczos
 from tests.helpers.symmetric import Diagonal
 
 
-@pytest.mark.slow
 def test_vectors_of_a_million_float32_numbers_have_unit_norm():
     operator = Diagonal(torch.linspace(-1, 3, 2**20))
     result = lanczos(operator, 10, progress=False)

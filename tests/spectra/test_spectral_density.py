@@ -274,9 +274,9 @@ def test_traces_that_cannot_be_are_refused(products):
 
 
 def test_bad_operators_are_told():
-    with pytest.raises(ValueError, match=r"got torch\.float16: take v"):
+    with pytest.raises(ValueError, match=r"got torch\.float16\. Take v"):
         trace(Matrix(goe(SIZE).half()), 9)
-    with pytest.raises(ValueError, match=r"got torch\.float16: take v"):
+    with pytest.raises(ValueError, match=r"got torch\.float16\. Take v"):
         density(Matrix(goe(SIZE).half()))
 
     def spoil(v):
@@ -285,10 +285,10 @@ def test_bad_operators_are_told():
 
     for number in (2, 5, 8):  # of the sketch, of its part, of the remainder
         operator = Matrix(goe(SIZE), spoilt_product=number, spoil=spoil)
-        with pytest.raises(FloatingPointError, match=f"product {number} .* 1 of 300"):
+        with pytest.raises(FloatingPointError, match=f"Product {number} has 1 of 300"):
             trace(operator, 9)
     operator = Matrix(goe(SIZE), spoilt_product=25, spoil=spoil)
-    with pytest.raises(FloatingPointError, match="step 5 must be finite"):
+    with pytest.raises(FloatingPointError, match="step 5 is not finite"):
         density(operator, probes=3, steps=10)
 
 

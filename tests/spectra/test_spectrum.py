@@ -162,7 +162,6 @@ def isolated(spectrum):
     return torch.cat([spectrum.eigenvalues[:1], spectrum.eigenvalues[-3:]])
 
 
-@pytest.mark.slow
 def test_eigenvalues_are_those_of_the_hessian_on_average(spectra):
     """The mean of 20 is within three of its errors.
 
@@ -179,7 +178,6 @@ def test_eigenvalues_are_those_of_the_hessian_on_average(spectra):
     assert shift > 3 * 100 * math.sqrt(2 / OUT_SIZE / SEEDS) + 2
 
 
-@pytest.mark.slow
 def test_the_standard_errors_of_eigenvalues_are_honest(spectra):
     _, found = spectra
     scores = torch.stack(
@@ -193,7 +191,6 @@ def test_the_standard_errors_of_eigenvalues_are_honest(spectra):
     assert (scores.square().mean(0).sqrt() < 1.5).all()
 
 
-@pytest.mark.slow
 def test_the_trace_is_that_of_the_hessian_within_its_error(spectra):
     _, found = spectra
     # tr(S H S.T) itself scatters around tr(H), with the variance 2 |H|^2 / D.
@@ -207,7 +204,6 @@ def test_the_trace_is_that_of_the_hessian_within_its_error(spectra):
     assert abs(torch.tensor(scores).mean()) < 3 / math.sqrt(SEEDS)
 
 
-@pytest.mark.slow
 def test_statistics_of_the_sketch_are_those_of_the_hessian(spectra):
     model, found = spectra
     exact_gradient = torch.autograd.grad(model(torch.zeros(1))["loss"], model.x)[0]
@@ -225,7 +221,6 @@ def test_statistics_of_the_sketch_are_those_of_the_hessian(spectra):
     )
 
 
-@pytest.mark.slow
 def test_lifted_vectors_have_the_part_along_the_eigenvector_that_sketches_keep(spectra):
     """S.T S v has the part 1 along v, and the norm sqrt(N / D) of S.T on a unit vector.
 

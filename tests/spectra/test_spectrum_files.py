@@ -52,7 +52,7 @@ def test_the_json_file_can_be_read_by_anything(tmp_path):
 
 
 def test_no_spectra_are_an_error_that_says_where(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no spectra at .*curvature: give the"):
+    with pytest.raises(FileNotFoundError, match=r"No spectra at .*curvature\. Pass"):
         load_spectra(tmp_path)
 
 
