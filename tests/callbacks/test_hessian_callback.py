@@ -29,6 +29,7 @@ from tests.helpers.hessian_training import (
     train,
 )
 from tests.helpers.spectra import assert_equal, made_of
+from tests.helpers.tiers import full
 from tests.helpers.training import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
 
 
@@ -68,14 +69,15 @@ def test_training_is_bit_equal_with_and_without(plain, watched):
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "arguments"),
     [
         ("autograd", {"bf16": True}),
-        ("finite_difference", {"bf16": True}),
         ("finite_difference", {"gradient_accumulation_steps": 1, **EVALUATED}),
-        ("autograd", {"label_smoothing_factor": 0.1, "dataloader_num_workers": 1}),
+        *full(
+            ("finite_difference", {"bf16": True}),
+            ("autograd", {"label_smoothing_factor": 0.1, "dataloader_num_workers": 1}),
+        ),
     ],
     ids=str,
 )
@@ -87,9 +89,8 @@ def test_training_is_bit_equal_whatever_its_settings(tmp_path, mode, arguments):
     assert steps_of(tmp_path / "both") == [0, 1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("first", "mode"), [(True, "finite_difference"), (False, "autograd")]
+    ("first", "mode"), [(True, "finite_difference"), *full((False, "autograd"))]
 )
 def test_rows_of_the_gradient_callback_are_the_same_beside_it(tmp_path, first, mode):
     alone = train(tmp_path / "alone", GradientSketchCallback(64), max_steps=2)
@@ -197,7 +198,7 @@ def test_the_trainer_that_is_set_logs_to_its_reporters_too(tmp_path, watched, pl
     assert losses == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.parametrize("step", [3, *full(5)])
 def test_resumed_training_ends_with_the_spectra_of_uninterrupted(
     tmp_path, step, watched
 ):

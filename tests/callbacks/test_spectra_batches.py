@@ -24,6 +24,7 @@ from tests.helpers.hessian_training import (
     steps_of,
     stored_batches,
 )
+from tests.helpers.tiers import full
 from tests.helpers.tiny_models import tiny_inputs, tiny_model
 from tests.helpers.training import VOCABULARY, Interrupt, tiny_dataset, tiny_trainer
 
@@ -57,7 +58,7 @@ def assert_undisturbed(tmp_path, make_model, make_collator, **arguments):
     return trainers[1]
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("shuffled", [True, *full(False)])
 def test_streams_give_their_first_examples_and_are_trained_on_whole(tmp_path, shuffled):
     stream = tiny_dataset().remove_columns("text").to_iterable_dataset()
     if shuffled:
@@ -133,9 +134,9 @@ def language_data(name, rows=12):
     return Dataset.from_dict(columns)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "bf16"), [("gpt2", True), ("llama", False), ("t5", True), ("bart", False)]
+    ("name", "bf16"),
+    [("gpt2", True), *full(("llama", False), ("t5", True), ("bart", False))],
 )
 def test_language_models_have_the_mean_loss_over_tokens(tmp_path, name, bf16):
     trainer = assert_undisturbed(

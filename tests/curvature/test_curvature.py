@@ -67,14 +67,7 @@ def exact_product(model, batches, loss_of, v):
         return torch.autograd.functional.hvp(function, theta_of(model), v)[1]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "gpt2",
-        "bert",
-        *full("llama", "t5"),
-    ],
-)
+@pytest.mark.parametrize("name", ["gpt2", *full("bert", "llama", "t5")])
 def test_products_are_those_of_the_dense_hessian(name):
     model, batch = micro_model(name), micro_inputs(name)
     with DoublePrecision():
@@ -90,14 +83,7 @@ def test_products_are_those_of_the_dense_hessian(name):
     assert operator.check.difference < 1e-2
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "gpt2",
-        "t5",
-        *full("llama", "bert"),
-    ],
-)
+@pytest.mark.parametrize("name", ["gpt2", "t5", *full("llama", "bert")])
 def test_finite_differences_in_float32_are_near_the_exact_product(name):
     model, batch = tiny_model(name), tiny_inputs(name)
     sketch = ModelSketch.from_model(model, 64, seed=3)

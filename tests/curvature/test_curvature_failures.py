@@ -61,10 +61,8 @@ def short_of_memory(model, rows, place, error=ERRORS[0]):
     ("mode", "form"),
     [
         (AUTOGRAD, "product"),
-        pytest.param(FINITE, "product", marks=pytest.mark.full),
-        pytest.param(AUTOGRAD, "sketched", marks=pytest.mark.full),
         (FINITE, "sketched"),  # streamed
-        pytest.param(AUTOGRAD, "gradient", marks=pytest.mark.full),
+        *full((FINITE, "product"), (AUTOGRAD, "sketched"), (AUTOGRAD, "gradient")),
     ],
 )
 def test_a_batch_that_does_not_fit_is_halved_with_the_same_result(mode, form, place):
@@ -126,8 +124,7 @@ def test_halves_without_labels_count_for_nothing():
     [
         (AUTOGRAD, "forward"),
         (FINITE, "backward"),
-        pytest.param(AUTOGRAD, "backward", marks=pytest.mark.full),
-        pytest.param(FINITE, "forward", marks=pytest.mark.full),
+        *full((AUTOGRAD, "backward"), (FINITE, "forward")),
     ],
 )
 def test_an_example_that_does_not_fit_alone_is_told(mode, place):

@@ -29,14 +29,7 @@ from tests.helpers.tiny_models import tiny_inputs, tiny_model
 DROPOUT = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "llama",
-        "bert",
-        *full("gpt2", "t5"),
-    ],
-)
+@pytest.mark.parametrize("name", ["llama", "bert", *full("gpt2", "t5")])
 def test_silu_layer_norm_and_rms_norm_are_differentiated_also_without_grad_mode(name):
     with torch.no_grad():
         assert_right(tiny_model(name).float(), tiny_inputs(name), AUTOGRAD)

@@ -4,5 +4,6 @@ import pytest
 
 
 def full(*values):
-    """These values, marked; for lists of parameters, after those of the plain tier."""
-    return [pytest.param(value, marks=pytest.mark.full) for value in values]
+    """Mark these values, or tuples of them, for a list of parameters."""
+    tuples = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*value, marks=pytest.mark.full) for value in tuples]
