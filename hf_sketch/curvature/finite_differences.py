@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sketch.curvature.vectors import norm_of
-from hf_sketch.model.accumulator import SketchSum
+from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.state import kept_random_state, random_state
 from hf_sketch.sketches.transforms.lazy import is_lazy
 
@@ -135,7 +135,7 @@ class _Before:
 
 @contextmanager
 def gradients_into(
-    total: SketchSum, parameters: Mapping[str, nn.Parameter]
+    total: Accumulator, parameters: Mapping[str, nn.Parameter]
 ) -> Generator[None]:
     """Sketch each parameter's gradient as a backward pass gives it, and drop it.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_sketch.examples.losses import example_losses, is_causal
 from hf_sketch.examples.sketcher import field_of
-from hf_sketch.examples.split import ExampleSplit
+from hf_sketch.examples.split import ExampleSplit, Packed, split_of
 from hf_sketch.model.fsdp import check_whole
 from hf_sketch.model.names import named_parameters
 from hf_sketch.model.state import evaluation_mode, kept_random_state, random_state
@@ -208,7 +208,7 @@ class MeanLoss:
     def _halves(self, inputs: Mapping[str, Any]) -> list[CurvatureBatch]:
         """Put the batch's examples into two batches, or more."""
         split = self._split(inputs)
-        if split.size == 1 or split.starts:
+        if split.size == 1 or isinstance(split, Packed):
             raise MemoryError(
                 f"Memory ran out with {split.size} examples that cannot be split "
                 'further. Pass shorter examples, or mode="finite_difference", which '
@@ -221,7 +221,7 @@ class MeanLoss:
 
     def _split(self, inputs: Mapping[str, Any]) -> ExampleSplit:
         main_input = getattr(self.model, "main_input_name", "input_ids")
-        return ExampleSplit.of_inputs(inputs, main_input)
+        return split_of(inputs, main_input)
 
 
 def check_unit(unit: str) -> None:

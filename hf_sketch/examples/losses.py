@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hf_sketch.examples.split import ExampleSplit
+from hf_sketch.examples.rounding import tolerance
+from hf_sketch.examples.split import ExampleSplit, Rows
 
 REDUCTIONS = ("mean", "sum")
 _IGNORED = -100
 _CAUSAL = ("CausalLM", "LMHead")
 _ELEMENTS_AT_ONCE = 2**18
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5}
-_LOW_PRECISION_TOLERANCE = 2e-2
 _LOOKED_AT = 2**10  # logits, to tell their precision
 _CERTAIN = 0.1  # of the tolerance: the first rule that comes so near is taken
 
@@ -72,7 +71,7 @@ def example_losses(
             unknown.
     """
     check_reduction(reduction)
-    split = split or ExampleSplit(len(labels))
+    split = split or Rows(len(labels))
     found: list[tuple[float, float, ExampleLosses]] = []
     for losses, counted in _own_losses(logits.detach(), labels, problem_type, causal):
         sums, counts = (_per_example(x, split) for x in (losses, counted))
@@ -193,7 +192,7 @@ def _rounding(logits: Tensor) -> float:
         return 1.0
     for half in (torch.bfloat16, torch.float16):
         if bool((some.to(half) == some).all()):
-            return torch.finfo(half).eps / _TOLERANCE[torch.float32]
+            return torch.finfo(half).eps / tolerance(torch.float32, "loss")
     return 1.0
 
 
@@ -202,5 +201,5 @@ def _distance(loss: Tensor, expected: float) -> float:
     got = float(loss)
     if not math.isfinite(got):
         return 0.0
-    tolerance = _TOLERANCE.get(loss.dtype, _LOW_PRECISION_TOLERANCE)
-    return abs(got - expected) / (tolerance * max(1.0, abs(expected)))
+    allowed = tolerance(loss.dtype, "loss") * max(1.0, abs(expected))
+    return abs(got - expected) / allowed

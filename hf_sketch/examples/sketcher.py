@@ -4,24 +4,27 @@ import inspect
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+from torch.utils.hooks import RemovableHandle
 
-from hf_sketch.examples.hooks import Batch, watched_modules
+from hf_sketch.examples.batch import Batch
+from hf_sketch.examples.hooks import rules_of, watch_module
 from hf_sketch.examples.losses import (
     ExampleLosses,
     check_reduction,
     example_losses,
     is_causal,
 )
-from hf_sketch.examples.position_biases import PositionBiases
-from hf_sketch.examples.split import ExampleSplit
-from hf_sketch.examples.sums import GradientSums
+from hf_sketch.examples.rules.position_biases import PositionBiases
+from hf_sketch.examples.split import ExampleSplit, split_of
 from hf_sketch.model.fsdp import in_row_shards
 from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.sketches.operator import accumulation_dtype
 
 ExampleLossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 
@@ -79,43 +82,40 @@ class ExampleSketcher:
         self.loss = loss
         self.recording = True
         self.parameters = model_sketch.parameters_of(model)
-        self._biases = PositionBiases.of_model(model, self.parameters)
-        self._watched = [
-            watched
-            for watched in watched_modules(model, self.parameters)
-            if not self._biases.covers(watched.module)
+        self._in_shards = in_row_shards(self.parameters.values())
+        self._biases = PositionBiases(model, self.parameters, self._in_shards)
+        self._rules = [
+            rule
+            for rule in rules_of(model, self.parameters)
+            if not self._biases.covers(rule.module)
         ]
         self._batch_norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-        self._handles: list[Any] = []
+        self._undo: list[Callable[[], object]] = []
         self._batch: Batch | None = None
-        self._losses: ExampleLosses | None = None
-        self._scale: Tensor | None = None
-        self._outputs: list[Tensor] | None = None
-        self._reached: set[str] = set()
 
     def __enter__(self) -> "ExampleSketcher":
-        self._handles = [
-            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.model.register_forward_hook(self._after, with_kwargs=True),
+        model = self.model
+        handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True),
         ]
-        for watched in self._watched:
-            self._handles += watched.register(self._current)
-        self._handles += self._biases.register(self._current)
-        if in_row_shards(self.parameters.values()):
-            return self  # a process hears of gradients of parameters it did not use
-        for name, parameter in self.parameters.items():
-            hook = self._noting(name)
-            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        for rule in self._rules:
+            handles += watch_module(rule, self._current, self._in_shards)
+        if not self._in_shards:  # where hooks run for parameters without use, too
+            for name, parameter in self.parameters.items():
+                hook = partial(self._note_reached, name)
+                handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        self._undo = [handle.remove for handle in handles]
+        self._undo += self._biases.register(self._current)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
         self._batch = None
+        while self._undo:
+            self._undo.pop()()
 
     def take(self, loss_scale: float = 1.0) -> ExampleBatch:
-        """The rows of the batch whose backward pass has just run.
+        """Return the rows of the batch whose backward pass has just run.
 
         Args:
             loss_scale: what the loss was multiplied by before the backward pass, as a
@@ -124,32 +124,30 @@ class ExampleSketcher:
         Raises:
             RuntimeError: no forward and backward pass ran since the last call, or a
                 parameter has a gradient that no module's call explains.
-            MemoryError: the memory ran out while gradients were read.
+            MemoryError: memory ran out while gradients were read.
         """
         batch, self._batch = self._batch, None
-        losses, scale = self._losses, self._scale
-        self._losses = self._scale = None
-        if batch is None or (losses is not None and scale is None):
-            raise RuntimeError(
-                "a forward and a backward pass must come before each take(), got none: "
-                "call loss.backward() on the model's loss."
-            )
-        batch.finish()
-        self._biases.clear()
-        self._check_names(batch)
-        rows = batch.sums.rows()
-        if losses is None or scale is None:
+        try:
+            if batch is None or not batch.is_complete:
+                raise RuntimeError(
+                    "a forward and a backward pass must come before each take(), got "
+                    "none: call loss.backward() on the model's loss."
+                )
+            rows = batch.rows()
+            self._check_names(batch)
+        finally:
+            self._biases.clear()
+        if batch.losses is None or batch.scale is None:
             size = batch.split.size
-            shares = torch.full((size,), 1 / size, dtype=rows.dtype, device=rows.device)
-            rows = rows * (size / loss_scale)
-            none = shares * torch.nan
-            return ExampleBatch(batch.split, batch.inputs, rows, none, shares)
-        weights = losses.weights * scale.to(losses.weights)
-        scaled = rows / weights.to(rows).unsqueeze(1)
-        rows = torch.where(weights.unsqueeze(1) == 0, rows, scaled)
-        return ExampleBatch(
-            batch.split, batch.inputs, rows, losses.losses, weights / loss_scale
-        )
+            weights = rows.new_full((size,), 1 / size)
+            rows, losses = rows * (size / loss_scale), weights * torch.nan
+        else:
+            losses = batch.losses.losses
+            weights = batch.losses.weights * batch.scale.to(batch.losses.weights)
+            scaled = rows / weights.to(rows).unsqueeze(1)
+            rows = torch.where(weights.unsqueeze(1) == 0, rows, scaled)
+            weights = weights / loss_scale
+        return ExampleBatch(batch.split, batch.inputs, rows, losses, weights)
 
     def sketch(
         self,
@@ -162,33 +160,37 @@ class ExampleSketcher:
 
         Args:
             inputs: what the model is called with.
-            loss_fn: of (the model's output, inputs), each example's own loss (b,); by
-                default the model's loss.
+            loss_fn: takes the model's output and `inputs`, returns each example's own
+                loss, (b,); by default the model's loss is taken.
         """
-        if "use_cache" in inspect.signature(self.model.forward).parameters:
-            inputs = {**inputs, "use_cache": False}
-        outputs = self._outputs = list[Tensor]()
-        with torch.enable_grad():
-            output = self.model(**inputs)
-            self._outputs = None
-            losses = None if loss_fn is None else loss_fn(output, inputs)
-        if self._batch is None:
+        if not self._undo:
             raise RuntimeError(
                 "`sketch` reads through hooks, got none: call it inside "
                 "`with ExampleSketcher(...)`."
             )
-        if losses is not None:
-            ones = torch.ones_like(losses)
-            self._losses = ExampleLosses(losses.detach(), ones)
-            self._scale = ones.sum() / ones.sum()
-        total = field_of(output, "loss", 0) if losses is None else losses.sum()
-        torch.autograd.grad(total, outputs, allow_unused=True)
-        outputs.clear()  # their hooks hold the batch, and the batch holds them
-        return self.take()
+        if "use_cache" in inspect.signature(self.model.forward).parameters:
+            inputs = {**inputs, "use_cache": False}
+        outputs: list[Tensor] = []
+        try:
+            batch = self._batch = self._start(inputs, outputs)
+            with torch.enable_grad():
+                output = self.model(**inputs)
+                losses = None if loss_fn is None else loss_fn(output, inputs)
+            if losses is None:
+                total = field_of(output, "loss", 0)
+            else:
+                total, ones = losses.sum(), torch.ones_like(losses)
+                batch.losses = ExampleLosses(losses.detach(), ones)
+                batch.scale = ones.sum() / ones.sum()
+            torch.autograd.grad(total, outputs, allow_unused=True)
+            return self.take()
+        finally:
+            self._batch = None
+            outputs.clear()  # their hooks hold the batch, and the batch holds them
 
     def split_of(self, inputs: Mapping[str, Any]) -> ExampleSplit:
-        """The examples of a batch that the model is called with."""
-        return ExampleSplit.of_inputs(inputs, self.main_input)
+        """Return the examples of a batch that the model is called with."""
+        return split_of(inputs, self.main_input)
 
     @property
     def main_input(self) -> str:
@@ -199,38 +201,53 @@ class ExampleSketcher:
     def paused(self) -> Generator[None]:
         """Record nothing within."""
         recording, self.recording = self.recording, False
-        yield
-        self.recording = recording
+        try:
+            yield
+        finally:
+            self.recording = recording
 
     @contextmanager
     def own_units(self) -> Generator[None]:
-        """Record within, with the mean over an example's tokens as its loss."""
-        before = self.recording, self.loss
-        self.recording, self.loss = True, "mean"
-        yield
-        self.recording, self.loss = before
+        """Within, take the mean over an example's tokens as its loss."""
+        loss, self.loss = self.loss, "mean"
+        try:
+            yield
+        finally:
+            self.loss = loss
 
     def _current(self) -> Batch | None:
-        """The batch that is recorded, if any."""
+        """Return the batch that is recorded, if any."""
         return self._batch
+
+    def _start(
+        self, inputs: Mapping[str, Any], outputs: list[Tensor] | None = None
+    ) -> Batch:
+        """Return a new batch; one that an error interrupted is forgotten."""
+        before, self._batch = self._batch, None
+        self._biases.clear()
+        if before is not None and before.phase in ("loss", "done"):
+            raise _second_call()
+        self._check_independence()
+        split = self.split_of(inputs)
+        like = next(iter(self.parameters.values()))
+        total = torch.zeros(
+            split.size,
+            self.model_sketch.out_size,
+            dtype=accumulation_dtype(like.dtype),
+            device=like.device,
+        )
+        sums = self.model_sketch.sketch_sum(total)
+        return Batch(inputs, split, sums, self._in_shards, outputs)
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Start a batch."""
-        if not (self.recording and torch.is_grad_enabled()):
-            return
-        if self._batch is not None:
-            self._batch = None
-            raise RuntimeError(
-                "the model must be called once for each backward pass, got a second "
-                "call: pass per_example=False for a loss of several forward passes."
-            )
-        self._check_independence()
-        self._reached.clear()
-        split = self.split_of(kwargs)
-        sums = GradientSums(self.model_sketch, self.parameters, split.size)
-        self._batch = Batch(kwargs, split, sums, self._outputs)
+        """Start a batch, unless `sketch` has."""
+        if self._batch is not None and self._batch.phase == "new":
+            self._batch.phase = "forward"
+        elif self.recording and torch.is_grad_enabled():
+            self._batch = self._start(kwargs)
+            self._batch.phase = "forward"
 
     def _after(
         self,
@@ -240,26 +257,35 @@ class ExampleSketcher:
         output: Any,
     ) -> None:
         """Split the loss, and watch the scale with which it enters the backward."""
-        batch, labels = self._batch, kwargs.get("labels")
-        if batch is None or labels is None or not torch.is_grad_enabled():
+        batch = self._batch
+        if batch is None or not torch.is_grad_enabled():
             return
-        loss = field_of(output, "loss", 0)
-        with batch.holding_failures():
-            self._losses = example_losses(
-                loss.detach(),
-                field_of(output, "logits", 1),
-                labels,
-                getattr(getattr(module, "config", None), "problem_type", None),
-                reduction=self.loss,
-                items_in_batch=kwargs.get("num_items_in_batch"),
-                causal=is_causal(module),
-                split=batch.split,
-            )
+        if batch.phase != "forward":
+            if self.recording:
+                raise _second_call()
+            return
+        self._batch = None  # until nothing can fail any more
+        if (labels := kwargs.get("labels")) is not None:
+            loss = field_of(output, "loss", 0)
+            with batch.holding_failures():
+                batch.losses = example_losses(
+                    loss.detach(),
+                    field_of(output, "logits", 1),
+                    labels,
+                    getattr(getattr(module, "config", None), "problem_type", None),
+                    reduction=self.loss,
+                    items_in_batch=kwargs.get("num_items_in_batch"),
+                    causal=is_causal(module),
+                    split=batch.split,
+                )
+            batch.watch_loss(loss)
+        batch.phase = "loss"
+        self._batch = batch
 
-        def keep_scale(gradient: Tensor) -> None:
-            self._scale = gradient.detach().clone()
-
-        loss.register_hook(keep_scale)
+    def _note_reached(self, name: str, parameter: Tensor) -> None:
+        """Note that a backward pass came to a parameter."""
+        if self._batch is not None:
+            self._batch.reached.add(name)
 
     def _check_independence(self) -> None:
         """Raise if examples see each other."""
@@ -271,17 +297,13 @@ class ExampleSketcher:
                     " replace it by GroupNorm, or pass per_example=False."
                 )
 
-    def _noting(self, name: str) -> Callable[[Tensor], None]:
-        """A hook that notes that a backward pass came to a parameter."""
-        return lambda _: self._reached.add(name)
-
     def _check_names(self, batch: Batch) -> None:
         """Raise if the batch gave a parameter a gradient, and no contributions.
 
         Gradients of other micro-batches, and under DDP of other processes, may be there
         already.
         """
-        unexplained = self._reached - batch.sums.names
+        unexplained = batch.reached - batch.sums.names
         missing = [
             name
             for name, parameter in self.parameters.items()
@@ -297,6 +319,13 @@ class ExampleSketcher:
             )
 
 
+def _second_call() -> RuntimeError:
+    return RuntimeError(
+        "the model must be called once for each backward pass, got a second call: pass "
+        "per_example=False for a loss of several forward passes."
+    )
+
+
 def field_of(output: Any, name: str, index: int) -> Tensor:
-    """A model output's field: by name, or by place where it is a tuple."""
+    """Return a model output's field: by name, or by place where it is a tuple."""
     return output[index] if isinstance(output, tuple) else output[name]

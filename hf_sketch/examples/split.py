@@ -1,5 +1,6 @@
 """How the tensors of a batch divide into its examples."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,99 +12,80 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
-class ExampleSplit:
-    """The examples of a batch, as parts of every tensor's leading dimension.
+class ExampleSplit(ABC):
+    """The examples of a batch, as parts of a tensor.
 
-    Examples are rows (b, ...), or runs of equal length (b * k, ...) where a model
-    merges dimensions. In a packed batch they are documents, end to end in one row
-    (1, tokens, ...) or in none (tokens, ...).
+    There are three ways: `Rows`, `Runs` and `Packed`. `split_of` chooses the batch's,
+    `within` that of a tensor which the model makes of the batch.
 
     Args:
         size: number of examples.
-        starts: where each packed document starts, and the number of tokens; empty if
-            the batch is not packed.
     """
 
     size: int
-    starts: tuple[int, ...] = ()
 
-    @classmethod
-    def of_inputs(cls, inputs: Mapping[str, Any], main_input: str) -> "ExampleSplit":
-        """The split of a batch that a model is called with.
+    @abstractmethod
+    def within(self, x: Tensor) -> "ExampleSplit | None":
+        """Return how the examples lie in a tensor; None if it does not divide."""
 
-        A single row without an attention mask whose `position_ids` start again is
-        packed.
+    @abstractmethod
+    def stacked(self, x: Tensor) -> Tensor:
+        """Return a tensor that divides with one row per example."""
 
-        Raises:
-            ValueError: no tensor among the inputs, or several packed rows.
-        """
-        tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
-        main = inputs.get(main_input)
-        leading = main if isinstance(main, Tensor) else next(iter(tensors), None)
-        if leading is None or not leading.dim():
-            raise ValueError(
-                "per-example gradients need a model that is called with named tensors, "
-                f"got {sorted(inputs)}: pass per_example=False."
-            )
-        positions = inputs.get("position_ids")
-        if (
-            not isinstance(positions, Tensor)
-            or inputs.get("attention_mask") is not None
-        ):
-            return cls(len(leading))
-        starts = (positions == 0).reshape(-1, positions.shape[-1])
-        if int(starts.sum(1).max()) <= 1:
-            return cls(len(leading))
-        if len(starts) > 1:
-            raise ValueError(
-                "packed documents must lie in one row, got position_ids that start "
-                f"again in {len(starts)} rows: pack with DataCollatorWithFlattening, "
-                "or pass per_example=False."
-            )
-        places = starts[0].nonzero().flatten().tolist()
-        return cls(len(places), (*places, positions.shape[-1]))
+    @abstractmethod
+    def part_of(self, x: Tensor, index: int) -> Tensor:
+        """Return one example's part of a tensor that divides, as a batch of one."""
 
     def rows(self, x: Tensor) -> Tensor | None:
-        """One row an example, documents padded with zeros; None if x does not divide.
+        """Return one row per example, or None if x does not divide.
 
         Shapes:
             x (b, ...), (b * k, ...), (1, tokens, ...) or (tokens, ...)
             returns (b, ...), (b, k, ...) or (b, longest document, ...)
         """
-        if not self.starts:
-            if x.dim() == 0 or len(x) == 0 or len(x) % self.size:
-                return None
-            return x if len(x) == self.size else x.unflatten(0, (self.size, -1))
-        axis = self._axis(x)
-        if axis is None:
-            return None
-        lengths = [after - before for before, after in pairwise(self.starts)]
-        documents = (x[0] if axis else x).split(lengths)
-        return pad_sequence(list(documents), batch_first=True)
+        way = self.within(x)
+        return None if way is None else way.stacked(x)
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        """What belongs to one example, as a batch of one; x itself if it is shared."""
-        if self.starts:
-            axis = self._axis(x)
-            if axis is None:
-                return x
-            return x.narrow(axis, self.starts[index], self._length(index))
-        if x.dim() == 0 or len(x) % self.size:
-            return x
-        each = len(x) // self.size
-        return x[index * each : (index + 1) * each]
+        """Return one example's part as a batch of one; x itself if it is shared."""
+        way = self.within(x)
+        return x if way is None else way.part_of(x, index)
+
+    def mask(self, x: Tensor, index: int) -> Tensor:
+        """Return the tensor with zeros in place of all other examples."""
+        kept = torch.zeros_like(x)
+        self.part(kept, index).copy_(self.part(x, index))
+        return kept
 
     def first(self, inputs: Mapping[str, Any], count: int) -> Mapping[str, Any]:
-        """The inputs of the first examples; of all if they are packed."""
+        """Return the inputs of the first examples; of all if they are packed."""
         return next(self.pieces(inputs, count))
 
     def pieces(
         self, inputs: Mapping[str, Any], count: int
     ) -> Iterator[Mapping[str, Any]]:
-        """The inputs of some examples after the other; of all if they are packed."""
-        if self.starts:
-            yield inputs
-            return
+        """Yield the inputs of `count` examples at a time; of all if they are packed."""
+        yield inputs
+
+
+class Rows(ExampleSplit):
+    """One row per example: (b, ...)."""
+
+    def within(self, x: Tensor) -> ExampleSplit | None:
+        # A shared tensor whose length is a multiple of b by chance counts as runs.
+        if x.dim() == 0 or len(x) == 0 or len(x) % self.size:
+            return None
+        return self if len(x) == self.size else Runs(self.size)
+
+    def stacked(self, x: Tensor) -> Tensor:
+        return x
+
+    def part_of(self, x: Tensor, index: int) -> Tensor:
+        return x[index : index + 1]
+
+    def pieces(
+        self, inputs: Mapping[str, Any], count: int
+    ) -> Iterator[Mapping[str, Any]]:
         for start in range(0, self.size, count):
             yield {
                 name: value[start : start + count]
@@ -112,17 +94,78 @@ class ExampleSplit:
                 for name, value in inputs.items()
             }
 
-    def mask(self, x: Tensor, index: int) -> Tensor:
-        """The same tensor with zeros in place of all other examples."""
-        kept = torch.zeros_like(x)
-        self.part(kept, index).copy_(self.part(x, index))
-        return kept
+
+class Runs(ExampleSplit):
+    """Equally many rows per example, one example after the other: (b * k, ...)."""
+
+    def within(self, x: Tensor) -> ExampleSplit | None:
+        return None if x.dim() == 0 or len(x) % self.size else self
+
+    def stacked(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (self.size, -1))
+
+    def part_of(self, x: Tensor, index: int) -> Tensor:
+        each = len(x) // self.size
+        return x[index * each : (index + 1) * each]
+
+
+@dataclass(frozen=True)
+class Packed(ExampleSplit):
+    """Documents end to end, in one row (1, tokens, ...) or in none (tokens, ...).
+
+    Args:
+        starts: where each document starts, and the number of tokens.
+    """
+
+    starts: tuple[int, ...]
+
+    def within(self, x: Tensor) -> ExampleSplit | None:
+        return None if self._axis(x) is None else self
+
+    def stacked(self, x: Tensor) -> Tensor:
+        lengths = [after - before for before, after in pairwise(self.starts)]
+        documents = (x[0] if self._axis(x) else x).split(lengths)
+        return pad_sequence(list(documents), batch_first=True)
+
+    def part_of(self, x: Tensor, index: int) -> Tensor:
+        axis, length = self._axis(x), self.starts[index + 1] - self.starts[index]
+        assert axis is not None
+        return x.narrow(axis, self.starts[index], length)
 
     def _axis(self, x: Tensor) -> int | None:
-        """The dimension along which packed documents lie."""
+        """Return the dimension along which the documents lie, if there is one."""
         if x.dim() > 1 and x.shape[0] == 1 and x.shape[1] == self.starts[-1]:
             return 1
         return 0 if x.dim() and x.shape[0] == self.starts[-1] else None
 
-    def _length(self, index: int) -> int:
-        return self.starts[index + 1] - self.starts[index]
+
+def split_of(inputs: Mapping[str, Any], main_input: str) -> ExampleSplit:
+    """Return how a batch that a model is called with divides into examples.
+
+    A single row without an attention mask whose `position_ids` start again is packed.
+
+    Raises:
+        ValueError: no tensor among the inputs, or several packed rows.
+    """
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+    main = inputs.get(main_input)
+    leading = main if isinstance(main, Tensor) else next(iter(tensors), None)
+    if leading is None or not leading.dim():
+        raise ValueError(
+            "Per-example gradients need a model that is called with named tensors, got "
+            f"{sorted(inputs)}. Pass per_example=False."
+        )
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, Tensor) or inputs.get("attention_mask") is not None:
+        return Rows(len(leading))
+    starts = (positions == 0).reshape(-1, positions.shape[-1])
+    if int(starts.sum(1).max()) <= 1:
+        return Rows(len(leading))
+    if len(starts) > 1:
+        raise ValueError(
+            f"Packed documents must lie in one row, got {len(starts)} rows whose "
+            "position_ids start again. Pack with DataCollatorWithFlattening, or pass "
+            "per_example=False."
+        )
+    places = starts[0].nonzero().flatten().tolist()
+    return Packed(len(places), (*places, positions.shape[-1]))

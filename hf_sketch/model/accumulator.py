@@ -1,65 +1,75 @@
-"""The sketch of a gradient whose parts come one after the other."""
+"""Sketches of gradients that arrive parameter by parameter, added up."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import reduce
 
 from torch import Tensor
 
-from hf_sketch.sketches import Sketch
+from hf_sketch.sketches import QK, Sketch
 from hf_sketch.sketches.blocked import BlockedSketch, WorkingMemory
 from hf_sketch.sketches.operator import accumulation_dtype
+from hf_sketch.sketches.outer import form_outer
 
 
 @dataclass
-class SketchSum:
-    """Adds up the sketches of parameters' rows.
+class Accumulator:
+    """Adds up the sketches of parameters' gradients as they arrive.
 
-    Parameters that share an operator are held until the end, all others are given up as
-    they come.
+    A gradient comes as whole rows, as a range of coordinates, as a sum of outer
+    products or for one example alone; uses of one parameter add up. It is sketched at
+    once and dropped, unless its parameter shares an operator (fewer than 2**16
+    elements): such rows are held until `result`, and must not change until then.
 
     Args:
-        operators: of the parameters that have one of their own.
-        packed: where each other parameter lies in the vector of those laid end to end.
-        packed_operator: of that vector; None if there is none.
-        whole: the packed operator has one block, for all of the vector.
+        operators: operator of each parameter that has one of its own.
+        two_sided: those of them that fold the two sides of an outer product.
+        packed: place of each other parameter in the vector of those laid end to end.
+        packed_operator: operator of that vector; None if it is empty.
+        whole: the packed operator has a single block, the whole vector.
+        total: (b, out_size), sketches to add to, in place. With it, each part of a
+            batch's gradients is finished as it comes, since sums over blocks are larger
+            than rows. Without it, operators with blocks of one size finish together.
     """
 
     operators: Mapping[str, Sketch]
+    two_sided: Mapping[str, QK]
     packed: Mapping[str, slice]
     packed_operator: Sketch | None
     whole: bool = False
+    total: Tensor | None = None
+    names: set[str] = field(default_factory=set[str])
+    _held: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     _mixed: dict[int, tuple[BlockedSketch, Tensor]] = field(default_factory=dict)
-    _parts: list[Tensor] = field(default_factory=list)
-    _small: dict[str, Tensor] = field(default_factory=dict)
     _memory: WorkingMemory = field(default_factory=WorkingMemory)
+    _by_example: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._by_example = self.total is not None
 
     def add(self, name: str, rows: Tensor) -> None:
-        """Add rows of one parameter: (b, elements of the parameter).
-
-        Those of a parameter that shares an operator must stay as they are until
-        `result`.
-        """
-        rows = rows.to(accumulation_dtype(rows.dtype))
-        if name in self.operators:
-            self._add(self.operators[name], rows)
+        """Add rows of a parameter: (b, elements)."""
+        self.names.add(name)
+        rows = self._converted(rows)
+        operator = self.operators.get(name)
+        if operator is None:
+            self._hold(name, rows)
+        elif self._by_example:
+            self._join(operator.apply_rows(rows))
         else:
-            held = self._small.get(name)
-            self._small[name] = rows if held is None else held + rows
+            self._apply(operator, rows)
 
     def add_part(self, name: str, part: Tensor, start: int) -> None:
         """Add some coordinates of a parameter's rows, those from `start` on.
 
-        Of parameters that share an operator, rows of full length are built.
+        Rows of full length are built for parameters that share an operator.
 
         Shapes:
             part (b, length)
         """
-        part = part.to(accumulation_dtype(part.dtype))
+        part = self._converted(part)
         operator = self.operators.get(name)
         if operator is None:
-            place = self.packed[name]
-            rows = part.new_zeros(len(part), place.stop - place.start)
+            rows = part.new_zeros(len(part), self._elements(name))
             rows[:, start : start + part.shape[1]] = part
             self.add(name, rows)
         elif isinstance(operator, BlockedSketch):
@@ -67,47 +77,112 @@ class SketchSum:
         else:
             self._join(operator.apply_part(part, start))
 
-    def result(self) -> Tensor:
-        """The sketch of all rows: (b, out_size). At least one must have been added."""
-        if self._small:
-            assert self.packed_operator is not None
-            like = next(iter(self._small.values()))
-            length = self._packed_length(self.packed_operator)
-            packed = like.new_zeros(len(like), length)
-            for name, rows in self._small.items():
-                packed[:, self.packed[name]] = rows
-            self._small = {}
-            self._add(self.packed_operator, packed)
-        return reduce(Tensor.add_, self._finished())
+    def fold(self, name: str, factor: Tensor, side: int) -> Tensor:
+        """Return what `add_outer` needs of one side of a parameter's outer products.
 
-    def _add(self, operator: Sketch, rows: Tensor) -> None:
-        """Apply an operator; those in blocks of one size are finished together."""
-        if not isinstance(operator, BlockedSketch):
-            self._join(operator.apply_rows(rows))
-        elif self.whole:
-            self._parts.append(operator.finish(operator.accumulate_whole(rows)))
+        Shapes:
+            factor (b, t, elements of the side), or integer (b, t) for one-hot vectors
+        """
+        operator = self.two_sided.get(name)
+        if operator is None:
+            return factor
+        return operator.fold(self._converted(factor), side)
+
+    def add_outer(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Add sum_t left_t (x) right_t of each example, both sides folded."""
+        left = self._converted(left)
+        operator = self.operators.get(name)
+        if (factored := self.two_sided.get(name)) is not None:
+            assert self.total is not None
+            self.names.add(name)
+            factored.add_folded_(self.total, left, right)
+        elif operator is not None:
+            self.names.add(name)
+            self._join(operator.apply_outer(left, self._converted(right)))
         else:
+            size = self._elements(name)
+            self.add(name, form_outer(left, self._converted(right), 0, size))
+
+    def add_example(self, name: str, index: int, gradient: Tensor) -> None:
+        """Add the gradient of one example, in the parameter's shape."""
+        assert self.total is not None
+        self.names.add(name)
+        row = self._converted(gradient.reshape(1, -1))
+        operator = self.operators.get(name)
+        if operator is not None:
+            self.total[index : index + 1] += operator.apply_rows(row)
+            return
+        if name not in self._held:
+            self._held[name] = row.new_zeros(len(self.total), row.shape[1])
+        self._held[name][index : index + 1] += row
+
+    def result(self) -> Tensor:
+        """Return the sketch of all that came: (b, out_size), at least one part."""
+        if self._held:
+            self._finish_held()
+        for operator, mixed in self._mixed.values():
+            self._join(operator.finish(mixed))
+        self._mixed = {}
+        assert self.total is not None
+        return self.total
+
+    def _finish_held(self) -> None:
+        """Sketch the parameters that share an operator, laid end to end."""
+        operator = self.packed_operator
+        assert operator is not None
+        if self.whole and isinstance(operator, BlockedSketch):
+            packed = self._end_to_end(operator.block)
+            self._join(operator.finish(operator.accumulate_whole(packed)))
+        else:
+            self._apply(operator, self._end_to_end(operator.shape[1]))
+
+    def _end_to_end(self, length: int) -> Tensor:
+        """Return the held rows in their places, and let go of them."""
+        like = next(iter(self._held.values()))
+        packed = like.new_zeros(len(like), length)
+        for name, rows in self._held.items():
+            packed[:, self.packed[name]] = rows
+        self._held = {}
+        return packed
+
+    def _apply(self, operator: Sketch, rows: Tensor) -> None:
+        """Apply an operator; those with blocks of one size finish together."""
+        if isinstance(operator, BlockedSketch):
             self._collect(operator, operator.accumulate(rows, memory=self._memory))
+        else:
+            self._join(operator.apply_rows(rows))
+
+    def _hold(self, name: str, rows: Tensor) -> None:
+        """Keep rows of a parameter that shares an operator."""
+        held = self._held.get(name)
+        if held is None:
+            self._held[name] = rows
+        elif self._by_example:
+            held += rows  # made by a gradient rule, for this sum alone
+        else:
+            self._held[name] = held + rows
 
     def _join(self, part: Tensor) -> None:
-        """Keep one sum of the parts that are finished."""
-        self._parts.append(part)
-        if len(self._parts) > 1:
-            self._parts[0] += self._parts.pop()
+        """Add a finished sketch."""
+        if self.total is None:
+            self.total = part
+        else:
+            self.total += part
 
     def _collect(self, operator: BlockedSketch, mixed: Tensor) -> None:
-        """Keep a sum over blocks, to be finished with those of the same size."""
+        """Add a sum over blocks, to be finished with those of the same size."""
         if operator.block in self._mixed:
             mixed += self._mixed[operator.block][1]
         self._mixed[operator.block] = operator, mixed
 
-    def _finished(self) -> Iterator[Tensor]:
-        yield from self._parts
-        for operator, mixed in self._mixed.values():
-            yield operator.finish(mixed)
+    def _elements(self, name: str) -> int:
+        """Return the size of a parameter that shares an operator."""
+        place = self.packed[name]
+        return place.stop - place.start
 
-    def _packed_length(self, operator: Sketch) -> int:
-        """Room for the parameters laid end to end; an operator's whole block."""
-        if self.whole and isinstance(operator, BlockedSketch):
-            return operator.block
-        return operator.shape[1]
+    def _converted(self, x: Tensor) -> Tensor:
+        """Return numbers in the dtype that sums are kept in; integers as they are."""
+        if not x.is_floating_point():
+            return x
+        given = self.total if self._by_example else None
+        return x.to(accumulation_dtype(x.dtype) if given is None else given.dtype)

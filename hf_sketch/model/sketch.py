@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sketch.model.accumulator import SketchSum
+from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.names import named_parameters
 from hf_sketch.sketches import QK, Sketch
 from hf_sketch.sketches.by_name import check_operator, choose_operator
@@ -129,6 +129,16 @@ class ModelSketch:
         return {name: sketch for name, sketch in own.items() if sketch is not None}
 
     @cached_property
+    def _two_sided(self) -> dict[str, QK]:
+        """The operators that fold the two sides of an outer product apart."""
+        shapes = dict(self.shapes)
+        return {
+            name: operator
+            for name, operator in self.operators.items()
+            if isinstance(operator, QK) and operator.sides == shapes[name]
+        }
+
+    @cached_property
     def packed(self) -> dict[str, slice]:
         """Where each other parameter lies in the vector of those laid end to end."""
         places: dict[str, slice] = {}
@@ -193,11 +203,17 @@ class ModelSketch:
             total.add_part(name, part.detach().unsqueeze(0), start)
         return total.result().squeeze(0)
 
-    def sketch_sum(self) -> SketchSum:
-        """A sketch of gradients that come parameter by parameter."""
+    def sketch_sum(self, total: Tensor | None = None) -> Accumulator:
+        """Return an empty sum of sketches, for gradients that come part by part.
+
+        Args:
+            total: (b, out_size), where to add up the rows of a batch's examples; by
+                default whole gradients are added up.
+        """
         packed_operator = self.packed_operator if self.packed else None
-        return SketchSum(
-            self.operators, self.packed, packed_operator, self.layout == "flat"
+        whole = self.layout == "flat"
+        return Accumulator(
+            self.operators, self._two_sided, self.packed, packed_operator, whole, total
         )
 
     def adjoint(self, vector: Tensor) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ from typing import Final, TypeGuard
 
 from torch import nn
 
-from hf_sketch.examples.hooks import Watched, watched_modules
+from hf_sketch.examples.hooks import rules_of
+from hf_sketch.examples.rules.base import NoRule, Rule
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.sketches import QK, Sketch
 from hf_sketch.sketches.blocked import BlockedSketch
@@ -108,10 +109,10 @@ def example_work(model: nn.Module, sketch: ModelSketch, batch: BatchShape) -> Wo
     parameters = sketch.parameters_of(model)
     shapes = dict(sketch.shapes)
     total = _rows_work(sketch, batch) + _loss_work(model, batch)
-    for watched in watched_modules(model, parameters):
+    for watched in rules_of(model, parameters):
         own = {a: shapes[n] for a, n in watched.names.items()}
         total += Work(calls=1)
-        if watched.rule is None:
+        if isinstance(watched, NoRule):
             elements = sum(math.prod(shape) for shape in own.values())
             total += Work(6 * batch.all_tokens * elements, calls=batch.examples)
             continue
@@ -213,7 +214,7 @@ def _loss_work(model: nn.Module, batch: BatchShape) -> Work:
 
 
 def _parts(
-    watched: Watched,
+    watched: Rule,
     shapes: Mapping[str, tuple[int, ...]],
     sketch: ModelSketch,
     batch: BatchShape,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hf_sketch.model.accumulator import SketchSum
+from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.sketch import ModelSketch
 
 Slot = tuple[nn.Module, str, str]  # a module, its attribute, the parameter's name
@@ -31,7 +31,7 @@ class OmegaGradient:
         self._model_sketch = model_sketch
         self.omega = omega
         self._when_taken = when_taken
-        self._sum: SketchSum | None = None
+        self._sum: Accumulator | None = None
 
     @property
     def names(self) -> list[str]:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.examples.sums import GradientSums
+from hf_sketch.model.accumulator import Accumulator
 from tests.helpers.training import tiny_trainer
 
 SIZE = 64
@@ -100,16 +100,16 @@ def test_training_may_go_on_without_rows(tmp_path, uninterrupted, monkeypatch):
 def test_the_store_says_where_recording_was_off(tmp_path, monkeypatch):
     callback = GradientSketchCallback(SIZE, on_error="warn")
     trainer = tiny_trainer(tmp_path, callback)
-    plain = GradientSums.add
+    plain = Accumulator.add_outer
     calls = [0]
 
-    def add(self, name, contribution):
+    def add(self, name, left, right):
         calls[0] += 1
-        if calls[0] > 300:
+        if calls[0] > 120:
             raise torch.OutOfMemoryError("the device is full")
-        plain(self, name, contribution)
+        plain(self, name, left, right)
 
-    monkeypatch.setattr(GradientSums, "add", add)
+    monkeypatch.setattr(Accumulator, "add_outer", add)
     with pytest.warns(UserWarning, match=r"goes on: .*did not fit into memory .*full"):
         trainer.train()
     assert trainer.state.global_step == 6
@@ -127,20 +127,20 @@ def test_the_store_says_where_recording_was_off(tmp_path, monkeypatch):
 
 
 def test_memory_that_runs_out_in_a_hook_is_an_error_of_ours(tmp_path, monkeypatch):
-    def add(self, name, contribution):
+    def add(self, name, left, right):
         raise torch.OutOfMemoryError("the device is full")
 
-    monkeypatch.setattr(GradientSums, "add", add)
+    monkeypatch.setattr(Accumulator, "add_outer", add)
     trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE))
     with pytest.raises(MemoryError, match=r"\(the device is full\): pass layout="):
         trainer.train()
 
 
 def test_a_step_without_memory_leaves_nothing_behind(tmp_path, monkeypatch):
-    def add(self, name, contribution):
+    def add(self, name, left, right):
         raise torch.OutOfMemoryError("the device is full")
 
-    monkeypatch.setattr(GradientSums, "add", add)
+    monkeypatch.setattr(Accumulator, "add_outer", add)
     trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE, on_error="warn"))
     with pytest.warns(UserWarning, match="did not fit into memory"):
         trainer.train()

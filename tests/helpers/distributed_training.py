@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from hf_sketch import SubspaceConfig
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.examples.sums import GradientSums
+from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.processes import reduced
 from tests.helpers.launching import run_scenarios
 from tests.helpers.text_training import Pad, text_dataset, undropped
@@ -270,17 +270,17 @@ def disk(directory):
 
 def memory(directory):
     """The first process runs out of memory amid a step."""
-    plain_add, calls = GradientSums.add, [0]
+    plain_add, calls = Accumulator.add_outer, [0]
 
-    def add(self, name, contribution):
+    def add(self, name, left, right):
         calls[0] += 1
-        if calls[0] > 300 and PartialState().is_main_process:
+        if calls[0] > 120 and PartialState().is_main_process:
             raise torch.OutOfMemoryError("the device is full")
-        plain_add(self, name, contribution)
+        plain_add(self, name, left, right)
 
-    GradientSums.add = add
+    Accumulator.add_outer = add
     train(directory, GradientSketchCallback(SIZE, on_error="warn"))
-    GradientSums.add = plain_add
+    Accumulator.add_outer = plain_add
 
 
 def garbage(directory):

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, HfArgumentParser
 
 from hf_sketch import ModelSketch
-from hf_sketch.examples.hooks import Batch
+from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.planning.machine import Machine
 from hf_sketch.planning.plan import Plan, plan_recording

@@ -1,0 +1,122 @@
+"""A batch in flight: from its forward pass until its rows are taken."""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hf_sketch.examples.losses import ExampleLosses
+from hf_sketch.examples.replay import Replay
+from hf_sketch.examples.split import ExampleSplit
+from hf_sketch.model.accumulator import Accumulator
+
+
+@dataclass
+class Batch:
+    """All that is known of a batch between its forward pass and `take`.
+
+    Args:
+        inputs: what the model was called with.
+        split: its examples.
+        sums: where contributions go.
+        in_shards: parameters are whole only while their module runs (FSDP2).
+        outputs: collects the tensors that are watched; None if nobody wants them.
+        phase: how far the batch has come. One that is left in "forward" or "backward"
+            was interrupted by an error.
+        losses: each example's own loss; None if the model computes no loss.
+        scale: the gradient with which the loss entered the backward pass.
+        failure: what went wrong in a hook, in words: the error itself would keep the
+            graph alive. Nothing more is read then, and training goes on.
+        called: paths of the modules that were called.
+        reached: parameters that the backward pass came to.
+        random_states: of modules without a rule, by path, before their last call.
+        replays: calls to be run again, with the gradients of their outputs.
+    """
+
+    inputs: Mapping[str, Any]
+    split: ExampleSplit
+    sums: Accumulator
+    in_shards: bool = False
+    outputs: list[Tensor] | None = None
+    phase: Literal["new", "forward", "loss", "backward", "done"] = "new"
+    losses: ExampleLosses | None = None
+    scale: Tensor | None = None
+    failure: str | None = None
+    called: set[str] = field(default_factory=set[str])
+    reached: set[str] = field(default_factory=set[str])
+    random_states: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    replays: list[Replay] = field(default_factory=list[Replay])
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its forward and backward pass have run."""
+        if self.phase not in ("loss", "done"):
+            return False
+        return self.losses is None or self.scale is not None
+
+    def watch(self, tensor: Tensor, read: Callable[[Tensor], None]) -> None:
+        """Call `read` with the tensor's gradient, once, and let go of it then."""
+        readers = [read]
+
+        def hook(gradient: Tensor) -> None:
+            self.begin_backward()
+            while readers:
+                reader = readers.pop()
+                with self.holding_failures(), torch.no_grad():
+                    if self.failure is None:
+                        reader(gradient)
+
+        tensor.register_hook(hook)
+        if self.outputs is not None:
+            self.outputs.append(tensor)
+
+    def watch_loss(self, loss: Tensor) -> None:
+        """Note with which factor the loss enters the backward pass."""
+
+        def keep_scale(gradient: Tensor) -> None:
+            self.begin_backward()
+            self.scale = gradient.detach().clone()
+
+        loss.register_hook(keep_scale)
+
+    def begin_backward(self) -> None:
+        """Note that the backward pass runs, and when it ends without an error."""
+        if self.phase == "loss":
+            self.phase = "backward"
+            # There is no public way to hear of the end of a backward pass.
+            variable: Any = torch.autograd.Variable
+            variable._execution_engine.queue_callback(self._end_backward)
+
+    @contextmanager
+    def holding_failures(self) -> Generator[None]:
+        """Note it if memory runs out within."""
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self.failure = str(error)
+
+    def rows(self) -> Tensor:
+        """Return the batch's rows, with what is computed after the backward pass.
+
+        Raises:
+            MemoryError: memory ran out in a hook.
+        """
+        if self.failure is not None:
+            raise MemoryError(
+                "the gradients of the examples did not fit into memory "
+                f"({self.failure}): pass layout='factored', a smaller out_size or "
+                "per_device_train_batch_size, or per_example=False."
+            )
+        while self.replays:
+            replay = self.replays.pop(0)
+            names = replay.rule.names
+            for index, gradients in enumerate(replay.gradients(self.split)):
+                for attribute, gradient in gradients.items():
+                    self.sums.add_example(names[attribute], index, gradient)
+        return self.sums.result()
+
+    def _end_backward(self) -> None:
+        self.phase = "done"

@@ -1,0 +1,1 @@
+"""One rule per kind of module: how its weights get their per-example gradients."""

@@ -1,0 +1,100 @@
+"""What every gradient rule has in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_sketch.examples.split import ExampleSplit
+from hf_sketch.model.accumulator import Accumulator
+
+# A parameter's attribute in its module, and its per-example gradients. Without the
+# last, row i of the first tensor (b, elements) is example i's gradient; with it,
+# sum_t left[i, t] (x) right[i, t] is, and integer left (b, t) stands for one-hot
+# vectors.
+Contribution = tuple[str, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module in a forward pass.
+
+    Args:
+        args: positional arguments.
+        kwargs: named arguments.
+        output: what the module returned.
+        split: the batch's examples.
+        sums: where the contributions go.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+    split: ExampleSplit
+    sums: Accumulator
+
+    @property
+    def input(self) -> Tensor:
+        """The first argument."""
+        return (*self.args, *self.kwargs.values())[0].detach()
+
+
+class Rule(ABC):
+    """How the parameters of one module get their per-example gradients.
+
+    A rule is asked in each forward pass and again when the gradient of the module's
+    output is there. What it finds out about the module on the first call are fields.
+
+    Args:
+        module: the module, with trainable parameters of its own.
+        path: its name in the model.
+        names: the sketch's names of its parameters, by attribute.
+    """
+
+    def __init__(self, module: nn.Module, path: str, names: dict[str, str]) -> None:
+        self.module = module
+        self.path = path
+        self.names = names
+
+    def __str__(self) -> str:
+        return f"{type(self.module).__name__} at {self.path!r}"
+
+    @abstractmethod
+    def forward(self, call: Call) -> Any:
+        """Return what `backward` needs of a call; None if the rule does not apply."""
+
+    @abstractmethod
+    def backward(self, saved: Any, gradient: Tensor) -> Iterable[Contribution]:
+        """Yield the parameters' per-example gradients, given that of the output.
+
+        The sides of outer products come folded; see `fold`.
+        """
+
+    def fold(self, sums: Accumulator, attribute: str, x: Tensor, side: int) -> Tensor:
+        """Return what is needed of one side (0 left, 1 right) of outer products."""
+        name = self.names.get(attribute)
+        return x if name is None else sums.fold(name, x, side)
+
+
+class NoRule(Rule):
+    """A module of an unknown kind, which is run again for each example."""
+
+    def forward(self, call: Call) -> None:
+        return None
+
+    def backward(self, saved: Any, gradient: Tensor) -> Iterable[Contribution]:
+        raise AssertionError("a module without a rule is run again")
+
+
+def tokens(split: ExampleSplit, x: Tensor) -> Tensor:
+    """Merge all dimensions between the example and the features: (b, t, f)."""
+    rows = split.rows(x)
+    assert rows is not None
+    return rows.reshape(len(rows), -1, rows.shape[-1])
+
+
+def over_tokens(split: ExampleSplit, x: Tensor, features: int = 1) -> Tensor:
+    """Sum over each example's tokens: (b, elements of the last `features` axes)."""
+    return tokens(split, x.flatten(x.dim() - features)).sum(1)

@@ -1,0 +1,54 @@
+"""The rule of convolutions."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from hf_sketch.examples.rules.base import Call, Contribution, Rule
+from hf_sketch.examples.split import Packed
+
+
+class Convolution(Rule):
+    """y[o, p] = sum_i W[o, i] patch_p[i] + b[o], in any number of dimensions."""
+
+    def forward(self, call: Call) -> tuple[int, Tensor] | None:
+        module: Any = self.module
+        packed = isinstance(call.split, Packed)
+        if packed or module.groups != 1 or module.padding_mode != "zeros":
+            return None
+        return call.split.size, call.input
+
+    def backward(
+        self, saved: tuple[int, Tensor], gradient: Tensor
+    ) -> Iterator[Contribution]:
+        examples, x = saved
+        left = gradient.flatten(2).transpose(1, 2)
+        left = left.reshape(examples, -1, left.shape[-1])
+        right = _patches(self.module, x).reshape(examples, left.shape[1], -1)
+        yield "weight", left, right
+        yield "bias", left.sum(1), None
+
+
+def _patches(module: Any, x: Tensor) -> Tensor:
+    """Return what a convolution multiplies: (b, c, ...) -> (b, places, c * offsets)."""
+    x = functional.pad(x, _padding(module))
+    geometry = (module.kernel_size, module.stride, module.dilation)
+    for axis, (size, stride, dilation) in enumerate(zip(*geometry, strict=True)):
+        x = x.unfold(2 + axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    axes = len(module.kernel_size)
+    return x.movedim(1, 1 + axes).flatten(1, axes).flatten(2)
+
+
+def _padding(module: Any) -> list[int]:
+    """Return the zeros before and after each axis, the last axis first."""
+    sizes = list(zip(module.kernel_size, module.dilation, strict=True))
+    if module.padding == "same":
+        totals = [dilation * (size - 1) for size, dilation in sizes]
+    elif module.padding == "valid":
+        totals = [0] * len(sizes)
+    else:
+        totals = [2 * padding for padding in module.padding]
+    pairs = [(total // 2, total - total // 2) for total in reversed(totals)]
+    return [zeros for pair in pairs for zeros in pair]

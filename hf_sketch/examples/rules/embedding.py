@@ -1,0 +1,83 @@
+"""The rule of embeddings."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hf_sketch.examples.rounding import agree
+from hf_sketch.examples.rules.base import Call, Contribution, Rule, tokens
+from hf_sketch.examples.split import ExampleSplit
+from hf_sketch.model.accumulator import Accumulator
+
+Saved = tuple[ExampleSplit, Accumulator, Tensor, Tensor]
+
+
+class Embedding(Rule):
+    """y = scale * W[ids]; the padding row gets no gradient.
+
+    Args:
+        module: an embedding.
+        path: see `Rule`.
+        names: see `Rule`.
+        scale: the factor; None if the module has a forward pass of its own. That may
+            only scale, and its first call shows by how much.
+
+    Raises:
+        ValueError: an example's gradient depends on the rest of its batch.
+    """
+
+    def __init__(
+        self,
+        module: nn.Embedding,
+        path: str,
+        names: dict[str, str],
+        scale: float | None = 1.0,
+    ) -> None:
+        super().__init__(module, path, names)
+        _check_independence(module)
+        self.scale = scale
+        self.applies = True
+        padding = module.padding_idx
+        self._padding = -1 if padding is None else padding
+
+    def forward(self, call: Call) -> Saved | None:
+        ids = call.input
+        if ids.is_floating_point() or ids.shape != call.output.shape[:-1]:
+            return None
+        if self.scale is None and self.applies:
+            self.scale = _scale_of(call, self.module.get_parameter("weight"))
+            self.applies = self.scale is not None
+        ids = call.split.rows(ids)
+        if ids is None or self.scale is None:
+            return None
+        ids = ids.flatten(1)
+        left = self.fold(call.sums, "weight", ids, 0)
+        counted = self.scale * (ids != self._padding).unsqueeze(-1)
+        return call.split, call.sums, left, counted
+
+    def backward(self, saved: Saved, gradient: Tensor) -> Iterator[Contribution]:
+        split, sums, left, counted = saved
+        right = tokens(split, gradient) * counted
+        yield "weight", left, self.fold(sums, "weight", right, 1)
+
+
+def _scale_of(call: Call, weight: Tensor) -> float | None:
+    """Return the factor between the output and the looked up rows, if there is one."""
+    plain = functional.embedding(call.input, weight).to(call.output.dtype)
+    if plain.shape != call.output.shape:
+        return None
+    energy = plain.square().sum()
+    scale = float((call.output * plain).sum() / energy) if energy > 0 else 0.0
+    return scale if agree(call.output, scale * plain, "rule") else None
+
+
+def _check_independence(module: nn.Embedding) -> None:
+    """Raise if an example's gradient depends on the rest of its batch."""
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        raise ValueError(
+            "Per-example gradients need an Embedding without max_norm, "
+            f"scale_grad_by_freq and sparse, got max_norm={module.max_norm}, "
+            f"scale_grad_by_freq={module.scale_grad_by_freq}, sparse={module.sparse}. "
+            "Turn them off, or pass per_example=False."
+        )

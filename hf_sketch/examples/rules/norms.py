@@ -1,0 +1,100 @@
+"""The rules of normalising layers."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional
+
+from hf_sketch.examples.rounding import agree
+from hf_sketch.examples.rules.base import Call, Contribution, Rule, over_tokens
+from hf_sketch.examples.split import ExampleSplit
+from hf_sketch.model.fsdp import call_with
+from hf_sketch.sketches.transforms.lazy import is_lazy
+
+
+class LayerNorm(Rule):
+    """y = W * normalised(x) + b."""
+
+    def forward(self, call: Call) -> tuple[ExampleSplit, Tensor]:
+        return call.split, call.input
+
+    def backward(
+        self, saved: tuple[ExampleSplit, Tensor], gradient: Tensor
+    ) -> Iterator[Contribution]:
+        split, x = saved
+        module: Any = self.module
+        shape = list(module.normalized_shape)
+        normalised = functional.layer_norm(x.to(gradient), shape, eps=module.eps)
+        for name, part in (("weight", gradient * normalised), ("bias", gradient)):
+            yield name, over_tokens(split, part, len(shape)), None
+
+
+class Elementwise(Rule):
+    """One vector w and y = (w + c) * n or y = offset + w * n, as RMSNorms compute.
+
+    Covers every spelling: n is what the module gives at w = 1 less what it gives at
+    w = 0. The first call checks that y is linear in w, coordinate by coordinate.
+    """
+
+    def __init__(self, module: nn.Module, path: str, names: dict[str, str]) -> None:
+        super().__init__(module, path, names)
+        # Factors of the outputs at constant w whose sum is n; empty if not linear.
+        self.slope: dict[float, float] | None = None
+        self._like: Tensor | None = None  # of the dtype and device that w has in calls
+
+    def forward(self, call: Call) -> Call | tuple[ExampleSplit, Tensor, Tensor] | None:
+        ((_, weight),) = self.module.named_parameters()
+        if self.slope is None:
+            self._like = weight.detach().new_empty(0)
+            self.slope = self._learn(call, weight)
+        if not self.slope:
+            return None
+        whole = not isinstance(self.module, FSDPModule)  # also in the backward pass
+        if self.slope == {1.0: 1.0} and whole and _divides_well(weight):
+            return call.split, call.output, weight.detach()
+        return dataclasses.replace(call, output=self._like)
+
+    def backward(
+        self, saved: Call | tuple[ExampleSplit, Tensor, Tensor], gradient: Tensor
+    ) -> Iterator[Contribution]:
+        ((name, _),) = self.module.named_parameters()
+        if isinstance(saved, Call):
+            assert self.slope
+            n = sum(f * self._output_at(saved, w) for w, f in self.slope.items())
+            yield name, over_tokens(saved.split, gradient * n), None
+        else:
+            split, y, w = saved
+            yield name, over_tokens(split, gradient * y) / w, None
+
+    def _learn(self, call: Call, weight: Tensor) -> dict[float, float]:
+        """Return the slope; empty if y is not linear in w."""
+        if call.output.shape[-1:] != weight.shape:
+            return {}
+        offset, one = self._output_at(call, 0.0), self._output_at(call, 1.0)
+        ramp = torch.linspace(1, 2, len(weight)).to(weight)
+        foretold = offset + ramp * (one - offset)
+        if not agree(self._output_at(call, ramp), foretold, "rule"):
+            return {}
+        if not offset.any():
+            return {1.0: 1.0}
+        return {0.0: 1.0} if agree(one, 2 * offset, "rule") else {1.0: 1.0, 0.0: -1.0}
+
+    def _output_at(self, call: Call, w: float | Tensor) -> Tensor:
+        """Return what the module gives with another weight."""
+        ((name, weight),) = self.module.named_parameters()
+        assert self._like is not None
+        w = w if isinstance(w, Tensor) else self._like.new_full(weight.shape, w)
+        with torch.no_grad():
+            return call_with(self.module, {name: w}, call.args, call.kwargs)
+
+
+def _divides_well(weight: Tensor) -> bool:
+    """Return whether y = w * n gives n back with nearly all of its bits."""
+    if is_lazy(weight):
+        return False  # to know would take longer than to compute n again
+    sizes = weight.detach().abs()
+    return weight.element_size() >= 4 and bool(sizes.min() > 1e-4 * sizes.max())
