@@ -1,27 +1,24 @@
-"""Training in several processes, for test_processes.py to start and to look at.
-
-`torchrun --nproc_per_node 2 --module tests.helpers.distributed_training <dir> watched`.
-"""
+"""Training in several processes: scenarios of tests/processes."""
 
 import gc
 import json
 import os
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from accelerate.state import PartialState
 from peft import get_peft_model
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import TrainerCallback
 
 from hf_sketch import SubspaceConfig
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.model.accumulator import Accumulator
-from hf_sketch.processes import reduced
-from tests.helpers.launching import run_scenarios
+from hf_sketch.processes import end_group, reduced
 from tests.helpers.text_training import Pad, text_dataset, undropped
 from tests.helpers.training import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
 
@@ -283,13 +280,21 @@ def memory(directory):
     Accumulator.add_outer = plain_add
 
 
-def garbage(directory):
+def ended(directory):
     """The end of a program: a wrapped model that nothing but itself holds."""
-    directory.mkdir(parents=True, exist_ok=True)
     gc.disable()
     trainer = trainer_of(directory, max_steps=1)
     trainer.train()
     trainer.model_wrapped.owner = trainer
+    del trainer
+    end_group()
+    gc.enable()
+    tasks = Path("/proc/self/task").glob("*/comm")  # none where the system has no such
+    leave(directory, threads=[path.read_text().strip() for path in tasks])
+    # A group for the scenarios that follow; torchrun's own store has the first one's.
+    store = f"file://{directory}/group"
+    rank, processes = PartialState().process_index, PartialState().num_processes
+    distributed.init_process_group("gloo", store, rank=rank, world_size=processes)
 
 
 def subspace_settings():
@@ -321,28 +326,27 @@ def subspace(directory):
 
 
 SCENARIOS = {
-    "continued": continued,
-    "disk": disk,
-    "divides": divides,
-    "garbage": garbage,
-    "grouped": grouped,
-    "interrupted": interrupted,
-    "left": left,
-    "memory": memory,
-    "padded": padded,
-    "plain": plain,
-    "rarely": rarely,
-    "split": split,
-    "stream": stream,
-    "subspace": subspace,
-    "tokens": tokens,
-    "uncovered": uncovered,
-    "unlike": unlike,
-    "unused": unused,
-    "watched": watched,
-    "widened": widened,
+    f"ddp/{scenario.__name__}": scenario
+    for scenario in (
+        plain,
+        watched,
+        interrupted,
+        divides,
+        padded,
+        left,
+        grouped,
+        unlike,
+        rarely,
+        tokens,
+        stream,
+        unused,
+        uncovered,
+        disk,
+        memory,
+        subspace,
+        continued,
+        split,
+        widened,
+        ended,
+    )
 }
-
-
-if __name__ == "__main__":
-    run_scenarios(SCENARIOS)

@@ -1,20 +1,17 @@
-"""Scores that several processes take together, for tests to start.
+"""Scores that several processes take together: a scenario of tests/processes."""
 
-`torchrun --nproc_per_node 2 --module tests.helpers.joint_scoring <file>`.
-"""
-
-import sys
 import warnings
+from unittest.mock import patch
 
 import torch
+from accelerate.state import PartialState
 
 from hf_sketch import ModelSketch
-from hf_sketch.processes import end_group
 from tests.helpers.rows_in_memory import rows_of
 
-OUT_SIZE = 2**20  # blocks of four rows
+OUT_SIZE = 64
 ROWS = 22
-SKETCH = ModelSketch((("weight", (2**21,)),), OUT_SIZE)
+SKETCH = ModelSketch((("weight", (2 * OUT_SIZE,)),), OUT_SIZE)
 
 
 def store():
@@ -56,11 +53,15 @@ def answers(rows):
     return {**found, "warnings": told}
 
 
-def main(file):
-    found = answers(store().over_processes())
-    torch.save(found, f"{file}-{torch.distributed.get_rank()}.pt")
-    end_group()
+def in_blocks_of_four():
+    """Rows are read four at a time, though they are short."""
+    return patch("hf_sketch.store.blocks._BLOCK_ELEMENTS", 4 * OUT_SIZE)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+def scores(directory):
+    with in_blocks_of_four():
+        found = answers(store().over_processes())
+    torch.save(found, directory / f"answers-{PartialState().process_index}.pt")
+
+
+SCENARIOS = {"joint/scores": scores}

@@ -1,7 +1,4 @@
-"""Spectra and searches in several processes, for tests to start and to look at.
-
-`torchrun --nproc_per_node 2 --module tests.helpers.joint_training <directory> spectra`.
-"""
+"""Spectra and searches in several processes: scenarios of tests/processes."""
 
 import torch
 from accelerate.state import PartialState
@@ -13,11 +10,9 @@ import hf_sketch.spectra.files as spectrum_files
 from hf_sketch import SubspaceConfig
 from hf_sketch.callbacks import HessianSpectrumCallback, IntrinsicDimensionCallback
 from tests.helpers.distributed_training import even, leave, train, trainer_of
-from tests.helpers.launching import run_scenarios
 from tests.helpers.text_training import Pad, text_dataset, undropped
 from tests.helpers.training import Interrupt, tiny_dataset
 
-MODULE = "tests.helpers.joint_training"
 STEPS = (0, 2, 3)
 SHORT = {"max_steps": 3, "save_steps": 1}
 
@@ -68,7 +63,6 @@ def plain(directory):
 
 def spectra(directory):
     """A classifier with dropout; each process notes what is logged."""
-    directory.mkdir(parents=True, exist_ok=True)
     notes = Logs()
     train(directory, Weights(directory), notes, spectra_of(), **SHORT)
     leave(directory, logs=notes.logs)
@@ -76,7 +70,6 @@ def spectra(directory):
 
 def weighted(directory, **options):
     """A language model, whose batches have different numbers of tokens."""
-    directory.mkdir(parents=True, exist_ok=True)
     trainer = trainer_of(
         directory,
         Weights(directory),
@@ -129,7 +122,6 @@ def failing(directory):
 
 def unwritable(directory):
     """The first process cannot make the directory."""
-    directory.mkdir(parents=True, exist_ok=True)
     if PartialState().is_main_process:
         (directory / "curvature").write_text("a file where the directory should be")
     train(directory, spectra_of(), **SHORT)
@@ -174,8 +166,10 @@ class Exchanged(TrainerCallback):
         self.sizes = []
 
     def on_train_begin(self, args, state, control, **kwargs):
+        sizes = self.sizes  # what DDP holds must not hold the Trainer, which holds it
+
         def note(group, bucket):
-            self.sizes.append(sum(p.numel() for p in bucket.parameters()))
+            sizes.append(sum(p.numel() for p in bucket.parameters()))
             return allreduce_hook(group, bucket)
 
         self.trainer.model_wrapped.register_comm_hook(None, note)
@@ -264,24 +258,23 @@ def search_broken(directory):
 
 
 SCENARIOS = {
-    "search": search,
-    "search_broken": search_broken,
-    "search_refused": search_refused,
-    "search_resumed": search_resumed,
-    "search_unwritable": search_unwritable,
-    "search_with_a_head": search_with_a_head,
-    "broken": broken,
-    "differences": differences,
-    "failing": failing,
-    "plain": plain,
-    "resumed": resumed,
-    "spectra": spectra,
-    "unlabelled": unlabelled,
-    "unlike": unlike,
-    "unwritable": unwritable,
-    "weighted": weighted,
+    f"joint/{scenario.__name__}": scenario
+    for scenario in (
+        plain,
+        spectra,
+        weighted,
+        differences,
+        unlabelled,
+        resumed,
+        failing,
+        unwritable,
+        unlike,
+        broken,
+        search,
+        search_with_a_head,
+        search_resumed,
+        search_unwritable,
+        search_refused,
+        search_broken,
+    )
 }
-
-
-if __name__ == "__main__":
-    run_scenarios(SCENARIOS)

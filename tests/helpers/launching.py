@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
+import pytest
 import torch
 from transformers.utils import logging
 
@@ -22,23 +24,33 @@ ACCELERATE = (
     "--dynamo_backend=no",
     "--num_processes",
 )
-_LONGEST_SECONDS = 300
+_LONGEST_SECONDS = 900  # all scenarios, beside other tests
 
 
-def launch(
-    launcher,
-    processes,
-    directory,
-    scenarios,
-    module="tests.helpers.distributed_training",
-):
-    """Run a module's scenarios, one after the other, each in all processes."""
-    code, errors, _ = run_together(launcher, processes, directory, scenarios, module)
+def in_two_and_four(*scenarios):
+    """Marks a test of what two processes leave; in the full tier also of four."""
+    two, four = (pytest.mark.in_processes(count, *scenarios) for count in (2, 4))
+    params = [
+        pytest.param(2, marks=two),
+        pytest.param(4, marks=[four, pytest.mark.full]),
+    ]
+    return pytest.mark.parametrize("processes", params)
+
+
+def launch(processes, directory, scenarios, **options):
+    """Run scenarios, one after the other, each in all processes."""
+    code, errors, _ = run_together(processes, directory, scenarios, **options)
     assert code == 0, errors[-5000:]
     return directory
 
 
-def run_together(launcher, processes, directory, scenarios, module):
+def run_together(
+    processes,
+    directory,
+    scenarios,
+    launcher=TORCHRUN,
+    module="tests.helpers.scenarios",
+):
     """As `launch`, though processes may fail; (exit code, standard error, seconds)."""
     module = ("--module", module, str(directory), *scenarios)
     started = time.monotonic()
@@ -64,18 +76,17 @@ def run_scenarios(scenarios):
     torch.set_num_threads(1)
     top = Path(sys.argv[1])
     for name in sys.argv[2:]:
-        scenarios[name](top / name)
+        (top / name).mkdir(parents=True, exist_ok=True)
+        with patch.dict(os.environ):  # the Trainer leaves its settings there
+            scenarios[name](top / name)
     end_group()
-    tasks = Path("/proc/self/task").glob("*/comm")  # none where the system has no such
-    threads = [path.read_text().strip() for path in tasks]
-    (top / f"threads-{os.environ['RANK']}.json").write_text(json.dumps(threads))
     # FSDP's meshes keep the group's threads, which abort an interpreter that ends when
     # they ask for it: https://github.com/pytorch/pytorch/issues/190489.
     sys.stderr.flush()
     os._exit(0)
 
 
-def told(directory, name, processes=2):
-    """What each process wrote down under a name."""
+def results(directory, name, processes=2):
+    """What each process left under a name."""
     paths = [directory / f"{name}-{rank}.json" for rank in range(processes)]
     return [json.loads(path.read_text()) for path in paths]

@@ -1,7 +1,4 @@
-"""Training of parameters in shards (FSDP2), for test_sharded.py to start.
-
-`torchrun --nproc_per_node 2 --module tests.helpers.sharded_training <dir> watched`.
-"""
+"""Training of parameters in shards (FSDP2): scenarios of tests/processes."""
 
 import os
 import warnings
@@ -35,7 +32,6 @@ from tests.helpers.distributed_training import (
     leave,
     undropped_bert,
 )
-from tests.helpers.launching import run_scenarios
 from tests.helpers.tiny_models import NAMES, tiny_inputs, tiny_model
 from tests.helpers.training import TINY_TRAINING, tiny_batch, tiny_bert, tiny_dataset
 
@@ -273,20 +269,19 @@ def rows_of(model, inputs):
 
 IN_MANY_UNITS = ("gpt2", "llama", "gemma", "mixtral", "bert", "bart", "t5")
 SCENARIOS = {
-    "blocked": blocked,
-    "checkpointed": checkpointed,
-    "dropped": dropped,
-    "families": families,
-    "memory": memory,
-    "mixed": mixed,
-    "plain": plain,
-    "refused": refused,
-    "replicas": replicas,
-    "resumed": resumed,
-    "units": units,
-    "watched": watched,
+    f"fsdp/{scenario.__name__}": scenario
+    for scenario in (
+        families,
+        units,
+        watched,
+        resumed,
+        replicas,
+        blocked,
+        checkpointed,
+        plain,
+        dropped,
+        refused,
+        memory,
+        mixed,
+    )
 }
-
-
-if __name__ == "__main__":
-    run_scenarios(SCENARIOS)

@@ -1,7 +1,4 @@
-"""Several processes record what one records with the same batches, once.
-
-Training runs in processes of their own, by tests/helpers/distributed_training.py.
-"""
+"""Several processes record what one records with the same batches, once."""
 
 import re
 import shutil
@@ -15,41 +12,19 @@ from hf_sketch.store.header import Header
 from hf_sketch.store.manifest import read_manifests
 from hf_sketch.store.writer import SketchWriter
 from tests.helpers.distributed_training import GLOBAL_BATCH, SIZE, even
-from tests.helpers.launching import ACCELERATE, TORCHRUN, launch, run_together, told
+from tests.helpers.launching import (
+    ACCELERATE,
+    in_two_and_four,
+    launch,
+    results,
+    run_together,
+)
+from tests.helpers.rows import assert_same_rows, columns, in_order
 from tests.helpers.stores import SKETCH, step_row
 from tests.helpers.text_training import Pad, text_dataset, train, undropped
 from tests.helpers.training import Interrupt, tiny_dataset, tiny_trainer
 
-IN_TWO = ("plain", "watched", "interrupted", "divides", "padded", "left", "grouped")
-IN_TWO += (
-    "unlike",
-    "rarely",
-    "tokens",
-    "stream",
-    "unused",
-    "uncovered",
-    "disk",
-    "memory",
-    "garbage",  # the last one: it switches collection off
-)
-IN_FOUR = ("divides", "padded")
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What two processes leave."""
-    return launch(TORCHRUN, 2, tmp_path_factory.mktemp("two"), IN_TWO)
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    """What four processes leave."""
-    return launch(TORCHRUN, 4, tmp_path_factory.mktemp("four"), IN_FOUR)
-
-
-@pytest.fixture
-def launched(request):
-    return request.getfixturevalue(request.param)
+pytestmark = pytest.mark.xdist_group("processes")
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +41,6 @@ def single_trainer(directory, *callbacks, **arguments):
     return tiny_trainer(directory, callback, *callbacks, dataset=dataset, **settings)
 
 
-def columns(dataset):
-    return dataset.with_format("torch")[:]
-
-
-def in_order(rows):
-    """Rows by epoch and example."""
-    key = rows["epoch"] * 1000 + rows["example_id"]
-    assert len(key.unique()) == len(key)
-    order = key.argsort()
-    return {name: column[order] for name, column in rows.items()}
-
-
 def assert_once(store, examples, epochs=2):
     """There is a row for each example in each epoch."""
     rows = columns(store.dataset)
@@ -85,67 +48,57 @@ def assert_once(store, examples, epochs=2):
     assert sorted(found) == [[e, i] for e in range(epochs) for i in range(examples)]
 
 
-def assert_same_rows(got, expected):
-    """All rows are the same up to rounding."""
-    steps, wanted = columns(got.steps), columns(expected.steps)
-    for name in wanted:
-        torch.testing.assert_close(steps[name], wanted[name], rtol=1e-5, atol=1e-6)
-    rows, wanted = in_order(columns(got.dataset)), in_order(columns(expected.dataset))
-    for name in ("example_id", "epoch", "step", "micro_step", "weight"):
-        assert torch.equal(rows[name], wanted[name])
-    for name in ("learning_rate", "loss", "gradient_norm", "sketch"):
-        torch.testing.assert_close(rows[name], wanted[name], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launched", ["two", "four"], indirect=True)
-def test_rows_are_those_of_one_process_with_the_same_batches(launched, single):
+@in_two_and_four("ddp/divides")
+def test_rows_are_those_of_one_process_with_the_same_batches(
+    launched, processes, single
+):
     store = load_sketches(launched / "divides")
     assert_same_rows(store, single)
-    count = 2 if launched.name.startswith("two") else 4
     ranks = columns(store.dataset)["rank"]
-    assert torch.bincount(ranks).tolist() == [48 // count] * count
+    assert torch.bincount(ranks).tolist() == [48 // processes] * processes
     assert not list((launched / "divides" / "sketches").glob("per_step-*[1-9]-*.arrow"))
-    assert store.measured_error.examples == 8 // count  # those of the first process
+    assert store.measured_error.examples == 8 // processes  # those of the first process
     assert store.measured_error.row_error < 1e-4
 
 
-@pytest.mark.slow
-def test_training_is_bit_equal_with_and_without(two):
+@pytest.mark.in_processes(2, "ddp/plain", "ddp/watched", "ddp/disk", "ddp/memory")
+def test_training_is_bit_equal_with_and_without(launched):
     for scenario in ("watched", "disk", "memory"):
-        assert told(two / "plain", "curve") == told(two / scenario, "curve")
+        assert results(launched / "plain", "curve") == results(
+            launched / scenario, "curve"
+        )
         for rank in (0, 1):
             plain, watched = (
-                torch.load(two / name / f"weights-{rank}.pt")
+                torch.load(launched / name / f"weights-{rank}.pt")
                 for name in ("plain", scenario)
             )
             assert all(torch.equal(plain[name], watched[name]) for name in plain)
 
 
-@pytest.mark.slow
-def test_a_sketch_of_witnesses_alone_is_exchanged(two):
-    for sizes in told(two / "watched", "exchanged"):
+@pytest.mark.in_processes(2, "ddp/watched")
+def test_a_sketch_of_witnesses_alone_is_exchanged(launched):
+    for sizes in results(launched / "watched", "exchanged"):
         assert sizes == [1024] * 6
 
 
-@pytest.mark.slow
+@pytest.mark.in_processes(2, "ddp/watched", "ddp/grouped")
 @pytest.mark.parametrize("scenario", ["watched", "grouped"])
-def test_each_process_follows_the_examples_that_it_trains_on(two, scenario):
-    store = load_sketches(two / scenario)
+def test_each_process_follows_the_examples_that_it_trains_on(launched, scenario):
+    store = load_sketches(launched / scenario)
     rows = columns(store.dataset)
-    for rank, seen in enumerate(told(two / scenario, "seen")):
+    for rank, seen in enumerate(results(launched / scenario, "seen")):
         own = rows["example_id"][rows["rank"] == rank].tolist()
         if rank == 1:  # its last batch of each epoch is filled up with two rows
             seen = [*seen[:10], *seen[12:22]]
         assert own == seen
 
 
-@pytest.mark.slow
+@pytest.mark.in_processes(2, "ddp/watched", "ddp/unused")
 @pytest.mark.parametrize("scenario", ["watched", "unused"])
-def test_the_weighted_rows_of_all_processes_are_the_step_gradient(two, scenario):
-    store = load_sketches(two / scenario)
+def test_the_weighted_rows_of_all_processes_are_the_step_gradient(launched, scenario):
+    store = load_sketches(launched / scenario)
     rows, steps = columns(store.dataset), columns(store.steps)
-    gradients = torch.load(two / scenario / "gradients.pt")
+    gradients = torch.load(launched / scenario / "gradients.pt")
     assert_once(store, 22)
     for place, step in enumerate(steps["step"].tolist()):
         sketch = store.model_sketch.sketch(gradients[place])
@@ -162,9 +115,10 @@ def test_the_weighted_rows_of_all_processes_are_the_step_gradient(two, scenario)
     torch.testing.assert_close(steps["clip_factor"], expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launched", ["two", "four"], indirect=True)
-def test_examples_that_fill_up_batches_have_no_row_and_count_in_the_step(launched):
+@in_two_and_four("ddp/padded")
+def test_examples_that_fill_up_batches_have_no_row_and_count_in_the_step(
+    launched, processes
+):
     assert_filled(load_sketches(launched / "padded"))
 
 
@@ -183,30 +137,32 @@ def assert_filled(store):
         assert (total - expected).norm() < 1e-5 * expected.norm()
 
 
-@pytest.mark.slow
-def test_the_step_that_is_verified_may_have_filled_up_batches(two):
-    store = load_sketches(two / "rarely")
+@pytest.mark.in_processes(2, "ddp/rarely")
+def test_the_step_that_is_verified_may_have_filled_up_batches(launched):
+    store = load_sketches(launched / "rarely")
     assert store.steps["step"][:] == [3, 6]
     assert torch.bincount(columns(store.dataset)["step"])[[3, 6]].tolist() == [6, 6]
 
 
-@pytest.mark.slow
-def test_resumed_rows_are_those_of_an_uninterrupted_run(two):
-    resumed, store = (load_sketches(two / name) for name in ("interrupted", "watched"))
+@pytest.mark.in_processes(2, "ddp/watched", "ddp/interrupted")
+def test_resumed_rows_are_those_of_an_uninterrupted_run(launched):
+    resumed, store = (
+        load_sketches(launched / name) for name in ("interrupted", "watched")
+    )
     assert resumed.dataset[:] == store.dataset[:]
     assert resumed.steps[:] == store.steps[:]
 
 
-@pytest.mark.slow
-def test_the_threads_of_a_group_end_with_it(two):
-    for names in told(two, "threads"):
+@pytest.mark.in_processes(2, "ddp/ended")
+def test_the_threads_of_a_group_end_with_it(launched):
+    for names in results(launched / "ended", "threads"):
         assert "python" in "".join(names) or not names
         assert not any("gloo" in name for name in names)
 
 
-@pytest.mark.slow
-def test_one_process_resumes_what_two_began(two, tmp_path, single):
-    shutil.copytree(two / "left", tmp_path, dirs_exist_ok=True)
+@pytest.mark.in_processes(2, "ddp/left")
+def test_one_process_resumes_what_two_began(launched, tmp_path, single):
+    shutil.copytree(launched / "left", tmp_path, dirs_exist_ok=True)
     assert (tmp_path / "checkpoint-4").exists()
     single_trainer(tmp_path).train(resume_from_checkpoint=True)
     store = load_sketches(tmp_path)
@@ -216,9 +172,9 @@ def test_one_process_resumes_what_two_began(two, tmp_path, single):
     assert set(rows["rank"][rows["step"] > 4].tolist()) == {0}
 
 
-@pytest.mark.slow
-def test_one_process_does_not_go_on_in_steps_of_other_numbers(two, tmp_path):
-    shutil.copytree(two / "left", tmp_path, dirs_exist_ok=True)
+@pytest.mark.in_processes(2, "ddp/left")
+def test_one_process_does_not_go_on_in_steps_of_other_numbers(launched, tmp_path):
+    shutil.copytree(launched / "left", tmp_path, dirs_exist_ok=True)
     before = load_sketches(tmp_path).dataset[:]
     trainer = single_trainer(tmp_path, per_device_train_batch_size=GLOBAL_BATCH // 2)
     with pytest.raises(ValueError, match=r"2 processes with 8 .* 1 with 4,"):
@@ -226,34 +182,39 @@ def test_one_process_does_not_go_on_in_steps_of_other_numbers(two, tmp_path):
     assert load_sketches(tmp_path).dataset[:] == before
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_of_accelerate_resume_what_one_began(tmp_path, single):
     with pytest.raises(KeyboardInterrupt):
-        single_trainer(tmp_path / "continued", Interrupt(5)).train()
-    shutil.copytree(tmp_path / "continued", tmp_path / "widened")
-    before = sorted((tmp_path / "widened" / "sketches").iterdir())
-    launch(ACCELERATE, 2, tmp_path, ["continued", "split"])
-    store = load_sketches(tmp_path / "continued")
+        single_trainer(tmp_path / "ddp" / "continued", Interrupt(5)).train()
+    shutil.copytree(tmp_path / "ddp" / "continued", tmp_path / "ddp" / "widened")
+    before = sorted((tmp_path / "ddp" / "widened" / "sketches").iterdir())
+    scenarios = ["ddp/continued", "ddp/split"]
+    launch(2, tmp_path, scenarios, launcher=ACCELERATE)
+    store = load_sketches(tmp_path / "ddp" / "continued")
     assert_same_rows(store, single)
     rows = columns(store.dataset)
     assert set(rows["rank"][rows["step"] > 4].tolist()) == {0, 1}
-    assert_filled(load_sketches(tmp_path / "split"))
-    module = "tests.helpers.distributed_training"
-    code, errors, _ = run_together(TORCHRUN, 2, tmp_path, ["widened"], module)
+    assert_filled(load_sketches(tmp_path / "ddp" / "split"))
+    code, errors, _ = run_together(2, tmp_path, ["ddp/widened"])
     assert code != 0
+<<<<<<< HEAD
     assert (
         "1 processes with 8 examples per optimizer step, this run has 2 with 16"
         in errors
     )
     assert sorted((tmp_path / "widened" / "sketches").iterdir()) == before
+=======
+    assert "1 processes that took 8 examples a step, got 2 that take 16" in errors
+    assert sorted((tmp_path / "ddp" / "widened" / "sketches").iterdir()) == before
+from tests.helpers.stores import SKETCH, step_row
 
 
-@pytest.mark.slow
-def test_losses_over_the_tokens_of_all_processes(two, tmp_path):
+@pytest.mark.in_processes(2, "ddp/tokens")
+def test_losses_over_the_tokens_of_all_processes(launched, tmp_path):
     callback, model = GradientSketchCallback(SIZE, seed=7), undropped("gpt2")
     expected = train(tmp_path, model, text_dataset(), Pad(), [callback])
     alone = in_order(columns(expected.dataset))
-    store = load_sketches(two / "tokens")
+    store = load_sketches(launched / "tokens")
     assert_once(store, 10)
     rows, steps = columns(store.dataset), columns(store.steps)
     for name in ("sketch", "loss"):
@@ -267,33 +228,33 @@ def test_losses_over_the_tokens_of_all_processes(two, tmp_path):
         assert (total - expected).norm() < 1e-5 * expected.norm()
 
 
-@pytest.mark.slow
-def test_a_stream_with_a_shard_for_each_process(two):
-    rows = columns(load_sketches(two / "stream").dataset)
+@pytest.mark.in_processes(2, "ddp/stream")
+def test_a_stream_with_a_shard_for_each_process(launched):
+    rows = columns(load_sketches(launched / "stream").dataset)
     assert len(rows["example_id"].unique()) == 8
     assert rows["step"].tolist() == [1, 1, 2, 2] * 2
 
 
-@pytest.mark.slow
-def test_parameters_that_not_every_process_uses_have_gradients(two):
-    gradients = torch.load(two / "unused" / "gradients.pt")
+@pytest.mark.in_processes(2, "ddp/unused")
+def test_parameters_that_not_every_process_uses_have_gradients(launched):
+    gradients = torch.load(launched / "unused" / "gradients.pt")
     for head, used in enumerate([True, True, True, False]):
         assert (f"classifier.heads.{head}.weight" in gradients[0]) == used
 
 
-@pytest.mark.slow
-def test_processes_with_other_settings_are_refused_in_all(two):
-    for error in told(two / "unlike", "error"):
+@pytest.mark.in_processes(2, "ddp/unlike")
+def test_processes_with_other_settings_are_refused_in_all(launched):
+    for error in results(launched / "unlike", "error"):
         assert "the same settings in all processes, got every_steps=1, 2: pass" in error
 
 
-@pytest.mark.slow
-def test_rows_that_do_not_add_up_in_one_process_stop_all(two):
-    for error in told(two / "uncovered", "error"):
+@pytest.mark.in_processes(2, "ddp/uncovered")
+def test_rows_that_do_not_add_up_in_one_process_stop_all(launched):
+    for error in results(launched / "uncovered", "error"):
         assert "must add up to the step's gradient within 0.001" in error
 
 
-@pytest.mark.slow
+@pytest.mark.in_processes(2, "ddp/disk", "ddp/memory")
 @pytest.mark.parametrize(
     ("scenario", "failing", "reason", "steps"),
     [
@@ -302,16 +263,16 @@ def test_rows_that_do_not_add_up_in_one_process_stop_all(two):
     ],
 )
 def test_what_fails_in_one_process_ends_recording_in_all(
-    two, scenario, failing, reason, steps
+    launched, scenario, failing, reason, steps
 ):
-    messages = told(two / scenario, "warnings")
+    messages = results(launched / scenario, "warnings")
     reasons = ["recording failed in another process"] * 2
     reasons[failing] = reason
     for own, expected in zip(messages, reasons, strict=True):
         (message,) = own
         assert re.search(f"recorded no more, training goes on: {expected}", message)
     with pytest.warns(UserWarning, match="no rows from step") as caught:
-        rows = columns(load_sketches(two / scenario).dataset)
+        rows = columns(load_sketches(launched / scenario).dataset)
     # The process that fails lacks its rows from step 3 on, and so says the other.
     assert any(
         "no rows from step 3 on until training was resumed: recording failed in another"

@@ -1,7 +1,4 @@
-"""Several processes share a store's rows and find what one finds.
-
-They are started in processes of their own: joint_scoring.py and the command.
-"""
+"""Several processes share a store's rows and find what one finds."""
 
 import json
 import os
@@ -15,13 +12,22 @@ import torch
 from hf_sketch.attribution.record import FILE
 from hf_sketch.attribution.shares import RowShare
 from hf_sketch.cli import main
-from tests.helpers.joint_scoring import answers, store
-from tests.helpers.launching import ACCELERATE, TORCHRUN
+from tests.helpers.joint_scoring import answers, in_blocks_of_four, store
+from tests.helpers.launching import ACCELERATE, TORCHRUN, in_two_and_four
 from tests.recipes.test_attribute import trained_classifier
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.xdist_group("processes")
 
+
+@pytest.fixture
+def blocks_of_four():
+    with in_blocks_of_four():
+        yield
+
+
+@pytest.mark.usefixtures("blocks_of_four")
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
 def test_shares_are_all_rows_in_order_and_begin_where_blocks_do(count):
     dataset = store().dataset
@@ -48,20 +54,19 @@ def run(launcher, processes, *words):
 
 @pytest.fixture(scope="module")
 def alone():
-    return answers(store())
+    with in_blocks_of_four():
+        return answers(store())
 
 
+@pytest.mark.usefixtures("blocks_of_four")
 def test_one_process_alone_may_split_too(alone):
     check_answers(answers(store().over_processes()), alone)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_all_answers_are_those_of_one_process(processes, alone, tmp_path):
-    file = tmp_path / "found"
-    run(TORCHRUN, processes, "--module", "tests.helpers.joint_scoring", str(file))
+@in_two_and_four("joint/scores")
+def test_all_answers_are_those_of_one_process(launched, processes, alone):
     for rank in range(processes):
-        check_answers(torch.load(f"{file}-{rank}.pt"), alone)
+        check_answers(torch.load(launched / "scores" / f"answers-{rank}.pt"), alone)
 
 
 def check_answers(found, alone):
@@ -80,7 +85,7 @@ def check_answers(found, alone):
     assert all(message.startswith("1 rows with") for message in found["warnings"])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["dot", "tracin"])
 def test_the_command_answers_the_same_in_several_processes(method, tmp_path):
     directory = trained_classifier(tmp_path, 2**18)  # three blocks of rows

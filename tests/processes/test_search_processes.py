@@ -1,35 +1,17 @@
-"""A search in several processes takes the path that it takes in one.
-
-Training runs in processes of their own, by tests/helpers/joint_training.py.
-"""
+"""A search in several processes takes the path that it takes in one."""
 
 import pytest
 import torch
 
 from hf_sketch import load_dimension_search
 from hf_sketch.callbacks import IntrinsicDimensionCallback
-from tests.helpers.joint_training import HEAD, HEADED, MODULE, SEARCH, search_settings
-from tests.helpers.launching import TORCHRUN, launch, run_together, told
+from tests.helpers.joint_training import HEAD, HEADED, SEARCH, search_settings
+from tests.helpers.launching import in_two_and_four, results, run_together
 from tests.helpers.training import tiny_trainer
 
-IN_TWO = ("search", "search_with_a_head", "search_resumed", "search_unwritable")
-IN_TWO += ("search_refused",)
 HEAD_NUMBERS = 3 * 32 + 3
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What two processes leave."""
-    return launch(TORCHRUN, 2, tmp_path_factory.mktemp("two"), IN_TWO, MODULE)
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    """What four processes leave."""
-    directory = tmp_path_factory.mktemp("four")
-    return launch(TORCHRUN, 4, directory, ("search",), MODULE)
+pytestmark = pytest.mark.xdist_group("processes")
 
 
 @pytest.fixture(scope="module")
@@ -69,53 +51,61 @@ def dims_of(path, steps):
     ]
 
 
-@pytest.mark.parametrize(("left", "processes"), [("two", 2), ("four", 4)])
-def test_the_path_and_omega_are_those_of_one_process(left, processes, single, request):
+@in_two_and_four("joint/search")
+def test_the_path_and_omega_are_those_of_one_process(launched, processes, single):
     decisions = [stage.decision for stage in single[0]]
     assert {"start", "continue", "double"} == set(decisions)
-    directory = request.getfixturevalue(left) / "search"
-    assert_path_of_one_process(directory, single, processes)
+    assert_path_of_one_process(launched / "search", single, processes)
 
 
-def test_processes_exchange_the_present_dimension_and_nothing_else(two, single):
-    for exchanged in told(two / "search", "exchanged"):
+@pytest.mark.in_processes(2, "joint/search")
+def test_processes_exchange_the_present_dimension_and_nothing_else(launched, single):
+    for exchanged in results(launched / "search", "exchanged"):
         assert exchanged == dims_of(single[0], steps=30)
 
 
-def test_a_head_that_trains_in_full_is_averaged_beside_it(two, tmp_path):
+@pytest.mark.full
+@pytest.mark.in_processes(2, "joint/search_with_a_head")
+def test_a_head_that_trains_in_full_is_averaged_beside_it(launched, tmp_path):
     single = one_process(tmp_path, HEAD, **HEADED)
-    directory = two / "search_with_a_head"
+    directory = launched / "search_with_a_head"
     assert_path_of_one_process(directory, single)
     assert single[0][0].dim == 8
     assert "double" in [stage.decision for stage in single[0]]
     dims = dims_of(single[0], steps=single[0][-1].step)  # it ends early
-    for exchanged in told(directory, "exchanged"):
+    for exchanged in results(directory, "exchanged"):
         assert exchanged == [dim + HEAD_NUMBERS for dim in dims]
 
 
-def test_a_resumed_search_is_that_of_an_uninterrupted_run(two, single):
-    assert_path_of_one_process(two / "search_resumed", single)
+@pytest.mark.full
+@pytest.mark.in_processes(2, "joint/search_resumed")
+def test_a_resumed_search_is_that_of_an_uninterrupted_run(launched, single):
+    assert_path_of_one_process(launched / "search_resumed", single)
 
 
-def test_models_that_ddp_does_not_follow_are_refused(two):
-    for compiled in told(two / "search_refused", "compiled"):
+@pytest.mark.full
+@pytest.mark.in_processes(2, "joint/search_refused")
+def test_models_that_ddp_does_not_follow_are_refused(launched):
+    for compiled in results(launched / "search_refused", "compiled"):
         assert (
             "IntrinsicDimensionCallback needs the whole model, uncompiled" in compiled
         )
         assert "got torch_compile=True: train without" in compiled
-    for bare in told(two / "search_refused", "bare"):
+    for bare in results(launched / "search_refused", "bare"):
         assert "in 2 processes needs the model in DistributedDataParallel" in bare
 
 
-def test_what_the_first_process_cannot_write_stops_all(two):
-    first, second = told(two / "search_unwritable", "error")
+@pytest.mark.full
+@pytest.mark.in_processes(2, "joint/search_unwritable")
+def test_what_the_first_process_cannot_write_stops_all(launched):
+    first, second = results(launched / "search_unwritable", "error")
     assert "IsADirectoryError" in first
     assert "it failed in another process, which tells why" in second
 
 
+@pytest.mark.full
 def test_a_process_that_dies_takes_the_others_down_within_a_minute(tmp_path):
-    run = run_together(TORCHRUN, 2, tmp_path, ["search_broken"], MODULE)
-    code, errors, seconds = run
+    code, errors, seconds = run_together(2, tmp_path, ["joint/search_broken"])
     assert code != 0
     assert "ArithmeticError: an odd end" in errors
     assert seconds < 60

@@ -1,7 +1,4 @@
-"""Parameters in shards (FSDP2) give the rows that whole ones give.
-
-Training runs in processes of their own, by tests/helpers/sharded_training.py.
-"""
+"""Parameters in shards (FSDP2) give the rows that whole ones give."""
 
 import math
 from dataclasses import fields
@@ -12,32 +9,17 @@ import torch
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from tests.helpers.distributed_training import SIZE, even
-from tests.helpers.launching import TORCHRUN, launch, told
+from tests.helpers.launching import launch, results
 from tests.helpers.loaded_training import TRAINING as LOADED
 from tests.helpers.loaded_training import even_dataset
+from tests.helpers.rows import assert_same_rows, columns, in_order
 from tests.helpers.sharded_training import GREATEST, IN_MANY_UNITS
 from tests.helpers.text_training import Pad, undropped
 from tests.helpers.text_training import train as trained
 from tests.helpers.tiny_models import NAMES
 from tests.helpers.training import tiny_dataset, tiny_trainer
-from tests.processes.test_processes import assert_same_rows, columns, in_order
 
-MODULE = "tests.helpers.sharded_training"
-IN_TWO = ("families", "units", "watched", "resumed", "blocked", "checkpointed", "plain")
-IN_TWO += ("dropped", "refused", "memory", "mixed")  # mixed precision stays on
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What two processes leave."""
-    return launch(TORCHRUN, 2, tmp_path_factory.mktemp("two"), IN_TWO, MODULE)
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    """What four processes leave, two shards of two replicas."""
-    directory = tmp_path_factory.mktemp("four")
-    return launch(TORCHRUN, 4, directory, ("replicas", "watched"), MODULE)
+pytestmark = pytest.mark.xdist_group("processes")
 
 
 def single(directory, **options):
@@ -49,33 +31,51 @@ def single(directory, **options):
     return load_sketches(directory)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["watched", "checkpointed", "replicas"])
-def test_rows_are_those_of_whole_parameters(two, four, tmp_path, scenario):
-    directory = four if scenario == "replicas" else two
-    store = load_sketches(directory / scenario)
-    assert_same_rows(store, single(tmp_path))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return single(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        pytest.param("watched", marks=pytest.mark.in_processes(2, "fsdp/watched")),
+        pytest.param(
+            "checkpointed",
+            marks=[pytest.mark.in_processes(2, "fsdp/checkpointed"), pytest.mark.full],
+        ),
+        pytest.param(
+            "replicas",
+            marks=[pytest.mark.in_processes(4, "fsdp/replicas"), pytest.mark.full],
+        ),
+    ],
+)
+def test_rows_are_those_of_whole_parameters(launched, scenario, whole):
+    store = load_sketches(launched / scenario)
+    assert_same_rows(store, whole)
     assert store.measured_error is None
 
 
-@pytest.mark.slow
-def test_shards_that_are_empty_on_some_processes(four, tmp_path):
+@pytest.mark.full
+@pytest.mark.in_processes(4, "fsdp/watched")
+def test_shards_that_are_empty_on_some_processes(launched, whole):
     """Three classes in four processes."""
-    assert_same_rows(load_sketches(four / "watched"), single(tmp_path))
+    assert_same_rows(load_sketches(launched / "watched"), whole)
 
 
-@pytest.mark.slow
-def test_rows_of_steps_in_blocks(two, tmp_path):
+@pytest.mark.in_processes(2, "fsdp/blocked")
+def test_rows_of_steps_in_blocks(launched, tmp_path):
     options = {"layout": "blocked", "per_example": False}
-    got = columns(load_sketches(two / "blocked").steps)
+    got = columns(load_sketches(launched / "blocked").steps)
     wanted = columns(single(tmp_path, **options).steps)
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_rows_in_bfloat16(two, tmp_path):
-    got, wanted = load_sketches(two / "mixed"), single(tmp_path)
+@pytest.mark.full
+@pytest.mark.in_processes(2, "fsdp/mixed")
+def test_rows_in_bfloat16(launched, whole):
+    got, wanted = load_sketches(launched / "mixed"), whole
     for kind in ("steps", "dataset"):
         rows = [columns(getattr(store, kind)) for store in (got, wanted)]
         rows = [in_order(r) if kind == "dataset" else r for r in rows]
@@ -83,40 +83,44 @@ def test_rows_in_bfloat16(two, tmp_path):
         assert 0 < distance < 0.03 * rows[1]["sketch"].norm()
 
 
-@pytest.mark.slow
+@pytest.mark.full
+@pytest.mark.in_processes(2, "fsdp/families")
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_of_examples_of_every_family(two, name):
-    assert all(distance < 1e-9 for distance in told(two / "families", name))
+def test_rows_of_examples_of_every_family(launched, name):
+    assert all(distance < 1e-9 for distance in results(launched / "families", name))
 
 
-@pytest.mark.slow
+@pytest.mark.full
+@pytest.mark.in_processes(2, "fsdp/units")
 @pytest.mark.parametrize("name", IN_MANY_UNITS)
-def test_modules_that_are_units_of_their_own(two, name):
-    assert all(distance < 1e-9 for distance in told(two / "units", name))
+def test_modules_that_are_units_of_their_own(launched, name):
+    assert all(distance < 1e-9 for distance in results(launched / "units", name))
 
 
-@pytest.mark.slow
-def test_a_sketch_and_some_norms_alone_are_exchanged(two):
+@pytest.mark.in_processes(2, "fsdp/watched")
+def test_a_sketch_and_some_norms_alone_are_exchanged(launched):
     """Of the first step also the sum of its rows; a step has three norms."""
-    for sizes in told(two / "watched", "exchanged"):
+    for sizes in results(launched / "watched", "exchanged"):
         assert sorted(sizes) == [1] * 18 + [SIZE] * 6
 
 
-@pytest.mark.slow
+@pytest.mark.full
+@pytest.mark.in_processes(2, "fsdp/memory")
 @pytest.mark.parametrize("layout", ["factored", "blocked"])
-def test_the_row_of_a_step_needs_less_memory_than_a_shard(two, layout):
+def test_the_row_of_a_step_needs_less_memory_than_a_shard(launched, layout):
     """Of the greatest parameter, in the first step too, which draws what is random."""
     shard_bytes = math.prod(GREATEST) * 4 / 2
-    for peaks in told(two / "memory", layout):
+    for peaks in results(launched / "memory", layout):
         assert len(peaks) == 3
         assert 0 < max(peaks) < shard_bytes
 
 
-@pytest.mark.slow
-def test_nothing_is_gathered_for_rows(two):
+@pytest.mark.in_processes(2, "fsdp/dropped", "fsdp/plain")
+def test_nothing_is_gathered_for_rows(launched):
     """Beside training's own exchanges there are those sums, barriers and settings."""
     pairs = zip(
-        *(told(two / x, "collectives") for x in ("dropped", "plain")), strict=True
+        *(results(launched / x, "collectives") for x in ("dropped", "plain")),
+        strict=True,
     )
     for got, plain in pairs:
         assert got.pop("c10d::allreduce_") == 25
@@ -126,58 +130,66 @@ def test_nothing_is_gathered_for_rows(two):
         assert plain["c10d::_allgather_base_"] > 0
 
 
-@pytest.mark.slow
-def test_training_is_bit_equal_with_and_without(two):
-    assert told(two / "plain", "curve") == told(two / "dropped", "curve")
+@pytest.mark.in_processes(2, "fsdp/dropped", "fsdp/plain")
+def test_training_is_bit_equal_with_and_without(launched):
+    assert results(launched / "plain", "curve") == results(
+        launched / "dropped", "curve"
+    )
     for rank in (0, 1):
         plain, watched = (
-            torch.load(two / name / f"weights-{rank}.pt")
+            torch.load(launched / name / f"weights-{rank}.pt")
             for name in ("plain", "dropped")
         )
         assert all(torch.equal(plain[name], watched[name]) for name in plain)
 
 
-@pytest.mark.slow
-def test_resumed_rows_are_those_of_training_that_went_through(two):
+@pytest.mark.full
+@pytest.mark.in_processes(2, "fsdp/watched", "fsdp/resumed")
+def test_resumed_rows_are_those_of_training_that_went_through(launched):
     """The last two steps; the weights come out of FSDP2's own checkpoint."""
-    got, wanted = (load_sketches(two / name) for name in ("resumed", "watched"))
+    got, wanted = (load_sketches(launched / name) for name in ("resumed", "watched"))
     steps = columns(got.steps)
     assert steps["step"].tolist() == [5, 6]
     torch.testing.assert_close(steps["sketch"], columns(wanted.steps)["sketch"][4:])
 
 
-@pytest.mark.slow
-def test_what_needs_whole_parameters_is_refused(two):
-    for text in told(two / "refused", "flat"):
+@pytest.mark.in_processes(2, "fsdp/refused")
+def test_what_needs_whole_parameters_is_refused(launched):
+    for text in results(launched / "refused", "flat"):
         assert "layout='flat' needs the whole gradient in one place" in text
-    for text in told(two / "units", "vit"):
-        assert "must not be called within a module that is run again" in text
-        assert "ViTEmbeddings at 'vit.embeddings'" in text
-    for text in told(two / "families", "dataset"):
-        assert "sketch_dataset needs whole parameters, got them in shards" in text
     for name, user in (("curvature", "curvature"), ("subspace", "a subspace")):
-        for text in told(two / "refused", name):
+        for text in results(launched / "refused", name):
             assert f"{user} needs whole parameters, got them in shards" in text
-    for text in told(two / "refused", "exchanged"):
+    for text in results(launched / "refused", "exchanged"):
         assert "the model must keep the parameters that it had" in text
-    for texts in told(two / "refused", "spectrum"):
+    for texts in results(launched / "refused", "spectrum"):
         expected = "HessianSpectrumCallback needs the whole model, in each process"
         assert any(expected in text and "got FSDP" in text for text in texts)
-    assert not (two / "refused" / "curvature").exists()
+    assert not (launched / "refused" / "curvature").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
+@pytest.mark.in_processes(2, "fsdp/families", "fsdp/units")
+def test_models_in_shards_that_have_no_rows_are_refused(launched):
+    for text in results(launched / "units", "vit"):
+        assert "must not be called within a module that is run again" in text
+        assert "ViTEmbeddings at 'vit.embeddings'" in text
+    for text in results(launched / "families", "dataset"):
+        assert "sketch_dataset needs whole parameters, got them in shards" in text
+
+
+@pytest.mark.full
 def test_models_that_are_distributed_as_they_are_loaded(tmp_path):
     distributed = pytest.importorskip("transformers.distributed")
     known = {field.name for field in fields(distributed.DistributedConfig)}
     if not {"tp_size", "pp_size", "fsdp_size"} <= known:
         pytest.skip("this transformers loads no model into several processes")
     scenarios = ("shards", "tensor", "pipeline")
-    launch(TORCHRUN, 2, tmp_path, scenarios, "tests.helpers.loaded_training")
+    launch(2, tmp_path, scenarios, module="tests.helpers.loaded_training")
     model, callback = undropped("llama"), GradientSketchCallback(SIZE)
     directory = tmp_path / "single"
     expected = trained(directory, model, even_dataset(), Pad(), [callback], **LOADED)
     assert_same_rows(load_sketches(tmp_path / "shards"), expected)
     for way in ("tensor", "pipeline"):
-        for error in told(tmp_path / way, "error"):
+        for error in results(tmp_path / way, "error"):
             assert f"{way} parallelism: train without, or take the callback" in error

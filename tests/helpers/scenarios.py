@@ -1,0 +1,22 @@
+"""All that tests run in several processes, by name.
+
+`torchrun --nproc_per_node 2 --module tests.helpers.scenarios <directory> ddp/plain`.
+"""
+
+from tests.helpers import (
+    distributed_training,
+    joint_scoring,
+    joint_training,
+    sharded_training,
+)
+from tests.helpers.launching import run_scenarios
+
+SCENARIOS = {
+    **joint_training.SCENARIOS,
+    **joint_scoring.SCENARIOS,
+    **distributed_training.SCENARIOS,
+    **sharded_training.SCENARIOS,  # last: their meshes hold the group for ever
+}
+
+if __name__ == "__main__":
+    run_scenarios(SCENARIOS)
