@@ -36,6 +36,7 @@ def decide_opening(
     theirs: Header | None,
     manifests: Sequence[Manifest],
     resume_step: int,
+    rank: int = 0,
 ) -> Opening:
     """Decide what to do with a store.
 
@@ -44,15 +45,19 @@ def decide_opening(
         theirs: header of the store; None if there is none that can be read.
         manifests: those of the store.
         resume_step: the optimizer step that training resumes after; 0 for a new run.
+        rank: rank of this process. When others than rank 0 look, rank 0 was here, and
+            rows of other ranks may already be those of this run.
     """
-    last_step = max((manifest.last_step for manifest in manifests), default=0)
+    old = [manifest for manifest in manifests if rank in (0, manifest.rank)]
+    last_step = max((manifest.last_step for manifest in old), default=0)
     if theirs is None:
         if last_step:
             return Opening("set_aside", ours, "it holds rows and no header")
         return Opening("new", ours)
     if resume_step and (reason := _step_problem(ours, theirs, manifests)):
         return Opening("refuse", ours, reason)
-    if not last_step and not (resume_step and any(m.gaps for m in manifests)):
+    recorded = any(manifest.shards or manifest.gaps for manifest in manifests)
+    if not (recorded if resume_step else last_step):
         return Opening("new", ours)
     if not theirs.fits(ours):
         reason = (
@@ -60,7 +65,7 @@ def decide_opening(
             " Pass the store's settings, or another output_dir."
         )
         return Opening("refuse", ours, reason)
-    if resume_step == 0:
+    if not resume_step:
         reason = f"it holds rows up to step {last_step} of a run that is not resumed"
         return Opening("set_aside", ours, reason)
     step_examples = ours.step_examples or theirs.step_examples
@@ -106,7 +111,7 @@ def open_store(
     """
     manifests = read_manifests(directory)
     theirs = _known_header(directory, manifests)
-    opening = decide_opening(ours, theirs, manifests, resume_step)
+    opening = decide_opening(ours, theirs, manifests, resume_step, rank)
     if opening.action == "refuse":
         raise ValueError(f"Cannot record to {directory}: {opening.reason}")
     if opening.action == "set_aside":
