@@ -6,9 +6,10 @@ import pytest
 
 
 @pytest.mark.slow
-def test_no_row_is_lost_to_kill_9():
+@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.full)])
+def test_no_row_is_lost_to_kill_9(kills):
     run = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.crash", "--kills", "40"],
+        [sys.executable, "-m", "tests.helpers.crash", "--kills", str(kills)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

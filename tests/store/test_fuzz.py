@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_sketch import load_sketches
@@ -11,7 +11,7 @@ from hf_sketch.store.header import Header
 from hf_sketch.store.maintenance import find_problems, repair
 from hf_sketch.store.rows import PER_STEP
 from hf_sketch.store.writer import SketchWriter
-from tests.helpers.stores import SKETCH, step_row
+from tests.helpers.stores import SKETCH, step_row, write_steps
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,7 @@ def store(tmp_path_factory):
     for step in (1, 2, 3):
         writer.append(PER_STEP, step_row(step))
         writer.flush()
+    writer.close()
     return directory
 
 
@@ -37,30 +38,26 @@ def damage(data, how, place, bit):
     return data[:at] if how == "cut" else data + data[: 1 + at]
 
 
-@settings(
-    max_examples=2000,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    which=st.integers(0, 4),
-    how=st.sampled_from(["flip", "flip", "flip", "cut", "lengthen"]),
-    place=st.integers(0, 2**20),
-    bit=st.integers(0, 7),
-)
-def test_every_change_is_found_and_no_wrong_row_is_given(
-    store, contents, which, how, place, bit
-):
-    path = list(contents)[which]
-    path.write_bytes(damage(contents[path], how, place, bit))
-    try:
-        assert find_problems(store)
-        with pytest.raises(ValueError, match=path.name):
-            load_sketches(store)
-    finally:
-        path.write_bytes(contents[path])
+@pytest.mark.parametrize("cases", [200, pytest.param(2000, marks=pytest.mark.full)])
+def test_every_change_is_found_and_no_wrong_row_is_given(store, contents, cases):
+    @settings(max_examples=cases, deadline=None, database=None, derandomize=True)
+    @given(
+        which=st.integers(0, 4),
+        how=st.sampled_from(["flip", "flip", "flip", "cut", "lengthen"]),
+        place=st.integers(0, 2**20),
+        bit=st.integers(0, 7),
+    )
+    def change(which, how, place, bit):
+        path = list(contents)[which]
+        path.write_bytes(damage(contents[path], how, place, bit))
+        try:
+            assert find_problems(store)
+            with pytest.raises(ValueError, match=path.name):
+                load_sketches(store)
+        finally:
+            path.write_bytes(contents[path])
+
+    change()
 
 
 def test_the_heads_of_large_stores_are_compared_too(store, contents, monkeypatch):
@@ -109,8 +106,6 @@ def test_a_repaired_store_goes_on(tmp_path, store):
     shutil.copytree(store, copy)
     (copy / "per_step-00000-000002.arrow").write_bytes(b"")
     repair(copy)
-    writer = SketchWriter(copy, Header(SKETCH), resume_step=3)
-    writer.append(PER_STEP, step_row(4))
-    writer.flush()
+    write_steps(copy, [4], resume_step=3)
     with pytest.warns(UserWarning, match="no rows of steps 2 to 2"):
         assert load_sketches(copy).steps["step"][:] == [1, 3, 4]

@@ -12,7 +12,7 @@ from hf_sketch.store.writer import SketchWriter
 from tests.helpers.stores import HEADER, example_rows, step_row
 from tests.helpers.training import tiny_dataset, tiny_trainer
 
-FLUSHES = 60
+FLUSHES = 20
 
 
 def test_a_reader_sees_whole_steps_while_a_writer_writes(tmp_path):

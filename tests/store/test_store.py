@@ -11,7 +11,7 @@ from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP, arrow_table
 from hf_sketch.store.shards import write_shard
 from hf_sketch.store.writer import SketchWriter
-from tests.helpers.stores import SKETCH, step_row
+from tests.helpers.stores import SKETCH, step_row, write_steps
 
 
 @pytest.fixture
@@ -188,9 +188,7 @@ def test_a_store_without_rows_opens(tmp_path):
 
 
 def test_resuming_continues_the_numbers_of_the_shards(store):
-    writer = SketchWriter(store, Header(SKETCH), resume_step=3)
-    writer.append(PER_STEP, step_row(4))
-    writer.flush()
+    write_steps(store, [4], resume_step=3)
     assert load_sketches(store).steps["step"][:] == [1, 2, 3, 4]
     assert (store / "per_step-00000-000003.arrow").exists()
 
