@@ -3,23 +3,16 @@
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from hf_sketch.planning.limits import limits_of
-from hf_sketch.planning.machine import Machine
 from hf_sketch.planning.plan import Plan, plan_recording
+from hf_sketch.planning.rate import measured_rate
 from hf_sketch.planning.settings import RowSettings, SpectrumSettings, TrainingRun
-
-# The folder is mapped into the package when it is installed, which pyright cannot see.
-from hf_sketch.recipes.meta_models import (  # pyright: ignore[reportMissingImports]
-    load_config,
-    meta_model,
-)
+from hf_sketch.recipes.meta_models import load_config, meta_model
 from hf_sketch.recipes.options.plan import PlanArguments
-
-Settings = TypeVar("Settings", TrainingRun, RowSettings, Machine)
 
 
 def run_plan(arguments: PlanArguments) -> Plan:
@@ -32,18 +25,19 @@ def run_plan(arguments: PlanArguments) -> Plan:
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     model = meta_model(load_config(arguments.model), dtype)
     run, rows = _filled(TrainingRun, arguments), _filled(RowSettings, arguments)
-    machine = Machine.measured() if arguments.measure else _filled(Machine, arguments)
-    spectrum = SpectrumSettings(
-        arguments.spectrum_out_size, arguments.krylov_dim, arguments.spectrum_batches
+    rate = measured_rate(rows) if arguments.measure else arguments.numbers_per_second
+    spectrum = SpectrumSettings(arguments.spectrum_out_size, arguments.krylov_dim)
+    plan = plan_recording(
+        model, run, rows, spectrum, rate, arguments.plain_step_seconds
     )
-    plan = plan_recording(model, run, rows, spectrum, machine, arguments.step_seconds)
-    limits = limits_of(plan, run, machine, dtype.itemsize)
-    lines = [f"{name:34s} {value}" for name, value in table_of(plan).items()]
-    lines += ["where it breaks:", *(f"- {limit}" for limit in limits)]
+    limits = limits_of(plan, run, arguments.memory_bytes, dtype.itemsize)
+    lines = [f"{name:34s} {value}" for name, value in table_of(plan, rate).items()]
+    if limits:
+        lines += ["where it breaks:", *(f"- {limit}" for limit in limits)]
     if arguments.output_file is not None:
         content = {
             "arguments": vars(arguments),
-            "machine": asdict(machine),
+            "numbers_per_second": rate,
             "plan": asdict(plan),
             "limits": limits,
         }
@@ -53,35 +47,33 @@ def run_plan(arguments: PlanArguments) -> Plan:
     return plan
 
 
-def table_of(plan: Plan) -> dict[str, str]:
-    """All figures as text; those that are estimates begin with ~."""
-    store, times, memory = plan.store, plan.times, plan.memory
-    spectrum = plan.spectrum
-    lost = times.rows_per_second_lost
-    return {
+def table_of(plan: Plan, rate: float | None = None) -> dict[str, str]:
+    """Return all figures as text; those that are estimates begin with ~."""
+    store, spectrum = plan.store, plan.spectrum
+    table = {
         "elements that train": f"{plan.elements:,}",
         "steps recorded": f"{plan.steps:,}",
-        "bytes a row": f"{store.row_bytes:,.0f}",
+        "bytes per row": f"{store.row_bytes:,.0f}",
         "rows": f"{store.rows:,} of examples, {store.step_rows:,} of steps",
         "store": f"{as_bytes(store.total_bytes)} in {store.files:,} files",
-        "one pass over it": f"~{as_seconds(plan.reading_seconds)} of one process",
-        "a plain step": f"~{as_seconds(times.step_seconds)}",
-        "rows of a step": f"~{as_seconds(times.sketch_seconds)}, "
-        f"{times.slowdown:.3f} times a plain step on the mean",
-        "rows per second": f"~{times.plain_rows_per_second:,.4g} without, "
-        f"~{lost:,.3g} lost",
-        "lost in the whole run": f"~{as_seconds(plan.steps * times.sketch_seconds)}",
-        "device memory, at training's peak": f"~{as_bytes(memory.held_bytes)} a rank",
-        "device memory, at other times": f"~{as_bytes(memory.working_bytes)} a rank",
-        "device memory, first step": f"{as_bytes(memory.first_step_bytes)} on rank 0",
-        "host memory": f"{as_bytes(memory.host_bytes)} a rank",
-        "network, a recorded step": f"{as_bytes(plan.network.recording_bytes)} a rank, "
-        f"beside {as_bytes(plan.network.training_bytes)} of gradients",
-        "Hessian-vector products": f"{spectrum.products} a spectrum, each "
-        f"~{as_seconds(spectrum.product_seconds)}",
+        "numbers sketched per step": f"{plan.step_numbers:,} per rank",
+        "device memory, at training's peak": f"~{as_bytes(plan.held_bytes)} per rank",
+        "device memory, first step": f"{as_bytes(plan.first_step_bytes)} on rank 0",
+        "host memory": f"{as_bytes(plan.host_bytes)} per rank",
+        "network, per recorded step": f"{as_bytes(plan.recording_network_bytes)} per "
+        f"rank, beside {as_bytes(plan.training_network_bytes)} of gradients",
+        "Hessian-vector products": f"{spectrum.products} per spectrum",
         "Hessian-vector memory": f"{as_bytes(spectrum.vector_bytes)} and activations",
         "Lanczos basis": as_bytes(spectrum.basis_bytes),
     }
+    if plan.step_seconds is not None:
+        table["numbers sketched per second"] = f"{rate:,.4g}"
+        table["rows of a recorded step"] = f"~{as_seconds(plan.step_seconds)}"
+        whole = as_seconds(plan.steps * plan.step_seconds)
+        table["rows of the whole run"] = f"~{whole}"
+    if plan.slowdown is not None:
+        table["time of a step, on average"] = f"~{plan.slowdown:.3f} times a plain one"
+    return table
 
 
 def as_bytes(count: float) -> str:
@@ -102,7 +94,7 @@ def as_seconds(count: float) -> str:
     return f"{count / 86400:,.3g} days"
 
 
-def _filled(kind: type[Settings], arguments: PlanArguments) -> Settings:
-    """Settings with those of the arguments that have their names."""
+def _filled(kind: type[Any], arguments: PlanArguments) -> Any:
+    """Return settings filled with the arguments of the same names."""
     given: dict[str, Any] = vars(arguments)
     return kind(**{f.name: given[f.name] for f in fields(kind)})

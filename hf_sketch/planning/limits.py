@@ -3,62 +3,60 @@
 from collections.abc import Iterator
 from typing import Final
 
-from hf_sketch.planning.machine import Machine
 from hf_sketch.planning.plan import Plan
 from hf_sketch.planning.settings import TrainingRun
 
-_MAPPED_FILES: Final = 65530  # that Linux maps for a process by default
-_STATE_BYTES: Final = 8  # of AdamW for an element
+_MAPPED_FILES: Final = 65530  # files that Linux maps per process by default
+_STATE_BYTES: Final = 8  # AdamW's per element
 
 
 def limits_of(
-    plan: Plan, run: TrainingRun, machine: Machine, element_bytes: int
+    plan: Plan, run: TrainingRun, memory_bytes: float, element_bytes: int
 ) -> list[str]:
-    """What does not work, or not well, each in one sentence with a way out.
+    """Return what does not work, or not well, one sentence each with a way out.
 
     Args:
         plan: of the run.
-        run: that is planned.
-        machine: of each rank.
-        element_bytes: of a parameter.
+        run: planned run.
+        memory_bytes: memory of each device.
+        element_bytes: bytes per number of a parameter.
     """
     return [
-        *_of_the_model(plan, run, machine, element_bytes),
+        *_of_the_model(plan, run, memory_bytes, element_bytes),
         *_of_the_store(plan),
     ]
 
 
 def _of_the_model(
-    plan: Plan, run: TrainingRun, machine: Machine, element_bytes: int
+    plan: Plan, run: TrainingRun, memory_bytes: float, element_bytes: int
 ) -> Iterator[str]:
     """Parameters, gradients and the optimizer's state on each rank."""
     needed = plan.elements * (2 * element_bytes + _STATE_BYTES) / run.parts
-    free = machine.memory_bytes - needed
     if run.sharded:
         yield (
-            "in shards there are rows of FSDP2 alone (fsdp_version 2), and no spectra: "
+            "sharded models are recorded under FSDP2 only (fsdp_version 2), and "
             "HessianSpectrumCallback refuses them"
         )
-    if free < 0:
+    if needed > memory_bytes:
         yield (
-            f"training itself needs {needed:.3g} bytes on each device for parameters, "
-            f"gradients and AdamW, and the device has {machine.memory_bytes:.3g}: "
-            "freeze parameters, or take larger devices"
+            f"training itself needs {needed:.3g} bytes per device for parameters, "
+            f"gradients and AdamW, and the device has {memory_bytes:.3g}: freeze "
+            "parameters, or use larger devices"
         )
-    elif plan.memory.first_step_bytes > free:
+    elif needed + plan.first_step_bytes > memory_bytes:
         yield (
             "the exact gradients of the first step need "
-            f"{plan.memory.first_step_bytes:.3g} bytes, and {free:.3g} are free beside "
-            "the model's state"
+            f"{plan.first_step_bytes:.3g} bytes, and {memory_bytes - needed:.3g} are "
+            "free beside the model's state: rows will not be compared with them"
         )
     if element_bytes < 4:
         yield (
-            "finite differences need float32 parameters: Hessian-vector products are "
-            "taken by autograd, with the activations of a double backward pass"
+            "finite differences need float32 parameters: Hessian-vector products use "
+            "autograd, with the activations of a double backward pass"
         )
     if plan.uncounted:
         yield (
-            f"the work of {len(plan.uncounted)} modules is not in the estimates: "
+            f"the estimates leave out {len(plan.uncounted)} modules: "
             f"{', '.join(plan.uncounted[:3])}"
         )
 
@@ -68,13 +66,13 @@ def _of_the_store(plan: Plan) -> Iterator[str]:
     store = plan.store
     if store.files > _MAPPED_FILES:
         yield (
-            f"the store has {store.files:,} files, and Linux maps {_MAPPED_FILES:,} "
-            "for a process: raise vm.max_map_count to open it as one"
+            f"the store has {store.files:,} files, and Linux maps {_MAPPED_FILES:,} per"
+            " process: raise vm.max_map_count to open it as one"
         )
     rewritten = store.files_a_rank * store.manifest_bytes / 2
     if rewritten > store.total_bytes / store.files * store.files_a_rank:
         yield (
-            "a rank's manifest is written anew with each of its "
-            f"{store.files_a_rank:,} files, {rewritten:.3g} bytes in all, more than "
-            "its rows: record on more ranks, or fewer steps"
+            f"a rank rewrites its manifest with each of its {store.files_a_rank:,} "
+            f"files, {rewritten:.3g} bytes in all, more than its rows: record on more "
+            "ranks, or fewer steps"
         )

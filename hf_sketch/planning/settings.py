@@ -1,4 +1,4 @@
-"""What is to be recorded, and of which run."""
+"""What to record, and of which run."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ from hf_sketch.store.rows import check_row_dtype
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run that is to be recorded.
+    """A training run to record.
 
     Args:
-        examples: of the training set.
+        examples: examples of the training set.
         epochs: passes over it.
-        batch_size: examples in a batch of one rank.
-        tokens: of an example.
-        accumulation: batches in a step.
+        batch_size: examples per batch and rank.
+        tokens: tokens per example.
+        accumulation: batches per optimizer step.
         ranks: processes that train together, each on examples of its own.
-        sharded: whether each holds a part of the model only (FSDP2).
+        sharded: whether each holds only a part of the model (FSDP2).
         save_steps: steps between two checkpoints; None for none.
 
     Raises:
@@ -41,12 +41,12 @@ class TrainingRun:
 
     @property
     def rank_examples(self) -> int:
-        """Of one rank in a step."""
+        """Examples per rank and step."""
         return self.batch_size * self.accumulation
 
     @property
     def parts(self) -> int:
-        """Into which each parameter is split."""
+        """The number of parts that each parameter is split into."""
         return self.ranks if self.sharded else 1
 
     @property
@@ -57,15 +57,15 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class RowSettings:
-    """What `GradientSketchCallback` is given; see there.
+    """Settings of `GradientSketchCallback`; see there.
 
     Args:
-        out_size: numbers in a sketch.
+        out_size: numbers per sketch.
         layout: "factored" or "blocked".
-        operator: of what is not factored.
-        row_dtype: what rows are kept in.
+        operator: operator of parameters that are not factored.
+        row_dtype: how rows are stored.
         every_steps: record the steps whose number is a multiple of this.
-        per_step: record a row for each step.
+        per_step: record a row per step as well.
 
     Raises:
         ValueError: a setting is unknown, or `every_steps` is below 1.
@@ -89,14 +89,12 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class SpectrumSettings:
-    """What `HessianSpectrumCallback` is given; see there.
+    """Settings of `HessianSpectrumCallback` that a plan needs; see there.
 
     Args:
-        out_size: numbers in a sketch.
+        out_size: numbers per sketch.
         krylov_dim: Lanczos steps.
-        batches: over which the loss is the mean.
     """
 
     out_size: int = 2**14
     krylov_dim: int = 100
-    batches: int = 4

@@ -1,92 +1,87 @@
 """Options of `hf-sketch plan`."""
 
 from dataclasses import dataclass, field
-
-DTYPES = ("float32", "bfloat16", "float16")
+from typing import Literal
 
 
 @dataclass
 class PlanArguments:
-    """Tell what recording a training run will cost, from the model's config alone.
+    """Compute what recording a training run will cost, from the model's config alone.
 
-    Nothing is trained and no weight is loaded. Sizes of files, Lanczos memory, counts
-    and network bytes are exact; seconds and device memory are estimates, as good as the
-    rates of the machine that are given: see docs/planning.md.
+    Nothing is trained and no weight is loaded. Rows, files, bytes, Lanczos memory and
+    network traffic are exact. Device memory is an estimate, and so are seconds, which
+    come from one measured rate: see docs/planning.md.
     """
 
     model: str = field(
-        metadata={"help": "A config.json, the folder of one, or a name on the Hub."}
+        metadata={"help": "A config.json, its folder, or the name of a Hub model."}
     )
-    examples: int = field(metadata={"help": "Examples of the training set."})
-    epochs: int = field(default=1, metadata={"help": "Passes over them."})
-    tokens: int = field(default=1024, metadata={"help": "Of an example."})
-    batch_size: int = field(default=8, metadata={"help": "Examples, of each rank."})
-    accumulation: int = field(default=1, metadata={"help": "Batches in a step."})
+    examples: int = field(metadata={"help": "Examples in the training set."})
+    epochs: int = field(default=1, metadata={"help": "Training epochs."})
+    tokens: int = field(default=1024, metadata={"help": "Tokens per example."})
+    batch_size: int = field(
+        default=8, metadata={"help": "Examples per batch and device."}
+    )
+    accumulation: int = field(
+        default=1, metadata={"help": "Batches per optimizer step."}
+    )
     ranks: int = field(default=1, metadata={"help": "Devices that train together."})
     sharded: bool = field(
-        default=False, metadata={"help": "Each holds a part of the model (FSDP2)."}
+        default=False, metadata={"help": "Shard the model over the devices (FSDP2)."}
     )
     save_steps: int | None = field(
-        default=None, metadata={"help": "Steps between checkpoints, which end files."}
+        default=None,
+        metadata={
+            "help": "Steps between checkpoints; each checkpoint also closes the current"
+            " sketch file."
+        },
     )
-    dtype: str = field(
-        default="bfloat16",
-        metadata={"help": f"What the model computes in: one of {', '.join(DTYPES)}."},
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="bfloat16", metadata={"help": "Dtype that the model computes in."}
     )
-    out_size: int = field(default=4096, metadata={"help": "Numbers in a row."})
+    out_size: int = field(default=4096, metadata={"help": "Numbers per row."})
     layout: str = field(default="factored", metadata={"help": "factored or blocked."})
     operator: str = field(
-        default="srht", metadata={"help": "Of the parameters that are not factored."}
+        default="srht",
+        metadata={"help": "Operator of the parameters that are not factored."},
     )
     row_dtype: str = field(
-        default="float32", metadata={"help": "float32, float16 or int8, on disk."}
+        default="float32",
+        metadata={"help": "Dtype of rows on disk: float32, float16 or int8."},
     )
     every_steps: int = field(
-        default=1, metadata={"help": "Record one step of so many."}
+        default=1, metadata={"help": "Record every `every_steps`-th step."}
     )
     per_step: bool = field(
-        default=True, metadata={"help": "Record a row for each step, too."}
+        default=True, metadata={"help": "Record one row per step as well."}
     )
     spectrum_out_size: int = field(
-        default=2**14, metadata={"help": "Numbers in a sketch of the Hessian."}
+        default=2**14, metadata={"help": "Numbers per sketch of the Hessian."}
     )
-    krylov_dim: int = field(default=100, metadata={"help": "Lanczos steps."})
-    spectrum_batches: int = field(
-        default=4, metadata={"help": "Batches of the Hessian's loss."}
-    )
-    step_seconds: float | None = field(
-        default=None,
-        metadata={"help": "Of a plain step, if you have measured it: no estimate."},
+    krylov_dim: int = field(
+        default=100, metadata={"help": "Lanczos steps per spectrum."}
     )
     measure: bool = field(
         default=False,
-        metadata={"help": "Take the rates of this machine's processor instead."},
+        metadata={"help": "Measure on this machine how fast it sketches (seconds)."},
     )
-    flops_per_second: float = field(
-        default=6e14,
-        metadata={"help": "That large products reach in training, on one device."},
+    numbers_per_second: float | None = field(
+        default=None,
+        metadata={
+            "help": "Rate at which a device sketches, as --measure prints it on the "
+            "machine that will train. Without a rate no seconds are estimated."
+        },
     )
-    float32_flops_per_second: float = field(
-        default=5e13,
-        metadata={"help": "The same in float32, as the sketch takes them."},
+    plain_step_seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "Measured seconds of a training step without rows, to estimate how "
+            "much slower training gets."
+        },
     )
-    bytes_per_second: float = field(
-        default=2e12,
-        metadata={"help": "That elementwise operations read and write."},
+    memory_bytes: float = field(
+        default=8e10, metadata={"help": "Memory of one device, in bytes."}
     )
-    seconds_per_call: float = field(
-        default=2e-4,
-        metadata={"help": "Of Python and kernel launches, to sketch a module's call."},
-    )
-    disk_bytes_per_second: float = field(
-        default=7e8,
-        metadata={"help": "At which one process reads the store."},
-    )
-    memory_bytes: float = field(default=8e10, metadata={"help": "Of one device."})
     output_file: str | None = field(
-        default=None, metadata={"help": "JSON of all figures, beside the table."}
+        default=None, metadata={"help": "JSON file to save all figures to."}
     )
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}.")

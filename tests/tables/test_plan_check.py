@@ -5,7 +5,7 @@ import pytest
 from hf_sketch.recipes.tables.costs.plan_check import PlanCheckArguments, run_plan_check
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 def test_plans_are_put_beside_measured_runs(tmp_path, capsys, model_type):
     arguments = PlanCheckArguments(
@@ -17,13 +17,10 @@ def test_plans_are_put_beside_measured_runs(tmp_path, capsys, model_type):
     assert set(results) == {"tiny factored", "tiny blocked"}
     for result in results.values():
         planned, measured = result["planned"], result["measured"]
-        assert set(planned) <= set(measured)
+        assert set(planned) == set(measured)
         for exact in ("row_bytes", "store_bytes"):
             assert planned[exact] == pytest.approx(measured[exact], rel=0.05)
-        assert measured["extra_bytes"] > 0.75 * planned["extra_bytes"]
-        ratio = measured["sketch_median_seconds"] / measured["step_median_seconds"]
-        assert measured["sketch_to_step"] == pytest.approx(ratio)  # of one round
-        assert planned["sketch_to_step"] > 0
+        assert planned["sketch_seconds"] > 0
     held = (results["tiny factored"][x]["extra_bytes"] for x in ("planned", "measured"))
     assert next(held) == pytest.approx(next(held), rel=0.25)
-    assert "sketch_to_step" in capsys.readouterr().out
+    assert "sketch_seconds" in capsys.readouterr().out

@@ -1,0 +1,92 @@
+"""What sketching a batch reads and holds, counted from shapes alone."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, TypeGuard
+
+import torch
+from torch import nn
+
+from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.sketches import QK
+
+_SUM_BYTES: Final = 4  # rows are summed in float32
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """A batch of one device.
+
+    Args:
+        examples: number of examples.
+        tokens: tokens per example.
+        element_bytes: bytes per number that the model computes with.
+    """
+
+    examples: int
+    tokens: int
+    element_bytes: int
+
+
+@dataclass(frozen=True)
+class BatchCost:
+    """What the rows of a batch's examples take.
+
+    Args:
+        numbers: numbers that the map is applied to: each layer's inputs and output
+            gradients where both are folded, else each example's gradient.
+        held_bytes: memory on top of training's when the backward pass begins: folded
+            inputs, rows and, in 16 bits, a float32 copy of the widest layer's gradient.
+        uncounted: paths of modules that are not in these figures.
+    """
+
+    numbers: int
+    held_bytes: int
+    uncounted: tuple[str, ...] = ()
+
+
+def batch_cost(model: nn.Module, sketch: ModelSketch, batch: BatchShape) -> BatchCost:
+    """Count numbers and bytes; each module is taken to be called once."""
+    numbers = widest = 0
+    held = batch.examples * sketch.out_size * _SUM_BYTES
+    uncounted: list[str] = []
+    for path, module, name, shape in _parameters(model, sketch):
+        if len(shape) > 2:
+            uncounted.append(path)
+            continue
+        looked_up = isinstance(module, nn.Embedding)
+        tokens = batch.examples * batch.tokens
+        sides = shape[1:] if looked_up else shape
+        operator = sketch.operators.get(name)
+        if len(shape) == 2 and not looked_up:
+            widest = max(widest, tokens * max(shape))
+        if len(shape) == 1 or is_factored(operator):
+            numbers += tokens * sum(sides)
+        else:
+            numbers += batch.examples * math.prod(shape)
+        if is_factored(operator):
+            inputs = 1 if isinstance(module, nn.Linear) else 0
+            folded = tokens * operator.out_factors[inputs]
+            if looked_up:  # each row of the table is folded, and the tokens' are taken
+                folded += shape[0] * operator.out_factors[0]
+            held += folded * _SUM_BYTES
+    if batch.element_bytes < _SUM_BYTES:
+        held += widest * _SUM_BYTES
+    return BatchCost(numbers, held, tuple(uncounted))
+
+
+def is_factored(operator: object) -> TypeGuard[QK]:
+    """Whether a matrix's two sides are folded apart, as in the factored layout."""
+    return isinstance(operator, QK) and bool(operator.in_factors)
+
+
+def _parameters(
+    model: nn.Module, sketch: ModelSketch
+) -> Iterator[tuple[str, nn.Module, str, torch.Size]]:
+    """Each use of a parameter that trains: path, module, name in the map, shape."""
+    names = {id(p): name for name, p in sketch.parameters_of(model).items()}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in names:
+                yield path, module, names[id(parameter)], parameter.shape
