@@ -25,7 +25,7 @@ _SHARDED = (
 def check_processes(
     args: TrainingArguments,
     model: nn.Module,
-    callback: str = "GradientSketchCallback",
+    callback: str,
     *,
     compiled: bool = False,
     in_shards: bool = False,
@@ -33,57 +33,55 @@ def check_processes(
     """Raise unless every process trains the whole model, and as it is.
 
     Args:
-        args: of the Trainer.
-        model: that it trains.
-        callback: that needs it.
+        args: settings of the Trainer.
+        model: the model that it trains.
+        callback: name of the callback that needs this.
         compiled: whether the model may be compiled.
         in_shards: whether FSDP2 may have split the parameters.
 
     Raises:
-        ValueError: the Trainer's settings, or the model, are not covered.
+        ValueError: the callback does not support the Trainer's settings, or the model.
     """
     kind = AcceleratorState().distributed_type
     trainable = [p for p in model.parameters() if p.requires_grad]
     version = " of version 1" if in_shards and kind == DistributedType.FSDP else ""
-    sharding = f"{kind.value}{version}"
     split = in_shards and bool(trainable) and in_row_shards(trainable)
     refused = {
         "several GPUs in one process": args.n_gpu > 1,
         "torch_compile=True": args.torch_compile and not compiled,
-        sharding: kind in _SHARDED and not split,
+        f"{kind.value}{version}": kind in _SHARDED and not split,
         "several processes of torch_xla": kind == DistributedType.XLA
         and args.world_size > 1,
         "parameters in parts": not split
         and any(type(p.data) is not Tensor for p in trainable),
         "parameters on several devices": len({p.device for p in trainable}) > 1,
-        **{f"{way} parallelism": True for way in _parallelisms(model)},
+        **dict.fromkeys(_parallelisms(model), True),
     }
     found = [name for name, present in refused.items() if present]
     if found:
         raise ValueError(
-            f"{callback} needs the whole model, {'' if compiled else 'uncompiled, '}"
-            f"in each process, got {', '.join(found)}: train without, or take the "
-            "callback out."
+            f"{callback} does not support {', '.join(found)}. Train without, or remove "
+            "the callback."
         )
 
 
 def _parallelisms(model: nn.Module) -> list[str]:
-    """How processes share examples, or whole layers, as Accelerate or the model say."""
-    # Older releases have neither.
+    """The ways in which processes share examples, or layers, of this model."""
+    # As Accelerate was told, or the model was loaded; older releases have neither.
     prepared = getattr(AcceleratorState(), "parallelism_config", None)
     loaded = getattr(getattr(model, "config", None), "distributed_config", None)
     return [
-        way
+        f"{way} parallelism"
         for way, size in _PARALLELISMS.items()
         if any((getattr(x, size, None) or 1) > 1 for x in (prepared, loaded))
     ]
 
 
 def step_examples(args: TrainingArguments, state: TrainerState) -> int:
-    """How many examples an optimizer step takes, of all processes together."""
+    """Return the number of examples per optimizer step, over all processes."""
     found = state.train_batch_size if args.auto_find_batch_size else None
-    each = found or args.train_batch_size
+    examples = found or args.train_batch_size
     settings = args.accelerator_config
-    assert isinstance(settings, AcceleratorConfig)  # what TrainingArguments makes of it
+    assert isinstance(settings, AcceleratorConfig)  # what TrainingArguments make of it
     processes = 1 if settings.split_batches else PartialState().num_processes
-    return each * processes * args.gradient_accumulation_steps
+    return examples * processes * args.gradient_accumulation_steps

@@ -4,7 +4,7 @@ import gc
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate.state import PartialState
@@ -16,19 +16,19 @@ _COMPARED = (int, float, str, frozenset, type(None))
 
 
 def processes() -> PartialState:
-    """Those that Accelerate knows of; without an accelerator they are on the CPU."""
+    """Return Accelerate's processes; without an accelerator they are on the CPU."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def check_same(callback: str, settings: Mapping[str, Any]) -> None:
-    """Raise in all processes if one has other settings; all of them must call together.
+def check_same(user: str, settings: Mapping[str, Any]) -> None:
+    """Raise in all processes if their settings differ; all of them must call together.
 
     Args:
-        callback: whose settings they are.
-        settings: by name; what is no number, text or set of them is passed over.
+        user: name of the callback that has the settings.
+        settings: values by name; those that are no number, text or set are ignored.
 
     Raises:
-        ValueError: some differ: processes would wait for each other in vain.
+        ValueError: a setting differs, and processes would wait for each other forever.
     """
     if PartialState().num_processes == 1:
         return
@@ -38,8 +38,8 @@ def check_same(callback: str, settings: Mapping[str, Any]) -> None:
         values = [other.get(name) for other in everyone]
         if any(value != values[0] for value in values):
             raise ValueError(
-                f"{callback} needs the same settings in all processes, got {name}="
-                f"{', '.join(map(repr, values))}: pass the same to each."
+                f"Processes disagree on {name} of {user} "
+                f"({', '.join(map(repr, values))}). Pass the same value on every rank."
             )
 
 
@@ -54,8 +54,11 @@ def in_turn() -> Generator[PartialState]:
         yield processes
 
 
-def reduced(x: Tensor, how: str) -> Tensor:
-    """The "sum" or "mean" of x over the processes; all of them must call together."""
+def reduced(x: Tensor, how: Literal["sum", "mean"]) -> Tensor:
+    """Return the sum or mean of x over the processes; all of them must call together.
+
+    x itself in a single process.
+    """
     if PartialState().num_processes == 1:
         return x
     result = reduce(x, how)
@@ -64,14 +67,14 @@ def reduced(x: Tensor, how: str) -> Tensor:
 
 
 def gathered(value: int) -> list[int]:
-    """The number that each process has; all of them must call together."""
+    """Return each process's number, by rank; all of them must call together."""
     values = gather(torch.tensor([value], device=PartialState().device))
     assert isinstance(values, Tensor)
     return values.tolist()
 
 
 def of_first(value: Value) -> Value:
-    """What the first process has; all of them must call together."""
+    """Return the first process's value; all of them must call together."""
     values = [value]
     broadcast_object_list(values)
     return values[0]
@@ -91,18 +94,43 @@ def end_group() -> None:
 
 
 class OtherProcessFailedError(RuntimeError):
-    """What processes do together failed in another of them."""
+    """Work that all processes share has failed in another one.
+
+    Args:
+        since: the first step whose work is missing there, as it told `check_others`.
+    """
+
+    def __init__(self, since: int) -> None:
+        super().__init__("it failed in another process, see the error there")
+        self.since = since
+
+
+def check_others(since: int = 0) -> None:
+    """Wait for all processes, and stop all of them if one has failed.
+
+    Every process calls this at the same places of its work. One that failed in between
+    and went on to such a place says so here, or answers by leaving `Together`.
+
+    Args:
+        since: the first step whose work is missing in this process, from 1; 0 for none.
+
+    Raises:
+        OtherProcessFailedError: some process has failed.
+    """
+    failed = [step for step in gathered(since) if step]
+    if failed:
+        raise OtherProcessFailedError(min(failed))
 
 
 class Together(AbstractContextManager[None]):
     """Work that all processes do at once, and that fails in all where it does in one.
 
     All enter it together, and call `check_others` before each exchange inside. One that
-    fails, at whatever place, answers the check that the others come to next, at the
-    latest that on leaving; so none waits for an exchange that never comes.
+    fails answers the check that the others reach next, at the latest the one on
+    leaving, so that none waits for an exchange that never comes.
 
     Raises:
-        OtherProcessFailedError: on leaving, another process failed.
+        OtherProcessFailedError: on leaving, another process has failed.
     """
 
     def __exit__(
@@ -115,13 +143,3 @@ class Together(AbstractContextManager[None]):
             check_others()
         elif not isinstance(error, OtherProcessFailedError):
             gathered(1)
-
-
-def check_others() -> None:
-    """Wait until all processes are here.
-
-    Raises:
-        OtherProcessFailedError: another process failed in what they do together.
-    """
-    if any(gathered(0)):
-        raise OtherProcessFailedError("it failed in another process, which tells why")

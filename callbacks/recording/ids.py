@@ -11,7 +11,8 @@ from accelerate.data_loader import (
     IterableDatasetShard,
 )
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+from transformers import TrainingArguments
 
 from hf_sketch.examples.split import ExampleSplit
 
@@ -19,17 +20,16 @@ _OWN_BATCHES = 'accelerator_config={"dispatch_batches": False}'
 
 
 class ExampleIds:
-    """Follows the row numbers that a training DataLoader draws, batch by batch.
+    """The row numbers that a training DataLoader draws, batch by batch.
 
-    Rows are drawn in the main process, in the order in which their batches arrive,
-    also with worker processes; the loader's sampler is wrapped to note them on the way.
-    Of several processes that train together, each draws the whole order, and takes its
-    part of one round of it after the other. Accelerate fills up the last round with
-    rows that were drawn before.
+    The loader's sampler is wrapped to note them: the main process draws rows in the
+    order in which their batches arrive, also with worker processes. Of several
+    processes that train together, each draws the whole order and takes its part of one
+    round after the other. Accelerate fills up the last round with rows that were drawn
+    before.
 
     Args:
-        loader: the DataLoader of a map-style dataset, as the Trainer hands it to
-            callbacks.
+        loader: DataLoader of a map-style dataset, as the Trainer gives it to callbacks.
         world_size: number of processes that train together.
 
     Raises:
@@ -44,21 +44,22 @@ class ExampleIds:
         sampler = getattr(batches, "sampler", None)
         if sampler is None or not isinstance(batches, BatchSampler):
             raise ValueError(
-                "example ids need a dataset with row numbers and a BatchSampler, got "
-                f"{type(loader.dataset).__name__} with {type(batches).__name__}: pass a"
-                " map-style dataset, or per_example=False."
+                "Example ids need row numbers drawn by a BatchSampler, got "
+                f"{type(loader.dataset).__name__} with {type(batches).__name__}. Pass "
+                "a map-style dataset, or per_example=False."
             )
         if world_size > 1 and not own:
             raise ValueError(
-                "example ids need a loader whose batches each process draws itself, got"
-                f" {type(loader).__name__} in {world_size} processes: pass "
+                "Example ids need each process to draw its own batches, got "
+                f"{type(loader).__name__} in {world_size} processes. Pass "
                 f"{_OWN_BATCHES} to TrainingArguments, or per_example=False."
             )
         if loader.num_workers and not loader.in_order:
             raise ValueError(
-                "example ids need batches in the order in which they are drawn, got "
-                "dataloader_in_order=False: leave it out, or pass per_example=False."
+                "Example ids need batches in the order in which they are drawn, got "
+                "dataloader_in_order=False. Leave it out, or pass per_example=False."
             )
+        self._loader = loader
         self._batches = batches
         self._sampler: Sampler[int] | Iterable[int] = sampler
         self._drawn: deque[int] = deque()
@@ -69,15 +70,22 @@ class ExampleIds:
             self._share(shard)
         self._batches.sampler = _Noting(sampler, self._drawn)
 
-    def start_epoch(self, skipped_batches: int) -> None:
-        """Forget the last epoch; the new one starts after `skipped_batches` batches."""
+    def resume(self, steps: int, batches_per_step: int) -> None:
+        """Skip the batches that training skips when it resumes after some steps.
+
+        The last step of an epoch may have fewer batches than the others.
+        """
+        steps_per_epoch = max(-(-len(self._loader) // batches_per_step), 1)
+        self._skip = steps % steps_per_epoch * batches_per_step * self._round
+
+    def start_epoch(self) -> None:
+        """Forget what the last epoch has drawn and not used."""
         self._drawn.clear()
-        self._skip = skipped_batches * self._round
 
     def next_batch(self) -> list[int | None]:
-        """The row numbers of this process's next batch of the epoch.
+        """Return the row numbers of this process's next batch of the epoch.
 
-        None stands for an example that fills up the batch and has had its turn.
+        None stands for an example that fills up the batch and was used before.
         """
         self._take(self._skip)
         self._skip = 0
@@ -104,32 +112,55 @@ class ExampleIds:
         return [self._drawn.popleft() for _ in range(min(count, len(self._drawn)))]
 
 
-def check_stream(loader: DataLoader[Any], world_size: int) -> None:
-    """Raise unless each process reads examples of its own from a stream.
+def followed_ids(
+    loader: DataLoader[Any], args: TrainingArguments, resume_step: int
+) -> ExampleIds | None:
+    """Follow a DataLoader's row numbers; None for a stream, which has none.
+
+    Args:
+        loader: as the Trainer gives it to callbacks.
+        args: the Trainer's settings.
+        resume_step: the optimizer step that training resumes after.
 
     Raises:
-        ValueError: examples may be repeated to fill up batches, unknown to us.
+        ValueError: the loader cannot be followed.
+    """
+    loader = getattr(loader, "dataloader", loader)  # within torch_xla's
+    check_stream(loader, args.world_size)
+    if isinstance(loader.dataset, IterableDataset):
+        return None
+    ids = ExampleIds(loader, args.world_size)
+    if not args.ignore_data_skip:
+        ids.resume(resume_step, args.gradient_accumulation_steps)
+    return ids
+
+
+def check_stream(loader: DataLoader[Any], world_size: int) -> None:
+    """Raise unless each process reads its own examples of a stream.
+
+    Raises:
+        ValueError: processes share one, which may repeat examples to fill up batches.
     """
     shared = isinstance(loader, DataLoaderDispatcher)
     if world_size > 1 and (shared or isinstance(loader.dataset, IterableDatasetShard)):
         raise ValueError(
-            "per-example rows of a stream need a part of it for each process, got "
-            f"{world_size} processes that share one: pass a datasets.IterableDataset "
-            f"of at least {world_size} shards and {_OWN_BATCHES} to TrainingArguments, "
-            "or per_example=False."
+            "Per-example rows of a stream need a part of it per process, but "
+            f"{world_size} processes share one. Pass a datasets.IterableDataset of at "
+            f"least {world_size} shards and {_OWN_BATCHES} to TrainingArguments, or "
+            "per_example=False."
         )
 
 
 def content_ids(
     inputs: Mapping[str, Any], split: ExampleSplit, main_input: str
-) -> list[int]:
-    """Ids of the examples of a stream: hashes of their own inputs and labels.
+) -> list[int | None]:
+    """Return ids of a stream's examples: hashes of their own inputs and labels.
 
     Padding (attention_mask 0, label -100) is left out, so that an example keeps its id
     in every batch.
     """
     mask = inputs.get("attention_mask")
-    ids: list[int] = []
+    ids: list[int | None] = []
     for index in range(split.size):
         digest = hashlib.blake2b(digest_size=8)
         own = split.part(inputs[main_input], index)

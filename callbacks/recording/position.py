@@ -8,13 +8,15 @@ class Position:
     """A micro-batch's place in training.
 
     Args:
-        epoch: counted from 0.
+        epoch: passes over the training set before this one.
         step: the optimizer step that the micro-batch belongs to, counted from 1.
         micro_step: its place among the micro-batches of the step, from 0.
-        learning_rate: of the step.
+        rank: the process that computed it.
+        learning_rate: the step's, of the first parameter group.
     """
 
     epoch: int
     step: int
     micro_step: int
+    rank: int
     learning_rate: float

@@ -1,37 +1,67 @@
-"""What is recorded during one run of a Trainer, and where it goes."""
+"""One run of a Trainer: where training is, and which rows it gives."""
 
 import contextlib
-from pathlib import Path
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 
-from hf_sketch.processes import in_turn, reduced
+from hf_sketch.examples.sketcher import ExampleBatch, ExampleSketcher
+from hf_sketch.processes import OtherProcessFailedError, check_others, reduced
 from hf_sketch.store.header import Header
-from hf_sketch.store.rows import PER_EXAMPLE
-from hf_sketch.store.writer import SketchWriter
+from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 
-from .examples import ExampleRecorder
+from .clipping import ClipProbe
+from .examples import MEASURED_EXAMPLES, example_columns, measured_error
+from .ids import ExampleIds, content_ids, followed_ids
 from .position import Position
-from .sink import Columns, HeldRows
-from .steps import StepRecorder, check_sum
+from .sink import RowSink
+from .steps import check_layout_of_shards, check_sum, step_columns
+
+_NO_ROOM = (OSError, MemoryError, torch.OutOfMemoryError)  # of the disk, or the memory
 
 
-class Recording:
-    """Rows of the steps and of the examples of one run.
+def _unless_stopped(method: Callable[["Run"], None]) -> Callable[["Run"], None]:
+    """Skip a method once recording has stopped, and stop where there is no room."""
+
+    @functools.wraps(method)
+    def guarded(run: "Run") -> None:
+        if not run.stopped:
+            try:
+                method(run)
+            except _NO_ROOM as error:
+                run.stop(f"{type(error).__name__}: {error}")
+                if run.raises:
+                    raise
+
+    return guarded
+
+
+class Run:
+    """Records the steps and the examples of one run.
+
+    Where memory or disk run out in one process, recording stops: with an error, or in
+    all processes at the next recorded step, while training continues.
 
     Args:
         header: of the store.
-        args: of the Trainer.
-        state: of the Trainer, as training begins.
+        args: the Trainer's settings.
+        state: the Trainer's, as training begins.
         model: the model that trains.
         loader: the training DataLoader.
-        per_step: record a row for each step.
-        per_example: record a row for each example.
+        optimizer: the one that steps, with a `scaler` under fp16.
+        per_step: record a row per step.
+        per_example: record a row per example.
         every_steps: record the steps whose number is a multiple of this.
+        measure_error: compare the first rows of a new store with exact gradients.
+        raises: raise an error where memory or disk run out, rather than warn.
     """
 
     def __init__(
@@ -41,133 +71,189 @@ class Recording:
         state: TrainerState,
         model: nn.Module,
         loader: DataLoader[Any],
+        optimizer: Optimizer,
         *,
         per_step: bool,
         per_example: bool,
         every_steps: int,
+        measure_error: bool,
+        raises: bool,
     ) -> None:
-        sketch = header.model_sketch
-        directory = Path(args.output_dir or ".") / "sketches"
-        with in_turn() as processes:
-            rank, world_size = processes.process_index, processes.num_processes
-            self._writer = SketchWriter(
-                directory, header, state.global_step, rank=rank, world_size=world_size
-            )
-        self._rows = HeldRows(self._hand_on)
+        self.stopped, self.raises = False, raises
+        self._since = 0  # the first step that lacks rows, once recording has stopped
+        self._agrees = args.world_size > 1 and not raises
+        self._args, self._state, self._optimizer = args, state, optimizer
+        self._model_sketch = header.model_sketch
         self._every_steps = every_steps
-        self._examples = (
-            ExampleRecorder(model, sketch, loader, header.loss, rank, world_size)
-            if per_example
-            else None
-        )
-        self._steps = StepRecorder(model, sketch) if per_step else None
+        self._epoch, self._micro_step = int(state.epoch or 0) - 1, 0
         sixteen_bits = any(p.element_size() < 4 for p in model.parameters())
         self._low_precision = args.bf16 or args.fp16 or sixteen_bits
+        self._total: Tensor | None = None  # the weighted sum of a recorded step's rows
         self._verified = not (per_example and per_step)
-        self._measured = rank > 0 or self._writer.measured_error is not None
-        self._epoch = int(state.epoch or 0) - 1
-        self._micro_step = self._skipped_batches = 0
-        if self._examples is not None and not args.ignore_data_skip:
-            per_update = args.gradient_accumulation_steps
-            self._skipped_batches = self._examples.skipped_batches(
-                state.global_step, per_update
-            )
+        self._sketcher: ExampleSketcher | None = None
+        self._ids: ExampleIds | None = None
+        self._probe: ClipProbe | None = None
+        with contextlib.ExitStack() as opened:
+            if per_example:
+                self._sketcher = ExampleSketcher(
+                    model, header.model_sketch, header.loss
+                )
+                self._sketcher.recording = False
+                self._ids = followed_ids(loader, args, state.global_step)
+                if self._ids is not None:
+                    opened.callback(self._ids.close)
+                opened.enter_context(self._sketcher)
+            if per_step:
+                self._probe = ClipProbe(header.model_sketch.parameters_of(model))
+                check_layout_of_shards(header.model_sketch, self._probe)
+                opened.callback(self._probe.close)
+            self._sink = RowSink.open(header, args, state.global_step)
+            opened.callback(self._sink.close)
+            self._opened = opened.pop_all()
+        measures = measure_error and args.process_index == 0
+        known = self._sink.writer.measured_error is not None
+        self._to_measure: list[ExampleBatch] | None = (
+            [] if measures and not known else None
+        )
 
+    @_unless_stopped
     def start_epoch(self) -> None:
-        """A pass over the training set begins."""
+        """Begin a pass over the training set."""
         self._epoch += 1
-        if self._examples is not None:
-            self._examples.start_epoch(self._skipped_batches)
-        self._skipped_batches = 0
+        if self._ids is not None:
+            self._ids.start_epoch()
 
-    def start_step(self, step: int) -> None:
-        """An optimizer step begins; the first is 1."""
-        self._micro_step = 0
-        recording = step % self._every_steps == 0
-        for recorder in (self._examples, self._steps):
-            if recorder is not None:
-                recorder.start_step(recording)
+    @_unless_stopped
+    def start_step(self) -> None:
+        """Begin an optimizer step."""
+        self._micro_step, self._total = 0, None
+        if self._sketcher is not None:
+            self._sketcher.recording = self._is_recorded
+        if self._probe is not None:
+            self._probe.start_step(self._is_recorded)
 
-    def end_micro_batch(self, state: TrainerState, optimizer: Optimizer) -> None:
-        """A backward pass has run: write its examples."""
-        if self._examples is not None:
-            moment, scale = self._moment(state, optimizer), _loss_scale(optimizer)
-            self._examples.end_micro_batch(moment, self._rows, scale)
+    @_unless_stopped
+    def end_micro_batch(self) -> None:
+        """Record the examples of a backward pass that has run."""
+        ids = None if self._ids is None else self._ids.next_batch()
+        if self._sketcher is not None and self._is_recorded:
+            self._record_examples(self._sketcher, ids)
         self._micro_step += 1
 
-    def end_gradient(self, state: TrainerState, optimizer: Optimizer) -> None:
-        """The optimizer is about to step: write the step's row.
+    def end_gradient(self) -> None:
+        """Record the step whose gradient is complete."""
+        self.end_micro_batch()
+        if self._is_recorded:
+            self._agree()
+            self._record_step()
 
-        In several processes, all that they do together comes before all that can fail.
-        """
-        total = None if self._examples is None else self._examples.end_step()
-        if total is not None and not self._verified:
-            total = reduced(total, "sum")
-        if self._steps is not None:
-            moment, scale = self._moment(state, optimizer), _loss_scale(optimizer)
-            sketch = self._steps.end_step(moment, self._rows, scale)
-            if not self._verified and sketch is not None and total is not None:
-                check_sum(total, sketch, self._low_precision)
-                self._verified = True
-        if total is not None:
-            self._measure_error()
-
+    @_unless_stopped
     def end_step(self) -> None:
-        """The optimizer has stepped."""
-        self._rows.end_step()
-        self._writer.end_step()
+        """Write rows if there are many, now that the optimizer has stepped."""
+        self._sink.end_step()
 
+    @_unless_stopped
     def flush(self) -> None:
-        """Put all rows so far into the store."""
-        self._rows.flush()
-        self._writer.flush()
+        """Write all rows."""
+        self._sink.flush()
+
+    def end(self) -> None:
+        """Write all rows and take the hooks off, as training ends."""
+        self.flush()
+        self._agree()
+        self.close()
 
     def close(self) -> None:
-        """Take all hooks off; rows that are not flushed are dropped."""
-        for recorder in (self._examples, self._steps):
-            if recorder is not None:
-                recorder.close()
-        self._writer.close()
+        """Take all hooks off; rows that are not written are dropped."""
+        self._opened.close()
 
-    def abandon(self, reason: str, last_step: int | None = None) -> int:
-        """Record no more, and say so in the store if it can still be written.
+    def stop(self, reason: str, since: int | None = None) -> None:
+        """Record nothing from now on, and say so in the store and to the user.
 
         Args:
             reason: what went wrong.
-            last_step: the last step of which there are rows in the process where it
-                did; None for this process.
-
-        Returns:
-            the last step of which there are rows in this process.
+            since: the first step that lacks rows; None for what this process knows.
         """
+        self.stopped = True
         self.close()
-        with contextlib.suppress(OSError):  # the error that matters is told already
-            self._writer.note_gap(reason, last_step)
-        return self._writer.last_step
+        self._since = self._sink.writer.last_step + 1
+        with contextlib.suppress(OSError):  # the error that matters is known already
+            self._sink.writer.note_gap(reason, None if since is None else since - 1)
+        if not self.raises:
+            warnings.warn(
+                f"Recording stopped: {reason}. Training continues (on_error='warn'). "
+                "Resume from a checkpoint to record again.",
+                stacklevel=2,
+            )
 
-    def _hand_on(self, kind: str, columns: Columns) -> None:
-        """Give rows to the writer."""
-        if kind == PER_EXAMPLE and self._examples is not None:
-            self._examples.warn(columns)
-        self._writer.append(kind, columns)
+    @property
+    def _is_recorded(self) -> bool:
+        """Whether the present step is one of those to record."""
+        return (self._state.global_step + 1) % self._every_steps == 0
 
-    def _moment(self, state: TrainerState, optimizer: Optimizer) -> Position:
+    @property
+    def _loss_scale(self) -> float:
+        """What the loss is multiplied by before the backward pass, under fp16."""
+        scaler = getattr(self._optimizer, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    @property
+    def _position(self) -> Position:
         """The present micro-batch's place in training."""
-        rate = float(optimizer.param_groups[0]["lr"])
-        return Position(self._epoch, state.global_step + 1, self._micro_step, rate)
+        step, rank = self._state.global_step + 1, self._args.process_index
+        rate = float(self._optimizer.param_groups[0]["lr"])
+        return Position(self._epoch, step, self._micro_step, rank, rate)
 
-    def _measure_error(self) -> None:
-        """Compare the first step's rows with exact gradients, once for a store."""
-        assert self._examples is not None
-        if self._measured:
+    def _record_examples(
+        self, sketcher: ExampleSketcher, ids: list[int | None] | None
+    ) -> None:
+        """Hand on the rows of a batch, and add them up."""
+        batch = sketcher.take(self._loss_scale)
+        if ids is None:
+            ids = content_ids(batch.inputs, batch.examples, sketcher.main_input)
+        # A step's gradient is the mean over the processes'.
+        batch = replace(batch, weights=batch.weights / self._args.world_size)
+        weighted = batch.weights.to(batch.rows) @ batch.rows
+        self._total = weighted if self._total is None else self._total + weighted
+        columns = example_columns(self._position, ids, batch)
+        if len(columns["example_id"]):
+            self._sink.append(PER_EXAMPLE, columns)
+        if self._to_measure is not None and len(self._to_measure) < MEASURED_EXAMPLES:
+            self._to_measure.append(batch)
+
+    @_unless_stopped
+    def _record_step(self) -> None:
+        """Hand on the step's row, and compare it with the sum of its examples'.
+
+        In several processes, all that they do together comes before all that can fail.
+        """
+        total = self._total
+        if self._sketcher is not None:
+            self._sketcher.recording = False
+        if total is not None and not self._verified:
+            total = reduced(total, "sum")
+        if self._probe is not None:
+            row = step_columns(
+                self._model_sketch, self._probe, self._position, self._loss_scale
+            )
+            if self._args.process_index == 0:
+                self._sink.append(PER_STEP, row)
+            if not self._verified and total is not None:
+                check_sum(total, row, self._low_precision)
+                self._verified = True
+        if self._sketcher is not None and self._to_measure:
+            batches, self._to_measure = self._to_measure, None
+            error = measured_error(self._sketcher, batches, self._low_precision)
+            if error is not None:
+                self._sink.writer.note_measured_error(error)
+
+    def _agree(self) -> None:
+        """Stop recording in all processes if it has stopped in one."""
+        if not self._agrees:
             return
-        self._measured = True
-        error = self._examples.measure_error(self._low_precision)
-        if error is not None:
-            self._writer.note_measured_error(error)
-
-
-def _loss_scale(optimizer: Optimizer) -> float:
-    """What the loss is multiplied by before the backward pass, under fp16."""
-    scaler = getattr(optimizer, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
+        try:
+            check_others(self._since)
+        except OtherProcessFailedError as error:
+            self._agrees = False
+            if not self.stopped:
+                self.stop("recording failed in another process", error.since)

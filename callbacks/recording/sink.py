@@ -1,111 +1,163 @@
-"""Rows on the device that trains, until they are wanted in the store."""
+"""Rows on their way from the device that trains to the store."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
+
+from hf_sketch.processes import in_turn
+from hf_sketch.store.header import Header
+from hf_sketch.store.rows import PER_EXAMPLE
+from hf_sketch.store.writer import SketchWriter
 
 _MOST_BYTES = 2**25
 _MOST_PARTS = 256  # each one more argument of the program that joins them
 
 Columns = Mapping[str, Tensor]
+Rows = tuple[str, Columns]
 
 
-class HeldRows:
-    """Holds rows of an accelerator, which then need not wait for them step by step.
+class RowSink:
+    """Moves rows to the CPU, warns of what is special about them, and writes them.
 
-    Rows that are on the CPU already are handed on as they come. The others leave in
-    one transfer when there are many: training goes on meanwhile where the device can
-    do both, and they are handed on when the next ones leave, or at a flush.
+    An accelerator need not wait for its rows step by step: they leave in one transfer
+    when there are many. Training goes on meanwhile where the device can do both, and
+    the writer gets them when the next ones leave, or at a flush. It gets rows that are
+    on the CPU already as they come.
 
     Args:
-        hand_on: takes a kind of rows and its columns, on the CPU.
+        writer: of the store.
     """
 
-    def __init__(self, hand_on: Callable[[str, Columns], None]) -> None:
-        self._hand_on = hand_on
-        self._held: list[tuple[str, Columns]] = []
+    def __init__(self, writer: SketchWriter) -> None:
+        self.writer = writer
+        self._held: list[Rows] = []
         self._bytes = 0
-        self._transfer: _Transfer | None = None
+        self._arrivals: Callable[[], Iterator[Rows]] | None = None
+        self._told_of_losses = False
+
+    @classmethod
+    def open(
+        cls, header: Header, args: TrainingArguments, resume_step: int
+    ) -> "RowSink":
+        """Open the store of a run, in the first process first.
+
+        Raises:
+            ValueError: the store there does not fit; see `SketchWriter`.
+            OSError: it cannot be written.
+        """
+        directory = Path(args.output_dir or ".") / "sketches"
+        rank, world_size = args.process_index, args.world_size
+        with in_turn():
+            return cls(
+                SketchWriter(
+                    directory, header, resume_step, rank=rank, world_size=world_size
+                )
+            )
 
     def append(self, kind: str, columns: Columns) -> None:
         """Add rows: every column (rows,), `sketch` (rows, out_size)."""
         away = _away(columns)
         if not away:
-            self._hand_on(kind, columns)
+            self._write(kind, columns)
             return
         self._held.append((kind, columns))
         self._bytes += sum(column.nbytes for column in away)
 
     def end_step(self) -> None:
-        """Send the rows off if there are many."""
+        """Send rows on if there are many; a step's are all there now.
+
+        Raises:
+            OSError: earlier rows could not be written.
+        """
         if self._bytes >= _MOST_BYTES or len(self._held) >= _MOST_PARTS:
             self._send()
+        self.writer.end_step()
 
     def flush(self) -> None:
-        """Hand all rows on."""
+        """Write all rows; they are in the store when this returns.
+
+        Raises:
+            OSError: they could not be written.
+        """
         if self._held:
             self._send()
         self._receive()
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Drop rows that are not written, and wait for those that are under way."""
+        self._held, self._arrivals = [], None
+        self.writer.close()
 
     def _send(self) -> None:
         held, self._held, self._bytes = self._held, [], 0
-        transfer = _Transfer.of(held)
+        arrivals = _transfer(held)
         self._receive()  # those before, which are there by now
-        self._transfer = transfer
+        self._arrivals = arrivals
 
     def _receive(self) -> None:
-        transfer, self._transfer = self._transfer, None
-        if transfer is not None:
-            for kind, columns in transfer.rows():
-                self._hand_on(kind, columns)
+        arrivals, self._arrivals = self._arrivals, None
+        if arrivals is not None:
+            for kind, columns in arrivals():
+                self._write(kind, columns)
+
+    def _write(self, kind: str, columns: Columns) -> None:
+        """Give rows that are on the CPU to the writer."""
+        if kind == PER_EXAMPLE:
+            self._warn(columns)
+        self.writer.append(kind, columns)
+
+    def _warn(self, columns: Columns) -> None:
+        """Say what is special about the rows of a micro-batch."""
+        finite = columns["finite"]
+        if not finite.all():
+            broken = columns["example_id"][~finite].tolist()
+            warnings.warn(
+                f"The gradients of examples {broken} are NaN or infinite at step "
+                f"{int(columns['step'][0])}. Their rows are stored with finite=False.",
+                stacklevel=2,
+            )
+        elif columns["loss"].isnan().all() and not self._told_of_losses:
+            self._told_of_losses = True
+            warnings.warn(
+                "The loss is computed outside the model (label smoothing, or "
+                "compute_loss_func). A row is the gradient of its example's share of "
+                "the batch's loss, times the batch size, and the loss column is NaN. "
+                "Losses that compare examples cannot be detected.",
+                stacklevel=2,
+            )
 
 
-@dataclass(frozen=True)
-class _Transfer:
-    """Rows on their way to the CPU.
-
-    Args:
-        held: the rows; of columns that are away only shapes and types are asked.
-        flat: their columns that are away, end to end, on the CPU.
-        done: when `flat` is there; None if it is.
-    """
-
-    held: Sequence[tuple[str, Columns]]
-    flat: Tensor
-    done: torch.cuda.Event | None = None
-
-    @classmethod
-    def of(cls, held: Sequence[tuple[str, Columns]]) -> "_Transfer":
-        """Start to move rows, as one tensor."""
-        away = [column for _, columns in held for column in _away(columns)]
-        dtype = reduce(torch.promote_types, (x.dtype for x in away))
-        joined = torch.cat([x.detach().reshape(-1).to(dtype) for x in away])
-        if not joined.is_cuda:
-            return cls(held, joined.cpu())
-        flat = joined.to("cpu", non_blocking=True)  # into pinned memory
-        done = torch.cuda.Event()
+def _transfer(held: Sequence[Rows]) -> Callable[[], Iterator[Rows]]:
+    """Start to move rows to the CPU as one tensor; the result waits for them."""
+    away = [column for _, columns in held for column in _away(columns)]
+    dtype = reduce(torch.promote_types, (x.dtype for x in away))
+    joined = torch.cat([x.detach().reshape(-1).to(dtype) for x in away])
+    flat = joined.to("cpu", non_blocking=joined.is_cuda)  # into pinned memory
+    done = torch.cuda.Event() if joined.is_cuda else None
+    if done is not None:
         done.record(torch.cuda.current_stream(joined.device))
-        return cls(held, flat, done)
 
-    def rows(self) -> list[tuple[str, Columns]]:
-        """The rows, all on the CPU; waits until they are there."""
-        if self.done is not None:
-            self.done.synchronize()
+    def arrivals() -> Iterator[Rows]:
+        if done is not None:
+            done.synchronize()
         start = 0
-        rows: list[tuple[str, Columns]] = []
-        for kind, columns in self.held:
+        for kind, columns in held:
             here: dict[str, Tensor] = {}
             for name, column in columns.items():
                 here[name] = column
                 if not column.is_cpu:
-                    part = self.flat[start : start + column.numel()]
+                    part = flat[start : start + column.numel()]
                     here[name] = part.view(column.shape).to(column.dtype)
                     start += column.numel()
-            rows.append((kind, here))
-        return rows
+            yield kind, here
+
+    return arrivals
 
 
 def _away(columns: Columns) -> list[Tensor]:

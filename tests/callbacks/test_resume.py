@@ -130,7 +130,7 @@ def test_other_save_strategies_keep_all_rows(tmp_path, strategy, uninterrupted):
 
 
 def test_a_full_buffer_is_flushed_at_the_end_of_a_step(tmp_path, monkeypatch):
-    import hf_sketch.callbacks.recording.run as module
+    import hf_sketch.callbacks.recording.sink as module
 
     def small(*args, **named):
         return SketchWriter(*args, **named, buffer_bytes=1)

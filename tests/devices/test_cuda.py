@@ -21,7 +21,7 @@ from hf_sketch import (
     load_sketches,
 )
 from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
-from hf_sketch.callbacks.recording.sink import HeldRows
+from hf_sketch.callbacks.recording.sink import RowSink
 from hf_sketch.sketches.transforms.random import CounterRandom
 from hf_sketch.sketches.transforms.signs import flip, sign_masks
 from tests.helpers.device_oracles import (
@@ -30,6 +30,7 @@ from tests.helpers.device_oracles import (
     random,
     subspace_steps,
 )
+from tests.helpers.noted_rows import NotedRows
 from tests.helpers.training import tiny_batch, tiny_bert, tiny_trainer
 
 pytestmark = [
@@ -191,18 +192,18 @@ def test_recording_waits_for_the_device_as_often_as_it_is_said_to(tmp_path):
 
 
 def test_rows_that_are_held_leave_while_training_goes_on():
-    handed = []
-    rows = HeldRows(lambda kind, columns: handed.append((kind, columns)))
+    written = NotedRows()
+    sink = RowSink(written)
     expected = [
         {"step": torch.tensor([step]), "sketch": random(1, 2**23) + step}
         for step in range(3)
     ]
     for count, columns in enumerate(expected):
-        rows.append("per_step", {**columns, "sketch": columns["sketch"].cuda()})
-        rows.end_step()
-        assert len(handed) == count  # each 32 MiB go when the next do
-    rows.flush()
-    for (_, got), columns in zip(handed, expected, strict=True):
+        sink.append("per_step", {**columns, "sketch": columns["sketch"].cuda()})
+        sink.end_step()
+        assert len(written.rows) == count  # each 32 MiB go when the next do
+    sink.flush()
+    for (_, got), columns in zip(written.rows, expected, strict=True):
         assert all(torch.equal(got[name], columns[name]) for name in columns)
 
 

@@ -10,8 +10,9 @@ from transformers import TrainerCallback
 
 from hf_sketch import HessianOperator, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.callbacks.recording.sink import HeldRows
+from hf_sketch.callbacks.recording.sink import RowSink
 from tests.helpers.device_oracles import WITHOUT_DROPOUT, subspace_steps
+from tests.helpers.noted_rows import NotedRows
 from tests.helpers.training import tiny_batch, tiny_bert, tiny_trainer
 
 torch_xla = pytest.importorskip("torch_xla")
@@ -158,8 +159,8 @@ def test_recording_examples_reads_two_losses_a_batch_and_nothing_else(
 
 
 def test_all_rows_that_are_held_come_to_the_cpu_in_one_read():
-    handed = []
-    rows = HeldRows(lambda kind, columns: handed.append((kind, columns)))
+    written = NotedRows()
+    sink = RowSink(written)
     expected = [
         {
             "step": torch.tensor([step]),
@@ -171,15 +172,15 @@ def test_all_rows_that_are_held_come_to_the_cpu_in_one_read():
     ]
     for columns in expected:
         away = {n: c if n == "step" else c.to("xla") for n, c in columns.items()}
-        rows.append("per_step", away)
-        rows.end_step()
-    assert handed == []
+        sink.append("per_step", away)
+        sink.end_step()
+    assert written.rows == []
     torch_xla.sync()
     before = reads()
-    rows.flush()
+    sink.flush()
     assert reads() == before + 1
-    assert [kind for kind, _ in handed] == ["per_step"] * 3
-    for (_, got), columns in zip(handed, expected, strict=True):
+    assert [kind for kind, _ in written.rows] == ["per_step"] * 3
+    for (_, got), columns in zip(written.rows, expected, strict=True):
         assert got.keys() == columns.keys()
         for name, column in columns.items():
             torch.testing.assert_close(got[name], column)
@@ -192,7 +193,7 @@ def test_rows_that_are_not_finite_are_told_when_they_are_read(tmp_path):
                 with torch.no_grad():
                     model.classifier.bias.fill_(float("nan"))
 
-    with pytest.warns(UserWarning, match=r"step 2: the gradients of examples \[.*\]"):
+    with pytest.warns(UserWarning, match=r"of examples \[.*\] are NaN .* at step 2\."):
         train(tmp_path, GradientSketchCallback(SIZE), Poison(), max_steps=2)
     store = load_sketches(tmp_path)
     rows = store.dataset.with_format("torch")[:]

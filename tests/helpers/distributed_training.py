@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 from accelerate.state import PartialState
+from accelerate.utils import reduce
 from peft import get_peft_model
 from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -18,7 +19,7 @@ from transformers import TrainerCallback
 from hf_sketch import SubspaceConfig
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.model.accumulator import Accumulator
-from hf_sketch.processes import end_group, reduced
+from hf_sketch.processes import end_group
 from tests.helpers.text_training import Pad, text_dataset, undropped
 from tests.helpers.training import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
 
@@ -70,14 +71,14 @@ class Gate(nn.Module):
 
 @contextmanager
 def exchanged_sizes():
-    """How many numbers are added up over the processes for the rows of steps."""
+    """How many numbers our code adds up over the processes, each time."""
     sizes = []
 
     def noting(x, how):
         sizes.append(x.numel())
-        return reduced(x, how)
+        return reduce(x, how)
 
-    with patch("hf_sketch.callbacks.recording.steps.reduced", noting):
+    with patch("hf_sketch.processes.reduce", noting):
         yield sizes
 
 

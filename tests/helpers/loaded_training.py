@@ -58,7 +58,9 @@ def refused(directory, **sizes):
     """What each callback asks first; a pipeline the Trainer itself cannot train."""
     trainer = trainer_of(directory, GradientSketchCallback(SIZE), **sizes)
     try:
-        check_processes(trainer.args, trainer.model, in_shards=True)
+        check_processes(
+            trainer.args, trainer.model, "GradientSketchCallback", in_shards=True
+        )
     except ValueError as error:
         leave(directory, error=str(error))
 

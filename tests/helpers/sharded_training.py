@@ -23,7 +23,8 @@ from hf_sketch import (
     sketch_dataset,
 )
 from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
-from hf_sketch.callbacks.recording.steps import StepRecorder
+from hf_sketch.callbacks.recording import run
+from hf_sketch.callbacks.recording.steps import step_columns
 from hf_sketch.recipes.tables.measure import peak_extra_bytes
 from tests.helpers.distributed_training import (
     GLOBAL_BATCH,
@@ -123,18 +124,17 @@ def mixed(directory):
 
 def memory(directory):
     """The most bytes that the row of a step takes, in each layout."""
-    plain_end = StepRecorder.end_step
     for layout in ("factored", "blocked"):
         peaks = []
 
         def measuring(*args, peaks=peaks):
             results = []
-            peaks.append(peak_extra_bytes(lambda: results.append(plain_end(*args))))
+            peaks.append(peak_extra_bytes(lambda: results.append(step_columns(*args))))
             return results[0]
 
         callback = GradientSketchCallback(SIZE, layout=layout, per_example=False)
         model = tiny_bert(vocab_size=GREATEST[0], hidden_size=GREATEST[1])
-        with patch.object(StepRecorder, "end_step", measuring):
+        with patch.object(run, "step_columns", measuring):
             train(directory / layout, callback, model=model, max_steps=3)
         leave(directory, **{layout: peaks})
 

@@ -57,7 +57,7 @@ def test_rows_are_those_of_one_process_with_the_same_batches(
     ranks = columns(store.dataset)["rank"]
     assert torch.bincount(ranks).tolist() == [48 // processes] * processes
     assert not list((launched / "divides" / "sketches").glob("per_step-*[1-9]-*.arrow"))
-    assert store.measured_error.examples == 8 // processes  # those of the first process
+    assert store.measured_error.examples == min(3, 8 // processes)  # the first's
     assert store.measured_error.row_error < 1e-4
 
 
@@ -78,7 +78,7 @@ def test_training_is_bit_equal_with_and_without(launched):
 @pytest.mark.in_processes(2, "ddp/watched")
 def test_a_sketch_of_witnesses_alone_is_exchanged(launched):
     for sizes in results(launched / "watched", "exchanged"):
-        assert sizes == [1024] * 6
+        assert sizes == [SIZE, *[1024] * 6]  # first the sum of the rows, to verify it
 
 
 @pytest.mark.in_processes(2, "ddp/watched", "ddp/grouped")
@@ -238,13 +238,13 @@ def test_parameters_that_not_every_process_uses_have_gradients(launched):
 @pytest.mark.in_processes(2, "ddp/unlike")
 def test_processes_with_other_settings_are_refused_in_all(launched):
     for error in results(launched / "unlike", "error"):
-        assert "the same settings in all processes, got every_steps=1, 2: pass" in error
+        assert "disagree on every_steps of GradientSketchCallback (1, 2). Pass" in error
 
 
 @pytest.mark.in_processes(2, "ddp/uncovered")
 def test_rows_that_do_not_add_up_in_one_process_stop_all(launched):
     for error in results(launched / "uncovered", "error"):
-        assert "must add up to the step's gradient within 0.001" in error
+        assert "of its norm, more than 0.001. Some part of the model is" in error
 
 
 @pytest.mark.in_processes(2, "ddp/disk", "ddp/memory")
@@ -263,7 +263,7 @@ def test_what_fails_in_one_process_ends_recording_in_all(
     reasons[failing] = reason
     for own, expected in zip(messages, reasons, strict=True):
         (message,) = own
-        assert re.search(f"recorded no more, training goes on: {expected}", message)
+        assert re.search(f"Recording stopped: {expected}", message)
     with pytest.warns(UserWarning, match="no rows from step") as caught:
         rows = columns(load_sketches(launched / scenario).dataset)
     # The process that fails lacks its rows from step 3 on, and so says the other.

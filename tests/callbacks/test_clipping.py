@@ -1,0 +1,37 @@
+"""What training multiplied its gradients by is found, and undone."""
+
+import pytest
+import torch
+
+from hf_sketch import ModelSketch
+from hf_sketch.callbacks.recording.clipping import ClipProbe
+from hf_sketch.callbacks.recording.position import Position
+from hf_sketch.callbacks.recording.steps import step_columns
+from tests.helpers.training import tiny_batch, tiny_bert
+
+SIZE = 256
+
+
+# The Trainer undoes the scale before it clips, and leaves it on where it does not clip.
+@pytest.mark.parametrize(
+    ("unscaled", "clip_factor"), [(True, 1.0), (True, 0.01), (False, 1.0)]
+)
+def test_step_rows_under_loss_scaling(unscaled, clip_factor):
+    model, scale = tiny_bert().eval(), 1024.0
+    sketch = ModelSketch.from_model(model, SIZE)
+    model(**tiny_batch()).loss.backward()
+    plain = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    probe = ClipProbe(sketch.parameters_of(model))
+    probe.start_step(recording=True)
+    (scale * model(**tiny_batch()).loss).backward()
+    if unscaled:
+        for parameter in model.parameters():
+            parameter.grad.mul_(clip_factor / scale)
+    row = step_columns(sketch, probe, Position(0, 1, 0, 0, 1e-3), scale)
+    probe.close()
+    expected = clip_factor * sketch.sketch(plain)
+    torch.testing.assert_close(row["sketch"][0], expected, rtol=1e-4, atol=1e-5)
+    assert float(row["clip_factor"]) == pytest.approx(clip_factor, rel=1e-4)
+    norm = torch.cat([g.flatten() for g in plain.values()]).norm()
+    assert float(row["gradient_norm"]) == pytest.approx(float(norm), rel=1e-4)
