@@ -146,7 +146,7 @@ class HessianSpectrumCallback(TrainerCallback):
             )
             return
         if state.global_step == 0:
-            self._take_if_due(args, state, control)
+            self.on_step_end(args, state, control)
 
     def on_step_end(
         self,
@@ -155,15 +155,30 @@ class HessianSpectrumCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        self._take_if_due(args, state, control)
+        """Compute, write and log a spectrum, if one is due at this step."""
+        step = state.global_step
+        due = step in self.steps or (self.every is not None and step % self.every == 0)
+        if self._hessian is None or not due:
+            return
+        try:
+            with Together():
+                spectrum = self._spectrum(self._hessian, args, state)
+        except _SURVIVED as error:
+            warnings.warn(
+                f"The Hessian's spectrum of step {step} is missing; training continues."
+                f" {type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+            return
+        logs = _logs(spectrum)
+        if self._trainer is None:
+            state.log_history.append({**logs, "epoch": state.epoch, "step": step})
+        else:
+            should_log = control.should_log  # the step's own loss, after this
+            self._trainer.log(logs)
+            control.should_log = should_log
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._hessian = None
 
     def _prepare(
@@ -197,32 +212,6 @@ class HessianSpectrumCallback(TrainerCallback):
                 model, own, self.loss_fn, mode=self.mode, unit=self.unit
             )
         self._hessian = SketchedHessian(SharedHessian(hessian, idle), sketch)
-
-    def _take_if_due(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> None:
-        """Compute, write and log a spectrum at this step, if one is due."""
-        step = state.global_step
-        due = step in self.steps or (self.every is not None and step % self.every == 0)
-        if self._hessian is None or not due:
-            return
-        try:
-            with Together():
-                spectrum = self._spectrum(self._hessian, args, state)
-        except _SURVIVED as error:
-            warnings.warn(
-                f"The Hessian's spectrum of step {step} is missing; training continues."
-                f" {type(error).__name__}: {error}",
-                stacklevel=3,
-            )
-            return
-        logs = _logs(spectrum)
-        if self._trainer is not None:
-            should_log = control.should_log  # the step's own loss, after this
-            self._trainer.log(logs)
-            control.should_log = should_log
-        else:
-            state.log_history.append({**logs, "epoch": state.epoch, "step": step})
 
     def _spectrum(
         self, hessian: SketchedHessian, args: TrainingArguments, state: TrainerState

@@ -95,43 +95,21 @@ def curvature_setting(model: nn.Module, mode: str) -> Generator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
-        stack.enter_context(_own_forward(model))
+        own: dict[str, Any] = vars(model)
+        if "_original_forward" in own:  # Accelerate (1.15) wrapped autocast around it
+            stack.callback(setattr, model, "forward", own["forward"])
+            model.forward = own["_original_forward"]
         device = next(model.parameters()).device
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if mode == "autograd":
-            stack.enter_context(_plain_attention(model))
+            kernels = _attention_of(getattr(model, "config", None))
+            if any(kernel not in _REPLACEABLE for kernel in kernels.values()):
+                switch: Any = model.set_attn_implementation
+                stack.callback(switch, kernels)
+                switch("eager")
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.enable_grad())
         yield
-
-
-@contextmanager
-def _own_forward(model: nn.Module) -> Generator[None]:
-    """Use the forward that Accelerate (1.15) wrapped autocast around."""
-    patched: Any = vars(model).get("forward")
-    original = vars(model).get("_original_forward")
-    if original is None:
-        yield
-        return
-    model.forward = original
-    try:
-        yield
-    finally:
-        model.forward = patched
-
-
-@contextmanager
-def _plain_attention(model: nn.Module) -> Generator[None]:
-    """Use eager attention instead of kernels outside torch's own sdpa."""
-    before = _attention_of(getattr(model, "config", None))
-    if all(kernel in _REPLACEABLE for kernel in before.values()):
-        yield
-        return
-    switch: Any = model.set_attn_implementation
-    switch("eager")
-    try:
-        yield
-    finally:
-        switch(before)
 
 
 def _attention_of(config: Any) -> dict[str, str]:
@@ -143,7 +121,26 @@ def _attention_of(config: Any) -> dict[str, str]:
     return {name: kernel for name, kernel in found.items() if kernel is not None}
 
 
-def check_graph(gradient: Sequence[Tensor]) -> None:
+@contextmanager
+def differentiated_again(gradient: Sequence[Tensor]) -> Generator[None]:
+    """Differentiate a gradient inside; name the way out if a kernel cannot.
+
+    Raises:
+        DoubleBackwardError: torch says so; any other error passes through.
+    """
+    try:
+        _check_graph(gradient)
+        yield
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _NO_DOUBLE_BACKWARD):
+            raise
+        raise DoubleBackwardError(
+            "An operation of the model has no double backward "
+            f'({str(error).splitlines()[0]}). Pass mode="finite_difference".'
+        ) from error
+
+
+def _check_graph(gradient: Sequence[Tensor]) -> None:
     """Raise if an operation that made a gradient is marked once_differentiable.
 
     The mark lies on no path to the parameters: autograd.grad misses it, and takes the
@@ -159,21 +156,3 @@ def check_graph(gradient: Sequence[Tensor]) -> None:
         if node.name() == "torch::autograd::Error":
             raise RuntimeError("it is marked once_differentiable")
         nodes += [before for before, _ in node.next_functions]
-
-
-@contextmanager
-def explained() -> Generator[None]:
-    """Name the way out where a kernel has no double backward.
-
-    Raises:
-        DoubleBackwardError: torch says so; any other error passes through.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(text in str(error) for text in _NO_DOUBLE_BACKWARD):
-            raise
-        raise DoubleBackwardError(
-            "An operation of the model has no double backward "
-            f'({str(error).splitlines()[0]}). Pass mode="finite_difference".'
-        ) from error

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sketch.curvature.double_backward import check_graph, explained
+from hf_sketch.curvature.double_backward import differentiated_again
 from hf_sketch.curvature.finite_differences import central_difference
 from hf_sketch.curvature.hessian import CurvatureOperator
 from hf_sketch.curvature.vectors import Parts, Vector, dot, norm_of
@@ -66,8 +66,7 @@ class GaussNewtonOperator(CurvatureOperator):
         pulled = self._derivative(logits, dual, create_graph=True)
         pairs = zip(pulled, vectors, strict=True)
         linear, along = zip(*[(g, v) for g, v in pairs if g.requires_grad], strict=True)
-        with explained():
-            check_graph(linear)
+        with differentiated_again(linear):
             return torch.autograd.grad(linear, dual, along)[0]
 
     def _difference(self, inputs: Mapping[str, Any], vectors: Parts) -> Tensor:

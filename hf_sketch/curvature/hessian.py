@@ -2,8 +2,8 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,10 +13,9 @@ from hf_sketch.curvature.check import CurvatureCheck, check_products
 from hf_sketch.curvature.double_backward import (
     DoubleBackwardError,
     Mode,
-    check_graph,
     choose_mode,
     curvature_setting,
-    explained,
+    differentiated_again,
     obstacle_to_finite_differences,
 )
 from hf_sketch.curvature.finite_differences import central_difference, gradients_into
@@ -93,12 +92,9 @@ class CurvatureOperator(ABC):
             loss, sketch = self._sketched_gradient(model_sketch)
         return float(loss), sketch
 
-    @contextmanager
-    def _setting(self) -> Generator[None]:
+    def _setting(self) -> AbstractContextManager[None]:
         """Put the model into the state in which it is differentiated."""
-        model = self.mean_loss.model
-        with curvature_setting(model, self.mode), torch.enable_grad():
-            yield
+        return curvature_setting(self.mean_loss.model, self.mode)
 
     def _gradient_of(self, inputs: Mapping[str, Any], share: float) -> Parts:
         """Return a batch's share of the gradient."""
@@ -247,8 +243,7 @@ class HessianOperator(CurvatureOperator):
         def product(inputs: Mapping[str, Any], share: float) -> Parts:
             _, loss = self.mean_loss.run(inputs)
             gradient = self._derivative(share * loss, create_graph=True)
-            with explained():
-                check_graph(gradient)
+            with differentiated_again(gradient):
                 pairs = zip(gradient, vectors, strict=True)
                 curved = [(g, v) for g, v in pairs if g.requires_grad]
                 if not curved:  # the loss is linear

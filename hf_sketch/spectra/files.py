@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import xxhash
 from safetensors.torch import load, save
+from torch import Tensor
 
 from hf_sketch.curvature.check import CurvatureCheck
 from hf_sketch.durable import read_sealed, replace_file, set_aside, write_sealed
@@ -16,15 +17,6 @@ from hf_sketch.spectra.spectrum import Spectrum
 
 FORMAT_VERSION: Final = 1
 DIRECTORY: Final = "curvature"
-_TENSORS = (
-    "sketched",
-    "residuals",
-    "weights",
-    "gradient",
-    "gradient_along",
-    "vectors",
-    "vector_places",
-)
 
 
 def save_spectrum(directory: Path, spectrum: Spectrum) -> Path:
@@ -40,16 +32,14 @@ def save_spectrum(directory: Path, spectrum: Spectrum) -> Path:
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"step-{spectrum.step:08d}.json"
-    data = save({name: getattr(spectrum, name).contiguous() for name in _TENSORS})
+    own = {f.name: getattr(spectrum, f.name) for f in dataclasses.fields(spectrum)}
+    tensors = {n: x.contiguous() for n, x in own.items() if isinstance(x, Tensor)}
+    data = save(tensors)
     replace_file(path.with_suffix(".safetensors"), data)
-    fields = {
-        field.name: getattr(spectrum, field.name)
-        for field in dataclasses.fields(spectrum)
-        if field.name not in (*_TENSORS, "model_sketch", "check")
-    }
+    apart = (*tensors, "model_sketch", "check")
     content = {
         "format_version": FORMAT_VERSION,
-        **fields,
+        **{name: own[name] for name in own if name not in apart},
         "model_sketch": spectrum.model_sketch.to_dict(),
         "check": spectrum.check and dataclasses.asdict(spectrum.check),
         "tensors_xxh3_128": xxhash.xxh3_128_hexdigest(data),
