@@ -100,10 +100,7 @@ class HessianSpectrumCallback(TrainerCallback):
         _check_counts(1, every=every, batches=batches, batch_size=batch_size)
         _check_counts(0, keep_vectors=keep_vectors, steps=min(steps or (0,)))
         _check_sizes(batches, krylov_dim, out_size)
-        check_operator(operator)
-        check_layout(layout)
-        check_mode(mode)
-        check_unit(unit)
+        _check_choices(operator, layout, mode, unit)
         self.steps = frozenset(steps or ())
         self.every = every
         self.batches = batches
@@ -229,6 +226,14 @@ class HessianSpectrumCallback(TrainerCallback):
         if first:
             save_spectrum(self._directory, spectrum)
         return spectrum
+
+
+def _check_choices(operator: str, layout: str, mode: str, unit: str) -> None:
+    """Raise unless each is the name of one."""
+    check_operator(operator)
+    check_layout(layout)
+    check_mode(mode)
+    check_unit(unit)
 
 
 def _check_counts(least: int, **counts: Any) -> None:

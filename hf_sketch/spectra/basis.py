@@ -57,10 +57,6 @@ class Basis:
         rows = torch.from_file(str(file), True, count * operator.size, dtype=dtype)
         return cls(rows.view(shape), device)
 
-    def first(self, count: int) -> "Basis":
-        """Return the first `count` vectors, in the same memory."""
-        return Basis(self.rows[:count], self.device)
-
     def orthogonalise(self, count: int, vector: Tensor) -> float:
         """Remove the first `count` rows from a vector, in place, twice.
 

@@ -145,7 +145,7 @@ def lanczos(
         finally:
             if saved is not None:
                 saved.save(taken, basis)
-    return _result(taken, basis.first(len(taken)))
+    return _result(taken, Basis(basis.rows[: len(taken)], basis.device))
 
 
 def _step(operator: SymmetricOperator, basis: Basis, taken: Steps) -> Steps:
