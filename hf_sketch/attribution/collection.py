@@ -1,4 +1,4 @@
-"""Rows as a user holds them: rows, the map that made them, and their scores."""
+"""Rows as a user holds them: with the map that made them, and their scores."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -32,20 +32,22 @@ from hf_sketch.attribution.scores import (
 from hf_sketch.attribution.shares import RowShare
 from hf_sketch.examples.measured_error import MeasuredError
 from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.sketches.choices import check_choice
 from hf_sketch.store.locations import push_store
 
 
 @dataclass(frozen=True)
 class GradientRows:
-    """Sketched gradients and the map that made them.
+    """Rows, which are sketched gradients, and the map that made them.
 
     Args:
         model_sketch: the map; `sketch_dataset` makes queries for these rows with it.
-        dataset: one row per example and occasion, with the columns of docs/format.md.
-        steps: one row per optimizer step; None for sketches made outside training.
+        dataset: one row per example and recorded step, with the columns of
+            docs/format.md.
+        steps: one row per optimizer step; None for rows made outside training.
         measured_error: how far inner products of these rows are from exact ones, as
             measured on the first examples; None if it was not measured.
-        directory: the store; None for sketches in memory.
+        directory: the store; None for rows in memory.
         split: whether processes share the passes over the rows; see `over_processes`.
     """
 
@@ -75,18 +77,19 @@ class GradientRows:
             the commit's address.
 
         Raises:
-            ValueError: the sketches are in memory only.
+            ValueError: the rows are in memory only.
         """
         if self.directory is None:
             raise ValueError(
-                "got sketches in memory: pass those of load_sketches, from disk."
+                "These rows are in memory only. Push those of load_sketches(output_dir)"
+                ", which have a store."
             )
         return push_store(self.directory, repo_id, private, token)
 
     def where(self, **values: Any) -> "GradientRows":
-        """The rows whose columns equal the given values, e.g. `where(epoch=2)`.
+        """Keep the rows whose columns equal the given values, e.g. `where(epoch=2)`.
 
-        A list, set or range is for any of its values: `where(step=range(100, 200))`.
+        A list, set or range stands for any of its values: `where(step=range(9))`.
 
         Raises:
             ValueError: there is no such column, or no such row.
@@ -96,15 +99,14 @@ class GradientRows:
     def join(
         self, dataset: Dataset, *names: str, on: str | None = None
     ) -> "GradientRows":
-        """Add columns of the dataset whose examples the rows are of.
+        """Add columns of the training set, matched by example id.
 
-        They can then be used in `where` and as `groups`, and `attribute` tells them.
+        `where` and `groups` can then use them, and `attribute` returns them.
 
         Args:
             dataset: the `train_dataset`.
             names: of its columns.
-            on: its column that holds each example's example_id; by default that is the
-                row's number.
+            on: its column of example ids; by default an id is a row number.
 
         Raises:
             ValueError: an example is not in the dataset.
@@ -112,9 +114,9 @@ class GradientRows:
         return replace(self, dataset=with_columns(self.dataset, dataset, names, on))
 
     def step_rows(self) -> "GradientRows":
-        """The same with a row for each optimizer step, for queries of the trajectory.
+        """Return one row per optimizer step instead, for queries of the trajectory.
 
-        `store.step_rows().attribute(queries, method="tracin")` tells which steps moved
+        `store.step_rows().attribute(queries, method="tracin")` shows which steps moved
         the query: the score is what the step took off its loss, for plain SGD and to
         first order.
 
@@ -123,18 +125,18 @@ class GradientRows:
         """
         if self.steps is None or not len(self.steps):
             raise ValueError(
-                "there are no rows of steps, got sketches made outside of training, or "
-                "with per_step=False: pass those of a GradientSketchCallback."
+                "There are no rows of steps: these rows were made outside training, or "
+                "with per_step=False. Record them by GradientSketchCallback."
             )
         return replace(self, dataset=self.steps, steps=None)
 
     def preconditioned(self, damping: float = 1.0) -> Preconditioned:
-        """The method of these rows' own covariance, for `attribute` and `scores`.
+        """Return the method of these rows' own covariance.
 
-        It is taken in one pass, of all finite rows, and solved once.
+        One pass over all finite rows takes it; it is factorised once.
 
         Args:
-            damping: as a part of the covariance's mean eigenvalue.
+            damping: added to the eigenvalues, in units of their mean.
         """
         return Preconditioned(covariance(self._share), damping)
 
@@ -144,13 +146,13 @@ class GradientRows:
         lists: int | None = None,
         probed: int | None = None,
     ) -> RowIndex:
-        """An index for approximate search; `RowIndex.recall` tells how approximate.
+        """Build an index for approximate search; `RowIndex.recall` measures its loss.
 
         Args:
-            method: as of `attribute`.
-            lists: among which rows are dealt out; by default 4 * sqrt(rows).
-            probed: lists that a search looks at, by default 16: more find more, and
-                take longer.
+            method: as in `attribute`.
+            lists: number of inverted lists; by default 4 * sqrt(rows).
+            probed: number of lists that a search reads, by default 16: more find more,
+                and take longer.
 
         Raises:
             ModuleNotFoundError: the extra `faiss` is not installed.
@@ -167,24 +169,24 @@ class GradientRows:
         bottom_k: int = 0,
         groups: str | None = None,
     ) -> Dataset:
-        """The rows that moved the model most for and against each query.
+        """Return the rows that moved the model most for and against each query.
 
         A positive score marks a proponent: a small gradient step on the row's example
         lowers the query's loss, with "dot" by learning rate * score to first order.
 
-        An example met in several epochs has a row for each; `where(epoch=...)` picks
+        An example met in several epochs has one row per epoch; `where(epoch=...)` picks
         one, and `groups="example_id"` sums them. Rows are read from disk in one pass;
         memory does not grow with them.
 
         Args:
-            queries: sketched by the same map; or, for a model that changed, those at
-                several of its states, by the step of each: a row meets the nearest.
-            top_k: how many of the greatest scores.
+            queries: rows of the same map; or, for a model that changed, rows at several
+                of its states, keyed by step: each row meets the nearest.
+            top_k: number of lines with the greatest scores.
             method: "dot", "cosine", "tracin", "preconditioned", or a method of
                 `hf_sketch` with its own settings.
-            bottom_k: how many of the least scores, the strongest opponents.
-            groups: a column, as "label": scores are summed over rows of each value, and
-                the lines are of these instead of rows.
+            bottom_k: number of lines with the least scores, the strongest opponents.
+            groups: name of a column, as "label": scores are summed over the rows of
+                each value, and each line is about a value instead of a row.
 
         Returns:
             for each query its lines from the greatest score to the least: query (its
@@ -219,7 +221,7 @@ class GradientRows:
         method: str | Method = "dot",
         groups: str | None = None,
     ) -> Tensor:
-        """All scores as one matrix; see `attribute`.
+        """Return all scores as one matrix; see `attribute`.
 
         Returns:
             (queries, rows), float32, NaN for rows that are not finite; or (queries,
@@ -233,7 +235,7 @@ class GradientRows:
         return group_scores(self._share, matrix, chosen, codes, len(values))
 
     def self_influence(self, method: str | Method = "dot") -> Tensor:
-        """Each row's score as its own query: large for hard and for mislabelled ones.
+        """Score each row as its own query: hard and mislabelled examples score high.
 
         Returns:
             (rows,), float32; NaN for rows that are not finite.
@@ -253,8 +255,8 @@ class GradientRows:
             return _ids(queries.dataset), QueryMatrix((self._matrix(queries),))
         if "step" not in self.dataset.column_names:
             raise ValueError(
-                "queries at several states need rows with a step, got the columns "
-                f"{self.dataset.column_names}: take those of training, or of "
+                "Queries at several states need rows with a step, got the columns "
+                f"{self.dataset.column_names}. Take rows of training or of "
                 "sketch_checkpoints."
             )
         steps = sorted(queries)
@@ -262,33 +264,31 @@ class GradientRows:
         ids = [_ids(state.dataset) for state in states]
         if not steps or any(not np.array_equal(ids[0], other) for other in ids):
             raise ValueError(
-                "the same queries are needed at every state, got "
-                f"{ {s: len(q.dataset) for s, q in queries.items()} } queries by step: "
-                "make them with sketch_checkpoints of one dataset."
+                "The states have different queries: "
+                f"{ {s: len(q.dataset) for s, q in queries.items()} } queries by step. "
+                "Make them with sketch_checkpoints of one dataset."
             )
-        matrices = map(self._matrix, states)
-        return ids[0], QueryMatrix(tuple(matrices), torch.tensor(steps))
+        return ids[0], QueryMatrix(
+            tuple(map(self._matrix, states)), torch.tensor(steps)
+        )
 
     def _matrix(self, queries: "GradientRows") -> Tensor:
         """Their sketches, checked: (queries, out_size)."""
         if queries.model_sketch != self.model_sketch:
             raise ValueError(
-                "the queries must be sketched by the map of this store, got another: "
-                "make them with sketch_dataset(model, data, store.model_sketch)."
+                "The queries were sketched by another map than these rows. Make them "
+                "with sketch_dataset(model, data, store.model_sketch)."
             )
         return query_sketches(queries.dataset)
 
     def _method(self, method: str | Method) -> Method:
         """The method of a name, checked against the rows."""
-        if method == "tracin":
-            method = TracIn.of_steps(self.steps)
-        elif method == "preconditioned":
-            method = self.preconditioned()
-        elif isinstance(method, str):
-            if method not in METHODS:
-                names = (*METHODS, "tracin", "preconditioned")
-                raise ValueError(f"method must be one of {names}, got {method!r}.")
-            method = METHODS[method]
+        if isinstance(method, str):
+            check_choice("method", method, (*METHODS, "tracin", "preconditioned"))
+            if method == "tracin":
+                method = TracIn.of_steps(self.steps)
+            else:
+                method = METHODS.get(method) or self.preconditioned()
         problem = method.problem(self.model_sketch, self.dataset.column_names)
         if problem is not None:
             raise ValueError(problem)

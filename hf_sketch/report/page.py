@@ -31,11 +31,11 @@ _CELL, _ROW, _LEFT = 15, 15, 60
 
 
 def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
-    """Write a page of all that is in a Trainer's output_dir.
+    """Write one page about all that a Trainer's output_dir holds of ours.
 
-    That is: the sketches (their map, coverage, measured error, loss and gradient norm
-    by step), what `hf-sketch attribute` answered, the Hessian's spectra and the search
-    for the intrinsic dimension, each if it is there. Needs the extra `plot`.
+    That is: the rows (their map, coverage, measured error, loss and gradient norm by
+    step), what `hf-sketch attribute` answered, the Hessian's spectra and the search for
+    the intrinsic dimension, each if it is there. Needs the extra `plot`.
 
     Args:
         directory: the output_dir.
@@ -49,30 +49,26 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
         ModuleNotFoundError: matplotlib is not installed.
     """
     directory = Path(directory)
-    there = {
-        "recorded": (store_directory(directory) / HEADER).is_file(),
-        "attribution": (directory / ATTRIBUTION).is_file(),
-        "spectra": (directory / CURVATURE).is_dir(),
-        "search": (directory / SEARCH).is_file(),
-    }
-    if not any(there.values()):
-        raise FileNotFoundError(
-            f"{directory} must hold sketches, spectra or a search, got none of them: "
-            "give the output_dir of a run with a callback of hf_sketch."
-        )
-    makers = {
-        "recorded": _recorded,
-        "attribution": _attribution,
-        "spectra": _spectra,
-        "search": _search,
+    parts = {
+        "recorded": (store_directory(directory) / HEADER, _recorded),
+        "attribution": (directory / ATTRIBUTION, _attribution),
+        "spectra": (directory / CURVATURE, _spectra),
+        "search": (directory / SEARCH, _search),
     }
     sections = {
-        name: makers[name](directory) if there[name] else None for name in makers
+        name: make(directory) if path.exists() else None
+        for name, (path, make) in parts.items()
     }
-    page = (
-        _environment()
-        .from_string(_template())
-        .render(title=directory.resolve().name, **sections)
+    if not any(sections.values()):
+        raise FileNotFoundError(
+            f"{directory} holds no rows, no spectra and no search. Give the output_dir "
+            "of a run with a callback of hf_sketch."
+        )
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["readable"] = _readable
+    template = files("hf_sketch.report").joinpath("templates", "report.html")
+    page = environment.from_string(template.read_text()).render(
+        title=directory.resolve().name, **sections
     )
     path = directory / "report.html" if path is None else Path(path)
     replace_file(path, page.encode())
@@ -240,16 +236,6 @@ def _svg(name: str, drawn: Any) -> Markup:
     text = text[text.index("<svg") :]
     text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
     return Markup(re.sub(r"#000000|(?<=: )black", "currentColor", text))
-
-
-def _environment() -> Environment:
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.filters["readable"] = _readable
-    return environment
-
-
-def _template() -> str:
-    return files("hf_sketch.report").joinpath("templates", "report.html").read_text()
 
 
 def _readable(token: str) -> str:

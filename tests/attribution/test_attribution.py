@@ -94,7 +94,9 @@ def test_where_picks_rows_by_columns():
 def test_bad_queries_are_named():
     store = rows_of(random_matrix(4, 0))
     other = ModelSketch(SKETCH.shapes, 4, seed=1)
-    with pytest.raises(ValueError, match=r"another: make them with sketch_dataset\("):
+    with pytest.raises(
+        ValueError, match=r"another map .* Make them with sketch_dataset\("
+    ):
         store.attribute(rows_of(random_matrix(1, 0), other))
     broken = rows_of(torch.full((2, 4), float("inf")))
     with pytest.raises(ValueError, match=r"in rows \[0, 1\]: leave them out with"):

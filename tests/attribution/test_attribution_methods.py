@@ -87,7 +87,7 @@ def test_bad_settings_of_methods_are_named():
         store.attribute(queries, method="tracin")
     with pytest.raises(ValueError, match=r"need rows with a step, got the columns"):
         store.attribute({1: queries})
-    with pytest.raises(ValueError, match=r"no rows of steps, got sketches made out"):
+    with pytest.raises(ValueError, match=r"no rows of steps: these rows were made out"):
         store.step_rows()
 
 
@@ -138,7 +138,9 @@ def test_a_row_meets_the_queries_of_the_nearest_state():
     assert torch.allclose(got[:, :3], early[:, :3])
     assert torch.allclose(got[:, 3:], late[:, 3:])
     other = rows_of(random_matrix(3, 1))
-    with pytest.raises(ValueError, match=r"got \{5: 2, 10: 3\} queries by step"):
+    with pytest.raises(
+        ValueError, match=r"different queries: \{5: 2, 10: 3\} queries by step"
+    ):
         store.scores({5: states[5], 10: other})
 
 

@@ -67,5 +67,5 @@ def test_a_local_directory_comes_first(tmp_path, repositories):
 
 
 def test_sketches_in_memory_are_not_pushed():
-    with pytest.raises(ValueError, match="got sketches in memory: pass those of load"):
+    with pytest.raises(ValueError, match=r"in memory only\. Push those of load"):
         GradientRows(SKETCH, Dataset.from_dict({})).push_to_hub("somebody/rows")
