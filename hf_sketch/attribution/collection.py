@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hf_sketch.attribution.columns import (
     answer_lines,
-    column,
     matching_rows,
+    query_ids,
     row_groups,
     with_columns,
 )
@@ -252,7 +252,7 @@ class GradientRows:
     ) -> tuple[np.ndarray[Any, Any], QueryMatrix]:
         """The queries' example ids, and their sketches by state."""
         if isinstance(queries, GradientRows):
-            return _ids(queries.dataset), QueryMatrix((self._matrix(queries),))
+            return query_ids(queries.dataset), QueryMatrix((self._matrix(queries),))
         if "step" not in self.dataset.column_names:
             raise ValueError(
                 "Queries at several states need rows with a step, got the columns "
@@ -261,7 +261,7 @@ class GradientRows:
             )
         steps = sorted(queries)
         states = [queries[step] for step in steps]
-        ids = [_ids(state.dataset) for state in states]
+        ids = [query_ids(state.dataset) for state in states]
         if not steps or any(not np.array_equal(ids[0], other) for other in ids):
             raise ValueError(
                 "The states have different queries: "
@@ -293,9 +293,3 @@ class GradientRows:
         if problem is not None:
             raise ValueError(problem)
         return method
-
-
-def _ids(dataset: Dataset) -> np.ndarray[Any, Any]:
-    """Of the examples, or else of the steps, that rows are of."""
-    examples = "example_id" in dataset.column_names
-    return column(dataset, "example_id" if examples else "step")

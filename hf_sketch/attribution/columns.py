@@ -87,6 +87,12 @@ def column(dataset: Dataset, name: str) -> np.ndarray[Any, Any]:
     return np.asarray(formatted(dataset, "numpy", [name])[name][:])
 
 
+def query_ids(dataset: Dataset) -> np.ndarray[Any, Any]:
+    """The ids of the examples, or else the steps, that rows are about."""
+    examples = "example_id" in dataset.column_names
+    return column(dataset, "example_id" if examples else "step")
+
+
 def answer_lines(
     ids: np.ndarray[Any, Any], best: BestRows, worst: BestRows, told: Dataset
 ) -> Dataset:

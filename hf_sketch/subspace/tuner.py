@@ -4,15 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+from peft.functional import delete_adapter
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    _delete_auxiliary_adapter,  # pyright: ignore[reportPrivateUsage]
-)
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from hf_sketch.model.sketch import ModelSketch
@@ -129,9 +127,8 @@ class SubspaceModel(BaseTuner):
             )
         self._to_base()
         del self.peft_config[adapter_name], self._sketches[adapter_name]
-        self.coordinates.delete_adapter(adapter_name)
-        self.active_adapter = list(self.coordinates.active_adapters)
-        _delete_auxiliary_adapter(self.model, adapter_name, self.active_adapter)
+        remaining = delete_adapter(self, adapter_name, self.prefix, Coordinates)
+        self.active_adapter = remaining or []
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True

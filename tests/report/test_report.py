@@ -144,7 +144,6 @@ def in_browser(path, script, profile):
 
 
 @browser
-@pytest.mark.slow
 def test_the_page_works_in_a_browser(run, page, tmp_path):
     script = """
     found.links = [...document.querySelectorAll('nav a')].map(
@@ -212,7 +211,7 @@ def large(tmp_path_factory):
     return directory
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_store_of_10000_rows_stays_fast(large, tmp_path):
     store = load_sketches(large)
     assert len(store.dataset) == 10_000

@@ -46,13 +46,10 @@ LONG_CASES = [
 LONGEST = AFJL(2**18 - 5, 100, seed=0, block_size=2**18), 1
 
 
-def each(cases, *slow):
+def each(cases):
     """Parametrise by operators and first blocks."""
-    slow = [pytest.param(*case, marks=pytest.mark.slow) for case in slow]
     names = [f"{operator} from {first}" for operator, first in cases]
-    return pytest.mark.parametrize(
-        ("operator", "first"), [*cases, *slow], ids=names + [None] * len(slow)
-    )
+    return pytest.mark.parametrize(("operator", "first"), cases, ids=names)
 
 
 def normal(*shape):
@@ -81,7 +78,7 @@ def test_short_blocks_add_up_to_the_plain_sum(operator, first):
     assert_sums_are_plain(operator, normal(2, operator.in_size), first)
 
 
-@each(LONG_CASES, LONGEST)
+@each([*LONG_CASES, LONGEST])
 def test_long_blocks_add_up_to_the_plain_sum(operator, first):
     assert_sums_are_plain(operator, normal(1, operator.in_size), first)
 
@@ -107,7 +104,6 @@ def test_rows_may_lie_apart(operator, first):
     assert_sums_are_plain(operator, rows, first)
 
 
-@pytest.mark.slow
 def test_long_blocks_may_take_several_chunks(monkeypatch):
     """Two rows at a time in chunks of one unit, then one row in one of two."""
     monkeypatch.setattr(fused, "_CHUNK_ELEMENTS", 2**16)

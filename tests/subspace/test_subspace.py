@@ -191,7 +191,6 @@ def test_copies_and_pickles_have_an_omega_of_their_own():
     assert tuner.omega.grad is None
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_compiled_models_have_the_same_gradient():
     batch = tiny_inputs("gpt2")

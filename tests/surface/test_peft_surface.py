@@ -1,4 +1,7 @@
-"""What the subspace method leans on in PEFT; a new PEFT that changes it fails here."""
+"""What the subspace method leans on in PEFT, as read in 0.21.2.
+
+A new PEFT that changes it fails here. Names with an underscore have no public way.
+"""
 
 import inspect
 
@@ -55,7 +58,3 @@ def test_the_method_is_in_pefts_tables():
     assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING["SUBSPACE"] == "subspace_"
     taken = [str(name) for name in peft.PeftType]
     assert not any("SUBSPACE" in name for name in taken)
-
-
-def test_tuners_call_the_model_so_that_its_hooks_run():
-    assert "self.model(" in inspect.getsource(BaseTuner.forward)
