@@ -1,4 +1,4 @@
-"""Sketches of one dataset at several states of a model."""
+"""Rows of one dataset at several states of a model."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -24,12 +24,12 @@ def sketch_checkpoints(
 ) -> dict[int, GradientRows]:
     """Sketch a dataset at each of the Trainer's checkpoints.
 
-    Of queries, this is what `GradientRows.attribute` takes for a model that changed. Of
-    the training data, `concatenate_sketches` makes the rows that TracIn over
+    `GradientRows.attribute` takes the result as queries of a model that changed. For
+    the training data, `concatenate_sketches` joins the rows that TracIn over
     checkpoints needs: `rows.attribute(queries, method="tracin", groups="example_id")`.
 
     Args:
-        load: gives the model of a checkpoint's folder, as
+        load: returns the model of a checkpoint's folder, as
             `AutoModelForSequenceClassification.from_pretrained`.
         checkpoints: folders `checkpoint-<step>` of a Trainer.
         dataset: tokenised examples, as for `sketch_dataset`.
@@ -37,7 +37,7 @@ def sketch_checkpoints(
         options: for `sketch_dataset`.
 
     Returns:
-        by optimizer step, sketches with the columns `step` and `learning_rate`.
+        by optimizer step, rows with the columns `step` and `learning_rate`.
 
     Raises:
         FileNotFoundError: a folder is no checkpoint of a Trainer.
@@ -46,16 +46,16 @@ def sketch_checkpoints(
     found: dict[int, GradientRows] = {}
     for folder in map(Path, checkpoints):
         step, rate = _moment(folder)
-        sketches = sketch_dataset(load(folder), dataset, model_sketch, **options)
-        count = len(sketches.dataset)
-        rows = sketches.dataset.add_column("step", np.full(count, step))
-        rows = rows.add_column("learning_rate", np.full(count, rate))
-        found[step] = replace(sketches, dataset=rows)
+        rows = sketch_dataset(load(folder), dataset, model_sketch, **options)
+        count = len(rows.dataset)
+        columns = rows.dataset.add_column("step", np.full(count, step))
+        columns = columns.add_column("learning_rate", np.full(count, rate))
+        found[step] = replace(rows, dataset=columns)
     return found
 
 
 def concatenate_sketches(parts: Sequence[GradientRows]) -> GradientRows:
-    """The rows of several sketches of one map, as one.
+    """Join rows that one map made.
 
     Raises:
         ValueError: there are none, or their maps differ.
@@ -63,27 +63,27 @@ def concatenate_sketches(parts: Sequence[GradientRows]) -> GradientRows:
     maps = {part.model_sketch for part in parts}
     if len(maps) != 1:
         raise ValueError(
-            f"sketches of one map are needed, got {len(maps)} maps in {len(parts)} "
-            "sketches: make all of them with the same model_sketch."
+            f"The {len(parts)} sets of rows were made by {len(maps)} maps. Make all of "
+            "them with the same model_sketch."
         )
     rows = concatenate_datasets([part.dataset for part in parts])
     return GradientRows(parts[0].model_sketch, rows)
 
 
 def _moment(folder: Path) -> tuple[int, float]:
-    """The step of a checkpoint and the learning rate that was logged last."""
+    """Return a checkpoint's step and the learning rate that was logged last."""
     path = folder / "trainer_state.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} must be a checkpoint of a Trainer, got no {path.name} there: "
-            "pass folders such as <output_dir>/checkpoint-500."
+            f"{folder} is no checkpoint of a Trainer: it has no {path.name}. Pass "
+            "folders such as <output_dir>/checkpoint-500."
         )
     state = json.loads(path.read_text())
     name = "learning_rate"
     rates = [line[name] for line in state["log_history"] if name in line]
     if not rates:
         raise ValueError(
-            f"{path} must tell a learning rate, got a log without: train with "
-            "logging_steps of at most save_steps."
+            f"{path} has no learning rate in its log. Train with logging_steps of at "
+            "most save_steps."
         )
     return state["global_step"], rates[-1]

@@ -1,4 +1,4 @@
-"""Per-example gradient sketches of any dataset, after or without training."""
+"""Rows of any dataset, after or without training."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -38,26 +38,26 @@ def sketch_dataset(
     """Sketch each example's gradient at the model's present weights.
 
     The units are those of the rows that training records: a row is the gradient of the
-    example's own loss. The model runs in eval mode (no dropout) and is left as it was;
-    no parameter's `.grad` is touched.
+    example's own loss. The model runs in eval mode (no dropout); afterwards its modes
+    are restored, and no parameter's `.grad` is touched.
 
     Args:
         model: the model, with the same parameters trainable as when `model_sketch` was
             made.
         dataset: tokenised examples, as for `Trainer(eval_dataset=...)`; columns that
-            the model does not take are passed over.
+            the model does not take are ignored.
         model_sketch: the map; for queries of a store, `store.model_sketch`.
-        batch_size: examples in one pass.
+        batch_size: examples per pass.
         data_collator: makes a batch of a list of examples; by default they are padded
             by `processing_class`, or stacked if there is none.
         processing_class: a tokenizer, as for `Trainer`.
         loss: what a row is the gradient of: the "mean" or the "sum" of the model's loss
             over the example's tokens.
-        loss_fn: a target of one's own instead: of (the model's output, its inputs),
-            one number for each example, (b,), that depends on that example alone.
+        loss_fn: your own target instead: maps (the model's output, its inputs) to one
+            number per example, (b,), which depends on that example alone.
 
     Returns:
-        the sketches, in memory, with the row numbers of `dataset` as example_id.
+        the rows, in memory, with the row numbers of `dataset` as example_id.
 
     Raises:
         ValueError: the sketch is of another model, the model is not covered, or its

@@ -22,7 +22,7 @@ _PROBED = 16
 class RowIndex:
     """Rows of a store, ready for searches that look at some of them only.
 
-    `GradientRows.build_index` makes one. It holds the sketches in memory, in float32.
+    `GradientRows.build_index` makes one. It holds the rows in memory, in float32.
 
     Args:
         dataset: the rows.
@@ -37,7 +37,7 @@ class RowIndex:
     probed: int
 
     def search(self, queries: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """The rows of the greatest scores that were found.
+        """Find rows of the greatest scores.
 
         Shapes:
             queries (q, out_size) -> scores (q, top_k), row numbers (q, top_k), -1 where
@@ -50,7 +50,7 @@ class RowIndex:
         return torch.from_numpy(scores), torch.from_numpy(rows)
 
     def recall(self, queries: Tensor, top_k: int) -> float:
-        """The part of the exact answers of a full pass that a search finds, in [0, 1].
+        """Return the fraction of the exact top-k that a search finds, in [0, 1].
 
         Shapes:
             queries (q, out_size)
@@ -109,6 +109,6 @@ def _faiss() -> Any:
         return importlib.import_module("faiss")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "an index needs FAISS, got none installed: call pip install "
+            "An index needs FAISS, which is not installed. Call pip install "
             '"hf-sketch[faiss]".'
         ) from error

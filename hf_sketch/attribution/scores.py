@@ -118,8 +118,8 @@ def query_sketches(dataset: Dataset) -> Tensor:
     broken = (~matrix.isfinite().all(1)).nonzero().squeeze(1).tolist()
     if broken:
         raise ValueError(
-            f"every query needs a finite gradient, got NaN or infinity in rows "
-            f"{broken[:5]}: leave them out with queries.where(finite=True)."
+            f"The queries in rows {broken[:5]} are NaN or infinite. Leave them out "
+            "with queries.where(finite=True)."
         )
     return matrix
 

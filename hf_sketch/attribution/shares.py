@@ -65,8 +65,8 @@ class RowShare:
         count = int(self.summed(torch.tensor(count)))
         if count:
             warnings.warn(
-                f"{count} rows with a NaN or infinite gradient were passed over: they "
-                "are those with finite=False in store.dataset.",
+                f"Skipped {count} rows with a NaN or infinite gradient: those with "
+                "finite=False in store.dataset.",
                 stacklevel=5,
             )
 

@@ -56,11 +56,11 @@ def test_tracin_over_checkpoints_sums_over_them(run):
 
 def test_folders_that_are_no_checkpoints_are_named(tmp_path):
     sketch = ModelSketch((("w", (4, 4)),), 4)
-    with pytest.raises(FileNotFoundError, match=r"got no trainer_state\.json there"):
+    with pytest.raises(FileNotFoundError, match=r"has no trainer_state\.json\. Pass"):
         sketch_checkpoints(load, [tmp_path], tiny_dataset(), sketch)
     state = {"global_step": 3, "log_history": [{"loss": 1.0}]}
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="tell a learning rate, got a log without"):
+    with pytest.raises(ValueError, match="has no learning rate in its log"):
         sketch_checkpoints(load, [tmp_path], tiny_dataset(), sketch)
 
 
@@ -71,7 +71,7 @@ def test_sketches_of_different_maps_are_not_joined(run):
         sketch_dataset(model, data, ModelSketch.from_model(model, 64, seed=seed))
         for seed in (0, 1)
     ]
-    with pytest.raises(ValueError, match="got 2 maps in 2 sketches: make all of them"):
+    with pytest.raises(ValueError, match=r"made by 2 maps\. Make all of"):
         concatenate_sketches(parts)
     joined = concatenate_sketches([parts[0], parts[0]])
     assert joined.dataset["example_id"][:] == [0, 1, 0, 1]

@@ -51,5 +51,8 @@ def test_bad_settings_are_named(monkeypatch):
     with pytest.raises(ValueError, match=r"got 9, 4 and 50 rows: pass smaller ones"):
         store.build_index(lists=4, probed=9)
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ModuleNotFoundError, match=r'install "hf-sketch\[faiss\]"'):
+    with pytest.raises(
+        ModuleNotFoundError,
+        match=r'Call pip install "hf-sketch\[faiss',
+    ):
         store.build_index()

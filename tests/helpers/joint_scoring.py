@@ -49,7 +49,7 @@ def answers(rows):
             "sums": rows.scores(asked, groups="label"),
             "own": rows.self_influence(),
         }
-    told = [str(w.message) for w in caught if "passed over" in str(w.message)]
+    told = [str(w.message) for w in caught if "Skipped" in str(w.message)]
     return {**found, "warnings": told}
 
 

@@ -23,7 +23,8 @@ def test_saved_adapters_load_bit_for_bit_in_another_process(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     torch.save((batch, logits), tmp_path / "expected.pt")
     program = (
-        "import sys, torch, hf_sketch\n"
+        "import sys, torch\n"
+        "from hf_sketch import SubspaceConfig\n"
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n"
         "base = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/base')\n"
