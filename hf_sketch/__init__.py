@@ -59,13 +59,13 @@ if TYPE_CHECKING:
     from hf_sketch.spectra.lanczos_run import LanczosResult, lanczos
     from hf_sketch.spectra.sketched_hessian import SketchedHessian
     from hf_sketch.spectra.spectrum import Spectrum, hessian_spectrum
-    from hf_sketch.subspace.config import SubspaceConfig
     from hf_sketch.subspace.growth import grow_subspace
     from hf_sketch.subspace.search import (
         DimensionSearch,
         Stage,
         load_dimension_search,
     )
+    from hf_sketch.subspace.tuner import SubspaceConfig
 
 __version__ = version("hf-sketch")
 
@@ -157,7 +157,7 @@ _MODULES = {
     "SpectralDensity": "spectra.density",
     "Spectrum": "spectra.spectrum",
     "Stage": "subspace.search",
-    "SubspaceConfig": "subspace.config",
+    "SubspaceConfig": "subspace.tuner",  # which enters it in PEFT's tables
     "SymmetricOperator": "curvature.operator",
     "TracIn": "attribution.methods",
     "TraceEstimate": "spectra.density",
