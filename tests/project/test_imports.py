@@ -71,7 +71,7 @@ def test_an_expected_error_is_one_line_and_exit_status_2(monkeypatch, capsys, tm
         console()
     assert exit_.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("hf-sketch: no sketches at ")
+    assert error.startswith("hf-sketch: No sketches at ")
     assert error.count("\n") == 1
 
 
