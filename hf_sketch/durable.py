@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and JSON that tells if it was changed."""
+"""Files that are there whole or not at all, and JSON that carries its checksum."""
 
 import json
 import os
@@ -14,14 +14,14 @@ _NO_DIGEST: Final = b"0" * 32
 
 
 class Draft:
-    """A file under a temporary name, which gets its own when it is on the disk.
+    """A file under a temporary name until its content is on the disk.
 
     Args:
-        path: its own.
-        data: all of it.
+        path: its final name.
+        data: its content.
 
     Raises:
-        OSError: it cannot be written, here or in `finish`: then it is removed.
+        OSError: it cannot be written, here or in `finish`; then it is removed.
     """
 
     def __init__(self, path: Path, data: bytes | memoryview) -> None:
@@ -33,7 +33,7 @@ class Draft:
             self._file.flush()
 
     def finish(self) -> None:
-        """Sync the data, then name the file; its directory is not synced."""
+        """Sync the content, then rename the file; its directory is not synced."""
         with self._removed_on_error():
             os.fsync(self._file.fileno())
             os.replace(self._temporary, self._path)  # noqa: PTH105 - as it is named
@@ -54,10 +54,10 @@ class Draft:
 
 
 def replace_file(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that its name never stands for half of it, also after a crash.
+    """Write a file that is there whole or not at all, also after a crash.
 
-    The data are synced under a temporary name before they get their own, and the
-    directory after that.
+    The content is synced under a temporary name, then renamed, then the directory is
+    synced.
 
     Raises:
         OSError: the file cannot be written; what was there before still is.
@@ -84,7 +84,7 @@ def set_aside(directory: Path) -> Path:
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON that starts with the digest of the file, read with zeros in its place.
+    """Write JSON that starts with its checksum, computed with zeros in its place.
 
     Raises:
         OSError: the file cannot be written.
@@ -95,15 +95,15 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path, mend: str = "restore it") -> dict[str, Any]:
-    """What `write_sealed` wrote, without the digest.
+    """Read what `write_sealed` wrote, without the checksum.
 
     Args:
-        path: of the file.
+        path: the file.
         mend: what to do if it is damaged, for the error.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a byte of the file may differ from what was written.
+        ValueError: a byte differs from what was written.
     """
     data = path.read_bytes()
     start = len(_SEAL)

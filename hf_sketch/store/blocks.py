@@ -14,16 +14,16 @@ _BLOCK_ELEMENTS = 2**22
 
 @dataclass(frozen=True, eq=False)
 class RowBlock:
-    """Some rows that follow each other.
+    """Consecutive rows of a dataset.
 
     Shapes:
         kept (rows, out_size), float32, overwritten by the next block; scale (rows,)
 
     Args:
         start: number of the first row.
-        kept: the sketches as they are kept, to be multiplied by `scale`.
-        scale: of each row.
-        columns: others that were asked for and are there, (rows,) each.
+        kept: the stored sketches, to be multiplied by `scale`.
+        scale: scale of each row.
+        columns: the requested columns that exist, (rows,) each.
     """
 
     start: int
@@ -38,16 +38,16 @@ class RowBlock:
 
 
 def block_rows(dataset: Dataset) -> int:
-    """How many rows a block has, but for the last."""
+    """Return the number of rows per block, except the last."""
     return max(1, _BLOCK_ELEMENTS // dataset.features["sketch"].length)
 
 
 def row_blocks(dataset: Dataset, *names: str, start: int = 0) -> Iterator[RowBlock]:
-    """All rows in order; memory does not grow with their number.
+    """Yield all rows in order; memory does not grow with their number.
 
     Args:
-        dataset: of a store.
-        names: columns of numbers to read beside the sketches, where they are there.
+        dataset: the rows.
+        names: columns of numbers to read beside the sketches, if they exist.
         start: number of the first row.
     """
     present = [name for name in ("scale", *names) if name in dataset.column_names]
@@ -69,7 +69,7 @@ def row_blocks(dataset: Dataset, *names: str, start: int = 0) -> Iterator[RowBlo
 
 
 def formatted(dataset: Dataset, kind: str, names: Sequence[str]) -> Dataset:
-    """Some columns of a dataset in another format, without a copy of its file list.
+    """Return columns of a dataset in another format, sharing its file list.
 
     Copying that list, as `with_format` and `select_columns` do, takes as long as
     scoring some hundred rows of each file.
@@ -80,6 +80,6 @@ def formatted(dataset: Dataset, kind: str, names: Sequence[str]) -> Dataset:
 
 
 def sketch_matrix(dataset: Dataset) -> Tensor:
-    """The sketches of a (small) dataset as one matrix (rows, out_size), float32."""
+    """Return the sketches of a small dataset, (rows, out_size), float32."""
     none = torch.empty(0, dataset.features["sketch"].length)
     return torch.cat([none, *(block.sketches for block in row_blocks(dataset))])

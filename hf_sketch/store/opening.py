@@ -45,8 +45,8 @@ def decide_opening(
         theirs: header of the store; None if there is none that can be read.
         manifests: those of the store.
         resume_step: the optimizer step that training resumes after; 0 for a new run.
-        rank: rank of this process. When others than rank 0 look, rank 0 was here, and
-            rows of other ranks may already be those of this run.
+        rank: rank of this process. Rank 0 comes first, so for the others, rows of other
+            ranks may already be those of this run.
     """
     old = [manifest for manifest in manifests if rank in (0, manifest.rank)]
     last_step = max((manifest.last_step for manifest in old), default=0)
@@ -60,17 +60,20 @@ def decide_opening(
     if not (recorded if resume_step else last_step):
         return Opening("new", ours)
     if not theirs.fits(ours):
-        reason = (
-            f"its rows were made with {theirs.settings}, this run uses {ours.settings}."
-            " Pass the store's settings, or another output_dir."
-        )
-        return Opening("refuse", ours, reason)
+        return Opening("refuse", ours, _settings_problem(ours, theirs))
     if not resume_step:
         reason = f"it holds rows up to step {last_step} of a run that is not resumed"
         return Opening("set_aside", ours, reason)
     step_examples = ours.step_examples or theirs.step_examples
     notes = {"step_examples": step_examples, "processes": ours.processes}
     return Opening("resume", replace(theirs, **notes))
+
+
+def _settings_problem(ours: Header, theirs: Header) -> str:
+    return (
+        f"its rows were made with {theirs.settings}, this run uses {ours.settings}. "
+        "Pass the store's settings, or another output_dir."
+    )
 
 
 def _step_problem(
@@ -119,20 +122,18 @@ def open_store(
         message = f"Renamed {directory} to {aside.name}: {opening.reason}."
         warnings.warn(message, stacklevel=3)
         theirs, manifests = None, []
-    kept = {
-        manifest.rank: _drop_later_rows(directory, manifest, resume_step)
-        for manifest in manifests
-        if manifest.rank == rank or manifest.rank >= world_size
-    }
-    found = kept.get(rank, Manifest(rank, 0))
+    found = Manifest(rank, 0)
+    for manifest in manifests:
+        if manifest.rank == rank or manifest.rank >= world_size:
+            kept = _drop_later_rows(directory, manifest, resume_step)
+            found = kept if manifest.rank == rank else found
     own = replace(found, world_size=max(world_size, found.world_size))
     if theirs is None:
         create_store(directory, opening.header, own)
-        return opening.header, own
-    if own != found:
-        write_manifest(directory, own)
-    if opening.header != theirs:
+    elif opening.header != theirs:
         write_header(directory, opening.header)
+    if theirs is not None and own != found:
+        write_manifest(directory, own)
     return opening.header, own
 
 

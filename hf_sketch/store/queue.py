@@ -19,15 +19,14 @@ Rows = dict[str, list[Mapping[str, Tensor]]]
 class ShardQueue:
     """Puts rows into the store in the background, in order.
 
-    One thread makes files of rows while another syncs those of the rows before, names
-    them and lists them in the manifest. What went wrong is raised by every later `put`
-    and `flush`, and no later rows are listed: the store has no hole that it does not
-    tell of.
+    One thread makes files of rows while another syncs those of the rows before, renames
+    them and lists them in the manifest. Every `put` and `flush` after a failure raises
+    it again, and no later rows are listed, so the store has no hidden hole.
 
     Args:
         directory: the store.
-        manifest: this process's, as it is there.
-        row_dtype: what sketches are kept in.
+        manifest: this process's manifest, as it is on the disk.
+        row_dtype: dtype of stored sketches.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, row_dtype: str) -> None:
@@ -41,10 +40,10 @@ class ShardQueue:
         self._named: Future[None] = _done()
 
     def put(self, rows: Rows) -> None:
-        """Start to write rows of whole steps, when those before are files.
+        """Start to write rows of whole steps, once the rows before are in files.
 
         Raises:
-            OSError: rows before could not be written.
+            OSError: earlier rows could not be written.
         """
         self._drafted.result()
         if self._named.done():
@@ -66,7 +65,7 @@ class ShardQueue:
         self._naming.shutdown()
 
     def _draft(self, rows: Rows) -> None:
-        """Make files of the rows; when the files before have names, name these."""
+        """Make files of the rows, and name them after the files before."""
         drafts: list[tuple[Draft, Shard]] = []
         with ExitStack() as on_error:
             for kind in list(rows):
@@ -80,7 +79,7 @@ class ShardQueue:
     def _draft_kind(
         self, kind: str, parts: list[Mapping[str, Tensor]]
     ) -> tuple[Draft, Shard]:
-        """Make a file of rows; they are free before it is made."""
+        """Make a file of rows, whose memory is free before it is written."""
         number, self._next_number = self._next_number, self._next_number + 1
         table = arrow_table(kind, joined(parts, self._row_dtype))
         parts.clear()
@@ -102,7 +101,7 @@ class ShardQueue:
 
 
 def _done() -> Future[None]:
-    """What is waited for before anything was started."""
+    """Return a future that has ended, for before the first one."""
     future: Future[None] = Future()
     future.set_result(None)
     return future

@@ -1,4 +1,4 @@
-"""The kinds of rows in a store, their columns, and how sketches are kept in them."""
+"""The kinds of rows in a store, their columns, and the dtypes of their sketches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
@@ -48,13 +48,13 @@ _COLUMNS = {
 
 
 def check_row_dtype(name: str) -> None:
-    """Raise unless `name` is that of a dtype that rows may have."""
+    """Raise unless rows may be stored in the dtype `name`."""
     if name not in ROW_DTYPES:
         raise ValueError(f"row_dtype must be one of {ROW_DTYPES}, got {name!r}.")
 
 
 def features(kind: str, out_size: int, row_dtype: str = "float32") -> Features:
-    """The columns of a kind of rows, with the sketch as a fixed-size list."""
+    """Return the columns of a kind of rows, with the sketch as a fixed-size list."""
     columns = {name: Value(dtype) for name, dtype in _COLUMNS[kind].items()}
     if row_dtype != "float32":
         columns["scale"] = Value("float32")
@@ -81,7 +81,7 @@ def row_columns(sketches: Tensor, **values: Tensor | float) -> dict[str, Tensor]
 
 
 def arrow_table(kind: str, columns: Mapping[str, Tensor]) -> pa.Table:
-    """Rows as an Arrow table; sketches that are not in a short dtype become float32.
+    """Return rows as an Arrow table; sketches without a scale become float32.
 
     Shapes:
         every column (rows,), `sketch` (rows, out_size) as `joined` leaves it
@@ -101,7 +101,7 @@ def arrow_table(kind: str, columns: Mapping[str, Tensor]) -> pa.Table:
 
 
 def joined(parts: Sequence[Mapping[str, Tensor]], row_dtype: str) -> dict[str, Tensor]:
-    """Many sets of rows as one, with `sketch` in a dtype, and `scale` if it has one.
+    """Join sets of rows into one, with `sketch` in a dtype, and `scale` if it has one.
 
     Shapes:
         every column (rows,), `sketch` (rows, out_size)
@@ -116,11 +116,11 @@ def joined(parts: Sequence[Mapping[str, Tensor]], row_dtype: str) -> dict[str, T
 
 
 def encode(parts: Sequence[Tensor], row_dtype: str) -> tuple[Tensor, Tensor]:
-    """Each row's scale and its numbers divided by it, in a dtype.
+    """Return each row's scale, and its numbers divided by it, in a dtype.
 
-    "float16" has powers of two as scales, so that nothing but the rounding to 11 bits
-    is lost, whatever the row's size; "int8" rounds to 1/127 of the largest number.
-    A row that is not finite stays so: its scale is 1, or NaN with "int8".
+    Scales of "float16" are powers of two, so that only the rounding to 11 bits is lost,
+    whatever the row's norm; "int8" rounds to 1/127 of the largest number. A row that is
+    not finite stays so: its scale is 1, or NaN with "int8".
 
     Shapes:
         each part (its rows, n) -> (all rows,), float32 and (all rows, n)
@@ -137,9 +137,9 @@ def encode(parts: Sequence[Tensor], row_dtype: str) -> tuple[Tensor, Tensor]:
 
 
 def _pieces(parts: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The same rows in float32, as many at a time as a processor's cache holds.
+    """Yield the rows in float32, as many at a time as a processor's cache holds.
 
-    A piece may be changed; the next one takes its memory.
+    A piece may be changed; the next one reuses its memory.
     """
     width = parts[0].shape[1]
     most = max(1, _PIECE_BYTES // (4 * width))
@@ -157,7 +157,7 @@ def _pieces(parts: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 def _encode_piece(sketches: Tensor, kept: Tensor) -> Tensor:
-    """Fill `kept`, which has the dtype, and return the scales; `sketches` change."""
+    """Fill `kept`, which has the dtype, and return the scales; changes `sketches`."""
     if kept.dtype == torch.float32:
         kept.copy_(sketches)
         return sketches.new_ones(len(sketches))
@@ -177,7 +177,7 @@ def _encode_piece(sketches: Tensor, kept: Tensor) -> Tensor:
 
 
 def decode(scale: Tensor, sketches: Tensor) -> Tensor:
-    """The rows that `encode` was given, as far as they were kept.
+    """Return the rows that `encode` was given, up to its rounding.
 
     Shapes:
         scale (rows,), sketches (rows, n) -> (rows, n), float32
