@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     )
     from hf_sketch.curvature.hessian import HessianOperator, hessian_vector_product
     from hf_sketch.curvature.operator import SymmetricOperator
+    from hf_sketch.examples.batch import ExampleBatch
     from hf_sketch.examples.losses import ExampleLosses, example_losses
     from hf_sketch.examples.measured_error import MeasuredError
-    from hf_sketch.examples.sketcher import ExampleBatch, ExampleSketcher
+    from hf_sketch.examples.sketcher import ExampleSketcher
     from hf_sketch.model.implicit import implicit_sketch
     from hf_sketch.model.sketch import Coverage, ModelSketch
     from hf_sketch.sketches import (
@@ -139,7 +140,7 @@ _MODULES = {
     "DimensionSearch": "subspace.search",
     "Dot": "attribution.methods",
     "EmpiricalFisherOperator": "curvature.gauss_newton",
-    "ExampleBatch": "examples.sketcher",
+    "ExampleBatch": "examples.batch",
     "ExampleLosses": "examples.losses",
     "ExampleSketcher": "examples.sketcher",
     "GaussNewtonOperator": "curvature.gauss_newton",

@@ -6,8 +6,9 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from hf_sketch.examples.batch import ExampleBatch
 from hf_sketch.examples.measured_error import MeasuredError, measure_error
-from hf_sketch.examples.sketcher import ExampleBatch, ExampleSketcher
+from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.model.fsdp import in_row_shards
 from hf_sketch.sketches.transforms.lazy import is_lazy
 from hf_sketch.store.rows import row_columns

@@ -1,4 +1,4 @@
-"""A batch in flight: from its forward pass until its rows are taken."""
+"""A batch, from its forward pass until its rows are taken."""
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -12,6 +12,27 @@ from hf_sketch.examples.losses import ExampleLosses
 from hf_sketch.examples.replay import Replay
 from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.accumulator import Accumulator
+
+
+@dataclass(frozen=True)
+class ExampleBatch:
+    """A batch, with the sketched gradients of its examples.
+
+    Args:
+        examples: how the batch divides into examples.
+        inputs: what the model was called with.
+        rows: (b, out_size), row i the sketch of the gradient of losses[i].
+        losses: (b,), each example's own loss; NaN where the loss is computed outside of
+            the model, and a row is b times the gradient of the example's share of it.
+        weights: (b,), the weight with which each example entered the gradient: the sum
+            of weights[i] * rows[i] is the sketch of the batch's gradient.
+    """
+
+    examples: ExampleSplit
+    inputs: Mapping[str, Any]
+    rows: Tensor
+    losses: Tensor
+    weights: Tensor
 
 
 @dataclass
@@ -98,7 +119,7 @@ class Batch:
         except (MemoryError, torch.OutOfMemoryError) as error:
             self.failure = str(error)
 
-    def rows(self) -> Tensor:
+    def taken(self, loss_scale: float) -> ExampleBatch:
         """Return the batch's rows, with what is computed after the backward pass.
 
         Raises:
@@ -116,7 +137,17 @@ class Batch:
             for index, gradients in enumerate(replay.gradients(self.split)):
                 for attribute, gradient in gradients.items():
                     self.sums.add_example(names[attribute], index, gradient)
-        return self.sums.result()
+        rows, size = self.sums.result(), self.split.size
+        if self.losses is None or self.scale is None:
+            weights = rows.new_full((size,), 1 / size)
+            rows, losses = rows * (size / loss_scale), weights * torch.nan
+        else:
+            losses = self.losses.losses
+            weights = self.losses.weights * self.scale.to(self.losses.weights)
+            scaled = rows / weights.to(rows).unsqueeze(1)
+            rows = torch.where(weights.unsqueeze(1) == 0, rows, scaled)
+            weights = weights / loss_scale
+        return ExampleBatch(self.split, self.inputs, rows, losses, weights)
 
     def _end_backward(self) -> None:
         self.phase = "done"

@@ -72,7 +72,7 @@ def measure_error(
         RuntimeError: a row is not the sketch of its example's gradient.
     """
     try:
-        with evaluation_mode(sketcher.model), sketcher.own_units():
+        with evaluation_mode(sketcher.model), sketcher.paused():
             error = _measure(sketcher, batches, examples, loss_fn)
     except (MemoryError, torch.OutOfMemoryError) as failure:
         warnings.warn(
@@ -141,7 +141,7 @@ def _alone(
     }
 
     def gradient() -> list[Tensor]:
-        with torch.enable_grad(), sketcher.paused():
+        with torch.enable_grad():
             output = sketcher.model(**own)
             if loss_fn is None:
                 loss = field_of(output, "loss", 0)

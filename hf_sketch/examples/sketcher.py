@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 from torch.utils.hooks import RemovableHandle
 
-from hf_sketch.examples.batch import Batch
+from hf_sketch.examples.batch import Batch, ExampleBatch
 from hf_sketch.examples.hooks import rules_of, watch_module
 from hf_sketch.examples.losses import (
     ExampleLosses,
@@ -27,27 +26,6 @@ from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.sketches.operator import accumulation_dtype
 
 ExampleLossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
-
-
-@dataclass(frozen=True)
-class ExampleBatch:
-    """A batch, with the sketched gradients of its examples.
-
-    Args:
-        examples: how the batch divides into examples.
-        inputs: what the model was called with.
-        rows: (b, out_size), row i the sketch of the gradient of losses[i].
-        losses: (b,), each example's own loss; NaN where the loss is computed outside of
-            the model, and a row is b times the gradient of the example's share of it.
-        weights: (b,), the weight with which each example entered the gradient: the sum
-            of weights[i] * rows[i] is the sketch of the batch's gradient.
-    """
-
-    examples: ExampleSplit
-    inputs: Mapping[str, Any]
-    rows: Tensor
-    losses: Tensor
-    weights: Tensor
 
 
 class ExampleSketcher:
@@ -133,21 +111,11 @@ class ExampleSketcher:
                     "a forward and a backward pass must come before each take(), got "
                     "none: call loss.backward() on the model's loss."
                 )
-            rows = batch.rows()
+            taken = batch.taken(loss_scale)
             self._check_names(batch)
+            return taken
         finally:
             self._biases.clear()
-        if batch.losses is None or batch.scale is None:
-            size = batch.split.size
-            weights = rows.new_full((size,), 1 / size)
-            rows, losses = rows * (size / loss_scale), weights * torch.nan
-        else:
-            losses = batch.losses.losses
-            weights = batch.losses.weights * batch.scale.to(batch.losses.weights)
-            scaled = rows / weights.to(rows).unsqueeze(1)
-            rows = torch.where(weights.unsqueeze(1) == 0, rows, scaled)
-            weights = weights / loss_scale
-        return ExampleBatch(batch.split, batch.inputs, rows, losses, weights)
 
     def sketch(
         self,
@@ -199,21 +167,16 @@ class ExampleSketcher:
 
     @contextmanager
     def paused(self) -> Generator[None]:
-        """Record nothing within."""
-        recording, self.recording = self.recording, False
-        try:
-            yield
-        finally:
-            self.recording = recording
+        """Within, record nothing but what `sketch` is called for.
 
-    @contextmanager
-    def own_units(self) -> Generator[None]:
-        """Within, take the mean over an example's tokens as its loss."""
-        loss, self.loss = self.loss, "mean"
+        An example's own loss is the mean there, as models compute it.
+        """
+        before = self.recording, self.loss
+        self.recording, self.loss = False, "mean"
         try:
             yield
         finally:
-            self.loss = loss
+            self.recording, self.loss = before
 
     def _current(self) -> Batch | None:
         """Return the batch that is recorded, if any."""
@@ -260,11 +223,11 @@ class ExampleSketcher:
         batch = self._batch
         if batch is None or not torch.is_grad_enabled():
             return
-        if batch.phase != "forward":
-            if self.recording:
-                raise _second_call()
+        if batch.phase != "forward" and not self.recording:
             return
         self._batch = None  # until nothing can fail any more
+        if batch.phase != "forward":  # the model called itself
+            raise _second_call()
         if (labels := kwargs.get("labels")) is not None:
             loss = field_of(output, "loss", 0)
             with batch.holding_failures():

@@ -1,5 +1,6 @@
 """Sketches of gradients that arrive parameter by parameter, added up."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -21,8 +22,8 @@ class Accumulator:
     elements): such rows are held until `result`, and must not change until then.
 
     Args:
+        shapes: shape of each parameter.
         operators: operator of each parameter that has one of its own.
-        two_sided: those of them that fold the two sides of an outer product.
         packed: place of each other parameter in the vector of those laid end to end.
         packed_operator: operator of that vector; None if it is empty.
         whole: the packed operator has a single block, the whole vector.
@@ -31,8 +32,8 @@ class Accumulator:
             than rows. Without it, operators with blocks of one size finish together.
     """
 
+    shapes: Mapping[str, tuple[int, ...]]
     operators: Mapping[str, Sketch]
-    two_sided: Mapping[str, QK]
     packed: Mapping[str, slice]
     packed_operator: Sketch | None
     whole: bool = False
@@ -69,7 +70,7 @@ class Accumulator:
         part = self._converted(part)
         operator = self.operators.get(name)
         if operator is None:
-            rows = part.new_zeros(len(part), self._elements(name))
+            rows = part.new_zeros(len(part), math.prod(self.shapes[name]))
             rows[:, start : start + part.shape[1]] = part
             self.add(name, rows)
         elif isinstance(operator, BlockedSketch):
@@ -83,25 +84,26 @@ class Accumulator:
         Shapes:
             factor (b, t, elements of the side), or integer (b, t) for one-hot vectors
         """
-        operator = self.two_sided.get(name)
+        operator = self._two_sided(name)
         if operator is None:
             return factor
         return operator.fold(self._converted(factor), side)
 
     def add_outer(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add sum_t left_t (x) right_t of each example, both sides folded."""
+        self.names.add(name)
         left = self._converted(left)
         operator = self.operators.get(name)
-        if (factored := self.two_sided.get(name)) is not None:
+        if (factored := self._two_sided(name)) is not None:
             assert self.total is not None
-            self.names.add(name)
             factored.add_folded_(self.total, left, right)
-        elif operator is not None:
-            self.names.add(name)
-            self._join(operator.apply_outer(left, self._converted(right)))
+            return
+        right = self._converted(right)
+        if operator is not None:
+            self._join(operator.apply_outer(left, right))
         else:
-            size = self._elements(name)
-            self.add(name, form_outer(left, self._converted(right), 0, size))
+            size = math.prod(self.shapes[name])
+            self._hold(name, form_outer(left, right, 0, size))
 
     def add_example(self, name: str, index: int, gradient: Tensor) -> None:
         """Add the gradient of one example, in the parameter's shape."""
@@ -175,10 +177,12 @@ class Accumulator:
             mixed += self._mixed[operator.block][1]
         self._mixed[operator.block] = operator, mixed
 
-    def _elements(self, name: str) -> int:
-        """Return the size of a parameter that shares an operator."""
-        place = self.packed[name]
-        return place.stop - place.start
+    def _two_sided(self, name: str) -> QK | None:
+        """Return the operator if it folds the sides of an outer product apart."""
+        operator = self.operators.get(name)
+        if isinstance(operator, QK) and operator.sides == self.shapes[name]:
+            return operator
+        return None
 
     def _converted(self, x: Tensor) -> Tensor:
         """Return numbers in the dtype that sums are kept in; integers as they are."""

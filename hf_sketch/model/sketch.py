@@ -129,16 +129,6 @@ class ModelSketch:
         return {name: sketch for name, sketch in own.items() if sketch is not None}
 
     @cached_property
-    def _two_sided(self) -> dict[str, QK]:
-        """The operators that fold the two sides of an outer product apart."""
-        shapes = dict(self.shapes)
-        return {
-            name: operator
-            for name, operator in self.operators.items()
-            if isinstance(operator, QK) and operator.sides == shapes[name]
-        }
-
-    @cached_property
     def packed(self) -> dict[str, slice]:
         """Where each other parameter lies in the vector of those laid end to end."""
         places: dict[str, slice] = {}
@@ -210,10 +200,13 @@ class ModelSketch:
             total: (b, out_size), where to add up the rows of a batch's examples; by
                 default whole gradients are added up.
         """
-        packed_operator = self.packed_operator if self.packed else None
-        whole = self.layout == "flat"
         return Accumulator(
-            self.operators, self._two_sided, self.packed, packed_operator, whole, total
+            dict(self.shapes),
+            self.operators,
+            self.packed,
+            self.packed_operator if self.packed else None,
+            self.layout == "flat",
+            total,
         )
 
     def adjoint(self, vector: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """The rule of each kind of module."""
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from hf_sketch.examples.rules.base import NoRule, Rule
 from hf_sketch.examples.rules.convolution import Convolution
@@ -18,16 +17,14 @@ def rule_for(module: nn.Module, path: str, names: dict[str, str]) -> Rule:
     Raises:
         ValueError: the module's per-example gradients depend on the whole batch.
     """
-    # FSDP2 derives a class of its own from this one.
-    kind = type(module).__mro__[2 if isinstance(module, FSDPModule) else 0]
-    forward = kind.forward
+    forward = type(module).forward
     if isinstance(module, nn.Embedding):
-        scale = 1.0 if forward is nn.Embedding.forward else None
-        return Embedding(module, path, names, scale)
-    if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
-        return Linear(module, path, names, input_side=0)
+        return Embedding(module, path, names)
     if forward in _RULES:
         return _RULES[forward](module, path, names)
+    home = str(forward.__module__)
+    if forward.__qualname__ == "Conv1D.forward" and home.startswith("transformers."):
+        return Linear(module, path, names)
     if [parameter.dim() for parameter in module.parameters()] == [1]:
         return Elementwise(module, path, names)
     return NoRule(module, path, names)

@@ -16,27 +16,18 @@ Saved = tuple[ExampleSplit, Accumulator, Tensor, Tensor]
 class Embedding(Rule):
     """y = scale * W[ids]; the padding row gets no gradient.
 
-    Args:
-        module: an embedding.
-        path: see `Rule`.
-        names: see `Rule`.
-        scale: the factor; None if the module has a forward pass of its own. That may
-            only scale, and its first call shows by how much.
+    A module with a forward pass of its own may only scale; its first call shows by how
+    much.
 
     Raises:
         ValueError: an example's gradient depends on the rest of its batch.
     """
 
-    def __init__(
-        self,
-        module: nn.Embedding,
-        path: str,
-        names: dict[str, str],
-        scale: float | None = 1.0,
-    ) -> None:
+    def __init__(self, module: nn.Embedding, path: str, names: dict[str, str]) -> None:
         super().__init__(module, path, names)
         _check_independence(module)
-        self.scale = scale
+        plain = type(module).forward is nn.Embedding.forward
+        self.scale = 1.0 if plain else None
         self.applies = True
         padding = module.padding_idx
         self._padding = -1 if padding is None else padding
