@@ -7,7 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_sketch import ExampleSketcher, ModelSketch
-from tests.helpers.tiny_models import NAMES, DoublePrecision, tiny_inputs, tiny_model
+from tests.helpers.tiers import full
+from tests.helpers.tiny_models import (
+    FEW,
+    MORE,
+    DoublePrecision,
+    tiny_inputs,
+    tiny_model,
+)
 
 SIZE = 256
 # A pretrained Llama of 260,000 parameters that lies beside some checkouts.
@@ -37,12 +44,12 @@ def assert_rows_are_right(model, inputs, layout):
 
 
 @pytest.mark.parametrize("layout", ["factored", "blocked"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*FEW, *full(*MORE)])
 def test_rows_are_those_of_single_example_passes(name, layout):
     assert_rows_are_right(tiny_model(name), tiny_inputs(name), layout)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*FEW, *full(*MORE)])
 def test_rows_of_batches_whose_size_divides_their_lengths(name):
     inputs = {key: column[:3] for key, column in tiny_inputs(name).items()}
     assert_rows_are_right(tiny_model(name), inputs, "factored")

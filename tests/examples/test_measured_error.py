@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sketch import ExampleSketcher, ModelSketch, load_sketches, measured_error
+from hf_sketch import ExampleSketcher, ModelSketch, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.examples import measured_error
 from tests.helpers.training import tiny_batch, tiny_bert, tiny_trainer
 
 SIZE = 64
@@ -53,6 +54,18 @@ def test_the_figures_are_those_of_the_definitions(model, held_bytes, monkeypatch
     relative = ((sketched - wanted) / norms).abs().median()
     assert got.relative_error == pytest.approx(float(relative), rel=1e-9)
     assert got.row_error < 1e-9
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_without_memory_for_it_there_is_a_warning(model, error, monkeypatch):
+    def grow(*_, **__):
+        raise error("8 GiB asked for")
+
+    monkeypatch.setattr(measured_error, "_product", grow)
+    with pytest.warns(UserWarning, match=r"not compared .*: out of memory \(8 GiB"):
+        assert measure(model, tiny_batch(3)) is None
+    monkeypatch.undo()
+    assert measure(model, tiny_batch(3)).examples == 3
 
 
 def test_examples_without_a_loss_are_passed_over(model):

@@ -7,10 +7,13 @@ from torch import nn
 
 from hf_sketch import ExampleSketcher, ModelSketch
 from hf_sketch.examples.sketcher import field_of
+from tests.helpers.tiers import full
 from tests.helpers.training import tiny_batch, tiny_bert
 
+every_layout = pytest.mark.parametrize("layout", ["blocked", "factored", "flat"])
 
-@pytest.fixture(params=["blocked", "factored", "flat"])
+
+@pytest.fixture(params=["factored", *full("blocked", "flat")])
 def layout(request):
     return request.param
 
@@ -37,10 +40,12 @@ def assert_rows_match(model, batch, layout, tolerance):
     return got
 
 
+@every_layout
 def test_rows_are_those_of_single_example_passes_in_float64(layout):
     assert_rows_match(tiny_bert().double().eval(), tiny_batch(), layout, 1e-9)
 
 
+@every_layout
 def test_rows_are_right_where_weights_have_operators_of_their_own(layout):
     model = tiny_bert(vocab_size=2100, intermediate_size=2100).double().eval()
     sketch = ModelSketch.from_model(model, 256, layout)
@@ -174,6 +179,7 @@ class Holder(nn.Module):
         return x @ self.inner.weight.T + self.inner.bias
 
 
+@every_layout
 @pytest.mark.parametrize("head", [Doubled(32, 3), Holder()], ids=["own", "bare"])
 def test_modules_of_any_kind_are_run_again(head, layout):
     model = tiny_bert()
@@ -227,15 +233,18 @@ def test_a_parameter_that_is_used_elsewhere_is_named():
             sketcher.take()
 
 
+@pytest.mark.parametrize("padding", [1, "same", "valid"])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_convolutions(dims, groups):
+def test_convolutions(dims, groups, padding):
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-    settings = {"padding": 1, "stride": 2, "dilation": 2, "groups": groups}
+    sizes = (3, 2, 4)[:dims]  # "same" pads even ones more behind than before
+    settings = {"padding": padding, "dilation": 2, "groups": groups}
+    settings["stride"] = 1 if padding == "same" else 2
     torch.manual_seed(0)
-    model = Pixels(kind(4, 6, 3, **settings), 6).double()
+    model = Pixels(kind(4, 6, sizes, **settings), 6).double()
     batch = {
-        "pixel_values": torch.randn(5, 4, *[9] * dims, dtype=torch.float64),
+        "pixel_values": torch.randn(5, 4, *[9, 8, 7][:dims], dtype=torch.float64),
         "labels": torch.tensor([0, 1, 2, 3, 0]),
     }
     assert_rows_match(model, batch, "blocked", 1e-9)

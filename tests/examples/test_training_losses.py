@@ -9,7 +9,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_sketch import ExampleSketcher, ModelSketch, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.examples.losses import example_losses
-from tests.helpers.tiny_models import NAMES, tiny_inputs, tiny_model
+from tests.helpers.tiers import full
+from tests.helpers.tiny_models import FEW, MORE, tiny_inputs, tiny_model
 from tests.helpers.training import tiny_batch, tiny_bert, tiny_trainer
 
 SIZE = 256
@@ -38,8 +39,8 @@ def train(tmp_path, name, *callbacks, **config):
     return curve, list(model.parameters())
 
 
-@pytest.mark.parametrize("layout", ["factored", "blocked"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", ["factored", *full("blocked")])
+@pytest.mark.parametrize("name", [*FEW, *full(*MORE)])
 def test_training_is_bit_equal_with_and_without(tmp_path, name, layout):
     plain, before = train(tmp_path / "plain", name)
     callback = GradientSketchCallback(SIZE, layout=layout)
