@@ -14,7 +14,7 @@ from hf_sketch.attribution.shares import RowShare
 from hf_sketch.cli import main
 from tests.helpers.joint_scoring import answers, in_blocks_of_four, store
 from tests.helpers.launching import ACCELERATE, TORCHRUN, in_two_and_four
-from tests.recipes.test_attribute import trained_classifier
+from tests.helpers.text_classifier import trained_classifier
 
 ROOT = Path(__file__).parents[2]
 
