@@ -154,16 +154,23 @@ class BatchNotes(TrainerCallback):
     "arguments",
     [
         {},
-        {"gradient_accumulation_steps": 1},
         {"dataloader_num_workers": 2},
         {"dataloader_drop_last": True},
         {"train_sampling_strategy": "group_by_length"},
-        {"train_sampling_strategy": "sequential"},
-        {"max_steps": 4},
+        *(
+            pytest.param(arguments, marks=pytest.mark.full)
+            for arguments in (
+                {"gradient_accumulation_steps": 1},
+                {"train_sampling_strategy": "sequential"},
+                {"max_steps": 4},
+            )
+        ),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("remove_unused_columns", [True, False])
+@pytest.mark.parametrize(
+    "remove_unused_columns", [True, pytest.param(False, marks=pytest.mark.full)]
+)
 def test_example_ids_are_row_numbers(tmp_path, arguments, remove_unused_columns):
     dataset, notes = tiny_dataset(), BatchNotes()
     if not remove_unused_columns:
@@ -193,7 +200,7 @@ def test_duplicate_examples_have_rows_of_their_own(tmp_path):
     assert sorted(ids.tolist()) == list(range(8))
 
 
-@pytest.mark.parametrize("every_steps", [2, 4])
+@pytest.mark.parametrize("every_steps", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_only_every_nth_step_is_recorded_with_the_right_ids(tmp_path, every_steps):
     notes = BatchNotes()
     callback = GradientSketchCallback(SIZE, every_steps=every_steps)

@@ -4,12 +4,13 @@ from transformers import TrainerCallback
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.callbacks.recording import run
 from tests.helpers.training import tiny_bert, tiny_dataset, tiny_trainer
 
 SIZE = 256
 
 
-@pytest.fixture(params=["blocked", "factored"])
+@pytest.fixture(params=[pytest.param("blocked", marks=pytest.mark.full), "factored"])
 def layout(request):
     return request.param
 
@@ -45,9 +46,9 @@ class GradientNotes(TrainerCallback):
     [
         {},
         {"layout": "blocked"},
-        {"layout": "blocked", "operator": "affd"},
-        {"per_step": False},
-        {"per_example": False},
+        pytest.param({"layout": "blocked", "operator": "affd"}, marks=pytest.mark.full),
+        pytest.param({"per_step": False}, marks=pytest.mark.full),
+        pytest.param({"per_example": False}, marks=pytest.mark.full),
     ],
     ids=str,
 )
@@ -118,7 +119,9 @@ def assert_weighted_rows_are_gradients(store):
         assert (total - sketch / factor).norm() < 1e-5 * total.norm()
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize(
+    "accumulation", [2, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 3))]
+)
 def test_the_weighted_rows_of_a_step_are_its_gradient(tmp_path, layout, accumulation):
     callback = GradientSketchCallback(SIZE, layout=layout)
     trained(tmp_path, callback, gradient_accumulation_steps=accumulation)
@@ -189,6 +192,20 @@ def test_the_model_and_the_loader_are_left_as_they_were(tmp_path):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
     for parameter in trainer.model.parameters():
         assert not parameter._post_accumulate_grad_hooks
+
+
+def test_the_comparison_with_exact_gradients_can_be_left_out(tmp_path, monkeypatch):
+    def never(*args):
+        raise AssertionError
+
+    trained(tmp_path / "measured", GradientSketchCallback(SIZE), max_steps=1)
+    assert load_sketches(tmp_path / "measured").measured_error.examples == 3
+    monkeypatch.setattr(run, "measured_error", never)
+    callback = GradientSketchCallback(SIZE, measure_error=False)
+    trained(tmp_path / "skipped", callback, max_steps=1)
+    store = load_sketches(tmp_path / "skipped")
+    assert store.measured_error is None
+    assert store.dataset[:] == load_sketches(tmp_path / "measured").dataset[:]
 
 
 def test_nan_gradients_are_kept_flagged_and_told(tmp_path):

@@ -36,7 +36,9 @@ def interrupted(directory, step, **arguments):
         trainer.train()
 
 
-@pytest.mark.parametrize("step", [3, 4, 5, 6])
+@pytest.mark.parametrize(
+    "step", [4, *(pytest.param(step, marks=pytest.mark.full) for step in (3, 5, 6))]
+)
 def test_interrupted_and_resumed_rows_are_those_of_an_uninterrupted_run(
     tmp_path, step, uninterrupted
 ):
@@ -122,7 +124,12 @@ def test_rows_are_there_before_their_checkpoint_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "strategy", [{"save_strategy": "epoch"}, {"save_strategy": "no"}], ids=str
+    "strategy",
+    [
+        {"save_strategy": "epoch"},
+        pytest.param({"save_strategy": "no"}, marks=pytest.mark.full),
+    ],
+    ids=str,
 )
 def test_other_save_strategies_keep_all_rows(tmp_path, strategy, uninterrupted):
     tiny_trainer(tmp_path, GradientSketchCallback(SIZE), **strategy).train()

@@ -103,6 +103,20 @@ def test_with_another_batch_size(tmp_path):
     assert read_header(tmp_path / "sketches").step_examples == 4
 
 
+@pytest.mark.parametrize("rows", [18, pytest.param(26, marks=pytest.mark.full)])
+def test_in_the_second_epoch_after_a_last_step_of_fewer_batches(tmp_path, rows):
+    """Five or seven batches per epoch, two per step."""
+    settings = {"dataset": tiny_dataset(rows)}
+    seen = run(tmp_path / "whole", **settings)
+    last = max(seen)
+    assert [len(seen[step]) for step in (last // 2, last)] == [2, 2]
+    interrupted(tmp_path / "resumed", last - 1, **settings)
+    again = run(tmp_path / "resumed", resume=True, **settings)
+    assert min(again) == last - 1 > last // 2 + 1
+    assert recorded(tmp_path / "whole") == recorded(tmp_path / "resumed") == seen
+    assert_complete(tmp_path / "resumed", load_sketches(tmp_path / "whole"))
+
+
 class OutOfMemory(TrainerCallback):
     """Fails as the memory does, the first time."""
 
@@ -115,7 +129,7 @@ class OutOfMemory(TrainerCallback):
             raise RuntimeError("CUDA out of memory.")
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.full), 3])
 @pytest.mark.filterwarnings("ignore:.*rows up to step.*not resumed:UserWarning")
 def test_with_a_batch_size_that_is_found(tmp_path, step):
     seen = Seen()

@@ -51,8 +51,15 @@ def document(index):
     return {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("gpt2", "right"),
+        ("llama", "left"),
+        pytest.param("gpt2", "left", marks=pytest.mark.full),
+        pytest.param("llama", "right", marks=pytest.mark.full),
+    ],
+)
 def test_token_counts_accumulation_and_epochs_do_not_change_rows(tmp_path, name, side):
     model = undropped(name)
     store = train(
@@ -120,7 +127,9 @@ def test_a_stream_has_ids_of_its_content(tmp_path):
         assert (row - expected).norm() < 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "reentrant", [pytest.param(False, marks=pytest.mark.full), True]
+)
 def test_activation_checkpointing(tmp_path, reentrant):
     model = undropped("llama")
     store = train(
@@ -134,6 +143,7 @@ def test_activation_checkpointing(tmp_path, reentrant):
     assert_rows_are_single_gradients(store, model, document)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_every_attention_of_the_cpu(tmp_path, attention):
     model = undropped("llama", attn_implementation=attention)
@@ -147,6 +157,7 @@ def test_bf16_autocast(tmp_path):
     assert_rows_are_single_gradients(store, model, document, tolerance=5e-2)
 
 
+@pytest.mark.full
 def test_bf16_weights(tmp_path):
     model = undropped("llama").to(torch.bfloat16)
     store = train(tmp_path, model, text_dataset(), Pad())
@@ -164,7 +175,17 @@ def test_lora(tmp_path, targets):
     assert_rows_are_single_gradients(store, model, document)
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "bart", "t5", "bert for masked words"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit",
+        "t5",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in ("bert", "bart", "bert for masked words")
+        ),
+    ],
+)
 def test_other_tasks(tmp_path, name):
     model, inputs = undropped(name), tiny_inputs(name)
     columns = {name: column.tolist() for name, column in inputs.items()}
