@@ -1,8 +1,8 @@
 """What several processes exchange: numbers, settings and failures."""
 
 import gc
-from collections.abc import Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -43,22 +43,8 @@ def check_same(user: str, settings: Mapping[str, Any]) -> None:
             )
 
 
-@contextmanager
-def in_turn() -> Generator[PartialState]:
-    """Run in the first process of all, the first of each machine, then in the others.
-
-    So files are made by one process, also on machines without a common file system.
-    """
-    processes = PartialState()
-    with processes.main_process_first(), processes.local_main_process_first():
-        yield processes
-
-
 def reduced(x: Tensor, how: Literal["sum", "mean"]) -> Tensor:
-    """Return the sum or mean of x over the processes; all of them must call together.
-
-    x itself in a single process.
-    """
+    """Return the sum or mean of x over processes; all of them must call together."""
     if PartialState().num_processes == 1:
         return x
     result = reduce(x, how)

@@ -21,18 +21,10 @@ MEASURED_EXAMPLES = 3
 def example_columns(
     position: Position, ids: Sequence[int | None], batch: ExampleBatch
 ) -> dict[str, Tensor]:
-    """Return the columns of a batch's rows, without examples that were used before.
-
-    Args:
-        position: the batch's.
-        ids: of its examples; None for those that fill up the batch.
-        batch: the rows, with the weights that they have in the step.
+    """Return the columns of a batch's rows, without examples whose id is None.
 
     Raises:
         RuntimeError: there is another number of ids than of examples.
-
-    Shapes:
-        returns every column (rows,), `sketch` (rows, out_size)
     """
     rows, losses, weights = batch.rows, batch.losses, batch.weights
     if len(ids) != len(rows):
@@ -45,11 +37,8 @@ def example_columns(
     if len(own) < len(ids):
         kept = [place for place, example in enumerate(ids) if example is not None]
         rows, losses, weights = rows[kept], losses[kept], weights[kept]
-    example_id = torch.tensor(own, dtype=torch.int64)
-    places = asdict(position)
-    return row_columns(
-        rows, example_id=example_id, **places, loss=losses, weight=weights
-    )
+    columns = {"example_id": torch.tensor(own, dtype=torch.int64), **asdict(position)}
+    return row_columns(rows, **columns, loss=losses, weight=weights)
 
 
 def measured_error(
@@ -60,14 +49,10 @@ def measured_error(
     None on a lazy device, which would compile each backward pass and product, for
     parameters in shards, which no process could gather alone, and for losses that are
     computed outside the model.
-
-    Raises:
-        RuntimeError: a row is not the sketch of its example's gradient.
     """
     losses = batches[-1].losses
-    if is_lazy(losses) or in_row_shards(sketcher.parameters.values()):
-        return None
-    if bool(losses.isnan().all()):
+    sharded = in_row_shards(sketcher.parameters.values())
+    if is_lazy(losses) or sharded or bool(losses.isnan().all()):
         return None
     inputs = [batch.inputs for batch in batches]
     return measure_error(

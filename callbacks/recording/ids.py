@@ -115,16 +115,7 @@ class ExampleIds:
 def followed_ids(
     loader: DataLoader[Any], args: TrainingArguments, resume_step: int
 ) -> ExampleIds | None:
-    """Follow a DataLoader's row numbers; None for a stream, which has none.
-
-    Args:
-        loader: as the Trainer gives it to callbacks.
-        args: the Trainer's settings.
-        resume_step: the optimizer step that training resumes after.
-
-    Raises:
-        ValueError: the loader cannot be followed.
-    """
+    """Follow the Trainer's DataLoader; None for a stream, which has no row numbers."""
     loader = getattr(loader, "dataloader", loader)  # within torch_xla's
     check_stream(loader, args.world_size)
     if isinstance(loader.dataset, IterableDataset):
@@ -136,11 +127,7 @@ def followed_ids(
 
 
 def check_stream(loader: DataLoader[Any], world_size: int) -> None:
-    """Raise unless each process reads its own examples of a stream.
-
-    Raises:
-        ValueError: processes share one, which may repeat examples to fill up batches.
-    """
+    """Raise if processes share a stream, which may repeat examples to fill batches."""
     shared = isinstance(loader, DataLoaderDispatcher)
     if world_size > 1 and (shared or isinstance(loader.dataset, IterableDatasetShard)):
         raise ValueError(

@@ -6,10 +6,10 @@ from functools import reduce
 from pathlib import Path
 
 import torch
+from accelerate.state import PartialState
 from torch import Tensor
 from transformers import TrainingArguments
 
-from hf_sketch.processes import in_turn
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE
 from hf_sketch.store.writer import SketchWriter
@@ -44,20 +44,18 @@ class RowSink:
     def open(
         cls, header: Header, args: TrainingArguments, resume_step: int
     ) -> "RowSink":
-        """Open the store of a run, in the first process first.
+        """Open the store of a run; see `SketchWriter`.
 
-        Raises:
-            ValueError: the store there does not fit; see `SketchWriter`.
-            OSError: it cannot be written.
+        One process makes the files, and one per machine where they share no disk.
         """
         directory = Path(args.output_dir or ".") / "sketches"
+        processes = PartialState()
         rank, world_size = args.process_index, args.world_size
-        with in_turn():
-            return cls(
-                SketchWriter(
-                    directory, header, resume_step, rank=rank, world_size=world_size
-                )
+        with processes.main_process_first(), processes.local_main_process_first():
+            writer = SketchWriter(
+                directory, header, resume_step, rank=rank, world_size=world_size
             )
+        return cls(writer)
 
     def append(self, kind: str, columns: Columns) -> None:
         """Add rows: every column (rows,), `sketch` (rows, out_size)."""
@@ -69,21 +67,13 @@ class RowSink:
         self._bytes += sum(column.nbytes for column in away)
 
     def end_step(self) -> None:
-        """Send rows on if there are many; a step's are all there now.
-
-        Raises:
-            OSError: earlier rows could not be written.
-        """
+        """Send rows on if there are many, now that a step's are complete."""
         if self._bytes >= _MOST_BYTES or len(self._held) >= _MOST_PARTS:
             self._send()
         self.writer.end_step()
 
     def flush(self) -> None:
-        """Write all rows; they are in the store when this returns.
-
-        Raises:
-            OSError: they could not be written.
-        """
+        """Write all rows; they are in the store when this returns."""
         if self._held:
             self._send()
         self._receive()

@@ -18,11 +18,7 @@ _LOW_PRECISION_SUM_TOLERANCE = 5e-2
 
 
 def check_layout_of_shards(model_sketch: ModelSketch, probe: ClipProbe) -> None:
-    """Raise if parameters are in shards that cannot be sketched one by one.
-
-    Raises:
-        ValueError: the layout is "flat".
-    """
+    """Raise if parameters are in shards that the layout cannot sketch one by one."""
     if model_sketch.layout == "flat" and probe.in_shards:
         raise ValueError(
             "layout='flat' needs the whole gradient in one place, but FSDP has split "
@@ -35,14 +31,7 @@ def step_columns(
 ) -> dict[str, Tensor]:
     """Return the columns of a step's row; all processes must call together.
 
-    Args:
-        model_sketch: the map.
-        probe: of the parameters, with the gradients that the optimizer sees.
-        position: the step.
-        loss_scale: a GradScaler's; the Trainer undoes it where it clips.
-
-    Shapes:
-        returns every column (1,), `sketch` (1, out_size)
+    `loss_scale` is a GradScaler's, which the Trainer undoes where it clips.
     """
     factor = probe.factor()
     gradients = {n: p.grad for n, p in probe.parameters.items() if p.grad is not None}
@@ -68,16 +57,7 @@ def step_columns(
 
 
 def check_sum(total: Tensor, row: Mapping[str, Tensor], low_precision: bool) -> None:
-    """Raise unless the weighted sum of a step's rows is the step's own gradient.
-
-    Args:
-        total: the sum, over all processes.
-        row: the step's.
-        low_precision: the model computes in 16 bits.
-
-    Raises:
-        RuntimeError: they differ.
-    """
+    """Raise unless `total`, of all processes' rows, is the step's own gradient."""
     sketch = row["sketch"][0] / row["clip_factor"]
     distance = float(torch.linalg.vector_norm(total - sketch))
     norm = float(torch.linalg.vector_norm(sketch))
