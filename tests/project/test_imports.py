@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,14 @@ def test_the_help_of_each_command_loads_nothing_heavy():
     assert f"hf-sketch {hf_sketch.__version__}" in printed
 
 
+def test_the_config_alone_makes_the_method_known_to_peft():
+    code = (
+        "from hf_sketch import SubspaceConfig; from peft import mapping; "
+        "assert 'SUBSPACE' in mapping.PEFT_TYPE_TO_TUNER_MAPPING"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_every_public_name_resolves_to_what_type_checkers_see():
     tree = ast.parse(Path(hf_sketch.__file__).read_text())
     (checked,) = (node for node in tree.body if isinstance(node, ast.If))
@@ -48,8 +57,7 @@ def test_every_public_name_resolves_to_what_type_checkers_see():
     assert list(hf_sketch._MODULES) == hf_sketch.__all__
     assert set(names) == set(hf_sketch.__all__)
     for name in hf_sketch.__all__:
-        assert names[name] == f"hf_sketch.{hf_sketch._MODULES[name]}"
-        assert hasattr(hf_sketch, name)
+        assert getattr(hf_sketch, name) is getattr(import_module(names[name]), name)
     assert set(hf_sketch.__all__) <= set(dir(hf_sketch))
 
 

@@ -35,7 +35,7 @@ def wheel(tmp_path_factory):
     return next(directory.glob("*.whl"))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_wheel_holds_code_data_and_licences_and_no_more(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -55,7 +55,7 @@ def test_the_wheel_holds_code_data_and_licences_and_no_more(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_installed_wheel_imports_in_an_empty_environment(wheel, tmp_path):
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"

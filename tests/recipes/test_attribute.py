@@ -150,7 +150,6 @@ def language_model(tmp_path_factory):
     return directory
 
 
-@pytest.mark.slow
 def test_the_recipe_trains_asks_and_reports(language_model, tmp_path, capsys):
     main(
         [

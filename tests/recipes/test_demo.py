@@ -6,7 +6,6 @@ from hf_sketch.recipes.demo import DemoArguments, run_demo
 from hf_sketch.recipes.texts.snli_sample import flip_labels, load_snli_sample
 
 
-@pytest.mark.slow
 def test_the_tiny_demo_runs_and_reports(tmp_path, capsys):
     main(["demo", "--tiny", "--num_queries", "2", "--output_dir", str(tmp_path)])
     printed = capsys.readouterr().out

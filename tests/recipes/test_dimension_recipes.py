@@ -21,11 +21,8 @@ from hf_sketch.recipes.tables.paper.table10 import (
     settings_of,
 )
 from hf_sketch.recipes.xsum import XsumArguments, XsumTrainingArguments, run_xsum
+from tests.helpers.recipe_runs import assert_saved, make_absent, write_lines
 from tests.helpers.tiny_models import tiny_model
-from tests.recipes.test_hessian_recipe import own_cache, write_lines
-from tests.tables.test_operator_tables import assert_saved, make_absent
-
-__all__ = ["own_cache"]  # a fixture of every test here
 
 barely_trained = pytest.mark.filterwarnings(
     "ignore:.* must be worse than the target of .* before training:UserWarning"
@@ -55,7 +52,7 @@ def xsum_run(tmp_path_factory):
 
 
 @barely_trained
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_command_saves_what_it_found(xsum_run):
     saved = json.loads((xsum_run / "results.json").read_text())
     search = load_dimension_search(xsum_run)
@@ -75,7 +72,7 @@ def test_the_command_saves_what_it_found(xsum_run):
 
 
 @barely_trained
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_adapter_is_loaded_on_a_model_drawn_as_the_card_says(xsum_run):
     assert "transformers.set_seed(3)" in (xsum_run / "README.md").read_text()
     set_seed(4)
@@ -87,14 +84,14 @@ def test_the_adapter_is_loaded_on_a_model_drawn_as_the_card_says(xsum_run):
 
 
 @barely_trained
-@pytest.mark.slow
+@pytest.mark.full
 def test_half_of_the_dimension_is_trained_for_all_steps(xsum_run):
     half = json.loads((xsum_run / "results.json").read_text())["results"]["half"]
     assert half == {"dimension": 8, "best": 0, "below_target": False}
 
 
 @barely_trained
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_model_card_has_the_path_and_no_folder_of_this_machine(xsum_run):
     card = (xsum_run / "README.md").read_text()
     assert "| 2 | 16 | 0.0000 | reached |" in card
@@ -106,7 +103,7 @@ def test_the_model_card_has_the_path_and_no_folder_of_this_machine(xsum_run):
     assert "<svg" in (xsum_run / "intrinsic_dimension.svg").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_search_on_documents_is_resumed(tmp_path, capsys):
     first = small_xsum(tmp_path, max_steps=2)
     assert [stage.step for stage in first.path] == [0, 1, 2]
@@ -121,7 +118,7 @@ def test_a_search_on_documents_is_resumed(tmp_path, capsys):
 
 
 @barely_trained
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_resumed_run_keeps_the_figure_of_full_fine_tuning(tmp_path):
     baseline = {"baseline_steps": 1, "target": None}
     small_xsum(tmp_path, baseline, max_steps=1)
@@ -136,8 +133,9 @@ def test_a_resumed_run_keeps_the_figure_of_full_fine_tuning(tmp_path):
     assert "mark" not in json.loads(saved.read_text())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("operator", ["affd", "qk"])
+@pytest.mark.parametrize(
+    "operator", ["affd", pytest.param("qk", marks=pytest.mark.full)]
+)
 def test_a_classifier_in_files_of_ours_is_searched(tmp_path, operator):
     words = [
         {"premise": "a dog", "hypothesis": f"{n}", "label": n % 3} for n in range(8)
@@ -180,7 +178,7 @@ def classifier_folder(folder):
 
 # EncoderDecoderModel warns of a change in 4.12 whenever it is given labels.
 @pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces:FutureWarning")
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_encoder_becomes_an_encoder_and_a_decoder(tmp_path):
     folder = classifier_folder(tmp_path / "model")
     setup = xsum_setup(
@@ -228,7 +226,6 @@ def test_defaults_are_the_papers():
     assert training.predict_with_generate
 
 
-@pytest.mark.slow
 def test_a_metric_that_evaluation_does_not_give_is_refused(tmp_path):
     settings = {"target": None, "baseline_steps": 1, "metric": "eval_f1"}
     with pytest.raises(ValueError, match=r"'eval_rouge1'.*got 'eval_f1'"):
@@ -236,7 +233,6 @@ def test_a_metric_that_evaluation_does_not_give_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())  # nothing was trained
 
 
-@pytest.mark.slow
 def test_recipes_without_their_metrics_name_the_extra(tmp_path, monkeypatch):
     make_absent(monkeypatch, "evaluate")
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf-sketch\[recipes\]"):
@@ -244,7 +240,7 @@ def test_recipes_without_their_metrics_name_the_extra(tmp_path, monkeypatch):
 
 
 @barely_trained
-@pytest.mark.slow
+@pytest.mark.full
 def test_table_10_keeps_the_runs_that_have_ended(tmp_path, capsys):
     arguments = Table10Arguments(str(tmp_path), "affd,qk", seeds=1, tiny=True)
     results = run_table10(arguments)
@@ -274,7 +270,7 @@ def test_table_10_refuses_to_mix_settings(tmp_path, changes):
 
 
 @barely_trained
-@pytest.mark.slow
+@pytest.mark.full
 def test_table_10_has_documents(tmp_path, capsys):
     results = run_table10(Table10Arguments(str(tmp_path), "qk", 1, "xsum", tiny=True))
     assert_saved(tmp_path / "table10_xsum.json", results)

@@ -1,6 +1,5 @@
 """The recipe `hf-sketch hessian`, its data, and Figure 2 of its runs."""
 
-import gzip
 import json
 
 import pytest
@@ -24,9 +23,9 @@ from hf_sketch.recipes.texts.data_files import read_data_file
 from hf_sketch.recipes.texts.snli_data import load_snli
 from hf_sketch.recipes.texts.xsum_data import load_short_documents, load_xsum
 from hf_sketch.recipes.timed_spectra import TimedSpectra
+from tests.helpers.recipe_runs import make_absent, write_lines
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.training import tiny_trainer
-from tests.tables.test_operator_tables import make_absent
 
 PAIRS = [
     {"premise": "a dog runs", "hypothesis": "a dog sleeps", "label": 2},
@@ -34,20 +33,6 @@ PAIRS = [
     {"premise": "a dog", "hypothesis": "a dog runs", "label": -1},
     {"premise": "a cat", "hypothesis": "a dog runs", "label": 1},
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Files that are read leave nothing in the home directory."""
-    directory = str(tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", directory)
-
-
-def write_lines(path, rows):
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    data = text.encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return str(path)
 
 
 def assert_results_are_those_of_the_spectra(directory, steps):
@@ -80,7 +65,7 @@ def snli_run(tmp_path_factory):
     return directory
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_small_run_on_snli_saves_its_spectra(snli_run):
     saved, spectra = assert_results_are_those_of_the_spectra(snli_run, [0, 2])
     settings = saved["arguments"]
@@ -99,7 +84,7 @@ def test_the_small_run_on_snli_saves_its_spectra(snli_run):
         assert "<svg" in (snli_run / name).read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_figure_2_is_of_several_runs(snli_run, tmp_path, capsys):
     arguments = Figure2Arguments(f"a={snli_run},b={snli_run}", str(tmp_path))
     results = run_figure_2(arguments)
@@ -115,7 +100,7 @@ def test_figure_2_is_of_several_runs(snli_run, tmp_path, capsys):
     assert "<svg" in (tmp_path / "figure_2.svg").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_figure_2_without_matplotlib_is_numbers(
     snli_run, tmp_path, capsys, monkeypatch
 ):
@@ -150,7 +135,7 @@ def small_xsum(directory, **training):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_small_run_on_documents_is_resumed(tmp_path, capsys):
     small_xsum(tmp_path, max_steps=2)
     first, _ = assert_results_are_those_of_the_spectra(tmp_path, [0, 2])
@@ -169,7 +154,6 @@ def test_the_small_run_on_documents_is_resumed(tmp_path, capsys):
     assert [int(row.split()[0]) for row in table[header + 1 : header + 4]] == [0, 2, 4]
 
 
-@pytest.mark.slow
 def test_a_model_without_a_padding_token_learns_from_a_file(tmp_path):
     words = sorted({word for row in PAIRS for word in row["premise"].split()})
     words = ["<eos>", *words, "sleeps", "runs"]

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from hf_sketch.recipes.tables import hvp_cost
+from hf_sketch.recipes.tables.costs import hvp_cost
 from hf_sketch.recipes.tables.costs.hvp_cost import HvpCostArguments, run_hvp_cost
 from hf_sketch.recipes.tables.paper.table1_eigenvalues import (
     Table1EigenvaluesArguments,
@@ -22,7 +22,7 @@ from hf_sketch.recipes.tables.paper.table9 import (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_table_7_runs_and_saves(tmp_path, capsys):
     arguments = Table7Arguments(
         str(tmp_path), "affd", "6", 1, 2, 3, seeds=1, examples=2, steps=1
@@ -41,7 +41,7 @@ def test_the_least_size_is_that_from_which_on_the_error_stays_small():
     assert least_bits(cells, 0.001) is None
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_table_9_runs_and_saves_and_its_ways_agree(tmp_path):
     tiny = {"layers": 1, "width": 16, "tokens": 8, "bits": 6}
     cases = cases_of(Table9Arguments(str(tmp_path), **tiny))
@@ -56,7 +56,7 @@ def test_table_9_runs_and_saves_and_its_ways_agree(tmp_path):
     assert (tmp_path / "table9.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_eigenvalues_of_layers_run_and_are_saved(tmp_path):
     arguments = Table1EigenvaluesArguments(str(tmp_path), 1, 2, 6, 2, 1)
     results = run_table1_eigenvalues(arguments)
@@ -70,7 +70,7 @@ def test_the_fit_keeps_the_orientation():
     assert torch.allclose(fitted(-whole, whole), whole.mean().expand(3))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_hvp_cost_runs_and_saves(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(hvp_cost, "PEERS", ())  # they need minutes
     results = run_hvp_cost(HvpCostArguments(str(tmp_path), tiny=True))

@@ -24,7 +24,7 @@ needs_digits = pytest.mark.skipif(
 
 
 @needs_digits
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the other packages
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_study_of_digits_runs_and_saves(tmp_path, capsys):
@@ -44,7 +44,7 @@ def test_the_study_of_digits_runs_and_saves(tmp_path, capsys):
     assert "% of exact" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_study_of_snli_runs_without_others_and_goes_on(tmp_path, capsys):
     arguments = LdsArguments(str(tmp_path), task="snli", tiny=True)
     results = run_lds(arguments)
@@ -159,7 +159,7 @@ def test_digits_without_their_package_are_refused(monkeypatch):
 
 
 @needs_digits
-@pytest.mark.slow
+@pytest.mark.full
 def test_packages_that_are_not_there_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_sketch.recipes.tables.quality.lds.installed", dict)
     monkeypatch.setattr("hf_sketch.recipes.tables.quality.lds_peers.installed", dict)

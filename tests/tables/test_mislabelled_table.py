@@ -47,7 +47,7 @@ def test_rows_that_point_the_other_way_are_found():
     assert max(found["self-influence"]) < 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_table_runs_and_is_saved(tmp_path, capsys):
     results = run_mislabelled(MislabelledArguments(str(tmp_path), tiny=True))
     saved = json.loads((tmp_path / "mislabelled.json").read_text())["results"]

@@ -1,15 +1,13 @@
 """The tables of what operators cost: 2, 3, 4, 8 and 11, and Figures 3 and 4."""
 
-import importlib.util
-import json
 import math
 import re
 
 import pytest
 import torch
 
-from hf_sketch.recipes.tables import table11
 from hf_sketch.recipes.tables.measure import fitting_bits, peak_extra_bytes, timed
+from hf_sketch.recipes.tables.paper import table11
 from hf_sketch.recipes.tables.paper.figures_3_4 import (
     Figures34Arguments,
     run_figures_3_4,
@@ -32,23 +30,7 @@ from hf_sketch.recipes.tables.speed_ups import (
     published_times,
     speed_ups,
 )
-
-
-def make_absent(monkeypatch, *packages):
-    """Let packages look as if they were not installed."""
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec",
-        lambda name, *rest: None if name in packages else find(name, *rest),
-    )
-
-
-def assert_saved(path, results):
-    """What was returned is what was saved, with the versions."""
-    saved = json.loads(path.read_text())
-    assert saved["results"] == json.loads(json.dumps(results))
-    assert saved["versions"]["torch"] == torch.__version__
-    assert saved["machine"]["threads"] == torch.get_num_threads()
+from tests.helpers.recipe_runs import assert_saved, make_absent
 
 
 def assert_ordered(cost):
@@ -57,7 +39,7 @@ def assert_ordered(cost):
     assert parts[0] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_table_2_runs_and_saves(tmp_path, capsys):
     results = run_table2(Table2Arguments(output_dir=str(tmp_path), tiny=True))
     assert_saved(tmp_path / "table2.json", results)
@@ -73,7 +55,7 @@ def test_table_2_runs_and_saves(tmp_path, capsys):
     assert "paper k=128 24.4 ms, 0.78 s" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_tables_3_4_and_8_run_and_save(tmp_path, capsys):
     saved = run_table8(Table8Arguments(output_dir=str(tmp_path), tiny=True))
     assert_saved(tmp_path / "table8.json", saved)
@@ -92,7 +74,7 @@ def test_tables_3_4_and_8_run_and_save(tmp_path, capsys):
     assert "paper 1.41 | 2.45" in printed.split("Table 4")[1]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_table_11_runs_and_saves_without_traker(tmp_path, capsys, monkeypatch):
     make_absent(monkeypatch, "trak")
     results = run_table11(Table11Arguments(output_dir=str(tmp_path), tiny=True))
@@ -122,7 +104,7 @@ def test_table_11_runs_and_saves_without_traker(tmp_path, capsys, monkeypatch):
         assert paper in printed
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_figures_3_and_4_run_and_save_without_matplotlib(tmp_path, capsys, monkeypatch):
     make_absent(monkeypatch, "matplotlib")
     arguments = Figures34Arguments(output_dir=str(tmp_path), memory_gib=0.01, tiny=True)

@@ -12,7 +12,7 @@ from hf_sketch.recipes.tables.costs.per_example_cost import (
 from hf_sketch.recipes.tables.quality.recorded_runs import SHAPES, Setting
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_cost_of_rows_is_measured_beside_plain_training(
     tmp_path, capsys, shape, monkeypatch

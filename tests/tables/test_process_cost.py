@@ -8,7 +8,7 @@ from hf_sketch.recipes.tables.costs.process_cost import (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_one_process_and_two_are_measured_in_turn(tmp_path, capsys):
     arguments = ProcessCostArguments(
         output_dir=str(tmp_path), out_size=64, steps=3, rounds=1, tiny=True

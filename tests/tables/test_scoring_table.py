@@ -5,7 +5,7 @@ import pytest
 from hf_sketch.recipes.tables.costs.scoring import ScoringArguments, run_scoring
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_scoring_is_measured_beside_its_floors(tmp_path, capsys):
     arguments = ScoringArguments(
         output_dir=str(tmp_path / "out"), work_dir=str(tmp_path), tiny=True

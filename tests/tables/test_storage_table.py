@@ -5,7 +5,7 @@ import pytest
 from hf_sketch.recipes.tables.costs.storage import StorageArguments, run_storage
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_costs_of_the_store_are_measured(tmp_path, capsys):
     arguments = StorageArguments(
         output_dir=str(tmp_path / "out"), work_dir=str(tmp_path), tiny=True

@@ -27,7 +27,7 @@ def test_longer_texts_leave_more_for_the_backward_pass():
     assert activation_bytes(model, long) > activation_bytes(model, short) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_tiny_run_compares_memory_and_disk(tmp_path):
     arguments = SubspaceCostArguments(str(tmp_path), operators="affd", tiny=True)
     results = run_subspace_cost(arguments)

@@ -20,7 +20,7 @@ from hf_sketch.recipes.tables.paper.table1 import (
 from hf_sketch.recipes.tables.paper.table1_eigenvalues import layers_of
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_scores_of_layers_run_and_are_saved(tmp_path, capsys):
     results = run_table1(Table1Arguments(str(tmp_path), tiny=True))
     saved = json.loads((tmp_path / "table1.json").read_text())

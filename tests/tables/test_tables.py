@@ -17,7 +17,7 @@ from hf_sketch.recipes.tables.paper.table6 import (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_table_6_runs_and_saves(tmp_path, capsys):
     arguments = Table6Arguments(
         output_dir=str(tmp_path), bits="6,10", examples=6, seeds=1, steps=1
@@ -34,7 +34,7 @@ def test_table_6_runs_and_saves(tmp_path, capsys):
         assert all(-1 <= r <= 1 for rs in by_bits.values() for r in rs)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_step_cost_runs_and_saves(tmp_path, capsys):
     arguments = StepCostArguments(output_dir=str(tmp_path), bits="8,12", tiny=True)
     results = run_step_cost(arguments)
