@@ -19,7 +19,7 @@ from hf_sketch.examples.losses import (
     example_losses,
     is_causal,
 )
-from hf_sketch.examples.rules.position_biases import PositionBiases
+from hf_sketch.examples.position_biases import PositionBiases
 from hf_sketch.examples.split import ExampleSplit, split_of
 from hf_sketch.model.fsdp import in_row_shards
 from hf_sketch.model.sketch import ModelSketch

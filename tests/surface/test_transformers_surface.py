@@ -1,0 +1,29 @@
+"""What is leaned on in transformers beneath its public names; read in release 5."""
+
+from transformers import GPT2Config, GPT2LMHeadModel
+
+SMALL = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 20, "n_positions": 8}
+
+
+def test_a_config_says_how_attention_is_computed():
+    model = GPT2LMHeadModel(GPT2Config(**SMALL, attn_implementation="eager"))
+    assert model.config._attn_implementation == "eager"
+
+
+def test_layers_that_checkpoint_hold_the_function_that_does():
+    model = GPT2LMHeadModel(GPT2Config(**SMALL))
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    held = [
+        vars(module)["_gradient_checkpointing_func"]
+        for module in model.modules()
+        if "_gradient_checkpointing_func" in vars(module)
+    ]
+    assert held
+    assert all(function.keywords == {"use_reentrant": True} for function in held)
+
+
+def test_conv1d_is_named_so():
+    layer = GPT2LMHeadModel(GPT2Config(**SMALL)).transformer.h[0].attn.c_attn
+    assert type(layer).__name__ == "Conv1D"
+    assert type(layer).__module__.startswith("transformers.")
+    assert layer.weight.shape == (8, 24)  # inputs first
