@@ -28,10 +28,6 @@ class AFFD(MixedSketch):
     Growing `out_size` keeps what was there: at equal block sizes the first D
     coordinates of AFFD(2D) are those of AFFD(D), divided by sqrt(2).
 
-    Shapes:
-        S @ x    (in_size,) -> (out_size,), or (in_size, b) -> (out_size, b)
-        S.T @ y  the reverse
-
     Args:
         in_size: number of parameters sketched.
         out_size: length of the sketch, in [1, block size].
@@ -57,7 +53,6 @@ class AFFD(MixedSketch):
         return mix_rows(weighted, self._second, self.out_size)
 
     def finish_adjoint(self, rows: Tensor) -> Tensor:
-        """The transpose of `finish`."""
         mixed = mix_adjoint(rows, self._second, self.block)
         return weigh_(mixed.contiguous(), self.seed, self._scale)
 

@@ -18,25 +18,11 @@ class AFJL(MixedSketch):
     times the variance of AFFD's (the more, the smaller out_size / n), and there are
     inputs for which it fails: the rows of H1 that are kept repeat the same signs on
     coordinates one leading stride apart, so that two of them cancel or double
-    (tests/sketches/test_operator_limits.py).
-    With mix="fft" the kept rows are neighbours, and
-    coordinates near both ends of a block are kept with weights that vary with the seed.
+    (tests/sketches/test_operator_limits.py). With mix="fft" the kept rows are
+    neighbours, and coordinates near both ends of a block are kept with weights that
+    vary with the seed.
 
-    Shapes:
-        S @ x    (in_size,) -> (out_size,), or (in_size, b) -> (out_size, b)
-        S.T @ y  the reverse
-
-    Args:
-        in_size: number of parameters sketched.
-        out_size: length of the sketch, in [1, block size].
-        seed: the only source of randomness; equal arguments, equal matrix.
-        block_size: a power of two; by default in_size rounded up to one.
-        stream: a name that gives independent signs under the same seed.
-        mix: as for AFFD.
-
-    Raises:
-        ValueError: a size is out of range, `block_size` is not a power of two, or `mix`
-            is unknown.
+    Args and errors are those of AFFD.
 
     Reference:
         Schioppa 2024, arXiv:2402.03994, eq. (7); blocks as for AFFD.
@@ -54,5 +40,4 @@ class AFJL(MixedSketch):
         return weigh_(mixed, self.seed, self.out_size**-0.5)
 
     def finish_adjoint(self, rows: Tensor) -> Tensor:
-        """The same."""
         return self.finish(rows.clone())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.choices import check_choice
-from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
+from hf_sketch.sketches.operator import SeededSketch, next_power_of_two
 from hf_sketch.sketches.outer import form_outer, is_touched
 from hf_sketch.sketches.pieces import BlockSigns, Piece, WorkingMemory
 from hf_sketch.sketches.transforms.fused import accumulate_fused, can_fuse
@@ -25,13 +25,19 @@ from hf_sketch.sketches.transforms.mixing import (
     mixing,
 )
 from hf_sketch.sketches.transforms.random import CounterRandom
-from hf_sketch.sketches.transforms.signs import ROLES, flip, sign_masks
+from hf_sketch.sketches.transforms.signs import (
+    ROLES,
+    RUN,
+    StreamSigns,
+    flip,
+    sign_masks,
+)
 
 _PIECE_ELEMENTS = 2**20  # 4 MiB in float32: stays in the cache between passes
 
 
 @dataclass(frozen=True)
-class BlockedSketch(Sketch):
+class BlockedSketch(SeededSketch):
     """S x = finish(sum_b signs'_b * H (signs_b * x_b)) over blocks x_b of x.
 
     Both sign vectors are fresh for each block and stream; the first rows of a
@@ -39,9 +45,6 @@ class BlockedSketch(Sketch):
     every fixed H and finish, and `finish` is applied once to the sum.
     """
 
-    in_size: int
-    out_size: int
-    seed: int
     block_size: int | None = None
     stream: str = ""
     permuted: ClassVar[Permuted] = "rows"  # of each factor of H
@@ -52,19 +55,19 @@ class BlockedSketch(Sketch):
         if block is not None and (block < 1 or block & (block - 1)):
             raise ValueError(
                 f"block_size must be a power of two, got {block}: "
-                f"pass {next_power_of_two(max(block, 1))}."
+                f"pass {next_power_of_two(block)}."
             )
-        check_sizes(self.in_size, self.out_size, self._largest_out_size())
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The matrix's shape: (out_size, in_size)."""
-        return self.out_size, self.in_size
+        super().__post_init__()
 
     @property
     def block(self) -> int:
         """Number of elements in a block: `block_size`, or in_size rounded up."""
-        return self.block_size or next_power_of_two(max(self.in_size, 1))
+        return self.block_size or next_power_of_two(self.in_size)
+
+    @property
+    def largest_out_size(self) -> int:
+        """The longest sketch that one block can give."""
+        return self.block
 
     @property
     def mixed_shape(self) -> tuple[int, int]:
@@ -90,10 +93,9 @@ class BlockedSketch(Sketch):
 
     @abstractmethod
     def finish_adjoint(self, rows: Tensor) -> Tensor:
-        """The transpose: (b, out_size) -> (b, mixed)."""
+        """The transpose of `finish`: (b, out_size) -> (b, mixed)."""
 
     def apply_rows(self, rows: Tensor) -> Tensor:
-        """Sketch each row: (b, in_size) -> (b, out_size)."""
         return self.finish(self.accumulate(rows))
 
     def apply_part(self, part: Tensor, start: int) -> Tensor:
@@ -101,7 +103,6 @@ class BlockedSketch(Sketch):
         return self.finish(self.accumulate_part(part, start))
 
     def adjoint_rows(self, rows: Tensor) -> Tensor:
-        """Apply the transpose to each row: (b, out_size) -> (b, in_size)."""
         batch, block = len(rows), self.block
         segments, width = self.mixed_shape
         mixed = self.finish_adjoint(rows).reshape(batch, segments, width)
@@ -223,10 +224,6 @@ class BlockedSketch(Sketch):
             part.copy_(flip(part, masks))
         return x
 
-    def _largest_out_size(self) -> int:
-        """The longest sketch that one block can give."""
-        return self.block
-
     @cached_property
     def _mixing(self) -> Mixing:
         """The factors of H, unscaled."""
@@ -241,14 +238,10 @@ class BlockedSketch(Sketch):
         block = self.block
         end = first_block - (-length // block)
         step = self._step(len(like))
-        signs = BlockSigns(
-            self.seed,
-            self.stream,
-            block,
-            (first_block, end),
-            self.signs_before,
-            like.device,
-        )
+        signs = {
+            role: BlockSigns(self.signs(role), block, first_block, end, like.device)
+            for role in (ROLES if self.signs_before else ROLES[1:])
+        }
         places = self.places(first_block, end).to(like.device)
         for start in range(first_block, end, step):
             stop = min(start + step, end)
@@ -256,8 +249,12 @@ class BlockedSketch(Sketch):
                 low=(start - first_block) * block,
                 high=min((stop - first_block) * block, length),
                 places=places[start - first_block : stop - first_block],
-                masks={role: signs.masks(role, start, stop) for role in ROLES},
+                masks={role: of.masks(start, stop) for role, of in signs.items()},
             )
+
+    def signs(self, role: str) -> StreamSigns:
+        """The signs "before" or "after" the transform of a block."""
+        return StreamSigns(self.seed, role, self.stream, max(RUN, self.block))
 
     def places(self, start: int, stop: int) -> Tensor:
         """The segments that blocks are added to: hashed from (stream, block)."""

@@ -4,22 +4,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_sketch.sketches.operator import Sketch, check_sizes
+from hf_sketch.sketches.operator import SeededSketch
 from hf_sketch.sketches.transforms.random import CounterRandom
 
 _PIECE_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
-class Dense(Sketch):
+class Dense(SeededSketch):
     """A matrix of independent normal entries of variance 1 / out_size.
 
     The matrix is never held: pieces of 2**20 entries are drawn as they are needed, on
     every use. The yardstick for the others; slow.
-
-    Shapes:
-        S @ x    (in_size,) -> (out_size,), or (in_size, b) -> (out_size, b)
-        S.T @ y  the reverse
 
     Args:
         in_size: number of parameters sketched.
@@ -34,28 +30,19 @@ class Dense(Sketch):
         Schioppa 2024, arXiv:2402.03994, section 3; the scale is ours.
     """
 
-    in_size: int
-    out_size: int
-    seed: int
     stream: str = ""
 
-    def __post_init__(self) -> None:
-        check_sizes(self.in_size, self.out_size, self.in_size)
-
     @property
-    def shape(self) -> tuple[int, int]:
-        """The matrix's shape: (out_size, in_size)."""
-        return self.out_size, self.in_size
+    def largest_out_size(self) -> int:
+        return self.in_size
 
     def apply_rows(self, rows: Tensor) -> Tensor:
-        """Sketch each row: (b, in_size) -> (b, out_size)."""
         total = rows.new_zeros(len(rows), self.out_size)
         for low, high in self._pieces():
             total += rows[:, low:high] @ self._columns(low, high, rows)
         return total
 
     def adjoint_rows(self, rows: Tensor) -> Tensor:
-        """Apply the transpose to each row: (b, out_size) -> (b, in_size)."""
         result = rows.new_empty(len(rows), self.in_size)
         for low, high in self._pieces():
             result[:, low:high] = rows @ self._columns(low, high, rows).T

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
+from hf_sketch.sketches.operator import SeededSketch, next_power_of_two
 from hf_sketch.sketches.transforms.hadamard import (
     apply_kronecker,
     hadamard_matrix,
@@ -19,7 +19,7 @@ _PIECE_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
-class FFD(Sketch):
+class FFD(SeededSketch):
     """Sum over blocks of B H P G H x_b, each block as long as the sketch.
 
     Each block has its own Gaussian diagonal G, permutation P and signs B; H is the
@@ -27,10 +27,6 @@ class FFD(Sketch):
     and the first `out_size` sums are kept. E|S x|^2 = |x|^2, but there are inputs for
     which it fails, because nothing spreads x before G: a block with H x_b = e_1 keeps
     g_1^2 of its squared norm (theorem 3.1 of the paper).
-
-    Shapes:
-        S @ x    (in_size,) -> (out_size,), or (in_size, b) -> (out_size, b)
-        S.T @ y  the reverse
 
     Args:
         in_size: number of parameters sketched.
@@ -46,23 +42,9 @@ class FFD(Sketch):
         with the scale 1 that its theorem C.1 needs.
     """
 
-    in_size: int
-    out_size: int
-    seed: int
     stream: str = ""
 
-    def __post_init__(self) -> None:
-        check_sizes(
-            self.in_size, self.out_size, next_power_of_two(max(self.in_size, 1))
-        )
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The matrix's shape: (out_size, in_size)."""
-        return self.out_size, self.in_size
-
     def apply_rows(self, rows: Tensor) -> Tensor:
-        """Sketch each row: (b, in_size) -> (b, out_size)."""
         batch, block = len(rows), self._block
         total = rows.new_zeros(batch, block)
         for first, last in self._pieces(batch):
@@ -76,7 +58,6 @@ class FFD(Sketch):
         return total[:, : self.out_size] * self._scale
 
     def adjoint_rows(self, rows: Tensor) -> Tensor:
-        """Apply the transpose to each row: (b, out_size) -> (b, in_size)."""
         batch, block = len(rows), self._block
         padded = torch.nn.functional.pad(rows, (0, block - self.out_size))
         result = rows.new_empty(batch, self._blocks * block)

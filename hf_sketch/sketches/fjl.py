@@ -21,22 +21,10 @@ class FJL(MixedSketch):
     The look-ups are gathers, and G_s takes 12 out_size * samples bytes: the paper's
     slow baseline.
 
-    Shapes:
-        S @ x    (in_size,) -> (out_size,), or (in_size, b) -> (out_size, b)
-        S.T @ y  the reverse
+    Args and errors are those of AFFD, and one more.
 
     Args:
-        in_size: number of parameters sketched.
-        out_size: length of the sketch, in [1, block size].
-        seed: the only source of randomness; equal arguments, equal matrix.
-        block_size: a power of two; by default in_size rounded up to one.
-        stream: a name that gives independent signs under the same seed.
-        mix: as for AFFD.
-        samples: coordinates in each number.
-
-    Raises:
-        ValueError: a size is out of range, `block_size` is not a power of two, or `mix`
-            is unknown.
+        samples: number of coordinates in each number, defaults to 16.
 
     Reference:
         Ailon and Chazelle 2009; Schioppa 2024, arXiv:2402.03994, eq. (2). The paper
@@ -61,7 +49,6 @@ class FJL(MixedSketch):
         return picked.sum(-1) * (self.out_size * self.samples) ** -0.5
 
     def finish_adjoint(self, rows: Tensor) -> Tensor:
-        """The transpose of `finish`."""
         index, weight = self._sparse
         spread = (rows.unsqueeze(-1) * weight.to(rows)).flatten(1)
         mixed = rows.new_zeros(len(rows), self.block)

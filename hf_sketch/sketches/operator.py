@@ -95,6 +95,43 @@ class Sketch(ABC):
 
 
 @dataclass(frozen=True)
+class SeededSketch(Sketch):
+    """A sketch that is drawn from a seed.
+
+    Args:
+        in_size: number of parameters sketched.
+        out_size: length of the sketch, in [1, `largest_out_size`].
+        seed: the only source of randomness; equal arguments, equal matrix.
+
+    Raises:
+        ValueError: a size is out of range.
+    """
+
+    in_size: int
+    out_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        size, largest = self.in_size, self.largest_out_size
+        if size < 1:
+            raise ValueError(f"in_size must be at least 1, got {size}: pass 1 or more.")
+        if not 1 <= self.out_size <= largest:
+            raise ValueError(
+                f"out_size must be in [1, {largest}] for in_size={size}, got "
+                f"{self.out_size}: pass an out_size of at most {largest}."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_size, self.in_size
+
+    @property
+    def largest_out_size(self) -> int:
+        """The longest sketch: by default in_size, rounded up to a power of two."""
+        return next_power_of_two(self.in_size)
+
+
+@dataclass(frozen=True)
 class Transposed:
     """The transpose of an operator, as `S.T` gives it."""
 
@@ -143,19 +180,15 @@ class Composed(Sketch):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The product's shape: (out_size of outer, in_size of inner)."""
         return self.outer.shape[0], self.inner.shape[1]
 
     def apply_rows(self, rows: Tensor) -> Tensor:
-        """Sketch each row: (b, in_size) -> (b, out_size)."""
         return self.outer.apply_rows(self.inner.apply_rows(rows))
 
     def adjoint_rows(self, rows: Tensor) -> Tensor:
-        """Apply the transpose to each row: (b, out_size) -> (b, in_size)."""
         return self.inner.adjoint_rows(self.outer.adjoint_rows(rows))
 
     def apply_outer(self, left: Tensor, right: Tensor) -> Tensor:
-        """Sketch sum_t left_t (x) right_t the way the inner operator does."""
         return self.outer.apply_rows(self.inner.apply_outer(left, right))
 
 
@@ -165,19 +198,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def next_power_of_two(size: int) -> int:
-    """The least power of two that is at least `size` >= 1."""
-    return 1 << (size - 1).bit_length()
-
-
-def check_sizes(in_size: int, out_size: int, largest: int) -> None:
-    """Raise unless 1 <= in_size and 1 <= out_size <= largest."""
-    if in_size < 1:
-        raise ValueError(f"in_size must be at least 1, got {in_size}: pass 1 or more.")
-    if not 1 <= out_size <= largest:
-        raise ValueError(
-            f"out_size must be in [1, {largest}] for in_size={in_size}, got {out_size}:"
-            f" pass an out_size of at most {largest}."
-        )
+    """The least power of two that is at least `size`."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def _on_columns(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.transforms.lazy import is_lazy
-from hf_sketch.sketches.transforms.signs import ROLES, RUN, StreamSigns, flip
+from hf_sketch.sketches.transforms.signs import StreamSigns, flip
 
 
 @dataclass(frozen=True)
@@ -17,21 +17,21 @@ class Piece:
         low: first coordinate of the first block.
         high: one past the last coordinate, in the last block.
         places: (blocks,), the segment that each block is added to.
-        masks: by role, runs of the blocks with their sign masks (blocks, block); None
-            where no signs are flipped.
+        masks: by role, runs of the blocks with their sign masks (blocks, block); roles
+            in which no signs are flipped are left out.
     """
 
     low: int
     high: int
     places: Tensor
-    masks: dict[str, list[tuple[slice, Tensor]] | None]
+    masks: dict[str, list[tuple[slice, Tensor]]]
 
     def flip(self, role: str, x: Tensor, out: Tensor) -> Tensor:
         """Flip signs of x (b, blocks, n), n at most the block, into `out`.
 
         A lazy device has no memory to spare by that: its result is a tensor of its own.
         """
-        runs = self.masks[role]
+        runs = self.masks.get(role)
         if is_lazy(x):
             if runs is None:
                 return x
@@ -44,7 +44,7 @@ class Piece:
 
     def flip_(self, role: str, x: Tensor) -> Tensor:
         """The same in place of x, which is not to be used any more."""
-        return x if self.masks[role] is None else self.flip(role, x, out=x)
+        return self.flip(role, x, out=x) if role in self.masks else x
 
 
 class WorkingMemory:
@@ -69,61 +69,40 @@ class WorkingMemory:
 
 
 class BlockSigns:
-    """The signs of a range of blocks of a stream.
+    """The signs of a range of blocks of a stream; their offsets are drawn once.
 
     Args:
-        seed: the user's seed.
-        stream: whose signs.
+        signs: of all blocks.
         block: number of elements in a block.
-        blocks: the first block and one past the last.
-        before: whether there are signs before the transform, too.
+        first: the first block.
+        end: one past the last.
         device: where the masks are wanted.
     """
 
     def __init__(
         self,
-        seed: int,
-        stream: str,
+        signs: StreamSigns,
         block: int,
-        blocks: tuple[int, int],
-        before: bool,
+        first: int,
+        end: int,
         device: torch.device,
     ) -> None:
-        self._block = block
-        self._device = device
-        self._run = max(RUN, block)
-        self._roles = {
-            role: StreamSigns(seed, role, stream, self._run)
-            for role in (ROLES if before else ROLES[1:])
-        }
-        first, end = blocks
-        self._first_run = first * block // self._run
-        runs = -(-end * block // self._run) - self._first_run
-        self._offsets = {
-            role: signs.offsets(self._first_run, runs)
-            for role, signs in self._roles.items()
-        }
+        self._signs, self._block, self._device = signs, block, device
+        self._first_run = first * block // signs.run
+        runs = -(-end * block // signs.run) - self._first_run
+        self._offsets = signs.offsets(self._first_run, runs)
 
-    def masks(
-        self, role: str, start: int, stop: int
-    ) -> list[tuple[slice, Tensor]] | None:
+    def masks(self, start: int, stop: int) -> list[tuple[slice, Tensor]]:
         """Signs of blocks, run by run, with their places from `start` on."""
-        if role not in self._roles:
-            return None
+        block, run = self._block, self._signs.run
         found: list[tuple[slice, Tensor]] = []
-        per_run = self._run // self._block
         first = start
         while first < stop:
-            last = min(stop, (first // per_run + 1) * per_run)
-            masks = self._of_run(role, first, last)
-            found.append((slice(first - start, last - start), masks))
+            number, low = divmod(first * block, run)
+            last = min(stop, (number + 1) * run // block)
+            offset = self._offsets[number - self._first_run]
+            count = (last - first) * block
+            masks = self._signs.masks(offset, low, count, self._device)
+            found.append((slice(first - start, last - start), masks.view(-1, block)))
             first = last
         return found
-
-    def _of_run(self, role: str, first: int, last: int) -> Tensor:
-        """Masks of blocks of one run: (last - first, block)."""
-        low, count = first * self._block, (last - first) * self._block
-        offset = self._offsets[role][low // self._run - self._first_run]
-        signs = self._roles[role]
-        masks = signs.masks(offset, low % self._run, count, self._device)
-        return masks.view(last - first, self._block)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.choices import check_choice
-from hf_sketch.sketches.operator import Sketch, check_sizes, next_power_of_two
+from hf_sketch.sketches.operator import SeededSketch
 from hf_sketch.sketches.transforms.folding import fold, folding_columns, folding_signs
 from hf_sketch.sketches.transforms.haar import haar_columns
 from hf_sketch.sketches.transforms.hadamard import apply_kronecker
@@ -21,7 +21,7 @@ _LARGEST_FACTOR_BITS = 10
 
 
 @dataclass(frozen=True)
-class QK(Sketch):
+class QK(SeededSketch):
     """sqrt(N / D) Q_1 (x) ... (x) Q_k with Q_i the first rows of a random rotation.
 
     Each Q_i (out_factors[i] x in_factors[i]) is the first rows of a Haar rotation;
@@ -38,10 +38,6 @@ class QK(Sketch):
     holds as well, and projecting one side of an outer product costs reading it. One
     non-zero is then kept exactly, but two that meet in all factors' buckets cancel or
     double, whatever D.
-
-    Shapes:
-        S @ x    (in_size,) -> (out_size,), or (in_size, b) -> (out_size, b)
-        S.T @ y  the reverse
 
     Args:
         in_size: number of parameters sketched.
@@ -66,9 +62,6 @@ class QK(Sketch):
         as factors of a Kronecker product.
     """
 
-    in_size: int
-    out_size: int
-    seed: int
     in_factors: tuple[int, ...] = ()
     out_factors: tuple[int, ...] = ()
     stream: str = ""
@@ -76,7 +69,7 @@ class QK(Sketch):
 
     def __post_init__(self) -> None:
         check_choice("rotation", self.rotation, get_args(Rotation))
-        check_sizes(self.in_size, self.out_size, next_power_of_two(self.in_size))
+        super().__post_init__()
         into, out = self._sizes
         fits = len(into) == len(out) and all(
             0 < d <= b for d, b in zip(out, into, strict=True)
@@ -93,13 +86,7 @@ class QK(Sketch):
                 f" got {out}: leave them out for balanced factors."
             )
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The matrix's shape: (out_size, in_size)."""
-        return self.out_size, self.in_size
-
     def apply_rows(self, rows: Tensor) -> Tensor:
-        """Sketch each row: (b, in_size) -> (b, out_size)."""
         missing = math.prod(self._sizes[0]) - self.in_size
         if missing:
             rows = torch.nn.functional.pad(rows, (0, missing))
@@ -109,7 +96,6 @@ class QK(Sketch):
         return apply_kronecker(rows, factors)[:, : self.out_size] * self._scale
 
     def adjoint_rows(self, rows: Tensor) -> Tensor:
-        """Apply the transpose to each row: (b, out_size) -> (b, in_size)."""
         missing = math.prod(self._sizes[1]) - self.out_size
         padded = torch.nn.functional.pad(rows, (0, missing))
         factors = [self._rotation(axis, rows) for axis in range(len(self._sizes[0]))]

@@ -30,10 +30,6 @@ class SRHT(BlockedSketch):
     block are kept: the subsampled randomised Hadamard transform, whose rows are chosen
     by the permutations within the transform's factors.
 
-    Shapes:
-        S @ x    (in_size,) -> (out_size,), or (in_size, b) -> (out_size, b)
-        S.T @ y  the reverse
-
     Args:
         in_size: number of parameters sketched.
         out_size: length of the sketch.
@@ -62,12 +58,12 @@ class SRHT(BlockedSketch):
         return mixed[:, : self.out_size] * self._scale
 
     def finish_adjoint(self, rows: Tensor) -> Tensor:
-        """The transpose."""
         segments, width = self.mixed_shape
         missing = segments * width - self.out_size
         return torch.nn.functional.pad(rows * self._scale, (0, missing))
 
-    def _largest_out_size(self) -> int:
+    @property
+    def largest_out_size(self) -> int:
         """Segments make room for any length."""
         return self.block if self.block_size is None else sys.maxsize
 

@@ -1,6 +1,6 @@
 import pytest
 
-from hf_sketch.sketches import pieces
+from hf_sketch.sketches import blocked
 
 
 @pytest.fixture
@@ -9,4 +9,4 @@ def short_sign_tables(monkeypatch):
 
     Within a run all signs are independent, so that statistics stay what they are.
     """
-    monkeypatch.setattr(pieces, "RUN", 2**12)
+    monkeypatch.setattr(blocked, "RUN", 2**12)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.transforms.mixing import Mix, Permuted, mixing
-from hf_sketch.sketches.transforms.signs import RUN, StreamSigns
+from hf_sketch.sketches.transforms.signs import StreamSigns
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _SIDE = 32
@@ -32,8 +32,6 @@ class HadamardBlocks(Protocol):
     @property
     def seed(self) -> int: ...
     @property
-    def stream(self) -> str: ...
-    @property
     def block(self) -> int: ...
     @property
     def block_size(self) -> int | None: ...
@@ -41,6 +39,7 @@ class HadamardBlocks(Protocol):
     def mixed_shape(self) -> tuple[int, int]: ...
     @property
     def kind(self) -> Mix: ...
+    def signs(self, role: str) -> StreamSigns: ...
     def places(self, start: int, stop: int) -> Tensor: ...
 
 
@@ -56,7 +55,7 @@ def can_fuse(operator: HadamardBlocks, rows: Tensor) -> bool:
         return False
     segments = operator.mixed_shape[0]
     if segments > 1:
-        return segments <= _MOST_SEGMENTS and _fits_whole(operator.block)
+        return segments <= _MOST_SEGMENTS and _TILE <= operator.block <= _LONGEST_WHOLE
     return operator.block <= _LONGEST
 
 
@@ -140,10 +139,10 @@ def _add_whole(
         span.start,
         span.units,
         kept,
-        *_signs(operator, "before").keys,
-        *_signs(operator, "after").keys,
+        *operator.signs("before").keys,
+        *operator.signs("after").keys,
         LEADING=len(leading),
-        RUN=_signs(operator, "before").run,
+        RUN=operator.signs("before").run,
         ORDERED=segments > 1,
         BFLOAT16=rows.is_cuda,
         num_warps=warps,
@@ -181,7 +180,7 @@ def _rotate_tiles(
     factors, _ = _factors(operator, 3, rows.device)
     units = chunk.units * chunk.unit // (_TILES_AT_ONCE * _TILE)
     splits = _splits(rows, _TILES_AT_ONCE, len(rows), units)
-    signs = _signs(operator, "before")
+    signs = operator.signs("before")
     _kernels().rotate_tiles[len(rows), splits](
         rows,
         scratch,
@@ -206,7 +205,7 @@ def _add_strips(
     """The other factors of a chunk, added to `partial`: (b, splits, kept)."""
     factors, leading = _factors(operator, 3, scratch.device)
     batch, splits, kept = partial.shape
-    signs = _signs(operator, "after")
+    signs = operator.signs("after")
     _kernels().sum_strips[batch, splits, _SIDE](
         scratch,
         partial,
@@ -276,15 +275,6 @@ def _splits(rows: Tensor, warps: int, others: int, units: int) -> int:
         processors = device.multi_processor_count
     programs = processors * (_WARPS_PER_PROCESSOR // warps)
     return max(1, min(units, programs // others))
-
-
-def _fits_whole(block: int) -> bool:
-    return _TILE <= block <= _LONGEST_WHOLE
-
-
-def _signs(operator: HadamardBlocks, role: str) -> StreamSigns:
-    run = max(RUN, operator.block)
-    return StreamSigns(operator.seed, role, operator.stream, run)
 
 
 def _kernels() -> Any:

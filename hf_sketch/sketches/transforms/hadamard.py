@@ -55,40 +55,27 @@ def apply_kronecker(
     Returns:
         (b, m_1 * ... * m_k)
     """
-    if scratch is not None and not is_lazy(rows):
-        return _apply_in_place(rows, factors, scratch)
-    before = rows.shape[0]
+    batch = before = len(rows)
     after = math.prod(factor.shape[1] for factor in factors)
-    for factor in factors:
-        after //= factor.shape[1]
-        if after == 1:
-            rows = rows.reshape(before, factor.shape[1]) @ factor.T
-        elif before == 1:
-            rows = factor @ rows.reshape(factor.shape[1], after)
-        else:
-            rows = torch.matmul(factor, rows.reshape(before, factor.shape[1], after))
-        before *= factor.shape[0]
-    return rows.reshape(-1, math.prod(factor.shape[0] for factor in factors))
-
-
-def _apply_in_place(rows: Tensor, factors: Sequence[Tensor], scratch: Tensor) -> Tensor:
-    """`apply_kronecker` that moves between two buffers."""
-    batch = before = rows.shape[0]
-    after = rows.shape[1]
-    source, target = rows.view(-1), scratch.view(-1)
-    for factor in factors:
+    buffers: list[Tensor] = []
+    if scratch is not None and not is_lazy(rows):
+        buffers = [scratch.view(-1), rows.view(-1)]
+    for number, factor in enumerate(factors):
         height, width = factor.shape
         after //= width
-        x = source[: before * width * after]
-        y = target[: before * height * after]
-        if after == 1:
-            torch.mm(x.view(before, width), factor.T, out=y.view(before, height))
+        rest = (after,) if after > 1 else ()
+        x, out = rows.reshape(before, width, *rest), None
+        if buffers:
+            size = before * height * after
+            out = buffers[number % 2][:size].view(before, height, *rest)
+        if not rest:
+            rows = torch.mm(x, factor.T, out=out)
+        elif before == 1 and out is None:
+            rows = factor @ x[0]
         else:
-            out = y.view(before, height, after)
-            torch.matmul(factor, x.view(before, width, after), out=out)
+            rows = torch.matmul(factor, x, out=out)
         before *= height
-        source, target = target, source
-    return source[:before].view(batch, before // max(batch, 1))
+    return rows.reshape(batch, before // max(batch, 1))
 
 
 def leading_rows(factors: Sequence[Tensor], count: int) -> list[Tensor]:

@@ -21,6 +21,7 @@ _SHIFT_3, _FACTOR_3 = tl.constexpr(MIX[2][0]), tl.constexpr(MIX[2][1])
 _SHIFT_4 = tl.constexpr(LAST_SHIFT)
 _RUNS_IN_TABLE = tl.constexpr(RUNS_IN_TABLE)
 _PARTS = tl.constexpr(3)  # of 8 bits each: all of a float32
+_LEFT, _RIGHT = tl.constexpr(True), tl.constexpr(False)  # sides of a product
 _SIDE = tl.constexpr(32)
 _TILE = tl.constexpr(32 * 32)
 
@@ -88,24 +89,15 @@ def _leading_part(x, BFLOAT16: tl.constexpr):
 
 
 @triton.jit
-def _multiply_left(matrix, x, BFLOAT16: tl.constexpr):
-    """Matrix @ x by products in bfloat16, exact but for the sums in float32."""
-    part, x = _leading_part(x, BFLOAT16)
-    y = tl.dot(matrix, part)
-    for _ in tl.static_range(_PARTS - 1):
-        part, x = _leading_part(x, BFLOAT16)
-        y = tl.dot(matrix, part, y)
-    return y
+def _multiply(matrix, x, LEFT: tl.constexpr, BFLOAT16: tl.constexpr):
+    """Matrix @ x if _LEFT, x @ matrix if _RIGHT, by products in bfloat16.
 
-
-@triton.jit
-def _multiply_right(x, matrix, BFLOAT16: tl.constexpr):
-    """X @ matrix, likewise."""
-    part, x = _leading_part(x, BFLOAT16)
-    y = tl.dot(part, matrix)
-    for _ in tl.static_range(_PARTS - 1):
+    They are exact but for the sums in float32.
+    """
+    y = tl.zeros(x.shape, tl.float32)
+    for _ in tl.static_range(_PARTS):
         part, x = _leading_part(x, BFLOAT16)
-        y = tl.dot(part, matrix, y)
+        y = tl.dot(matrix, part, y) if LEFT else tl.dot(part, matrix, y)
     return y
 
 
@@ -199,8 +191,7 @@ def sum_whole(
             rows_ptr, coordinate - origin, length, first, before_1, before_2, LEADING
         )
         x = tl.permute(tl.sum(leading * x, 1), (0, 2, 1))
-        y = _multiply_left(right, x, BFLOAT16)
-        y = _multiply_right(y, left, BFLOAT16)
+        y = _multiply(left, _multiply(right, x, _LEFT, BFLOAT16), _RIGHT, BFLOAT16)
         first = _table_index(coordinate, after_run_1, after_run_2, RUN)
         signs = _signs(first + at.to(tl.uint32), after_1, after_2)
         total += _flip(y, tl.reshape(signs, (LEADING, 1, _SIDE)), place)
@@ -246,8 +237,7 @@ def rotate_tiles(
         low = start + unit - origin
         x = _read_flipped(rows_ptr, low, length, first, before_1, before_2, TILES)
         x = tl.permute(tl.reshape(x, (TILES, _SIDE, _SIDE)), (0, 2, 1))
-        y = _multiply_left(right, x, BFLOAT16)
-        y = _multiply_right(y, left, BFLOAT16)
+        y = _multiply(left, _multiply(right, x, _LEFT, BFLOAT16), _RIGHT, BFLOAT16)
         tl.store(scratch_ptr + unit + at, tl.permute(y, (0, 2, 1)))
 
 
@@ -293,7 +283,7 @@ def sum_strips(
         for tile in tl.static_range(LEADING):
             column = tl.load(leading_ptr + row_of + tile)
             x += column * tl.load(scratch_ptr + unit + tile * _SIDE * _TILE + tile_at)
-        y = _multiply_left(factor, x, BFLOAT16)
+        y = _multiply(factor, x, _LEFT, BFLOAT16)
         first = _table_index(start + unit, after_run_1, after_run_2, RUN)
         signs = _signs(first + line.to(tl.uint32), after_1, after_2)
         total += _flip(y, tl.reshape(signs, (LEADING, _SIDE, 1)), place)
