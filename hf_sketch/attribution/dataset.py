@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -67,11 +68,11 @@ def sketch_dataset(
     sketcher = ExampleSketcher(model, model_sketch, loss)
     check_whole("sketch_dataset", sketcher.parameters.values())
     device = next(model.parameters()).device
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        collate_fn=_Collator(model, data_collator, processing_class),
-    )
+    if data_collator is None and processing_class is not None:
+        data_collator = partial(processing_class.pad, return_tensors="pt")
+    names = {*inspect.signature(model.forward).parameters, *_LABELS}
+    collate = partial(_collated, data_collator or _stack, names)
+    loader: Any = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
     tables: list[pa.Table] = []
     with evaluation_mode(model), sketcher:
         for batch in tqdm(loader, desc="Sketching gradients", unit="batch"):
@@ -92,36 +93,21 @@ def sketch_dataset(
     return GradientRows(model_sketch, Dataset(InMemoryTable(table)))
 
 
-class _Collator:
-    """Makes the model's inputs of a list of examples, as the Trainer does."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        data_collator: Callable[[list[Any]], Mapping[str, Any]] | None,
-        processing_class: Any,
-    ) -> None:
-        parameters = inspect.signature(model.forward).parameters
-        self._names = {*parameters, *_LABELS}
-        self._collate = data_collator or _padding(processing_class) or _stack
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        kept = [
-            {name: value for name, value in example.items() if name in self._names}
-            for example in examples
-        ]
-        batch = dict(self._collate(kept))
-        for name in _LABELS[:2]:
-            if name in batch:
-                batch["labels"] = batch.pop(name)
-        return batch
-
-
-def _padding(processing_class: Any) -> Callable[[list[Any]], Mapping[str, Any]] | None:
-    """The tokenizer's padding as a collator, or None without a tokenizer."""
-    if processing_class is None:
-        return None
-    return lambda examples: processing_class.pad(examples, return_tensors="pt")
+def _collated(
+    collate: Callable[[list[Any]], Mapping[str, Any]],
+    names: set[str],
+    examples: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Make the model's inputs of a list of examples, as the Trainer does."""
+    kept = [
+        {name: value for name, value in example.items() if name in names}
+        for example in examples
+    ]
+    batch = dict(collate(kept))
+    for name in _LABELS[:2]:
+        if name in batch:
+            batch["labels"] = batch.pop(name)
+    return batch
 
 
 def _stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def leave_one_out_correlation(scores: Tensor, changes: Tensor) -> Tensor:
         scores, changes (queries, rows) -> (queries,), float64; a change is the loss
         without the row minus the loss with it, positive for proponents
     """
-    return correlations(scores.double(), changes.double())
+    return correlations(scores, changes)
 
 
 def score_correlation(scores: Tensor, exact: Tensor) -> float:
@@ -93,7 +93,7 @@ def score_correlation(scores: Tensor, exact: Tensor) -> float:
     Reference:
         Schioppa 2024, arXiv:2402.03994, Sec. 5.1.
     """
-    return float(correlations(scores.double().reshape(1, -1), exact.reshape(1, -1)))
+    return float(correlations(scores.reshape(1, -1), exact.reshape(1, -1)))
 
 
 def mislabel_auc(scores: Tensor, mislabelled: Tensor) -> float:
@@ -102,13 +102,13 @@ def mislabel_auc(scores: Tensor, mislabelled: Tensor) -> float:
     Shapes:
         scores (rows,), e.g. self-influence; mislabelled (rows,), bool, of both kinds
     """
-    if bool(mislabelled.all()) or not bool(mislabelled.any()):
+    positives = int(mislabelled.sum())
+    if not 0 < positives < len(mislabelled):
         raise ValueError(
-            f"some rows must be mislabelled and some not, got {int(mislabelled.sum())} "
-            f"of {len(mislabelled)}: pass true for the mislabelled ones."
+            f"some rows must be mislabelled and some not, got {positives} of "
+            f"{len(mislabelled)}: pass true for the mislabelled ones."
         )
     ranks = _ranks(scores.double().unsqueeze(0)).squeeze(0)
-    positives = int(mislabelled.sum())
     least = positives * (positives - 1) / 2
     pairs = positives * (len(scores) - positives)
     return (float(ranks[mislabelled].sum()) - least) / pairs

@@ -43,8 +43,7 @@ class RowIndex:
             queries (q, out_size) -> scores (q, top_k), row numbers (q, top_k), -1 where
             the lists that were looked at have no more
         """
-        faiss = _faiss()
-        faiss.ParameterSpace().set_index_parameter(self.index, "nprobe", self.probed)
+        self.index.nprobe = self.probed
         sketches = self.method.transform(queries).numpy()
         scores, rows = self.index.search(sketches, top_k)
         return torch.from_numpy(scores), torch.from_numpy(rows)
@@ -72,10 +71,15 @@ def index_rows(
         ModuleNotFoundError: FAISS is not installed.
         ValueError: a number of lists is out of range.
     """
-    faiss = _faiss()
-    lists = lists or max(
-        1, min(len(dataset), round(_LISTS_A_ROOT * len(dataset) ** 0.5))
-    )
+    try:
+        faiss = importlib.import_module("faiss")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "An index needs FAISS, which is not installed. Call pip install "
+            '"hf-sketch[faiss]".'
+        ) from error
+    root = len(dataset) ** 0.5
+    lists = lists or max(1, min(len(dataset), round(_LISTS_A_ROOT * root)))
     probed = min(_PROBED, lists) if probed is None else probed
     if not 1 <= probed <= lists <= len(dataset):
         raise ValueError(
@@ -102,13 +106,3 @@ def _finite_rows(dataset: Dataset, method: Method) -> Any:
         finite = rows.isfinite().all(1)
         numbers = torch.arange(block.start, block.start + len(rows))
         yield numbers[finite], rows[finite]
-
-
-def _faiss() -> Any:
-    try:
-        return importlib.import_module("faiss")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "An index needs FAISS, which is not installed. Call pip install "
-            '"hf-sketch[faiss]".'
-        ) from error

@@ -1,7 +1,7 @@
 """What queries were answered, with the texts: what a report shows of attribution."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +17,8 @@ from hf_sketch.durable import replace_file
 FILE: Final = "attribution.json"
 _FORMAT_VERSION = 1
 _COLUMNS_OF_MAP = 40
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -126,39 +128,32 @@ def record_attribution(
         queries, top_k, method, bottom_k=bottom_k, groups="example_id"
     )
     rows: list[dict[str, Any]] = lines.to_list()
-    told = [_told(line, train_texts) for line in rows]
-    steps, maps = _contributions(store, queries, method, lines)
-    losses = queries.dataset["loss"][:]
+    for line in rows:
+        if train_texts and 0 <= line["example_id"] < len(train_texts):
+            line["text"] = train_texts[line["example_id"]]
+    steps, told, parts = _contributions(store, queries, method, lines)
+    losses, query_ids = (queries.dataset[name][:] for name in ("loss", "example_id"))
     records: list[QueryRecord] = []
     for number, text in enumerate(query_texts):
-        mine = [line for line in told if line["query"] == number]
+        mine = [line for line in rows if line["query"] == number]
         ids = [line["example_id"] for line in mine]
-        records.append(
-            QueryRecord(
-                query_id=queries.dataset["example_id"][number],
-                text=text,
-                loss=losses[number],
-                lines=mine,
-                tokens=[] if tokens is None else list(tokens[number]),
-                steps=steps,
-                contributions=[maps[number][example] for example in ids]
-                if maps
-                else [],
-                token_scores=[]
-                if token_sketches is None
-                else _token_scores(store, token_sketches[number], method, ids),
-            )
+        record = QueryRecord(
+            query_id=query_ids[number],
+            text=text,
+            loss=losses[number],
+            lines=mine,
+            tokens=[] if tokens is None else list(tokens[number]),
+            steps=steps,
+            contributions=parts[number, np.searchsorted(told, ids)].tolist()
+            if steps
+            else [],
+            token_scores=[]
+            if token_sketches is None
+            else _token_scores(store, token_sketches[number], method, ids),
         )
-    return AttributionRecord(
-        method if isinstance(method, str) else type(method).__name__, records
-    )
-
-
-def _told(line: Mapping[str, Any], train_texts: Sequence[str] | None) -> dict[str, Any]:
-    """A line, with its example's text if that is known."""
-    if train_texts is None or not 0 <= line["example_id"] < len(train_texts):
-        return dict(line)
-    return {**line, "text": train_texts[line["example_id"]]}
+        records.append(record)
+    name = method if isinstance(method, str) else type(method).__name__
+    return AttributionRecord(name, records)
 
 
 def _token_scores(
@@ -175,22 +170,23 @@ def _token_scores(
 
 def _contributions(
     store: GradientRows, queries: GradientRows, method: str | Method, lines: Dataset
-) -> tuple[list[int], list[dict[int, list[float]]]]:
-    """When the examples told of had their say: steps, and sums by query and example."""
+) -> tuple[list[int], Array, Array]:
+    """When the examples told of had their say.
+
+    Returns:
+        steps (columns,), the examples' sorted ids (ids,) and scores summed by query,
+        example and column (queries, ids, columns); nothing for rows without steps.
+    """
     if "step" not in store.dataset.column_names:
-        return [], []
-    ids = sorted(set(lines["example_id"]))
-    met = store.where(example_id=ids)
+        return [], np.empty(0), np.empty(0)
+    met = store.where(example_id=lines.unique("example_id"))
     scores = met.scores(queries, method).nan_to_num_().double().numpy()
-    steps, examples = column(met.dataset, "step"), column(met.dataset, "example_id")
+    ids, examples = np.unique(column(met.dataset, "example_id"), return_inverse=True)
     every = column(store.dataset, "step")
     edges = np.linspace(every.min(), every.max() + 1, _COLUMNS_OF_MAP + 1)
     edges = np.unique(edges.round().astype(int))
-    places = np.digitize(steps, edges) - 1
-    maps: list[dict[int, list[float]]] = []
-    for of_query in scores:
-        sums = {example: np.zeros(len(edges) - 1) for example in ids}
-        for example, place, score in zip(examples, places, of_query, strict=True):
-            sums[int(example)][place] += score
-        maps.append({example: row.tolist() for example, row in sums.items()})
-    return edges[:-1].tolist(), maps
+    places = np.digitize(column(met.dataset, "step"), edges) - 1
+    sums = np.zeros((len(scores), len(ids), len(edges) - 1))
+    for example, place, score in zip(examples, places, scores.T, strict=True):
+        sums[:, example, place] += score
+    return edges[:-1].tolist(), ids, sums

@@ -1,7 +1,8 @@
 """Scores of rows and queries, in one pass over a store that need not fit in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -77,35 +78,36 @@ class BestRows:
         """With others, which come after these, `count` in all."""
         if count == 0:
             return self
+        rows: Any = slice(None)
         if self.scores.shape[1] == count and scores.shape[1]:
             better = scores.amax(1) > self.scores[:, -1]  # of equal ones the first
+            if not bool(better.any()):
+                return self
             if not bool(better.all()):
-                return self._with_some(scores, places, better)
-        both = torch.cat([self.scores, scores], 1)
+                rows = better.nonzero().squeeze(1)
+        both = torch.cat([self.scores[rows], scores[rows]], 1)
         best, order = _topk(both, min(count, both.shape[1]))
-        places = torch.cat([self.places, places.expand(len(scores), -1)], 1)
-        return BestRows(best, places.gather(1, order))
-
-    def _with_some(self, scores: Tensor, places: Tensor, better: Tensor) -> "BestRows":
-        """With others, which some queries alone have better ones among."""
-        rows = better.nonzero().squeeze(1)
-        if not len(rows):
-            return self
         places = places.expand(len(scores), -1)[rows]
-        some = BestRows(self.scores[rows], self.places[rows])
-        some = some.and_of(scores[rows], places, self.scores.shape[1])
+        places = torch.cat([self.places[rows], places], 1).gather(1, order)
+        if isinstance(rows, slice):
+            return BestRows(best, places)
         return BestRows(
-            self.scores.index_copy(0, rows, some.scores),
-            self.places.index_copy(0, rows, some.places),
+            self.scores.index_copy(0, rows, best),
+            self.places.index_copy(0, rows, places),
         )
 
-    def joined_over(self, share: RowShare, count: int) -> "BestRows":
+    def of_all(self, share: RowShare, count: int) -> "BestRows":
         """With those that the other processes found, `count` in all."""
-        found: list[BestRows] = share.gathered(self)
-        best = found[0]
-        for other in found[1:]:
+        best, *others = share.gathered(self)
+        for other in others:
             best = best.and_of(other.scores, other.places, count)
         return best
+
+    @staticmethod
+    def joined(parts: "Sequence[BestRows]") -> "BestRows":
+        """Those of all queries."""
+        scores = torch.cat([part.scores for part in parts])
+        return BestRows(scores, torch.cat([part.places for part in parts]))
 
 
 def query_sketches(dataset: Dataset) -> Tensor:
@@ -133,13 +135,13 @@ def best_rows(
     """
     found: list[tuple[BestRows, BestRows]] = []
     for part in queries.split(_QUERIES_AT_ONCE):
-        count = len(part.states[0])
-        best, worst = BestRows.none(count), BestRows.none(count)
+        best = worst = BestRows.none(len(part.states[0]))
         for scores, rows in score_blocks(share, part, method):
             best = best.and_of(scores, rows, top)
             worst = worst.and_of(-scores, rows, bottom)
-        found.append((best.joined_over(share, top), worst.joined_over(share, bottom)))
-    return _joined([best for best, _ in found]), _joined([worst for _, worst in found])
+        found.append((best.of_all(share, top), worst.of_all(share, bottom)))
+    best, worst = map(BestRows.joined, zip(*found, strict=True))
+    return best, worst
 
 
 def best_groups(sums: Tensor, top: int, bottom: int) -> tuple[BestRows, BestRows]:
@@ -178,14 +180,12 @@ def group_scores(
 
 def self_scores(share: RowShare, method: Method) -> Tensor:
     """Each row's score as its own query, (rows,), float32; NaN if not finite."""
-    scores = torch.full((len(share.dataset),), torch.nan)
+    parts = [torch.empty(0)]
     for block in share.blocks(method):
-        sketches = block.sketches
+        sketches, weights = block.sketches, method.weights(block)
         own = (method.transform(sketches) * sketches).sum(1)
-        weights = method.weights(block)
-        own = own if weights is None else own * weights
-        scores[block.start : block.start + len(own)] = own
-    return torch.cat(share.gathered(scores[share.rows.start : share.rows.stop]))
+        parts.append(own if weights is None else own * weights)
+    return torch.cat(share.gathered(torch.cat(parts)))
 
 
 def covariance(share: RowShare) -> Tensor:
@@ -222,12 +222,6 @@ def score_blocks(
             skipped += len(finite) - len(rows)
         yield scores, rows
     share.tell_skipped(skipped)
-
-
-def _joined(parts: list[BestRows]) -> BestRows:
-    """Those of all queries."""
-    scores = torch.cat([part.scores for part in parts])
-    return BestRows(scores, torch.cat([part.places for part in parts]))
 
 
 def _topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
