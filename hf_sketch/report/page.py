@@ -27,7 +27,6 @@ from hf_sketch.subspace.search import FILE as SEARCH
 from hf_sketch.subspace.search import load_dimension_search
 
 _LARGEST = 5
-_CELL, _ROW, _LEFT = 15, 15, 60
 
 
 def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
@@ -118,72 +117,24 @@ def _facts(store: GradientRows) -> list[tuple[str, str]]:
 
 def _attribution(directory: Path) -> dict[str, Any]:
     record = load_attribution(directory / ATTRIBUTION)
-    queries = [_query(query) for query in record.queries]
-    return {"method": record.method, "queries": queries}
+    return {"method": record.method, "queries": [*map(_query, record.queries)]}
 
 
 def _query(query: QueryRecord) -> dict[str, Any]:
     """A query as the page shows it: strongest first on both sides."""
     lines: list[dict[str, Any]] = [
-        {"text": None, "tokens": None} | line for line in query.lines
+        {"text": None, "token_scores": None} | line for line in query.lines
     ]
     for line, scores in zip(lines, query.token_scores, strict=False):
-        line["tokens"] = _shaded(query.tokens, scores)
+        line["token_scores"] = scores
     proponents = [line for line in lines if line["rank"] >= 0 and line["score"] > 0]
     opponents = [line for line in lines if line["rank"] < 0 and line["score"] < 0]
-    sizes = [abs(line["score"]) for line in lines]
-    return {
-        "text": query.text,
-        "loss": query.loss,
-        "tokens": query.tokens,
+    parts = [abs(score) for row in query.contributions for score in row]
+    return vars(query) | {
         "proponents": proponents,
         "opponents": opponents[::-1],
-        "largest": max(sizes, default=1.0) or 1.0,
-        "map": _map(query) if query.steps else None,
-    }
-
-
-def _shaded(tokens: list[list[Any]], scores: list[float]) -> list[dict[str, Any]]:
-    """The tokens of a query, each as strong as its part of an example's score."""
-    largest = max(map(abs, scores)) or 1.0
-    return [
-        {
-            "token": token,
-            "score": f"{score:+.3g}",
-            "side": "for" if score > 0 else "against",
-            "percent": f"{60 * abs(score) / largest:.0f}",
-        }
-        for (token, _), score in zip(tokens, scores, strict=True)
-    ]
-
-
-def _map(query: QueryRecord) -> dict[str, Any]:
-    """Places and shades of the cells of the map of examples by steps."""
-    largest = np.abs(query.contributions).max(initial=0) or 1.0
-    rows: list[dict[str, Any]] = []
-    for number, (line, scores) in enumerate(
-        zip(query.lines, query.contributions, strict=True)
-    ):
-        cells = [
-            {
-                "x": _LEFT + _CELL * place,
-                "step": query.steps[place],
-                "score": f"{score:+.3g}",
-                "side": "for" if score > 0 else "against",
-                "opacity": f"{max(0.12, abs(score) / largest):.2f}",
-            }
-            for place, score in enumerate(scores)
-            if score
-        ]
-        rows.append(
-            {"example_id": line["example_id"], "y": _ROW * number, "cells": cells}
-        )
-    return {
-        "rows": rows,
-        "width": _LEFT + _CELL * len(query.steps),
-        "height": _ROW * (len(rows) + 1),
-        "first": query.steps[0],
-        "last": query.steps[-1],
+        "largest": max((abs(line["score"]) for line in lines), default=0) or 1.0,
+        "largest_part": max(parts, default=0) or 1.0,
     }
 
 

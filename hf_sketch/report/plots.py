@@ -45,25 +45,14 @@ def plot_rneg(spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> Figure:
 def plot_ratios(spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> Figure:
     """R(n) against n at the last step of each name, with a line at 20%.
 
-    Above the line are the outliers. Bands are standard errors, as of `plot_rneg`.
-
-    Args:
-        spectra_by_name: of a run each, as `load_spectra` gives.
-
-    Raises:
-        ValueError: there is no spectrum of a name.
+    Above the line are the outliers. Bands are standard errors. Arguments and errors are
+    those of `plot_rneg`.
     """
     return _drawn(spectra_by_name, _draw_ratios)
 
 
 def plot_figure_2(spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> Figure:
-    """The paper's Figure 2: (a) RNEG over steps, (b) R(n) against n.
-
-    Args:
-        spectra_by_name: of a run each, as `load_spectra` gives.
-
-    Raises:
-        ValueError: there is no spectrum of a name.
+    """The paper's Figure 2: (a) `plot_rneg` and (b) `plot_ratios`, which see.
 
     Reference:
         Schioppa 2024, arXiv:2402.03994, Figure 2; differs in the bars and bands.
@@ -110,11 +99,7 @@ def _drawn(
     spectra_by_name: Mapping[str, Sequence[Spectrum]],
     *draw: Callable[[Axes, Mapping[str, Sequence[Spectrum]]], None],
 ) -> Figure:
-    """Draw spectra in one way or in several, side by side.
-
-    Raises:
-        ValueError: a name has no spectrum.
-    """
+    """Draw spectra in one way or in several, side by side."""
     empty = [name for name, spectra in spectra_by_name.items() if not spectra]
     if empty or not spectra_by_name:
         raise ValueError(
