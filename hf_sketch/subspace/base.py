@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from hf_sketch.model.fsdp import check_whole
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.subspace.config import SubspaceConfig
-from hf_sketch.subspace.gradient import OmegaGradient, uses_in_graph
+from hf_sketch.subspace.omega import OmegaGradient
 from hf_sketch.subspace.weights import fingerprint
 
 _CHECKPOINTING = "gradient_checkpointing"  # the attribute that transformers sets
@@ -68,7 +68,7 @@ class BaseModel:
                 "among them: do not exchange them after get_peft_model, as FSDP and "
                 "DeepSpeed do (DDP does not)."
             )
-        uses = uses_in_graph(slots, self.parameters, gradient)
+        uses = gradient.uses((name, self.parameters[name]) for *_, name in slots)
         for (module, attribute, name), use in zip(slots, uses, strict=True):
             self._in_graph.append((module, attribute, self.parameters[name]))
             _put(module, attribute, use)

@@ -1,7 +1,5 @@
 """A subspace adapter grown to more dimensions, with its optimizer."""
 
-from typing import Any
-
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -52,8 +50,8 @@ def grow_subspace(
             f"the model must have a subspace adapter, got {type(tuner).__name__}: call "
             "get_peft_model(model, SubspaceConfig(...))."
         )
-    omega = tuner.omega
-    config = tuner.config_of(tuner.active_adapters[0])
+    omega, (name, *_) = tuner.omega, tuner.active_adapters
+    config = tuner.config_of(name)
     if not len(omega) <= dim <= config.largest_dim:
         raise ValueError(
             f"dim must be in [{len(omega)}, max_dim={config.largest_dim}], got {dim}: "
@@ -62,27 +60,30 @@ def grow_subspace(
         )
     if dim == len(omega):
         return
-    groups = _groups_of(optimizer, omega)
-    state = _optimizer_state(optimizer, omega)
+    moments = {} if optimizer is None else _moments(optimizer, omega)
     grown = {
-        name: _grown(tensor, dim, name in _SECOND_MOMENTS)
-        for name, tensor in state.items()
+        key: _grown(moment, dim, key in _SECOND_MOMENTS)
+        for key, moment in moments.items()
     }
-    new = tuner.replace_omega(_grown(omega.detach(), dim, False))
-    for group in groups:
+    new = tuner.replace_omega(name, _grown(omega.detach(), dim, False))
+    if optimizer is None:
+        return
+    for group in optimizer.param_groups:
         group["params"] = [new if p is omega else p for p in group["params"]]
-    if optimizer is not None and state:
+    if moments:
         optimizer.state[new] = {**optimizer.state.pop(omega), **grown}
 
 
-def _optimizer_state(
-    optimizer: Optimizer | None, omega: nn.Parameter
-) -> dict[str, Tensor]:
-    """The state's tensors that have omega's length."""
-    state = {} if optimizer is None else optimizer.state.get(omega, {})
+def _moments(optimizer: Optimizer, omega: nn.Parameter) -> dict[str, Tensor]:
+    """The tensors of omega's length in the state of the optimizer that trains it."""
+    if not any(p is omega for g in optimizer.param_groups for p in g["params"]):
+        raise ValueError(
+            "the optimizer must train the adapter's coordinates, got one that does not "
+            "hold them: make it from the model's parameters after the last growth."
+        )
     tensors = {
         name: value
-        for name, value in state.items()
+        for name, value in optimizer.state.get(omega, {}).items()
         if isinstance(value, Tensor) and value.shape == omega.shape
     }
     known = _FIRST_MOMENTS + _SECOND_MOMENTS
@@ -93,22 +94,6 @@ def _optimizer_state(
             f"{unknown} of {type(optimizer).__name__}: train with optim='adamw_torch'."
         )
     return tensors
-
-
-def _groups_of(
-    optimizer: Optimizer | None, omega: nn.Parameter
-) -> list[dict[str, Any]]:
-    """The optimizer's groups of parameters that hold omega."""
-    if optimizer is None:
-        return []
-    groups: list[dict[str, Any]] = optimizer.param_groups
-    holding = [g for g in groups if any(p is omega for p in g["params"])]
-    if not holding:
-        raise ValueError(
-            "the optimizer must train the adapter's coordinates, got one that does not "
-            "hold them: make it from the model's parameters after the last growth."
-        )
-    return holding
 
 
 def _grown(tensor: Tensor, dim: int, fill_with_mean: bool) -> Tensor:

@@ -101,16 +101,18 @@ class DimensionSearch:
 
     def reaches(self, metric: float) -> bool:
         """Whether a metric is as good as the target."""
-        sign = 1 if self.greater_is_better else -1
-        return sign * (metric - self.target) >= 0
+        return self._gain(self.target, metric) >= 0
+
+    def _gain(self, before: float, after: float) -> float:
+        """How much better a metric became."""
+        return after - before if self.greater_is_better else before - after
 
     def _decision(self, dim: int, metric: float) -> str:
         if not self.path:
             return "start"
         if self.reaches(metric):
             return "reached"
-        sign = 1 if self.greater_is_better else -1
-        if sign * (metric - self.path[-1].metric) >= self.min_improvement:
+        if self._gain(self.path[-1].metric, metric) >= self.min_improvement:
             return "continue"
         return "double" if dim < self.max_dim else "exhausted"
 

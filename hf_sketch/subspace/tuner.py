@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.subspace.base import BaseModel, draw_subspace
 from hf_sketch.subspace.config import PEFT_TYPE, SubspaceConfig
-from hf_sketch.subspace.coordinates import Coordinates
-from hf_sketch.subspace.gradient import OmegaGradient
+from hf_sketch.subspace.omega import Coordinates, OmegaGradient
 from hf_sketch.subspace.weights import MovedWeights
 
 
@@ -165,11 +164,8 @@ class SubspaceModel(BaseTuner):
                 return
         self._move_to(omega)
 
-    def replace_omega(self, values: Tensor) -> nn.Parameter:
-        """Give the active adapter a new omega, which may have another length."""
-        return self._replace(self.active_adapters[0], values)
-
-    def _replace(self, adapter_name: str, values: Tensor) -> nn.Parameter:
+    def replace_omega(self, adapter_name: str, values: Tensor) -> nn.Parameter:
+        """Give an adapter a new omega, which may have another length."""
         omegas = self.coordinates.subspace_omega
         trains = omegas[adapter_name].requires_grad
         omegas[adapter_name] = nn.Parameter(values, requires_grad=trains)
@@ -231,7 +227,7 @@ class SubspaceModel(BaseTuner):
             if loaded is None or loaded.numel() == omega.numel():
                 continue
             if loaded.dim() == 1 and 1 <= loaded.numel() <= config.largest_dim:
-                self._replace(name, omega.new_zeros(loaded.numel()))
+                self.replace_omega(name, omega.new_zeros(loaded.numel()))
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)

@@ -1,6 +1,6 @@
 """A model's parameters moved along a subspace, in place."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from tempfile import NamedTemporaryFile
 
 import torch
@@ -37,7 +37,7 @@ class MovedWeights:
         Shapes:
             vector (model_sketch.out_size,)
         """
-        self._restore(set(self._moved) - {name for name, _ in model_sketch.shapes})
+        self.restore(kept={name for name, _ in model_sketch.shapes})
         for name, part in model_sketch.adjoint_parts(vector):
             parameter = parameters[name]
             if name not in self._base:
@@ -46,9 +46,11 @@ class MovedWeights:
             base = self._base[name].to(part.device)
             torch.add(base, part, out=parameter.detach())
 
-    def restore(self) -> None:
-        """Set all parameters back to theta0, bit for bit."""
-        self._restore(set(self._moved))
+    @torch.no_grad()
+    def restore(self, kept: Collection[str] = ()) -> None:
+        """Set all parameters but those `kept` back to theta0, bit for bit."""
+        for name in set(self._moved).difference(kept):
+            self._moved.pop(name).copy_(self._base[name])
 
     def keep(self) -> None:
         """Take the parameters as they are for theta0."""
@@ -69,11 +71,6 @@ class MovedWeights:
             size, dtype = tensor.numel(), tensor.dtype
             mapped = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
         return mapped.view(tensor.shape).copy_(tensor)
-
-    @torch.no_grad()
-    def _restore(self, names: set[str]) -> None:
-        for name in names:
-            self._moved.pop(name).copy_(self._base[name])
 
 
 def fingerprint(parameters: Mapping[str, Tensor]) -> str:

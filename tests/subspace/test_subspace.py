@@ -48,7 +48,7 @@ def test_gradients_are_slopes_of_the_loss(operator, layout):
         for direction in directions:
             losses = []
             for step in (1e-6, -1e-6):
-                tuner.replace_omega(start + step * direction)
+                tuner.replace_omega("default", start + step * direction)
                 losses.append(model(**batch).loss.detach())
             slope = (losses[0] - losses[1]) / 2e-6
             torch.testing.assert_close(gradient @ direction, slope, rtol=1e-6, atol=0)

@@ -1,16 +1,36 @@
-"""The gradient of a subspace's coordinates, folded as parameters' gradients appear."""
+"""The coordinates of subspace adapters, and their gradient, folded as it appears."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.sketch import ModelSketch
 
-Slot = tuple[nn.Module, str, str]  # a module, its attribute, the parameter's name
+
+class Coordinates(nn.Module, BaseTunerLayer):
+    """The coordinates omega of all adapters; what PEFT takes for the adapter's layer.
+
+    Shapes:
+        subspace_omega[name] (dim,)
+    """
+
+    adapter_layer_names = ("subspace_omega",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.subspace_omega = nn.ParameterDict()
+        self.merged_adapters: list[str] = []
+
+    def add(self, adapter_name: str, dim: int, like: Tensor) -> None:
+        """Zeros for a new adapter, in float32 at least."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        omega = torch.zeros(dim, dtype=dtype, device=like.device)
+        self.subspace_omega[adapter_name] = nn.Parameter(omega)
 
 
 class OmegaGradient:
@@ -38,6 +58,17 @@ class OmegaGradient:
         """Of the parameters whose gradients are summed."""
         return [name for name, _ in self._model_sketch.shapes]
 
+    def uses(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Tensor]:
+        """Yield each use of a parameter, by name, as a function of omega for autograd.
+
+        The tensors share the parameters' memory: nothing is computed. Going backward,
+        each use hands over its gradient and forgets it, so that no more than one is
+        there at a time; autograd reaches omega after all of them.
+        """
+        anchor = _Anchor.apply(self.omega, self)
+        for name, parameter in parameters:
+            yield _Use.apply(anchor, parameter, name, self)
+
     def add(self, name: str, gradient: Tensor) -> None:
         """Add the gradient of one use of a parameter."""
         if self._sum is None:
@@ -55,19 +86,6 @@ class OmegaGradient:
         with torch.autocast(self.omega.device.type, enabled=False):
             gradient = total.result().squeeze(0)[: len(self.omega)]
         return gradient.to(self.omega)
-
-
-def uses_in_graph(
-    slots: Iterable[Slot], parameters: dict[str, nn.Parameter], gradient: OmegaGradient
-) -> list[Tensor]:
-    """For each slot, its parameter as a function of omega for autograd.
-
-    The tensors share the parameters' memory: nothing is computed. Going backward, each
-    use hands its gradient to `gradient` and forgets it, so that no more than one is
-    there at a time; autograd reaches omega after all of them.
-    """
-    anchor = _Anchor.apply(gradient.omega, gradient)
-    return [_Use.apply(anchor, parameters[name], name, gradient) for *_, name in slots]
 
 
 class _Anchor(torch.autograd.Function):
@@ -103,8 +121,8 @@ class _Use(torch.autograd.Function):
         ctx: Any, *gradients: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        if gradient is None:
-            return None, None, None, None
-        ctx.gradient.add(ctx.name, gradient)
-        zero = torch.zeros((), dtype=ctx.anchor_dtype, device=gradient.device)
+        zero = None
+        if gradient is not None:
+            ctx.gradient.add(ctx.name, gradient)
+            zero = torch.zeros((), dtype=ctx.anchor_dtype, device=gradient.device)
         return zero, None, None, None
