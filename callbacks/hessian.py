@@ -2,9 +2,11 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar, get_args
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,12 +18,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_sketch.curvature.double_backward import Mode, check_mode
+from hf_sketch.curvature.double_backward import Mode
 from hf_sketch.curvature.hessian import HessianOperator
-from hf_sketch.curvature.mean_loss import LossFunction, Unit, check_unit
+from hf_sketch.curvature.mean_loss import LossFunction, Unit
 from hf_sketch.model.sketch import ModelSketch, check_layout
 from hf_sketch.processes import Together, check_others, check_same
 from hf_sketch.sketches.by_name import check_operator
+from hf_sketch.sketches.choices import check_choice, check_count
 from hf_sketch.spectra.files import DIRECTORY, continue_spectra, save_spectrum
 from hf_sketch.spectra.sketched_hessian import SketchedHessian
 from hf_sketch.spectra.spectrum import Spectrum, hessian_spectrum
@@ -32,12 +35,14 @@ from .spectra.shared_hessian import SharedHessian, own_batches
 
 PAPER_STEPS: Final = (0, 10, 50, 100, 150, 200, 250, 500)
 PAPER_EVERY: Final = 1000
+Value = TypeVar("Value")
 _LOGGED_EIGENVALUES: Final = 5
 # What can stop a spectrum in the middle of a training that is worth finishing: memory,
 # the disk, numbers that are not finite, a kernel, or a setting that is refused.
 _SURVIVED: Final = (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError)
 
 
+@dataclass(eq=False, repr=False)
 class HessianSpectrumCallback(TrainerCallback):
     """Compute the Hessian's spectrum at some steps, into `<output_dir>/curvature`.
 
@@ -78,42 +83,34 @@ class HessianSpectrumCallback(TrainerCallback):
         ValueError: a bad argument.
     """
 
-    def __init__(
-        self,
-        steps: Sequence[int] | None = None,
-        every: int | None = None,
-        *,
-        batches: int | Sequence[Mapping[str, Any]] = 4,
-        batch_size: int | None = None,
-        krylov_dim: int = 100,
-        out_size: int = 2**14,
-        operator: str = "affd",
-        layout: str = "blocked",
-        seed: int | None = None,
-        loss_fn: LossFunction | None = None,
-        mode: Mode = "auto",
-        unit: Unit = "tokens",
-        keep_vectors: int = 20,
-    ) -> None:
-        if steps is None and every is None:
-            steps, every = PAPER_STEPS, PAPER_EVERY
-        _check_counts(1, every=every, batches=batches, batch_size=batch_size)
-        _check_counts(0, keep_vectors=keep_vectors, steps=min(steps or (0,)))
-        _check_sizes(batches, krylov_dim, out_size)
-        _check_choices(operator, layout, mode, unit)
-        self.steps = frozenset(steps or ())
-        self.every = every
-        self.batches = batches
-        self.batch_size = batch_size
-        self.krylov_dim = krylov_dim
-        self.out_size = out_size
-        self.operator = operator
-        self.layout = layout
-        self.seed = seed
-        self.loss_fn = loss_fn
-        self.mode: Mode = mode
-        self.unit: Unit = unit
-        self.keep_vectors = keep_vectors
+    steps: Collection[int] | None = None
+    every: int | None = None
+    _: KW_ONLY
+    batches: int | Sequence[Mapping[str, Any]] = 4
+    batch_size: int | None = None
+    krylov_dim: int = 100
+    out_size: int = 2**14
+    operator: str = "affd"
+    layout: str = "blocked"
+    seed: int | None = None
+    loss_fn: LossFunction | None = None
+    mode: Mode = "auto"
+    unit: Unit = "tokens"
+    keep_vectors: int = 20
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.every is None:
+            self.steps, self.every = PAPER_STEPS, PAPER_EVERY
+        self.steps = frozenset(self.steps or ())
+        check_count("steps", int(min(self.steps, default=0)), least=0)
+        check_count("every", 1 if self.every is None else self.every)
+        check_count("batch_size", 1 if self.batch_size is None else self.batch_size)
+        check_count("keep_vectors", self.keep_vectors, least=0)
+        _check_sizes(self.batches, self.krylov_dim, self.out_size)
+        check_operator(self.operator)
+        check_layout(self.layout)
+        check_choice("mode", self.mode, get_args(Mode))
+        check_choice("unit", self.unit, get_args(Unit))
         self._trainer: Trainer | None = None
         self._hessian: SketchedHessian | None = None
         self._directory = Path()
@@ -132,16 +129,10 @@ class HessianSpectrumCallback(TrainerCallback):
         train_dataloader: DataLoader[Any],
         **kwargs: Any,
     ) -> None:
-        self._hessian = None
-        try:
-            self._prepare(args, state, model, train_dataloader)
-        except _SURVIVED as error:
-            warnings.warn(
-                "No Hessian spectra; training continues. "
-                f"{type(error).__name__}: {error}",
-                stacklevel=2,
-            )
-            return
+        self._hessian = _together(
+            "No Hessian spectra",
+            partial(self._prepared, args, state, model, train_dataloader),
+        )
         if state.global_step == 0:
             self.on_step_end(args, state, control)
 
@@ -154,18 +145,14 @@ class HessianSpectrumCallback(TrainerCallback):
     ) -> None:
         """Compute, write and log a spectrum, if one is due at this step."""
         step = state.global_step
-        due = step in self.steps or (self.every is not None and step % self.every == 0)
+        due = step in (self.steps or ()) or (self.every and step % self.every == 0)
         if self._hessian is None or not due:
             return
-        try:
-            with Together():
-                spectrum = self._spectrum(self._hessian, args, state)
-        except _SURVIVED as error:
-            warnings.warn(
-                f"The Hessian's spectrum of step {step} is missing; training continues."
-                f" {type(error).__name__}: {error}",
-                stacklevel=2,
-            )
+        spectrum = _together(
+            f"The Hessian's spectrum of step {step} is missing",
+            partial(self._spectrum, self._hessian, args, state),
+        )
+        if spectrum is None:
             return
         logs = _logs(spectrum)
         if self._trainer is None:
@@ -178,37 +165,36 @@ class HessianSpectrumCallback(TrainerCallback):
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._hessian = None
 
-    def _prepare(
+    def _prepared(
         self,
         args: TrainingArguments,
         state: TrainerState,
         model: nn.Module,
         loader: DataLoader[Any],
-    ) -> None:
-        """Set up the operator, the directory and the batches, in all processes."""
+    ) -> SketchedHessian:
+        """Set up the directory and the batches, and return the operator."""
         seed = args.seed if self.seed is None else self.seed
-        with Together():
-            check_processes(args, model, type(self).__name__, compiled=True)
-            check_others()
-            check_same(type(self).__name__, vars(self))
-            sketch = ModelSketch.from_model(
-                model, self.out_size, self.layout, seed, self.operator
+        check_processes(args, model, type(self).__name__, compiled=True)
+        check_others()
+        check_same(type(self).__name__, vars(self))
+        sketch = ModelSketch.from_model(
+            model, self.out_size, self.layout, seed, self.operator
+        )
+        self._directory = Path(args.output_dir or ".") / DIRECTORY
+        batches = None
+        if state.is_world_process_zero:
+            continue_spectra(self._directory, sketch, state.global_step)
+            size = self.batch_size or args.per_device_train_batch_size
+            resumed = bool(state.global_step)
+            batches = kept_batches(
+                self._directory, resumed, self.batches, loader, size, seed
             )
-            self._directory = Path(args.output_dir or ".") / DIRECTORY
-            batches = None
-            if state.is_world_process_zero:
-                continue_spectra(self._directory, sketch, state.global_step)
-                size = self.batch_size or args.per_device_train_batch_size
-                resumed = bool(state.global_step)
-                batches = kept_batches(
-                    self._directory, resumed, self.batches, loader, size, seed
-                )
-            check_others()
-            own, idle = own_batches(batches, args.device)
-            hessian = HessianOperator(
-                model, own, self.loss_fn, mode=self.mode, unit=self.unit
-            )
-        self._hessian = SketchedHessian(SharedHessian(hessian, idle), sketch)
+        check_others()
+        own, idle = own_batches(batches, args.device)
+        hessian = HessianOperator(
+            model, own, self.loss_fn, mode=self.mode, unit=self.unit
+        )
+        return SketchedHessian(SharedHessian(hessian, idle), sketch)
 
     def _spectrum(
         self, hessian: SketchedHessian, args: TrainingArguments, state: TrainerState
@@ -228,28 +214,26 @@ class HessianSpectrumCallback(TrainerCallback):
         return spectrum
 
 
-def _check_choices(operator: str, layout: str, mode: str, unit: str) -> None:
-    """Raise unless each is the name of one."""
-    check_operator(operator)
-    check_layout(layout)
-    check_mode(mode)
-    check_unit(unit)
-
-
-def _check_counts(least: int, **counts: Any) -> None:
-    """Raise unless all that are numbers are large enough."""
-    for name, value in counts.items():
-        if isinstance(value, int) and value < least:
-            raise ValueError(
-                f"{name} must be at least {least}, got {value}: pass {least} or more."
-            )
+def _together(missing: str, compute: Callable[[], Value]) -> Value | None:
+    """Return what all processes compute; where it fails, say what is missing."""
+    try:
+        with Together():
+            return compute()
+    except _SURVIVED as error:
+        warnings.warn(
+            f"{missing}; training continues. {type(error).__name__}: {error}",
+            stacklevel=4,
+        )
+        return None
 
 
 def _check_sizes(
     batches: int | Sequence[Mapping[str, Any]], krylov_dim: int, out_size: int
 ) -> None:
     """Raise unless there are batches, and the sketch has room for the Krylov space."""
-    if not isinstance(batches, int) and not batches:
+    if isinstance(batches, int):
+        check_count("batches", batches)
+    elif not batches:
         raise ValueError(
             "batches must hold at least one batch, got none: pass inputs of the model "
             "with labels, or the number of batches to draw."

@@ -49,9 +49,8 @@ def kept_batches(
     if kept is not None:
         return kept
     if isinstance(given, int):
-        batches = draw_batches(loader, given, batch_size, seed)
-    else:
-        batches = [tensors_of(batch) for batch in given]
+        given = draw_batches(loader, given, batch_size, seed)
+    batches = [tensors_of(batch) for batch in given]
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{place:06d}/{name}": value.detach().cpu().clone().contiguous()
@@ -64,7 +63,7 @@ def kept_batches(
 
 def draw_batches(
     loader: DataLoader[Any], count: int, batch_size: int, seed: int
-) -> list[dict[str, Tensor]]:
+) -> list[dict[str, Any]]:
     """Draw random examples of a training set, or a stream's first ones, as batches.
 
     This leaves the loader's sampler, all global random numbers and the generators of
@@ -85,7 +84,7 @@ def draw_batches(
             examples = [dataset[i] for i in order[: count * batch_size].tolist()]
         collate = _twin(loader.collate_fn, {})
         return [
-            tensors_of(collate(examples[low : low + batch_size]))
+            collate(examples[low : low + batch_size])
             for low in range(0, len(examples), batch_size)
         ]
 

@@ -1,6 +1,7 @@
 """The Hessian of a loss over batches that several processes share."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -8,10 +9,9 @@ from accelerate.state import PartialState
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from hf_sketch.curvature.check import CurvatureCheck
 from hf_sketch.curvature.hessian import CurvatureOperator, HessianOperator
 from hf_sketch.curvature.mean_loss import check_items
-from hf_sketch.curvature.vectors import Vector
+from hf_sketch.curvature.vectors import Parts, Vector
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.processes import check_others, gathered, of_first, reduced
 from hf_sketch.sketches.operator import accumulation_dtype
@@ -41,61 +41,59 @@ class SharedHessian(CurvatureOperator):
         self.mode, self.mode_reason = own.mode, own.mode_reason
         self.mean_loss = own.mean_loss
         self._idle = idle
-        self._share: float | None = None
-
-    @property
-    def check(self) -> CurvatureCheck | None:
-        return self.own.check
 
     def __matmul__(self, vector: Vector) -> dict[str, Tensor]:
         """Return the Hessian-vector product."""
-        return self._mean(lambda: self.own @ vector, self.parameters)
+        return self._mean_of_parameters(lambda: self.own @ vector)
 
     def gradient(self) -> dict[str, Tensor]:
-        return self._mean(self.own.gradient, self.parameters)
+        return self._mean_of_parameters(self.own.gradient)
 
     def sketched_product(self, model_sketch: ModelSketch, vector: Tensor) -> Tensor:
-        def own() -> dict[str, Tensor]:
-            return {"": self.own.sketched_product(model_sketch, vector)}
-
-        return self._mean(own, {"": vector})[""]
+        (product,) = self._mean(
+            lambda: [self.own.sketched_product(model_sketch, vector)], [vector]
+        )
+        return product
 
     def loss_and_sketched_gradient(
         self, model_sketch: ModelSketch
     ) -> tuple[float, Tensor]:
-        def own() -> dict[str, Tensor]:
+        def own() -> Parts:
             loss, gradient = self.own.loss_and_sketched_gradient(model_sketch)
-            return {"": torch.cat([gradient, gradient.new_tensor([loss])])}
+            return [torch.cat([gradient, gradient.new_tensor([loss])])]
 
         like = next(iter(self.parameters.values())).new_empty(model_sketch.out_size + 1)
-        total = self._mean(own, {"": like})[""]
+        (total,) = self._mean(own, [like])
         return float(total[-1]), total[:-1]
 
-    def _mean(
-        self, own: Callable[[], dict[str, Tensor]], like: Vector
+    def _mean_of_parameters(
+        self, own: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
+        like = list(self.parameters.values())
+        return self._named(self._mean(lambda: list(own().values()), like))
+
+    def _mean(self, own: Callable[[], Parts], like: Sequence[Tensor]) -> Parts:
         """Return the processes' weighted mean; an idle one adds zeros."""
-        share = self._own_share()
-        if share:
+        if self._share:
             parts = own()
             self.mode, self.mode_reason = self.own.mode, self.own.mode_reason
+            self.check = self.own.check
         else:
-            parts = {name: torch.zeros_like(part) for name, part in like.items()}
+            parts = [torch.zeros_like(part) for part in like]
         check_others()
-        return {
-            name: reduced(share * part.to(accumulation_dtype(part.dtype)), "sum")
-            for name, part in parts.items()
-        }
+        return [
+            reduced(self._share * part.to(accumulation_dtype(part.dtype)), "sum")
+            for part in parts
+        ]
 
-    def _own_share(self) -> float:
-        """Return the part of all tokens or examples that is in the own batches."""
-        if self._share is None:
-            items = 0 if self._idle else self.mean_loss.items
-            check_others()
-            total = sum(gathered(items))
-            check_items(total)
-            self._share = items / total
-        return self._share
+    @cached_property
+    def _share(self) -> float:
+        """The part of all tokens or examples that is in the own batches."""
+        items = 0 if self._idle else self.mean_loss.items
+        check_others()
+        total = sum(gathered(items))
+        check_items(total)
+        return items / total
 
 
 def own_batches(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_sketch.model.state import evaluation_mode
+from hf_sketch.sketches.choices import check_choice
 
 Mode = Literal["auto", "autograd", "finite_difference"]
 
@@ -56,19 +57,13 @@ def obstacle_to_finite_differences(model: nn.Module) -> str | None:
     return None
 
 
-def check_mode(mode: str) -> None:
-    """Raise unless the mode is known."""
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}.")
-
-
 def choose_mode(model: nn.Module, mode: Mode) -> tuple[str, str | None]:
     """Return the mode that is used, and why it is not autograd if it is not.
 
     Raises:
         ValueError: the mode is unknown, or the model does not allow it.
     """
-    check_mode(mode)
+    check_choice("mode", mode, get_args(Mode))
     double = obstacle_to_double_backward(model)
     if mode == "autograd" and double is not None:
         raise DoubleBackwardError(

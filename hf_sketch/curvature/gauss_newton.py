@@ -90,8 +90,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
     the arguments; `mode` and `unit` have no effect.
     """
 
-    _rows: Tensor | None = None
-    _rows_are_of: tuple[ModelSketch, list[int]] | None = None
+    _kept: tuple[ModelSketch, list[int], Tensor] | None = None
 
     def __matmul__(self, vector: Vector) -> dict[str, Tensor]:
         """Return the Fisher-vector product, one example after the other."""
@@ -110,12 +109,12 @@ class EmpiricalFisherOperator(CurvatureOperator):
     def sketched_product(self, model_sketch: ModelSketch, vector: Tensor) -> Tensor:
         """Return S @ F(S.T @ v), exactly: the mean of (S g) (S g).v."""
         versions = [p._version for p in self.parameters.values()]
-        if self._rows is None or self._rows_are_of != (model_sketch, versions):
+        if self._kept is None or self._kept[:2] != (model_sketch, versions):
             with self._setting():
-                rows = [
+                sketches = [
                     model_sketch.sketch(self._named(self._gradient_of(inputs, 1.0)))
                     for inputs in self.mean_loss.examples()
                 ]
-            self._rows = torch.stack(rows)
-            self._rows_are_of = model_sketch, versions
-        return self._rows.T @ (self._rows @ vector) / len(self._rows)
+            self._kept = model_sketch, versions, torch.stack(sketches)
+        rows = self._kept[2]
+        return rows.T @ (rows @ vector) / len(rows)

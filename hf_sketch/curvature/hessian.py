@@ -49,6 +49,9 @@ class CurvatureOperator(ABC):
         MemoryError: a single example does not fit; larger batches are halved.
     """
 
+    check: CurvatureCheck | None = None
+    """How well the first products agreed; None if they were not compared."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -60,11 +63,6 @@ class CurvatureOperator(ABC):
     ) -> None:
         self.mode, self.mode_reason = choose_mode(model, mode)
         self.mean_loss = MeanLoss(model, batches, loss_fn, unit)
-
-    @property
-    def check(self) -> CurvatureCheck | None:
-        """How well the first products agreed; None if they were not compared."""
-        return None
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -87,21 +85,6 @@ class CurvatureOperator(ABC):
     def loss_and_sketched_gradient(
         self, model_sketch: ModelSketch
     ) -> tuple[float, Tensor]:
-        """Return the mean loss, and its gradient, sketched one parameter at a time."""
-        with self._setting():
-            loss, sketch = self._sketched_gradient(model_sketch)
-        return float(loss), sketch
-
-    def _setting(self) -> AbstractContextManager[None]:
-        """Put the model into the state in which it is differentiated."""
-        return curvature_setting(self.mean_loss.model, self.mode)
-
-    def _gradient_of(self, inputs: Mapping[str, Any], share: float) -> Parts:
-        """Return a batch's share of the gradient."""
-        _, loss = self.mean_loss.run(inputs)
-        return self._derivative(share * loss)
-
-    def _sketched_gradient(self, model_sketch: ModelSketch) -> Parts:
         """Return the mean loss and its gradient's sketch; never the whole gradient."""
 
         def sketch(inputs: Mapping[str, Any], share: float) -> Parts:
@@ -111,7 +94,18 @@ class CurvatureOperator(ABC):
                 (share * loss).backward()
             return [share * loss.detach(), total.result().squeeze(0)]
 
-        return self.mean_loss.sum(sketch)
+        with self._setting():
+            loss, gradient = self.mean_loss.sum(sketch)
+        return float(loss), gradient
+
+    def _setting(self) -> AbstractContextManager[None]:
+        """Put the model into the state in which it is differentiated."""
+        return curvature_setting(self.mean_loss.model, self.mode)
+
+    def _gradient_of(self, inputs: Mapping[str, Any], share: float) -> Parts:
+        """Return a batch's share of the gradient."""
+        _, loss = self.mean_loss.run(inputs)
+        return self._derivative(share * loss)
 
     def _derivative(self, y: Any, grad_outputs: Any = None, **options: Any) -> Any:
         """Differentiate with respect to the parameters; zero where there is no path."""
@@ -179,11 +173,6 @@ class HessianOperator(CurvatureOperator):
         super().__init__(model, batches, loss_fn, mode=mode, unit=unit)
         self._may_change_mode = mode == "auto"
         self._unchecked = self_check
-        self._check: CurvatureCheck | None = None
-
-    @property
-    def check(self) -> CurvatureCheck | None:
-        return self._check
 
     def __matmul__(self, vector: Vector) -> dict[str, Tensor]:
         """Return the Hessian-vector product."""
@@ -207,7 +196,7 @@ class HessianOperator(CurvatureOperator):
                 self.parameters,
                 lambda: model_sketch.adjoint_parts(vector),
                 float(norm),
-                lambda: self._sketched_gradient(model_sketch)[1:],
+                lambda: [self.loss_and_sketched_gradient(model_sketch)[1]],
             )[0]
 
     def _check_once(self) -> None:
@@ -221,7 +210,7 @@ class HessianOperator(CurvatureOperator):
             if self.mode == "autograd":
                 coarse = obstacle_to_finite_differences(self.mean_loss.model)
                 other = self._difference if coarse is None else None
-            self._check = check_products(self._product, other, gradient)
+            self.check = check_products(self._product, other, gradient)
         self._unchecked = False
 
     def _product(self, vectors: Parts) -> Parts:

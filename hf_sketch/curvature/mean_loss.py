@@ -2,36 +2,30 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
+from hf_sketch.curvature.vectors import Parts
 from hf_sketch.examples.losses import example_losses, is_causal
 from hf_sketch.examples.sketcher import field_of
 from hf_sketch.examples.split import ExampleSplit, Packed, split_of
 from hf_sketch.model.fsdp import check_whole
 from hf_sketch.model.names import named_parameters
 from hf_sketch.model.state import evaluation_mode, kept_random_state, random_state
+from hf_sketch.sketches.choices import check_choice
 
 Unit = Literal["tokens", "examples"]
+# A batch's inputs, and how many tokens or examples its loss is the mean over.
+Counted = tuple[Mapping[str, Any], int]
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
-Part = TypeVar("Part", Tensor, list[Tensor])
 Value = TypeVar("Value")
 
 _ITEMS = "num_items_in_batch"
 _IGNORED = -100
-
-
-@dataclass(frozen=True)
-class CurvatureBatch:
-    """A batch's inputs, and how many tokens or examples its loss is the mean over."""
-
-    inputs: Mapping[str, Any]
-    items: int
 
 
 class MeanLoss:
@@ -52,7 +46,7 @@ class MeanLoss:
         loss_fn: LossFunction | None = None,
         unit: Unit = "tokens",
     ) -> None:
-        check_unit(unit)
+        check_choice("unit", unit, get_args(Unit))
         if not batches:
             raise ValueError(
                 "Curvature needs at least one batch, got an empty list. Pass inputs of "
@@ -75,23 +69,11 @@ class MeanLoss:
             {name: value for name, value in batch.items() if name != _ITEMS}
             for batch in batches
         ]
-        self._counted: list[CurvatureBatch] = []
-
-    @property
-    def batches(self) -> Sequence[CurvatureBatch]:
-        """The batches that are run: the given ones, or parts of them."""
-        check_items(self.items)
-        return self._counted
 
     @property
     def items(self) -> int:
         """The tokens or examples that the mean is over; 0 if no token has a label."""
-        if not self._counted:
-            with evaluation_mode(self.model), torch.no_grad():
-                self._counted = [
-                    part for inputs in self._given for part in self._count(inputs)
-                ]
-        return sum(batch.items for batch in self._counted)
+        return sum(items for _, items in self._counted)
 
     def run(self, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
         """Return the model's output and loss on a batch.
@@ -118,7 +100,7 @@ class MeanLoss:
             )
         return output, loss.reshape(())
 
-    def sum(self, part_of: Callable[[Mapping[str, Any], float], Part]) -> Part:
+    def sum(self, parts_of: Callable[[Mapping[str, Any], float], Parts]) -> Parts:
         """Add up what a function returns for each batch and its share of the mean.
 
         A batch that does not fit into memory is halved, for good. The random numbers
@@ -127,20 +109,24 @@ class MeanLoss:
         Raises:
             MemoryError: a single example does not fit.
         """
+        check_items(self.items)
         device = next(iter(self.parameters.values())).device
-        total: Part | None = None
+        total: Parts = []
         place = 0
         with kept_random_state(random_state(device), device):
-            while place < len(self.batches):
-                batch = self.batches[place]
-                share = batch.items / self.items
-                part = _unless_out_of_memory(partial(part_of, batch.inputs, share))
-                if part is None:
-                    self._counted[place : place + 1] = self._halves(batch.inputs)
+            while place < len(self._counted):
+                inputs, items = self._counted[place]
+                share = items / self.items
+                parts = _unless_out_of_memory(partial(parts_of, inputs, share))
+                if parts is None:
+                    self._counted[place : place + 1] = self._halves(inputs)
                     continue
-                total = part if total is None else _added(total, part)
+                if place == 0:
+                    total = parts
+                else:
+                    for held, more in zip(total, parts, strict=True):
+                        held.add_(more)
                 place += 1
-        assert total is not None
         return total
 
     def examples(self) -> Iterator[Mapping[str, Any]]:
@@ -150,12 +136,18 @@ class MeanLoss:
                 if self._labelled(alone.get("labels")) != 0:
                     yield alone
 
-    def _count(self, inputs: Mapping[str, Any]) -> list[CurvatureBatch]:
+    @cached_property
+    def _counted(self) -> list[Counted]:
+        """The batches that are run: the given ones, or parts of them."""
+        return [part for inputs in self._given for part in self._count(inputs)]
+
+    def _count(self, inputs: Mapping[str, Any]) -> list[Counted]:
         """Count a batch's items; halve it if it does not fit into memory."""
-        counted = _unless_out_of_memory(partial(self._items_of, inputs))
+        with evaluation_mode(self.model), torch.no_grad():
+            counted = _unless_out_of_memory(partial(self._items_of, inputs))
         return self._halves(inputs) if counted is None else counted
 
-    def _items_of(self, inputs: Mapping[str, Any]) -> list[CurvatureBatch]:
+    def _items_of(self, inputs: Mapping[str, Any]) -> list[Counted]:
         """Count a batch's items; split it where examples count alike but weigh not."""
         labels, split = inputs.get("labels"), self._split(inputs)
         labelled = self._labelled(labels)
@@ -164,12 +156,12 @@ class MeanLoss:
         output, loss = self.run(inputs)
         if self.loss_fn is not None or not isinstance(labels, Tensor):
             items = labelled if self.unit == "tokens" else None
-            return [CurvatureBatch(inputs, split.size if items is None else items)]
+            return [(inputs, items or split.size)]
         weights = self._weights(output, loss, inputs, split)
         if self.unit == "tokens":
-            return [CurvatureBatch(inputs, round(1 / float(weights.max())))]
+            return [(inputs, round(1 / float(weights.max())))]
         if bool((weights == weights.max()).all()):
-            return [CurvatureBatch(inputs, split.size)]
+            return [(inputs, split.size)]
         alone = split.pieces(inputs, 1)
         return [part for example in alone for part in self._count(example)]
 
@@ -205,7 +197,7 @@ class MeanLoss:
                 "output.loss to weight batches by the labels other than -100."
             ) from error
 
-    def _halves(self, inputs: Mapping[str, Any]) -> list[CurvatureBatch]:
+    def _halves(self, inputs: Mapping[str, Any]) -> list[Counted]:
         """Put the batch's examples into two batches, or more."""
         split = self._split(inputs)
         if split.size == 1 or isinstance(split, Packed):
@@ -216,18 +208,11 @@ class MeanLoss:
             )
         clear_device_cache(garbage_collection=True)
         halves = split.pieces(inputs, -(-split.size // 2))
-        with evaluation_mode(self.model), torch.no_grad():
-            return [part for half in halves for part in self._count(half)]
+        return [part for half in halves for part in self._count(half)]
 
     def _split(self, inputs: Mapping[str, Any]) -> ExampleSplit:
         main_input = getattr(self.model, "main_input_name", "input_ids")
         return split_of(inputs, main_input)
-
-
-def check_unit(unit: str) -> None:
-    """Raise unless the unit is known."""
-    if unit not in get_args(Unit):
-        raise ValueError(f"unit must be one of {get_args(Unit)}, got {unit!r}.")
 
 
 def check_items(items: int) -> None:
@@ -249,12 +234,3 @@ def _unless_out_of_memory(compute: Callable[[], Value]) -> Value | None:
         if not known and not any(text in str(error) for text in texts):
             raise
         return None
-
-
-def _added(total: Any, part: Any) -> Any:
-    """Add in place."""
-    if isinstance(total, Tensor):
-        return total.add_(part)
-    for held, more in zip(total, part, strict=True):
-        held.add_(more)
-    return total

@@ -55,6 +55,7 @@ class LanczosCheckpoint:
 
     def __init__(self, directory: Path, run: Mapping[str, Any]) -> None:
         self._directory = directory
+        self._mend = f"restore it, or remove {directory} to start again"
         self._run = {"format_version": 1, **run}
         self._digest = xxhash.xxh3_128()
         self._saved = 0
@@ -66,9 +67,16 @@ class LanczosCheckpoint:
         Raises:
             ValueError: they belong to another run, or were changed or cut.
         """
-        if not (self._directory / STATE).exists():
+        path = self._directory / STATE
+        if not path.exists():
             return None
-        state = self._read_state()
+        state = read_sealed(path, self._mend)
+        theirs = {name: state.get(name) for name in self._run}
+        if theirs != self._run:
+            raise ValueError(
+                f"{self._directory} holds steps of {_words(theirs)}, but this run has "
+                f"{_words(self._run)}. Pass another directory as checkpoint."
+            )
         alphas, betas = tuple(state["alphas"]), tuple(state["betas"])
         count = min(len(alphas), len(basis.rows))
         vector = torch.empty_like(basis.rows[0], device=basis.device)
@@ -100,17 +108,6 @@ class LanczosCheckpoint:
         write_sealed(self._directory / STATE, content)
         self._digest, self._saved = digest, len(steps)
 
-    def _read_state(self) -> dict[str, Any]:
-        """Return the JSON, if it is whole and of this run."""
-        state = read_sealed(self._directory / STATE, self._mend())
-        theirs = {name: state.get(name) for name in self._run}
-        if theirs != self._run:
-            raise ValueError(
-                f"{self._directory} holds steps of {_words(theirs)}, but this run has "
-                f"{_words(self._run)}. Pass another directory as checkpoint."
-            )
-        return state
-
     def _read_rows(self, targets: list[Tensor], rows: int, digest: str) -> None:
         """Check the digest of all rows, and copy the first ones to their places."""
         path = self._directory / ROWS
@@ -118,7 +115,7 @@ class LanczosCheckpoint:
         size = path.stat().st_size if path.exists() else 0
         if size < expected:
             raise ValueError(
-                f"{path} must have {expected} bytes, got {size}: {self._mend()}."
+                f"{path} must have {expected} bytes, got {size}: {self._mend}."
             )
         row = torch.empty_like(targets[-1]).cpu()
         with path.open("rb") as file:
@@ -130,11 +127,8 @@ class LanczosCheckpoint:
         if self._digest.hexdigest() != digest:
             raise ValueError(
                 f"{path} must have the digest {digest} in its first {expected} bytes, "
-                f"got {self._digest.hexdigest()}: {self._mend()}."
+                f"got {self._digest.hexdigest()}: {self._mend}."
             )
-
-    def _mend(self) -> str:
-        return f"restore it, or remove {self._directory} to start again"
 
 
 def _words(run: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from hf_sketch.curvature.operator import SymmetricOperator, check_dtype, product
 from hf_sketch.curvature.vectors import norm_of
 from hf_sketch.sketches import CounterRandom
+from hf_sketch.sketches.choices import check_count
 from hf_sketch.sketches.transforms.signs import flip, sign_masks
 from hf_sketch.spectra.basis import Basis
 from hf_sketch.spectra.lanczos_run import lanczos
@@ -92,8 +93,7 @@ def spectral_density(
         default width (their code's, sqrt(1e-5 range) for ranges above 1, shows single
         Ritz values and depends on the unit), and normalises no grid.
     """
-    if probes < 1:
-        raise ValueError(f"probes must be at least 1, got {probes}: pass 1 or more.")
+    check_count("probes", probes)
     _check_width(width)
     quadratures: list[tuple[Tensor, Tensor]] = []
     for number in tqdm(range(probes), "Density", unit="probe", disable=not progress):

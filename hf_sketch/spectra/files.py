@@ -134,16 +134,12 @@ def _words(sketch: ModelSketch) -> str:
 
 def _summary(spectrum: Spectrum) -> dict[str, Any]:
     """Return the statistics for readers of the JSON file, which has no nan or inf."""
+    names = ("rneg", "outliers", "alignment")
+    ratios: dict[str, float] = {name: getattr(spectrum, name) for name in names}
     return {
         "eigenvalues": spectrum.eigenvalues.tolist(),
         "standard_errors": spectrum.standard_errors.tolist(),
         "trace": dataclasses.asdict(spectrum.trace),
         "shift": spectrum.shift,
-        "rneg": _finite(spectrum.rneg),
-        "outliers": spectrum.outliers,
-        "alignment": _finite(spectrum.alignment),
+        **{name: x if math.isfinite(x) else None for name, x in ratios.items()},
     }
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from hf_sketch.curvature.operator import SymmetricOperator, check_dtype, product
 from hf_sketch.curvature.vectors import norm_of
 from hf_sketch.sketches import CounterRandom
+from hf_sketch.sketches.choices import check_count
 from hf_sketch.spectra.basis import Basis
 from hf_sketch.spectra.checkpoint import LanczosCheckpoint, Steps
 
@@ -121,14 +122,21 @@ def lanczos(
         For a symmetric operator that is this, and only the tridiagonal part is kept.
     """
     check_dtype(operator)
-    _check_counts(operator, steps, checkpoint_every)
+    check_count("checkpoint_every", checkpoint_every)
+    if not 1 <= steps <= operator.size:
+        raise ValueError(
+            f"steps must be in [1, {operator.size}], the operator's size, got {steps}: "
+            f"pass steps={min(max(steps, 1), operator.size)}."
+        )
     taken = Steps((), (), _start_vector(operator, seed, start))
     run = {
         "size": operator.size,
         "dtype": str(operator.dtype),
         "identity": identity,
-        "start": f"seed {seed}" if start is None else _digest(taken.vector),
+        "start": f"seed {seed}",
     }
+    if start is not None:
+        run["start"] = xxhash.xxh3_128_hexdigest(taken.vector.cpu().numpy().data)
     file = None if basis_file is None else Path(basis_file)
     basis = Basis.empty(steps, operator, file)
     saved = None if checkpoint is None else LanczosCheckpoint(Path(checkpoint), run)
@@ -210,20 +218,3 @@ def _start_vector(
             "or start=None for a random one."
         )
     return vector / norm
-
-
-def _check_counts(operator: SymmetricOperator, steps: int, every: int) -> None:
-    """Raise unless the numbers of steps make sense."""
-    if not 1 <= steps <= operator.size:
-        raise ValueError(
-            f"steps must be in [1, {operator.size}], the operator's size, got {steps}: "
-            f"pass steps={min(max(steps, 1), operator.size)}."
-        )
-    if every < 1:
-        raise ValueError(
-            f"checkpoint_every must be at least 1, got {every}: pass 1 or more."
-        )
-
-
-def _digest(vector: Tensor) -> str:
-    return xxhash.xxh3_128_hexdigest(vector.cpu().numpy().data)

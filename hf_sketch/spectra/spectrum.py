@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_sketch.curvature.check import CurvatureCheck
 from hf_sketch.curvature.vectors import norm_of
 from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.sketches.choices import check_count
 from hf_sketch.spectra.bias import unbiased_eigenvalues, variance_of_sum
 from hf_sketch.spectra.density import (
     SpectralDensity,
@@ -203,10 +204,7 @@ def hessian_spectrum(
         ValueError: `krylov_dim` or `keep_vectors` is out of range.
         FloatingPointError: a product is not finite.
     """
-    if keep_vectors < 0:
-        raise ValueError(
-            f"keep_vectors must be at least 0, got {keep_vectors}: pass 0 or more."
-        )
+    check_count("keep_vectors", keep_vectors, least=0)
     found = lanczos(
         operator, krylov_dim, seed=seed, basis_file=basis_file, progress=progress
     )

@@ -156,8 +156,8 @@ def test_damaged_files_are_told_when_training_resumes(two_steps, name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every": 0}, "every must be at least 1, got 0: pass 1 or more"),
-        ({"batches": 0}, "batches must be at least 1, got 0: pass 1 or more"),
+        ({"every": 0}, "every must be an integer of at least 1, got 0"),
+        ({"batches": 0}, "batches must be an integer of at least 1, got 0"),
         ({"batches": []}, "at least one batch, got none: pass inputs of the model"),
         (
             {"krylov_dim": 65},
@@ -168,9 +168,9 @@ def test_damaged_files_are_told_when_training_resumes(two_steps, name):
         ({"layout": "round"}, r"layout must be one of .*got 'round'"),
         ({"mode": "hvp"}, r"mode must be one of .*got 'hvp'"),
         ({"unit": "words"}, r"unit must be one of .*got 'words'"),
-        ({"keep_vectors": -1}, "keep_vectors must be at least 0, got -1"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"steps": (0, -1)}, "steps must be at least 0, got -1"),
+        ({"keep_vectors": -1}, "keep_vectors must be an integer of at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"steps": (0, -1)}, "steps must be an integer of at least 0, got -1"),
     ],
     ids=str,
 )

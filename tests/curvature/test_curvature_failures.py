@@ -151,8 +151,8 @@ def test_errors_that_are_not_of_memory_pass_through():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "hvp"}, r"mode must be one of \('auto', .*, got 'hvp'"),
-        ({"unit": "words"}, r"unit must be one of \('tokens', .*, got 'words'"),
+        ({"mode": "hvp"}, r"mode must be one of 'auto', .*, got 'hvp'"),
+        ({"unit": "words"}, r"unit must be one of 'tokens', .*, got 'words'"),
     ],
 )
 def test_unknown_choices_are_refused(options, message):
@@ -256,7 +256,9 @@ def test_more_steps_than_the_sketch_has_numbers_are_refused(krylov_dim):
     operator = SketchedHessian(HessianOperator(model, [head_batch()]), sketch)
     with pytest.raises(ValueError, match=rf"in \[1, 16\].*got {krylov_dim}"):
         hessian_spectrum(operator, krylov_dim, progress=False)
-    with pytest.raises(ValueError, match="keep_vectors must be at least 0, got -1"):
+    with pytest.raises(
+        ValueError, match="keep_vectors must be an integer of"
+    ):
         hessian_spectrum(operator, 4, keep_vectors=-1, progress=False)
 
 

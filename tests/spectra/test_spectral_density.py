@@ -256,7 +256,7 @@ def test_the_trace_works_in_float32():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"probes": 0}, "probes must be at least 1, got 0: pass 1 or more"),
+        ({"probes": 0}, "probes must be an integer of at least 1, got 0"),
         ({"steps": SIZE + 1}, r"\[1, 300\].*got 301: pass steps=300"),
         ({"steps": 9, "width": 0.0}, r"width must be above 0, got 0\.0: pass None"),
         ({"steps": 9, "width": math.nan}, "width must be above 0, got nan: pass None"),
