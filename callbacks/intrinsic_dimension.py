@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
 from torch.optim import Optimizer
 from transformers import (
     TrainerCallback,
@@ -16,7 +15,7 @@ from transformers import (
 )
 
 from hf_sketch.processes import Together, check_others, check_same, of_first
-from hf_sketch.subspace.growth import grow_subspace
+from hf_sketch.subspace.growth import grow_subspace, subspace_of
 from hf_sketch.subspace.search import (
     FILE,
     DimensionSearch,
@@ -60,9 +59,10 @@ class IntrinsicDimensionCallback(TrainerCallback):
 
     Raises:
         ValueError: there is no target, full fine-tuning does not reach it, a number is
-            out of range; when training begins: the model has no subspace adapter or a
-            smaller one, evaluation does not give the metric, or an earlier search in
-            `output_dir` that is resumed had other settings.
+            out of range; when training begins: the subspace is smaller than `max_dim`,
+            evaluation does not give the metric, or an earlier search in `output_dir`
+            that is resumed had other settings.
+        TypeError: when training begins, the model has no subspace adapter.
 
     Reference:
         Schioppa 2024, arXiv:2402.03994, section 4 and Listing 9.
@@ -94,7 +94,7 @@ class IntrinsicDimensionCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        tuner = _tuner(kwargs["model"])
+        tuner = subspace_of(kwargs["model"])
         if args.world_size > 1:
             check_processes(args, kwargs["model"], type(self).__name__)
             given = {"start_dim": self._start_dim, "max_dim": self._max_dim}
@@ -152,7 +152,7 @@ class IntrinsicDimensionCallback(TrainerCallback):
         if value is None:
             return
         value = float(value)
-        dim = len(_tuner(kwargs["model"]).omega)
+        dim = len(subspace_of(kwargs["model"]).omega)
         if not search.path and search.reaches(value):
             warnings.warn(
                 f"{search.metric} must be worse than the target of {search.target} "
@@ -193,9 +193,9 @@ class IntrinsicDimensionCallback(TrainerCallback):
         self, dim: int, *, model: PeftModel, optimizer: Optimizer, **_: Any
     ) -> None:
         """Grow the subspace, and tell DDP."""
-        before = _tuner(model).omega
+        before = subspace_of(model).omega
         grow_subspace(model, dim, optimizer)
-        if self._ddp is not None and _tuner(model).omega is not before:
+        if self._ddp is not None and subspace_of(model).omega is not before:
             self._ddp.renew()
 
     def _resume(
@@ -210,11 +210,12 @@ class IntrinsicDimensionCallback(TrainerCallback):
             search = of_first(stored)
         assert search is not None
         search = search.up_to(state.global_step)
-        if dataclasses.replace(search, path=()) != self._search:
+        settings = dataclasses.replace(search, path=())
+        if settings != self._search:
             raise ValueError(
-                f"{FILE} in {args.output_dir} has a search of "
-                f"{dataclasses.replace(search, path=())}, got {self._search}: resume "
-                "with the same settings, or begin in another output_dir."
+                f"{FILE} in {args.output_dir} has a search of {settings}, got "
+                f"{self._search}: resume with the same settings, or begin in another "
+                "output_dir."
             )
         if not search.path or search.next_dim() != len(tuner.omega):
             raise ValueError(
@@ -223,14 +224,3 @@ class IntrinsicDimensionCallback(TrainerCallback):
                 f"{len(tuner.omega)}: resume from a checkpoint of the same run."
             )
         self._search = search
-
-
-def _tuner(model: nn.Module) -> SubspaceModel:
-    """The part of the model that holds the subspace adapter."""
-    tuner = model.base_model if isinstance(model, PeftModel) else model
-    if not isinstance(tuner, SubspaceModel):
-        raise ValueError(
-            "IntrinsicDimensionCallback needs a model with a subspace adapter, got "
-            f"{type(tuner).__name__}: call get_peft_model(model, SubspaceConfig(...))."
-        )
-    return tuner

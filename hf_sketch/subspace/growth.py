@@ -44,12 +44,7 @@ def grow_subspace(
             state has other tensors of omega's length than those of Adam, SGD, RMSprop
             and Adagrad.
     """
-    tuner = model.base_model
-    if not isinstance(tuner, SubspaceModel):
-        raise TypeError(
-            f"the model must have a subspace adapter, got {type(tuner).__name__}: call "
-            "get_peft_model(model, SubspaceConfig(...))."
-        )
+    tuner = subspace_of(model)
     omega, (name, *_) = tuner.omega, tuner.active_adapters
     config = tuner.config_of(name)
     if not len(omega) <= dim <= config.largest_dim:
@@ -72,6 +67,21 @@ def grow_subspace(
         group["params"] = [new if p is omega else p for p in group["params"]]
     if moments:
         optimizer.state[new] = {**optimizer.state.pop(omega), **grown}
+
+
+def subspace_of(model: nn.Module) -> SubspaceModel:
+    """Return the part of a model that holds its subspace adapter.
+
+    Raises:
+        TypeError: it has none.
+    """
+    tuner = model.base_model if isinstance(model, PeftModel) else model
+    if not isinstance(tuner, SubspaceModel):
+        raise TypeError(
+            f"the model must have a subspace adapter, got {type(tuner).__name__}: call "
+            "get_peft_model(model, SubspaceConfig(...))."
+        )
+    return tuner
 
 
 def _moments(optimizer: Optimizer, omega: nn.Parameter) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from hf_sketch.durable import read_sealed, write_sealed
 
@@ -178,12 +178,12 @@ def load_dimension_search(output_dir: str | Path) -> DimensionSearch:
             "IntrinsicDimensionCallback, whose output_dir this is."
         )
     content = read_sealed(path, mend="search again")
-    if content["format_version"] != FORMAT_VERSION:
+    version = content.pop("format_version")
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path} must have format version {FORMAT_VERSION}, got "
-            f"{content['format_version']}: install the hf-sketch that wrote it."
+            f"{path} must have format version {FORMAT_VERSION}, got {version}: install "
+            "the hf-sketch that wrote it."
         )
-    names = [field.name for field in dataclasses.fields(DimensionSearch)]
-    fields: dict[str, Any] = {name: content[name] for name in names}
-    fields["path"] = tuple(Stage(**stage) for stage in content["path"])
-    return DimensionSearch(**fields)
+    del content["dimension"]  # for readers of the file; the path tells
+    stages = tuple(Stage(**stage) for stage in content.pop("path"))
+    return DimensionSearch(**content, path=stages)

@@ -213,7 +213,7 @@ def test_the_search_needs_a_subspace_of_its_size(tmp_path):
     trainer = tiny_trainer(
         tmp_path, IntrinsicDimensionCallback(**SETTINGS), eval_dataset=tiny_dataset(4)
     )
-    with pytest.raises(ValueError, match="got BertForSequenceClassification: call"):
+    with pytest.raises(TypeError, match="got BertForSequenceClassification: call"):
         trainer.train()
 
 

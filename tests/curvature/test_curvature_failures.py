@@ -256,9 +256,7 @@ def test_more_steps_than_the_sketch_has_numbers_are_refused(krylov_dim):
     operator = SketchedHessian(HessianOperator(model, [head_batch()]), sketch)
     with pytest.raises(ValueError, match=rf"in \[1, 16\].*got {krylov_dim}"):
         hessian_spectrum(operator, krylov_dim, progress=False)
-    with pytest.raises(
-        ValueError, match="keep_vectors must be an integer of"
-    ):
+    with pytest.raises(ValueError, match="keep_vectors must be an integer of"):
         hessian_spectrum(operator, 4, keep_vectors=-1, progress=False)
 
 
