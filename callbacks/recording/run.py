@@ -83,38 +83,18 @@ class Run:
         self._since = 0  # the first step that lacks rows, once recording has stopped
         self._agrees = args.world_size > 1 and not raises
         self._args, self._state, self._optimizer = args, state, optimizer
-        self._model_sketch = header.model_sketch
-        self._every_steps = every_steps
+        self._model_sketch, self._every_steps = header.model_sketch, every_steps
         self._epoch, self._micro_step = int(state.epoch or 0) - 1, 0
-        sixteen_bits = any(p.element_size() < 4 for p in model.parameters())
-        self._low_precision = args.bf16 or args.fp16 or sixteen_bits
+        self._low_precision = _computes_in_16_bits(args, model)
         self._total: Tensor | None = None  # the weighted sum of a recorded step's rows
         self._verified = not (per_example and per_step)
         self._sketcher: ExampleSketcher | None = None
         self._ids: ExampleIds | None = None
         self._probe: ClipProbe | None = None
-        with contextlib.ExitStack() as opened:
-            if per_example:
-                self._sketcher = ExampleSketcher(
-                    model, header.model_sketch, header.loss
-                )
-                self._sketcher.recording = False
-                self._ids = followed_ids(loader, args, state.global_step)
-                if self._ids is not None:
-                    opened.callback(self._ids.close)
-                opened.enter_context(self._sketcher)
-            if per_step:
-                self._probe = ClipProbe(header.model_sketch.parameters_of(model))
-                check_layout_of_shards(header.model_sketch, self._probe)
-                opened.callback(self._probe.close)
-            self._sink = RowSink.open(header, args, state.global_step)
-            opened.callback(self._sink.close)
-            self._opened = opened.pop_all()
-        measures = measure_error and args.process_index == 0
-        known = self._sink.writer.measured_error is not None
-        self._to_measure: list[ExampleBatch] | None = (
-            [] if measures and not known else None
-        )
+        self._open(header, model, loader, per_step, per_example)
+        self._to_measure: list[ExampleBatch] | None = None
+        if measure_error and self._sink.writer.measured_error is None:
+            self._to_measure = [] if args.process_index == 0 else None
 
     @_unless_stopped
     def start_epoch(self) -> None:
@@ -185,6 +165,33 @@ class Run:
                 "Resume from a checkpoint to record again.",
                 stacklevel=2,
             )
+
+    def _open(
+        self,
+        header: Header,
+        model: nn.Module,
+        loader: DataLoader[Any],
+        per_step: bool,
+        per_example: bool,
+    ) -> None:
+        """Put the hooks on and open the store; an error takes the hooks off again."""
+        step = self._state.global_step
+        with contextlib.ExitStack() as opened:
+            if per_example:
+                sketch, loss = header.model_sketch, header.loss
+                self._sketcher = ExampleSketcher(model, sketch, loss)
+                self._sketcher.recording = False
+                self._ids = followed_ids(loader, self._args, step)
+                if self._ids is not None:
+                    opened.callback(self._ids.close)
+                opened.enter_context(self._sketcher)
+            if per_step:
+                self._probe = ClipProbe(header.model_sketch.parameters_of(model))
+                check_layout_of_shards(header.model_sketch, self._probe)
+                opened.callback(self._probe.close)
+            self._sink = RowSink.open(header, self._args, step)
+            opened.callback(self._sink.close)
+            self._opened = opened.pop_all()
 
     @property
     def _is_recorded(self) -> bool:
@@ -257,3 +264,9 @@ class Run:
             self._agrees = False
             if not self.stopped:
                 self.stop("recording failed in another process", error.since)
+
+
+def _computes_in_16_bits(args: TrainingArguments, model: nn.Module) -> bool:
+    """Return whether training, or some parameter, has fewer than 32 bits."""
+    short = any(p.element_size() < 4 for p in model.parameters())
+    return args.bf16 or args.fp16 or short

@@ -20,7 +20,6 @@ from hf_sketch import (
     load_spectra,
 )
 from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
-from tests.callbacks.test_resume import rows_of
 from tests.helpers.hessian_training import (
     assert_trained_alike,
     spectra_callback,
@@ -28,6 +27,7 @@ from tests.helpers.hessian_training import (
     stored_batches,
     train,
 )
+from tests.helpers.rows import rows_of
 from tests.helpers.spectra import assert_equal, made_of
 from tests.helpers.tiers import full
 from tests.helpers.training import Interrupt, tiny_bert, tiny_dataset, tiny_trainer

@@ -3,22 +3,10 @@ import torch
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
+from tests.helpers.rows import rows_of
 from tests.helpers.training import Interrupt, tiny_trainer
 
 SIZE = 64
-
-
-def rows_of(output_dir):
-    """All rows as a set of hashable tuples, bit for bit, plus their number."""
-    store = load_sketches(output_dir)
-    tables = [store.dataset.with_format("arrow"), store.steps.with_format("arrow")]
-    lists = [table[:].to_pylist() for table in tables]
-    as_tuples = [
-        tuple(tuple(v) if isinstance(v, list) else v for v in row.values())
-        for rows in lists
-        for row in rows
-    ]
-    return set(as_tuples), len(as_tuples)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ metrics = pytest.importorskip("torch_xla.debug.metrics")
 
 pytestmark = [
     pytest.mark.xla,
-    pytest.mark.slow,
     # accelerate calls torch_xla by names that it deprecates, PEFT transformers.
     pytest.mark.filterwarnings("default"),
 ]

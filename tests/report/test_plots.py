@@ -11,7 +11,7 @@ from tests.helpers.spectra import VALUES, WIDE, made_of
 
 pytest.importorskip("matplotlib")
 
-from hf_sketch import plots
+from hf_sketch.report import plots
 
 RNEG = 0.3  # of VALUES, as test_spectrum.py has it
 RATIOS = [1, 0.4, 0.1, 0.05]

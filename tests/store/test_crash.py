@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.full)])
 def test_no_row_is_lost_to_kill_9(kills):
     run = subprocess.run(

@@ -157,7 +157,7 @@ def test_a_missing_store_is_named(tmp_path):
         ({"format_version": 99}, "format_version 99, .* up to 1. Upgrade it: pip"),
         (
             {"check_value": [9.0] * 4},
-            "This installation computes another map .* store's \[9.0",
+            r"This installation computes another map .* store's \[9.0",
         ),
     ],
 )

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from hf_sketch.recipes.tables.measure import fitting_bits, peak_extra_bytes, timed
+from hf_sketch.recipes.tables.models.language_model import random_language_model
 from hf_sketch.recipes.tables.paper import table11
 from hf_sketch.recipes.tables.paper.figures_3_4 import (
     Figures34Arguments,
     run_figures_3_4,
     save_plot,
 )
-from hf_sketch.recipes.tables.paper.language_model import random_language_model
 from hf_sketch.recipes.tables.paper.table2 import (
     Table2Arguments,
     largest_rows,
@@ -218,7 +218,7 @@ def test_too_little_memory_for_a_row_is_refused_with_a_mend_that_is_enough():
 def test_sizes_that_do_not_fit_are_named(run, message, monkeypatch):
     tiny = random_language_model("gpt2", tiny=True)
     monkeypatch.setattr(
-        "hf_sketch.recipes.tables.paper.language_model.random_language_model",
+        "hf_sketch.recipes.tables.models.language_model.random_language_model",
         lambda model_type, tiny_too: tiny,
     )
     with pytest.raises(ValueError, match=message):

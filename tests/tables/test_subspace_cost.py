@@ -9,7 +9,7 @@ from hf_sketch.recipes.tables.costs.subspace_cost import (
     run_subspace_cost,
     step_of,
 )
-from hf_sketch.recipes.tables.paper.language_model import random_language_model
+from hf_sketch.recipes.tables.models.language_model import random_language_model
 
 
 def test_the_bytes_between_steps_are_those_of_parameters_and_moments():

@@ -18,7 +18,7 @@ from hf_sketch import (
     lanczos,
 )
 from hf_sketch.recipes.tables.measure import peak_extra_bytes
-from hf_sketch.recipes.tables.paper.hessians import (
+from hf_sketch.recipes.tables.models.hessians import (
     FlatHessian,
     relative_error,
 )

@@ -16,8 +16,8 @@ from hf_sketch.recipes.placement import device
 from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.costs.eigenvalue_runs import compare_eigenvalues
 from hf_sketch.recipes.tables.measure import peak_extra_bytes, spread, timed
-from hf_sketch.recipes.tables.paper.gradients import fine_tuned_minilm
-from hf_sketch.recipes.tables.paper.hessians import random_tokens, snli_batches
+from hf_sketch.recipes.tables.models.gradients import fine_tuned_minilm
+from hf_sketch.recipes.tables.models.hessians import random_tokens, snli_batches
 
 _NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 _TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 300}

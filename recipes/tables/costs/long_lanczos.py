@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 
 from hf_sketch import HessianOperator, ModelSketch, SketchedHessian, lanczos
 from hf_sketch.recipes.saved_report import save_report
-from hf_sketch.recipes.tables.paper.hessians import random_tokens
+from hf_sketch.recipes.tables.models.hessians import random_tokens
 from hf_sketch.recipes.tables.paper.table9 import small_gpt2
 
 

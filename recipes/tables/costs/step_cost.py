@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 from hf_sketch import ModelSketch
 from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.measure import peak_extra_bytes, spread, timed
-from hf_sketch.recipes.tables.paper.language_model import random_language_model
+from hf_sketch.recipes.tables.models.language_model import random_language_model
 
 
 @dataclass

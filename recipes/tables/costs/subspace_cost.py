@@ -15,7 +15,7 @@ from hf_sketch import SubspaceConfig
 from hf_sketch.recipes.placement import device
 from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.measure import peak_extra_bytes, spread, timed
-from hf_sketch.recipes.tables.paper.language_model import random_language_model
+from hf_sketch.recipes.tables.models.language_model import random_language_model
 
 Step = Callable[[], Any]
 

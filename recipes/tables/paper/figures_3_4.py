@@ -23,7 +23,7 @@ from hf_sketch.recipes.tables.measure import (
     spread,
     timed,
 )
-from hf_sketch.recipes.tables.paper.language_model import model_gradient
+from hf_sketch.recipes.tables.models.language_model import model_gradient
 
 _BYTES_OF_A_DRAW = 60  # at the peak of drawing one entry of FJL's sparse matrix
 

@@ -23,7 +23,7 @@ from hf_sketch.recipes.tables.measure import (
     spread,
     timed,
 )
-from hf_sketch.recipes.tables.paper.language_model import model_gradient
+from hf_sketch.recipes.tables.models.language_model import model_gradient
 from hf_sketch.recipes.tables.peers import PEERS
 from hf_sketch.sketches.by_name import choose_operator
 

@@ -18,7 +18,7 @@ from hf_sketch.recipes.tables.measure import (
     spread,
     timed,
 )
-from hf_sketch.recipes.tables.paper.language_model import (
+from hf_sketch.recipes.tables.models.language_model import (
     fill_gradients,
     flat_gradient,
     random_language_model,

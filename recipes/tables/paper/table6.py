@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 from hf_sketch import ModelSketch
 from hf_sketch.recipes.saved_report import save_report
-from hf_sketch.recipes.tables.paper.gradients import (
+from hf_sketch.recipes.tables.models.gradients import (
     as_mapping,
     fine_tuned_minilm,
     per_example_gradients,

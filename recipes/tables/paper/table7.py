@@ -11,8 +11,8 @@ from transformers import HfArgumentParser
 
 from hf_sketch import HessianOperator, ModelSketch, SketchedHessian, hessian_spectrum
 from hf_sketch.recipes.saved_report import save_report
-from hf_sketch.recipes.tables.paper.gradients import fine_tuned_minilm
-from hf_sketch.recipes.tables.paper.hessians import (
+from hf_sketch.recipes.tables.models.gradients import fine_tuned_minilm
+from hf_sketch.recipes.tables.models.hessians import (
     FlatHessian,
     relative_error,
     snli_batches,

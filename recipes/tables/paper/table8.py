@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, Sketch
 from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.measure import milliseconds, operator_costs
-from hf_sketch.recipes.tables.paper.language_model import model_gradient
+from hf_sketch.recipes.tables.models.language_model import model_gradient
 from hf_sketch.recipes.tables.speed_ups import (
     PUBLISHED,
     PUBLISHED_SPEED_UPS,

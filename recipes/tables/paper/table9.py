@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser
 from hf_sketch import HessianOperator, Sketch
 from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.measure import milliseconds, operator_costs
-from hf_sketch.recipes.tables.paper.hessians import FlatHessian, random_tokens
+from hf_sketch.recipes.tables.models.hessians import FlatHessian, random_tokens
 from hf_sketch.recipes.tables.paper.table8 import operators_of
 
 # Milliseconds and peak GB on a V100, then on a TPUv2 (Schioppa 2024, Table 9).
