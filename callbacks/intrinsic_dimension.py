@@ -48,13 +48,10 @@ class IntrinsicDimensionCallback(TrainerCallback):
     follow the first one's metric and grow together; see `DdpWrapper` for how.
 
     Args:
-        target: of the metric; None for 90% of `baseline`.
-        metric: its name among those of evaluation.
-        start_dim: the dimension to begin with; None for the adapter's.
-        max_dim: to end with; None for the adapter's `max_dim`.
-        stage_steps: optimizer steps between evaluations.
-        min_improvement: in the metric's units.
-        greater_is_better: whether the metric is to grow.
+        target: see `DimensionSearch`, as for `metric`, `stage_steps`, `min_improvement`
+            and `greater_is_better`; by default 90% of `baseline`.
+        start_dim: dimension of the first stage; by default the adapter's.
+        max_dim: dimension of the last stage; by default the adapter's `max_dim`.
         baseline: the metric of full fine-tuning.
 
     Raises:

@@ -40,12 +40,13 @@ class DimensionSearch:
     the dimension; all that was trained is carried over.
 
     Args:
-        target: of the metric.
-        metric: its name among those that evaluation gives.
-        max_dim: dimensions that the search may go to.
+        target: value of the metric to reach.
+        metric: name of the metric among those that evaluation gives.
+        max_dim: largest dimension of the search.
         stage_steps: optimizer steps between evaluations.
-        min_improvement: below it the dimension is doubled; in the metric's units.
-        greater_is_better: whether the metric is to grow.
+        min_improvement: smallest improvement, in the metric's units, that does not
+            double the dimension.
+        greater_is_better: whether larger values of the metric are better.
         path: the stages, from the evaluation before training on.
 
     Raises:
@@ -90,12 +91,12 @@ class DimensionSearch:
         return min(2 * last.dim, self.max_dim) if doubled else last.dim
 
     def after(self, step: int, dim: int, metric: float) -> "DimensionSearch":
-        """The search with one more evaluation; NaN counts as no improvement."""
+        """Return the search with one more evaluation; NaN counts as no improvement."""
         stage = Stage(step, dim, metric, self._decision(dim, metric))
         return dataclasses.replace(self, path=(*self.path, stage))
 
     def up_to(self, step: int) -> "DimensionSearch":
-        """The search as it was after a step."""
+        """Return the search as it was after a step."""
         kept = tuple(stage for stage in self.path if stage.step <= step)
         return dataclasses.replace(self, path=kept)
 
@@ -165,7 +166,7 @@ def save_dimension_search(output_dir: Path, search: DimensionSearch) -> Path:
 
 
 def load_dimension_search(output_dir: str | Path) -> DimensionSearch:
-    """The search that `IntrinsicDimensionCallback` left in a Trainer's folder.
+    """Return the search that `IntrinsicDimensionCallback` left in a Trainer's folder.
 
     Raises:
         FileNotFoundError: there is none.
