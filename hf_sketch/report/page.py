@@ -12,7 +12,6 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from hf_sketch.attribution.collection import GradientRows
 from hf_sketch.attribution.columns import column
 from hf_sketch.attribution.loading import load_sketches
 from hf_sketch.attribution.record import FILE as ATTRIBUTION
@@ -20,13 +19,10 @@ from hf_sketch.attribution.record import QueryRecord, load_attribution
 from hf_sketch.durable import replace_file
 from hf_sketch.spectra.files import DIRECTORY as CURVATURE
 from hf_sketch.spectra.files import load_spectra
-from hf_sketch.spectra.spectrum import Spectrum
 from hf_sketch.store.header import HEADER
 from hf_sketch.store.locations import store_directory
 from hf_sketch.subspace.search import FILE as SEARCH
 from hf_sketch.subspace.search import load_dimension_search
-
-_LARGEST = 5
 
 
 def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
@@ -79,40 +75,16 @@ def _recorded(directory: Path) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         store = load_sketches(directory, skip_damaged=True, verify=False)
+    rows = store.dataset
     return {
         "warnings": [str(warning.message) for warning in told],
-        "facts": _facts(store),
+        "store": store,
+        "coverage": store.model_sketch.coverage(),
+        "examples": np.unique(column(rows, "example_id")),
+        "steps": column(rows, "step"),
+        "broken": int(np.logical_not(column(rows, "finite")).sum()),
         "plot": _svg("plot_training", store) if store.steps else None,
     }
-
-
-def _facts(store: GradientRows) -> list[tuple[str, str]]:
-    sketch, error = store.model_sketch, store.measured_error
-    coverage = sketch.coverage()
-    rows = store.dataset
-    facts = [
-        (
-            "map",
-            f"{sketch.operator}, layout {sketch.layout}, {sketch.out_size:,} numbers, "
-            f"seed {sketch.seed}",
-        ),
-        (
-            "coverage",
-            f"{coverage.elements:,} elements of {len(coverage.parameters)} parameters;"
-            f" {len(coverage.frozen)} frozen parameters are left out",
-        ),
-        ("rows of examples", f"{len(rows):,}"),
-        ("rows of steps", f"{len(store.steps or [])}"),
-        ("measured error", "not measured" if error is None else str(error)),
-    ]
-    if len(rows):
-        steps, finite = column(rows, "step"), column(rows, "finite")
-        facts += [
-            ("examples", f"{len(np.unique(column(rows, 'example_id'))):,}"),
-            ("steps", f"{steps.min():,} to {steps.max():,}"),
-            ("rows with NaN or infinity", f"{int((~finite).sum()):,}"),
-        ]
-    return facts
 
 
 def _attribution(directory: Path) -> dict[str, Any]:
@@ -142,7 +114,7 @@ def _spectra(directory: Path) -> dict[str, Any]:
     spectra = load_spectra(directory)
     named = {directory.resolve().name: spectra}
     return {
-        "rows": [_spectrum_row(spectrum) for spectrum in spectra],
+        "spectra": spectra,
         "plots": [
             ("RNEG over steps, and R(n) at the last", _svg("plot_figure_2", named)),
             ("Density of eigenvalues", _svg("plot_density", spectra[-1])),
@@ -150,29 +122,9 @@ def _spectra(directory: Path) -> dict[str, Any]:
     }
 
 
-def _spectrum_row(spectrum: Spectrum) -> list[str]:
-    values = spectrum.eigenvalues.tolist()
-    return [
-        f"{spectrum.step:,}",
-        f"{spectrum.loss:.4f}",
-        " ".join(f"{value:.4g}" for value in values[: -_LARGEST - 1 : -1]),
-        f"{values[0]:.4g}",
-        f"{spectrum.rneg:.3f}",
-        f"{spectrum.outliers}",
-        f"{spectrum.alignment:.1%}",
-    ]
-
-
 def _search(directory: Path) -> dict[str, Any]:
     search = load_dimension_search(directory)
-    last = search.path[-1]
-    found = "not found" if search.dimension is None else f"{search.dimension:,}"
-    facts = [
-        ("dimension", found),
-        ("metric", f"{search.metric}: {last.metric:.4g} at step {last.step:,}"),
-        ("target", f"{search.target:.4g}"),
-    ]
-    return {"facts": facts, "plot": _svg("plot_dimension_search", search)}
+    return {"search": search, "plot": _svg("plot_dimension_search", search)}
 
 
 def _svg(name: str, drawn: Any) -> Markup:

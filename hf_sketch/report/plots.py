@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hf_sketch.attribution.collection import GradientRows
 from hf_sketch.attribution.columns import column
@@ -120,7 +121,10 @@ def _drawn(
 def _draw_rneg(axes: Axes, spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> None:
     for name, spectra in spectra_by_name.items():
         rneg = [spectrum.rneg for spectrum in spectra]
-        errors = [_rneg_error(spectrum) for spectrum in spectra]
+        errors = [
+            float(_ratio_errors(s, torch.tensor(s.rneg), s.standard_errors[0]))
+            for s in spectra
+        ]
         below = [min(error, ratio) for error, ratio in zip(errors, rneg, strict=True)]
         steps = [spectrum.step for spectrum in spectra]
         axes.errorbar(steps, rneg, [below, errors], marker="o", capsize=2, label=name)
@@ -139,7 +143,9 @@ def _draw_ratios(axes: Axes, spectra_by_name: Mapping[str, Sequence[Spectrum]]) 
         numbers = range(1, len(ratios) + 1)
         label = f"{name}, step {last.step}"
         (line,) = axes.plot(numbers, ratios, marker=".", label=label)
-        errors = _ratio_errors(last)
+        errors = last.standard_errors.flip(0)[: len(ratios)]
+        errors = _ratio_errors(last, ratios, errors)
+        errors[:1] = 0  # R(1) is 1 without error
         axes.fill_between(
             numbers,
             (ratios - errors).clamp(min=0),
@@ -161,24 +167,16 @@ def _draw_ratios(axes: Axes, spectra_by_name: Mapping[str, Sequence[Spectrum]]) 
     axes.set_ylabel("R(n): n-th eigenvalue / greatest (ratio)")
 
 
-def _rneg_error(spectrum: Spectrum) -> float:
-    """The standard error of RNEG, its two eigenvalues' errors taken as independent."""
+def _ratio_errors(spectrum: Spectrum, ratios: Tensor, errors: Tensor) -> Tensor:
+    """The standard errors of ratios to the greatest eigenvalue, by those of the others.
+
+    The errors of any two eigenvalues are taken as independent.
+    """
     greatest = float(spectrum.eigenvalues[-1])
     if greatest <= 0:
-        return 0.0
-    least_error, greatest_error = map(float, spectrum.standard_errors[[0, -1]])
-    return (least_error**2 + (spectrum.rneg * greatest_error) ** 2) ** 0.5 / greatest
-
-
-def _ratio_errors(spectrum: Spectrum) -> torch.Tensor:
-    """Of R(n), in its order; R(1) is 1 without error."""
-    ratios = spectrum.ratios
-    if not len(ratios):
-        return ratios
-    errors = spectrum.standard_errors.flip(0)[: len(ratios)]
-    relative = (errors.square() + (ratios * errors[0]).square()).sqrt()
-    relative[0] = 0
-    return relative / float(spectrum.eigenvalues[-1])
+        return torch.zeros_like(errors)
+    of_greatest = ratios * spectrum.standard_errors[-1]
+    return (errors.square() + of_greatest.square()).sqrt() / greatest
 
 
 def plot_dimension_search(search: DimensionSearch) -> Figure:
