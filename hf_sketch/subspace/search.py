@@ -33,11 +33,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class DimensionSearch:
-    """A doubling search: its settings, and its path so far.
-
-    A stage trains `stage_steps` steps and is evaluated. The target reached ends the
-    search; an improvement on the stage before of less than `min_improvement` doubles
-    the dimension; all that was trained is carried over.
+    """A doubling search: the settings of `IntrinsicDimensionCallback`, and its path.
 
     Args:
         target: value of the metric to reach.
@@ -126,11 +122,7 @@ def target_of(
 ) -> float:
     """The metric to reach: as given, or a share of what full fine-tuning reaches.
 
-    Args:
-        target: as given.
-        baseline: the metric of full fine-tuning.
-        greater_is_better: whether the metric is to grow; if not, the share divides.
-        share: of the baseline.
+    Where less is better, the baseline is divided by the share.
 
     Raises:
         ValueError: both are None, or full fine-tuning itself does not reach the target.

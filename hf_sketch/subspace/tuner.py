@@ -149,12 +149,17 @@ class SubspaceModel(BaseTuner):
         """The active adapter's map S, to all `max_dim` coordinates."""
         return self._sketches[self.active_adapters[0]]
 
+    @property
+    def _moves(self) -> bool:
+        """Whether there is an adapter that moves the parameters."""
+        return bool(self.active_adapters) and not self.coordinates.disable_adapters
+
     def refresh(self) -> None:
         """Set the parameters to where omega is now, as each forward pass does."""
         self._base.leave_graph()
         if self.coordinates.merged_adapters:
             return
-        if self.coordinates.disable_adapters or not self.active_adapters:
+        if not self._moves:
             self._to_base()
             return
         omega = self.omega.detach()
@@ -198,17 +203,12 @@ class SubspaceModel(BaseTuner):
         if self._depth > 1:
             return
         self.refresh()
-        coordinates = self.coordinates
-        if coordinates.merged_adapters or coordinates.disable_adapters:
+        if self.coordinates.merged_adapters or not self._moves:
             return
-        if torch.is_grad_enabled() and self.active_adapters:
-            omega = self.omega
-            if omega.requires_grad:
-                gradient = OmegaGradient(
-                    self.model_sketch, omega, self._base.leave_graph
-                )
-                self._keep_in_graph = self._base.recomputes()
-                self._base.enter_graph(gradient)
+        if torch.is_grad_enabled() and self.omega.requires_grad:
+            leave = self._base.leave_graph
+            self._keep_in_graph = self._base.recomputes()
+            self._base.enter_graph(OmegaGradient(self.model_sketch, self.omega, leave))
 
     @torch.compiler.disable
     def _after(self, *_: Any) -> None:
