@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from datasets.table import InMemoryTable
 from torch import Tensor, nn
@@ -76,10 +77,7 @@ def sketch_dataset(
     tables: list[pa.Table] = []
     with evaluation_mode(model), sketcher:
         for batch in tqdm(loader, desc="Sketching gradients", unit="batch"):
-            moved = {
-                name: value.to(device) if isinstance(value, Tensor) else value
-                for name, value in batch.items()
-            }
+            moved = send_to_device(batch, device)
             if not tables:
                 first = [sketcher.split_of(moved).first(moved, _CHECKED_EXAMPLES)]
                 measure_error(sketcher, first, _CHECKED_EXAMPLES, loss_fn)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.choices import check_choice
-from hf_sketch.sketches.operator import SeededSketch, next_power_of_two
+from hf_sketch.sketches.operator import SeededSketch, fitting, next_power_of_two, spans
 from hf_sketch.sketches.outer import form_outer, is_touched
 from hf_sketch.sketches.pieces import BlockSigns, Piece, WorkingMemory
 from hf_sketch.sketches.transforms.fused import accumulate_fused, can_fuse
@@ -32,8 +32,6 @@ from hf_sketch.sketches.transforms.signs import (
     flip,
     sign_masks,
 )
-
-_PIECE_ELEMENTS = 2**20  # 4 MiB in float32: stays in the cache between passes
 
 
 @dataclass(frozen=True)
@@ -126,15 +124,13 @@ class BlockedSketch(SeededSketch):
         """Sketch sum_t left_t (x) right_t, a few blocks of it at a time."""
         segments, size = self.mixed_shape
         total = right.new_zeros(len(right), segments * size)
-        width, block = right.shape[-1], self.block
-        step = self._step(len(right))
-        memory = WorkingMemory()
-        for first in range(0, -(-self.in_size // block), step):
-            low = first * block
-            high = min(low + step * block, self.in_size)
+        width, memory = right.shape[-1], WorkingMemory()
+        for low, high in spans(
+            self.in_size, fitting(len(right) * self.block) * self.block
+        ):
             if is_touched(left, low // width, -(-high // width)):
                 part = form_outer(left, right, low, high)
-                total += self.accumulate(part, first, memory)
+                total += self.accumulate(part, low // self.block, memory)
         return self.finish(total)
 
     def accumulate(
@@ -161,7 +157,7 @@ class BlockedSketch(SeededSketch):
             return self.accumulate_whole(padded)
         segments, width = self.mixed_shape
         total = rows.new_zeros(batch, segments, width)
-        longest = min(self._step(batch) * self.block, length + self.block)
+        longest = min(fitting(batch * self.block) * self.block, length + self.block)
         memory = WorkingMemory() if memory is None else memory
         buffers = memory.take(rows, batch * longest)
         for piece in self._pieces(rows, first_block, length):
@@ -218,9 +214,9 @@ class BlockedSketch(SeededSketch):
         if role == "before" and not self.signs_before:
             return x
         rng = CounterRandom(self.seed, f"fresh-{role}/{self.stream}")
-        for low in range(0, x.shape[1], _PIECE_ELEMENTS):
-            part = x[:, low : low + _PIECE_ELEMENTS]
-            masks = sign_masks(rng, low, part.shape[1]).to(x.device)
+        for low, high in spans(x.shape[1], fitting(1)):
+            part = x[:, low:high]
+            masks = sign_masks(rng, low, high - low).to(x.device)
             part.copy_(flip(part, masks))
         return x
 
@@ -229,28 +225,22 @@ class BlockedSketch(SeededSketch):
         """The factors of H, unscaled."""
         return mixing(self.kind, self.block, self.seed, self.permuted, self.cut)
 
-    def _step(self, batch: int) -> int:
-        """How many blocks fit the working set."""
-        return max(1, _PIECE_ELEMENTS // max(1, batch * self.block))
-
     def _pieces(self, like: Tensor, first_block: int, length: int) -> Iterator[Piece]:
         """Runs of blocks that fit the working set, of `length` coordinates."""
         block = self.block
         end = first_block - (-length // block)
-        step = self._step(len(like))
         signs = {
             role: BlockSigns(self.signs(role), block, first_block, end, like.device)
             for role in (ROLES if self.signs_before else ROLES[1:])
         }
         places = self.places(first_block, end).to(like.device)
-        for start in range(first_block, end, step):
-            stop = min(start + step, end)
-            yield Piece(
-                low=(start - first_block) * block,
-                high=min((stop - first_block) * block, length),
-                places=places[start - first_block : stop - first_block],
-                masks={role: of.masks(start, stop) for role, of in signs.items()},
-            )
+        for low, high in spans(length, fitting(len(like) * block) * block):
+            start, stop = low // block, -(-high // block)
+            masks = {
+                role: of.masks(first_block + start, first_block + stop)
+                for role, of in signs.items()
+            }
+            yield Piece(low, high, places[start:stop], masks)
 
     def signs(self, role: str) -> StreamSigns:
         """The signs "before" or "after" the transform of a block."""

@@ -4,10 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_sketch.sketches.operator import SeededSketch
+from hf_sketch.sketches.operator import SeededSketch, fitting, spans
 from hf_sketch.sketches.transforms.random import CounterRandom
-
-_PIECE_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -38,20 +36,15 @@ class Dense(SeededSketch):
 
     def apply_rows(self, rows: Tensor) -> Tensor:
         total = rows.new_zeros(len(rows), self.out_size)
-        for low, high in self._pieces():
+        for low, high in spans(self.in_size, fitting(self.out_size)):
             total += rows[:, low:high] @ self._columns(low, high, rows)
         return total
 
     def adjoint_rows(self, rows: Tensor) -> Tensor:
         result = rows.new_empty(len(rows), self.in_size)
-        for low, high in self._pieces():
+        for low, high in spans(self.in_size, fitting(self.out_size)):
             result[:, low:high] = rows @ self._columns(low, high, rows).T
         return result
-
-    def _pieces(self) -> list[tuple[int, int]]:
-        step = max(1, _PIECE_ELEMENTS // self.out_size)
-        starts = range(0, self.in_size, step)
-        return [(low, min(low + step, self.in_size)) for low in starts]
 
     def _columns(self, low: int, high: int, like: Tensor) -> Tensor:
         """Columns low, ..., high - 1 of the matrix, as rows."""

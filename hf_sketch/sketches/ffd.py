@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_sketch.sketches.operator import SeededSketch, next_power_of_two
+from hf_sketch.sketches.operator import SeededSketch, fitting, next_power_of_two, spans
 from hf_sketch.sketches.transforms.hadamard import (
     apply_kronecker,
     hadamard_matrix,
@@ -14,8 +14,6 @@ from hf_sketch.sketches.transforms.hadamard import (
 )
 from hf_sketch.sketches.transforms.random import CounterRandom, ascending_order
 from hf_sketch.sketches.transforms.signs import flip, sign_masks
-
-_PIECE_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class FFD(SeededSketch):
     def apply_rows(self, rows: Tensor) -> Tensor:
         batch, block = len(rows), self._block
         total = rows.new_zeros(batch, block)
-        for first, last in self._pieces(batch):
+        for first, last in spans(self._blocks, fitting(batch * block)):
             gaussian, order, masks = self._diagonals(first, last, rows)
             x = rows[:, first * block : last * block]
             x = torch.nn.functional.pad(x, (0, len(order) - x.shape[1]))
@@ -61,7 +59,7 @@ class FFD(SeededSketch):
         batch, block = len(rows), self._block
         padded = torch.nn.functional.pad(rows, (0, block - self.out_size))
         result = rows.new_empty(batch, self._blocks * block)
-        for first, last in self._pieces(batch):
+        for first, last in spans(self._blocks, fitting(batch * block)):
             gaussian, order, masks = self._diagonals(first, last, rows)
             y = flip(padded.repeat(1, last - first), masks)
             y = self._transform(y)
@@ -81,12 +79,6 @@ class FFD(SeededSketch):
     def _scale(self) -> float:
         """1 / sqrt(n) of each transform, and the part that is kept."""
         return (self._block / self.out_size) ** 0.5 / self._block
-
-    def _pieces(self, batch: int) -> list[tuple[int, int]]:
-        """Runs of blocks, as (first, past the last), that fit the working set."""
-        step = max(1, _PIECE_ELEMENTS // max(1, batch * self._block))
-        starts = range(0, self._blocks, step)
-        return [(first, min(first + step, self._blocks)) for first in starts]
 
     def _transform(self, x: Tensor) -> Tensor:
         """H on each block, unscaled: (b, k * block) -> (b, k * block), new memory."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from hf_sketch.sketches.choices import check_choice
 from hf_sketch.sketches.operator import SeededSketch
 from hf_sketch.sketches.transforms.folding import fold, folding_columns, folding_signs
-from hf_sketch.sketches.transforms.haar import haar_columns
 from hf_sketch.sketches.transforms.hadamard import apply_kronecker
+from hf_sketch.sketches.transforms.mixing import haar_columns
 from hf_sketch.sketches.transforms.random import CounterRandom
 
 Rotation = Literal["haar", "signs"]

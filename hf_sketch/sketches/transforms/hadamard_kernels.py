@@ -112,13 +112,6 @@ def _factor(factors_ptr, number, COPIES: tl.constexpr, BFLOAT16: tl.constexpr):
 
 
 @triton.jit
-def _leading_factor(leading_ptr, LEADING: tl.constexpr):
-    """The leading factor, to be multiplied by (1, LEADING, m, n) and summed over 1."""
-    at = tl.arange(0, LEADING)[:, None] * LEADING + tl.arange(0, LEADING)[None, :]
-    return tl.load(leading_ptr + at)[:, :, None, None]
-
-
-@triton.jit
 def _read_flipped(rows_ptr, low, length, first, key_1, key_2, TILES: tl.constexpr):
     """The coordinates from `low` on with signs from `first` on: (1, TILES, 32, 32).
 
@@ -175,7 +168,9 @@ def sum_whole(
     rows_ptr += row.to(tl.int64) * stride
     right = _factor(factors_ptr, 0, LEADING, BFLOAT16)
     left = tl.permute(_factor(factors_ptr, 1, LEADING, BFLOAT16), (0, 2, 1))
-    leading = _leading_factor(leading_ptr, LEADING)
+    column = tl.arange(0, LEADING)[None, :]
+    leading = tl.load(leading_ptr + tl.arange(0, LEADING)[:, None] * LEADING + column)
+    leading = leading[:, :, None, None]
     low, high = 0, units
     if ORDERED:
         low = tl.load(bounds_ptr + segment)
