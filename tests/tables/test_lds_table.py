@@ -29,8 +29,6 @@ needs_digits = pytest.mark.skipif(
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_study_of_digits_runs_and_saves(tmp_path, capsys):
     results = run_lds(LdsArguments(str(tmp_path), tiny=True))
-    saved = json.loads((tmp_path / "lds_digits.json").read_text())
-    assert saved["results"] == results
     methods = {line["method"] for line in results["lines"]}
     ours = {"dot", "cosine", "preconditioned", "influence", "tracin"}
     exact = {"exact dot", "exact cosine", "exact preconditioned"}

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 
 from hf_sketch.recipes.tables.costs.plan_check import PlanCheckArguments, run_plan_check
@@ -12,8 +10,6 @@ def test_plans_are_put_beside_measured_runs(tmp_path, capsys, model_type):
         output_dir=str(tmp_path), model_type=model_type, steps=4, tiny=True
     )
     results = run_plan_check(arguments)
-    saved = json.loads((tmp_path / f"plan_check_{model_type}.json").read_text())
-    assert saved["results"] == results
     assert set(results) == {"tiny factored", "tiny blocked"}
     for result in results.values():
         planned, measured = result["planned"], result["measured"]

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 
@@ -32,8 +30,6 @@ def test_the_tiny_run_compares_memory_and_disk(tmp_path):
     arguments = SubspaceCostArguments(str(tmp_path), operators="affd", tiny=True)
     results = run_subspace_cost(arguments)
     memory, disk = results["affd"], results["affd on disk"]
-    saved = json.loads((tmp_path / "subspace_cost.json").read_text())
-    assert saved["results"] == results
     assert memory["ratio_to_full"] > 0
     difference = memory["peak_bytes"] - disk["peak_bytes"]
     assert abs(difference - memory["model_bytes"]) < 0.2 * memory["model_bytes"]

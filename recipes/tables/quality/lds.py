@@ -31,7 +31,7 @@ from hf_sketch.recipes.tables.quality.lds_peers import (
     installed,
     peer_scores,
 )
-from hf_sketch.recipes.tables.quality.lds_tasks import Digits, Moment, Snli, Task
+from hf_sketch.recipes.tables.quality.lds_tasks import Digits, Snapshot, Snli, Task
 from hf_sketch.recipes.training_defaults import with_small
 
 _SNLI = {
@@ -42,7 +42,7 @@ _SNLI = {
     "epochs": 3,
     "out_sizes": "1024,4096",
     "sketch_seeds": 1,
-    "moments": 2,
+    "snapshots": 2,
     "krylov_dim": 20,
     "keep_vectors": 10,
     "hessian_rows": 16,
@@ -55,7 +55,7 @@ _TINY = {
     "epochs": 1,
     "out_sizes": "128",  # traker loses a projection matrix of at most 100 columns
     "sketch_seeds": 1,
-    "moments": 1,
+    "snapshots": 1,
     "krylov_dim": 4,
     "keep_vectors": 2,
     "hessian_rows": 8,
@@ -104,7 +104,9 @@ class LdsArguments:
     krylov_dim: int = field(default=40, metadata={"help": "Lanczos steps of it."})
     keep_vectors: int = field(default=20, metadata={"help": "Eigenvectors of it."})
     hessian_rows: int = field(default=1000, metadata={"help": "Rows of its Hessian."})
-    moments: int = field(default=3, metadata={"help": "States of training of TracIn."})
+    snapshots: int = field(
+        default=3, metadata={"help": "States of training of TracIn."}
+    )
     peers: str = field(
         default="traker,dattri",
         metadata={"help": "Other packages, left out where they are not installed."},
@@ -160,10 +162,10 @@ def ground_truth(task: Task, arguments: LdsArguments) -> tuple[Tensor, Tensor]:
 
 
 def all_scores(
-    task: Task, moments: list[Moment], arguments: LdsArguments
+    task: Task, snapshots: list[Snapshot], arguments: LdsArguments
 ) -> Iterable[tuple[Row, Tensor]]:
     """Those of every line of the table, by sketch or projection once for each seed."""
-    digits, model = isinstance(task, Digits), moments[-1].model
+    digits, model = isinstance(task, Digits), snapshots[-1].model
     sizes = _numbers(arguments.out_sizes, int)
     dampings = _numbers(arguments.dampings)
     yield from exact_scores(task, model, dampings, max(sizes), gram=digits)
@@ -177,10 +179,10 @@ def all_scores(
     for size in sizes:
         for seed in range(arguments.sketch_seeds):
             sketch = ModelSketch.from_model(model, size, seed=seed)
-            yield from sketched_scores(task, moments, sketch, how)
+            yield from sketched_scores(task, snapshots, sketch, how)
     if digits:
         ridges = (arguments.peer_dampings, arguments.hessian_dampings)
-        study = PeerStudy(task, moments, *map(_numbers, ridges))
+        study = PeerStudy(task, snapshots, *map(_numbers, ridges))
         yield from _peers(study, arguments)
 
 
@@ -193,14 +195,14 @@ def _peers(study: PeerStudy, arguments: LdsArguments) -> Scores:
 def measure(task: Task, arguments: LdsArguments) -> tuple[dict[Row, list[float]], int]:
     """The mean LDS of each line, once for each sketch, and the model's elements."""
     subsets, losses = ground_truth(task, arguments)
-    step = max(1, arguments.epochs // arguments.moments)
-    epochs = range(arguments.epochs, 0, -step)[: arguments.moments]
-    moments = task.train(torch.arange(arguments.rows), 0, epochs)
+    step = max(1, arguments.epochs // arguments.snapshots)
+    epochs = range(arguments.epochs, 0, -step)[: arguments.snapshots]
+    snapshots = task.train(torch.arange(arguments.rows), 0, epochs)
     found: dict[Row, list[float]] = {}
-    for row, scores in all_scores(task, moments, arguments):
+    for row, scores in all_scores(task, snapshots, arguments):
         lds = linear_datamodeling_score(scores, subsets, losses).nanmean()
         found.setdefault(row, []).append(float(lds))
-    return found, sum(p.numel() for p in moments[-1].model.parameters())
+    return found, sum(p.numel() for p in snapshots[-1].model.parameters())
 
 
 def kept(found: dict[Row, list[float]]) -> dict[Row, float]:

@@ -19,7 +19,7 @@ from hf_sketch import (
     sketch_dataset,
 )
 from hf_sketch.recipes.tables.paper.exact_products import REST, exact_products
-from hf_sketch.recipes.tables.quality.lds_tasks import Moment, Task, example_losses
+from hf_sketch.recipes.tables.quality.lds_tasks import Snapshot, Task, example_losses
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,15 @@ def fisher_influence(
 
 
 def sketched_scores(
-    task: Task, moments: list[Moment], sketch: ModelSketch, how: "How"
+    task: Task, snapshots: list[Snapshot], sketch: ModelSketch, how: "How"
 ) -> Scores:
-    """By sketches of one size and seed, at the last moment but for TracIn."""
+    """By sketches of one size and seed, at the last snapshot but for TracIn."""
 
     def both(state: nn.Module) -> tuple[GradientRows, GradientRows]:
         rows, queries = (sketched(task, state, of, sketch) for of in _sets(task))
         return rows, queries
 
-    size, last = sketch.out_size, moments[-1]
+    size, last = sketch.out_size, snapshots[-1]
     rows, queries = both(last.model)
     dot = rows.scores(queries)
     yield Row("dot", size), dot
@@ -111,9 +111,9 @@ def sketched_scores(
         scores = rows.scores(queries, Influence(spectrum, damping))
         yield Row("influence", size, damping), scores
     tracin = last.learning_rate * dot
-    for moment in moments[:-1]:
-        rows, queries = both(moment.model)
-        tracin += moment.learning_rate * rows.scores(queries)
+    for snapshot in snapshots[:-1]:
+        rows, queries = both(snapshot.model)
+        tracin += snapshot.learning_rate * rows.scores(queries)
     yield Row("tracin", size), tracin
 
 

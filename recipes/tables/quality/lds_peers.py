@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hf_sketch.recipes.tables.peers import PEERS
 from hf_sketch.recipes.tables.quality.lds_methods import Row, Scores
-from hf_sketch.recipes.tables.quality.lds_tasks import Digits, Moment
+from hf_sketch.recipes.tables.quality.lds_tasks import Digits, Snapshot
 
 Parameters = dict[str, Tensor]
 Example = tuple[Tensor, Tensor]
@@ -26,21 +26,21 @@ class PeerStudy:
 
     Args:
         task: its rows and queries.
-        moments: of its training.
+        snapshots: of its training.
         dampings: of TRAK's matrix X^T X, as a part of its mean eigenvalue; with 0, the
             default of both packages.
         hessian_dampings: added to the dense Hessian's diagonal, as they are.
     """
 
     task: Digits
-    moments: list[Moment]
+    snapshots: list[Snapshot]
     dampings: list[float]
     hessian_dampings: list[float]
 
     @property
     def net(self) -> nn.Module:
         """The trained model, from pixels to logits."""
-        return self.moments[-1].model.net
+        return self.snapshots[-1].model.net
 
 
 def installed() -> dict[str, str]:
@@ -119,8 +119,8 @@ def dattri_scores(study: PeerStudy, out_size: int, seed: int) -> Scores:
         attributor.cache(rows)
         yield Row("dattri TRAK", out_size, damping), attributor.attribute(queries).T
     tracin = importlib.import_module("dattri.algorithm.tracin").TracInAttributor
-    states = [moment.model.net.state_dict() for moment in study.moments]
-    rates = torch.tensor([moment.learning_rate for moment in study.moments])
+    states = [snapshot.model.net.state_dict() for snapshot in study.snapshots]
+    rates = torch.tensor([snapshot.learning_rate for snapshot in study.snapshots])
     attributor = tracin(_task(net, _loss(net), states), rates, False, dict(projector))
     yield Row("dattri TracIn", out_size), attributor.attribute(rows, queries).T
 

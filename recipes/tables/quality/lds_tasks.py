@@ -24,7 +24,7 @@ Collate = Callable[[list[Any]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Moment:
+class Snapshot:
     """A model on its way.
 
     Args:
@@ -67,7 +67,7 @@ class Task(ABC):
 
     def train(
         self, rows: Tensor, seed: int, epochs: Collection[int] = ()
-    ) -> list[Moment]:
+    ) -> list[Snapshot]:
         """Train a new model on the rows of these numbers.
 
         Returns:
@@ -77,15 +77,15 @@ class Task(ABC):
         model = self.new_model().eval()  # without dropout, losses follow the rows alone
         optimizer = self.optimizer(model)
         rate = optimizer.param_groups[0]["lr"]
-        moments: list[Moment] = []
+        snapshots: list[Snapshot] = []
         for epoch in range(self.epochs):
             if epoch in epochs:
-                moments.append(Moment(rate, deepcopy(model)))
+                snapshots.append(Snapshot(rate, deepcopy(model)))
             for batch in rows[torch.randperm(len(rows))].split(self.batch_size):
                 model(**self.batch(self.rows, batch))["loss"].backward()
                 optimizer.step()
                 optimizer.zero_grad()
-        return [*moments, Moment(rate, model)]
+        return [*snapshots, Snapshot(rate, model)]
 
     def batch(self, examples: Any, numbers: Tensor) -> Mapping[str, Any]:
         """The model's inputs of some examples."""
