@@ -1,7 +1,6 @@
 """The rows of a batch's examples, and their error on the first batches."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,13 +12,11 @@ from hf_sketch.model.fsdp import in_row_shards
 from hf_sketch.sketches.transforms.lazy import is_lazy
 from hf_sketch.store.rows import row_columns
 
-from .position import Position
-
 MEASURED_EXAMPLES = 3
 
 
 def example_columns(
-    position: Position, ids: Sequence[int | None], batch: ExampleBatch
+    position: Mapping[str, float], ids: Sequence[int | None], batch: ExampleBatch
 ) -> dict[str, Tensor]:
     """Return the columns of a batch's rows, without examples whose id is None.
 
@@ -37,7 +34,7 @@ def example_columns(
     if len(own) < len(ids):
         kept = [place for place, example in enumerate(ids) if example is not None]
         rows, losses, weights = rows[kept], losses[kept], weights[kept]
-    columns = {"example_id": torch.tensor(own, dtype=torch.int64), **asdict(position)}
+    columns = {"example_id": torch.tensor(own, dtype=torch.int64), **position}
     return row_columns(rows, **columns, loss=losses, weight=weights)
 
 

@@ -19,14 +19,14 @@ from hf_sketch.examples.split import ExampleSplit
 _OWN_BATCHES = 'accelerator_config={"dispatch_batches": False}'
 
 
-class ExampleIds:
+class ExampleIds(Sampler[int]):
     """The row numbers that a training DataLoader draws, batch by batch.
 
-    The loader's sampler is wrapped to note them: the main process draws rows in the
-    order in which their batches arrive, also with worker processes. Of several
-    processes that train together, each draws the whole order and takes its part of one
-    round after the other. Accelerate fills up the last round with rows that were drawn
-    before.
+    Takes the place of the loader's sampler, notes what that yields and leaves all else
+    to it. The main process draws rows in the order in which their batches arrive, also
+    with worker processes. Of several processes that train together, each draws the
+    whole order and takes its part of one round after the other. Accelerate fills up the
+    last round with rows that were drawn before.
 
     Args:
         loader: DataLoader of a map-style dataset, as the Trainer gives it to callbacks.
@@ -68,7 +68,20 @@ class ExampleIds:
         self._place, self._filled = 0, False
         if own:
             self._share(shard)
-        self._batches.sampler = _Noting(sampler, self._drawn)
+        self._batches.sampler = self
+
+    def __iter__(self) -> Iterator[int]:
+        for index in self._sampler:
+            self._drawn.append(int(index))
+            yield index
+
+    def __len__(self) -> int:
+        return len(self._sampler)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_sampler":  # not set yet, as in a copy that is being made
+            raise AttributeError(name)
+        return getattr(self._sampler, name)
 
     def resume(self, steps: int, batches_per_step: int) -> None:
         """Skip the batches that training skips when it resumes after some steps.
@@ -159,22 +172,3 @@ def content_ids(
             digest.update(labels[labels != -100].cpu().numpy().tobytes())
         ids.append(int.from_bytes(digest.digest(), "little") >> 1)
     return ids
-
-
-class _Noting(Sampler[int]):
-    """A sampler that notes what it yields; all else is the inner sampler's."""
-
-    def __init__(self, sampler: Iterable[int], drawn: deque[int]) -> None:
-        self.sampler = sampler
-        self._drawn = drawn
-
-    def __iter__(self) -> Iterator[int]:
-        for index in self.sampler:
-            self._drawn.append(int(index))
-            yield index
-
-    def __len__(self) -> int:
-        return len(self.sampler)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.sampler, name)

@@ -21,7 +21,6 @@ from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 from .clipping import ClipProbe
 from .examples import MEASURED_EXAMPLES, example_columns, measured_error
 from .ids import ExampleIds, content_ids, followed_ids
-from .position import Position
 from .sink import RowSink
 from .steps import check_layout_of_shards, check_sum, step_columns
 
@@ -205,11 +204,10 @@ class Run:
         return 1.0 if scaler is None else float(scaler.get_scale())
 
     @property
-    def _position(self) -> Position:
-        """The present micro-batch's place in training."""
-        step, rank = self._state.global_step + 1, self._args.process_index
-        rate = float(self._optimizer.param_groups[0]["lr"])
-        return Position(self._epoch, step, self._micro_step, rank, rate)
+    def _position(self) -> dict[str, float]:
+        """The columns that say where in training a row was recorded."""
+        step, rate = self._state.global_step + 1, self._optimizer.param_groups[0]["lr"]
+        return {"epoch": self._epoch, "step": step, "learning_rate": float(rate)}
 
     def _record_examples(
         self, sketcher: ExampleSketcher, ids: list[int | None] | None
@@ -222,7 +220,8 @@ class Run:
         batch = replace(batch, weights=batch.weights / self._args.world_size)
         weighted = batch.weights.to(batch.rows) @ batch.rows
         self._total = weighted if self._total is None else self._total + weighted
-        columns = example_columns(self._position, ids, batch)
+        place = {"micro_step": self._micro_step, "rank": self._args.process_index}
+        columns = example_columns({**self._position, **place}, ids, batch)
         if len(columns["example_id"]):
             self._sink.append(PER_EXAMPLE, columns)
         if self._to_measure is not None and len(self._to_measure) < MEASURED_EXAMPLES:

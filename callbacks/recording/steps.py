@@ -11,7 +11,6 @@ from hf_sketch.processes import reduced
 from hf_sketch.store.rows import row_columns
 
 from .clipping import ClipProbe, norm_of
-from .position import Position
 
 _SUM_TOLERANCE = 1e-3
 _LOW_PRECISION_SUM_TOLERANCE = 5e-2
@@ -27,7 +26,10 @@ def check_layout_of_shards(model_sketch: ModelSketch, probe: ClipProbe) -> None:
 
 
 def step_columns(
-    model_sketch: ModelSketch, probe: ClipProbe, position: Position, loss_scale: float
+    model_sketch: ModelSketch,
+    probe: ClipProbe,
+    position: Mapping[str, float],
+    loss_scale: float,
 ) -> dict[str, Tensor]:
     """Return the columns of a step's row; all processes must call together.
 
@@ -48,9 +50,7 @@ def step_columns(
     norm = norm_of((part for part, _ in parts.values()), probe.in_shards)
     return row_columns(
         sketch.unsqueeze(0),
-        epoch=position.epoch,
-        step=position.step,
-        learning_rate=position.learning_rate,
+        **position,
         gradient_norm=(norm / divisor / loss_scale).reshape(1),
         clip_factor=clip_factor.reshape(1),
     )

@@ -5,7 +5,6 @@ import torch
 
 from hf_sketch import ModelSketch
 from hf_sketch.callbacks.recording.clipping import ClipProbe
-from hf_sketch.callbacks.recording.position import Position
 from hf_sketch.callbacks.recording.steps import step_columns
 from tests.helpers.training import tiny_batch, tiny_bert
 
@@ -28,7 +27,9 @@ def test_step_rows_under_loss_scaling(unscaled, clip_factor):
     if unscaled:
         for parameter in model.parameters():
             parameter.grad.mul_(clip_factor / scale)
-    row = step_columns(sketch, probe, Position(0, 1, 0, 0, 1e-3), scale)
+    row = step_columns(
+        sketch, probe, {"epoch": 0, "step": 1, "learning_rate": 1e-3}, scale
+    )
     probe.close()
     expected = clip_factor * sketch.sketch(plain)
     torch.testing.assert_close(row["sketch"][0], expected, rtol=1e-4, atol=1e-5)
