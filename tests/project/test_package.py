@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +19,21 @@ def run(*command, **options):
         text=True,
         **options,
     ).stdout
+
+
+def test_every_folder_of_code_is_listed_as_a_package():
+    """An editable install finds the others as well; a wheel leaves them out."""
+    (listed,) = re.findall(
+        r"^packages = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S
+    )
+    folders = [
+        path.parent.relative_to(ROOT)
+        for top in ("hf_sketch", "callbacks", "recipes")
+        for path in (ROOT / top).rglob("__init__.py")
+    ]
+    names = {".".join(folder.parts) for folder in folders}
+    names = {n if n.startswith("hf_sketch") else f"hf_sketch.{n}" for n in names}
+    assert set(re.findall(r'"(.*)"', listed)) == names
 
 
 @pytest.fixture(scope="module")
