@@ -81,6 +81,7 @@ class ClipProbe:
         """Take the hooks off the parameters."""
         for handle in self._handles:
             handle.remove()
+        self._witnesses = {}
 
     def _laid_out(self, witnesses: Mapping[str, Tensor]) -> Tensor:
         """The witnesses of all parameters end to end, zeros where there are none."""

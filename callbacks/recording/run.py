@@ -144,6 +144,7 @@ class Run:
 
     def close(self) -> None:
         """Take all hooks off; rows that are not written are dropped."""
+        self._total = self._to_measure = None
         self._opened.close()
 
     def stop(self, reason: str, since: int | None = None) -> None:
@@ -186,8 +187,8 @@ class Run:
                 opened.enter_context(self._sketcher)
             if per_step:
                 self._probe = ClipProbe(header.model_sketch.parameters_of(model))
-                check_layout_of_shards(header.model_sketch, self._probe)
                 opened.callback(self._probe.close)
+                check_layout_of_shards(header.model_sketch, self._probe)
             self._sink = RowSink.open(header, self._args, step)
             opened.callback(self._sink.close)
             self._opened = opened.pop_all()

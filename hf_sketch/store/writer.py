@@ -97,6 +97,7 @@ class SketchWriter:
     def close(self) -> None:
         """Wait for what is being written; rows that are not flushed are dropped."""
         self._queue.close()
+        self._buffer, self._buffered_bytes = {}, 0
 
     def note_measured_error(self, error: MeasuredError) -> None:
         """Put the error of the rows, measured on examples, into the header."""

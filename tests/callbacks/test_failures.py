@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_sketch import load_sketches
+from hf_sketch import ExampleSketcher, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.model.accumulator import Accumulator
 from tests.helpers.training import tiny_trainer
@@ -152,6 +152,38 @@ def test_a_step_without_memory_leaves_nothing_behind(tmp_path, monkeypatch):
     del trainer
     gc.collect()
     assert model() is None
+
+
+class RowsInMemory(TrainerCallback):
+    """Counts the rows that are in memory after each step."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+        self.counts.append(sum(len(x) for x in tensors if x.shape[1:] == (SIZE,)))
+
+
+def test_no_rows_stay_in_memory_when_recording_has_stopped(tmp_path, monkeypatch):
+    """Neither those that were to be written nor those that were to be measured."""
+    plain = ExampleSketcher.take
+    taken = []
+
+    def take(self, *args):
+        taken.append(None)
+        if len(taken) == 2:
+            raise torch.OutOfMemoryError("the device is full")
+        return plain(self, *args)
+
+    monkeypatch.setattr(ExampleSketcher, "take", take)
+    rows = RowsInMemory()
+    recording = GradientSketchCallback(SIZE, on_error="warn")
+    trainer = tiny_trainer(tmp_path, recording, rows)
+    with pytest.warns(UserWarning, match="Recording stopped: .*the device is full"):
+        trainer.train()
+    assert rows.counts == [0] * 6
 
 
 def test_a_directory_that_is_gone_stops_training_with_a_clear_error(

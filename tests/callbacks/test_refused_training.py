@@ -9,6 +9,7 @@ from accelerate.utils import DistributedType, ParallelismConfig
 from transformers import TrainerCallback
 
 import hf_sketch.callbacks.placement as processes_module
+import hf_sketch.callbacks.recording.run as run_module
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from tests.helpers.training import tiny_bert, tiny_trainer
@@ -40,6 +41,16 @@ def test_a_gradient_that_is_not_covered_stops_the_first_step(tmp_path):
     )
     with pytest.raises(RuntimeError, match="do not add up to the step's gradient"):
         trainer.train()
+
+
+def test_a_refused_layout_of_shards_leaves_no_hooks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("no shards")
+
+    monkeypatch.setattr(run_module, "check_layout_of_shards", refuse)
+    model = tiny_bert()
+    refused(tmp_path, "no shards", model=model)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 @pytest.mark.parametrize("count", [0, -1, 2.0, float("nan"), "8", True, None], ids=repr)
