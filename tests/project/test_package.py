@@ -29,7 +29,7 @@ def test_every_folder_of_code_is_listed_as_a_package():
     folders = [
         path.parent.relative_to(ROOT)
         for top in ("hf_sketch", "callbacks", "recipes")
-        for path in (ROOT / top).rglob("__init__.py")
+        for path in (ROOT / top).rglob("*.py")
     ]
     names = {".".join(folder.parts) for folder in folders}
     names = {n if n.startswith("hf_sketch") else f"hf_sketch.{n}" for n in names}
