@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
@@ -87,6 +87,14 @@ _COMMANDS = {
 _RENAMED = {"attribution": "wikitext"}
 
 
+class _Parser(HfArgumentParser):
+    """Answers a wrong command line in one line; the usage of some fills a page."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = f"Run `{self.prog} --help` for the options."
+        self.exit(2, f"{self.prog}: {message}. {hint}\n")
+
+
 def console() -> None:
     """Run `main` as a command: an expected error is one line and exit status 2."""
     try:
@@ -120,14 +128,14 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
     They take seconds to import, so `--help` names only those with a new default.
     """
-    parser = argparse.ArgumentParser(
-        "hf-sketch", description="Record, maintain and query gradient sketches."
+    parser = _Parser(
+        prog="hf-sketch", description="Record, maintain and query gradient sketches."
     )
     parser.add_argument(
         "--version", action="version", version=f"hf-sketch {version('hf-sketch')}"
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, parser_class=HfArgumentParser
+        dest="command", required=True, parser_class=_Parser
     )
     for name, command in _COMMANDS.items():
         kinds = [_load(command.options)]

@@ -1,6 +1,7 @@
 """What is imported when and under which names, and how the command answers."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -81,6 +82,23 @@ def test_an_expected_error_is_one_line_and_exit_status_2(monkeypatch, capsys, tm
     error = capsys.readouterr().err
     assert error.startswith("hf-sketch: No sketches at ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ([], "hf-sketch: the following arguments are required: command"),
+        (["info"], "hf-sketch info: the following arguments are required: DIR"),
+        (["hessian", "--task", "x"], "hf-sketch hessian: argument --task: .* 'x'"),
+        (["info", "a", "--wrong"], "hf-sketch: unrecognized arguments: --wrong"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_status_2(words, error, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    printed = capsys.readouterr().err
+    assert re.match(rf"{error}.*\. Run `hf-sketch.* --help` for", printed)
+    assert printed.count("\n") == 1
 
 
 def test_an_old_command_runs_under_its_new_name(capsys):
