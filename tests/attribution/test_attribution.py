@@ -6,7 +6,7 @@ import torch
 from hf_sketch import ModelSketch, load_sketches, sketch_dataset
 from hf_sketch.callbacks import GradientSketchCallback
 from tests.helpers.rows_in_memory import SKETCH, random_matrix, rows_of
-from tests.helpers.training import tiny_bert, tiny_dataset, tiny_trainer
+from tests.helpers.trained.training import tiny_bert, tiny_dataset, tiny_trainer
 
 
 @pytest.mark.parametrize("method", ["dot", "cosine"])

@@ -8,7 +8,7 @@ from datasets import Dataset
 from hf_sketch import Influence, ModelSketch, Preconditioned, Spectrum, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from tests.helpers.rows_in_memory import SKETCH, random_matrix, rows_of
-from tests.helpers.training import tiny_bert, tiny_trainer
+from tests.helpers.trained.training import tiny_bert, tiny_trainer
 
 
 def dense(matrix):

@@ -10,7 +10,7 @@ from hf_sketch import (
     sketch_checkpoints,
     sketch_dataset,
 )
-from tests.helpers.training import tiny_dataset, tiny_trainer
+from tests.helpers.trained.training import tiny_dataset, tiny_trainer
 
 load = AutoModelForSequenceClassification.from_pretrained
 

@@ -3,8 +3,8 @@ import torch
 from datasets import Dataset
 
 from hf_sketch import ExampleSketcher, ModelSketch, sketch_dataset
-from tests.helpers.tiny_models import tiny_inputs, tiny_model
-from tests.helpers.training import tiny_batch, tiny_bert, tiny_dataset
+from tests.helpers.trained.tiny_models import tiny_inputs, tiny_model
+from tests.helpers.trained.training import tiny_batch, tiny_bert, tiny_dataset
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from hf_sketch import ModelSketch
 from hf_sketch.callbacks.recording.clipping import ClipProbe
 from hf_sketch.callbacks.recording.steps import step_columns
-from tests.helpers.training import tiny_batch, tiny_bert
+from tests.helpers.trained.training import tiny_batch, tiny_bert
 
 SIZE = 256
 

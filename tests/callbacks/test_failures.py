@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from hf_sketch import ExampleSketcher, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.model.accumulator import Accumulator
-from tests.helpers.training import tiny_trainer
+from tests.helpers.trained.training import tiny_trainer
 
 SIZE = 64
 

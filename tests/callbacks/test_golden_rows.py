@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.golden_rows import GOLDEN, RUNS, train_rows
+from tests.helpers.trained.golden_rows import GOLDEN, RUNS, train_rows
 
 # Without vector instructions (ATEN_CPU_CAPABILITY=default) rows are off by 5e-6 of
 # their norm, and with other numbers of threads by 2e-7.

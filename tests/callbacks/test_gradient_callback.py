@@ -5,7 +5,7 @@ from transformers import TrainerCallback
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.callbacks.recording import run
-from tests.helpers.training import tiny_bert, tiny_dataset, tiny_trainer
+from tests.helpers.trained.training import tiny_bert, tiny_dataset, tiny_trainer
 
 SIZE = 256
 

@@ -20,17 +20,22 @@ from hf_sketch import (
     load_spectra,
 )
 from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
-from tests.helpers.hessian_training import (
+from tests.helpers.rows import rows_of
+from tests.helpers.spectra import assert_equal, made_of
+from tests.helpers.tiers import full
+from tests.helpers.trained.hessian_training import (
     assert_trained_alike,
     spectra_callback,
     steps_of,
     stored_batches,
     train,
 )
-from tests.helpers.rows import rows_of
-from tests.helpers.spectra import assert_equal, made_of
-from tests.helpers.tiers import full
-from tests.helpers.training import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
+from tests.helpers.trained.training import (
+    Interrupt,
+    tiny_bert,
+    tiny_dataset,
+    tiny_trainer,
+)
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ import hf_sketch.spectra.files as files
 from hf_sketch import load_spectra
 from hf_sketch.callbacks import HessianSpectrumCallback
 from hf_sketch.spectra.files import save_spectrum
-from tests.helpers.hessian_training import (
+from tests.helpers.spectra import made_of
+from tests.helpers.tiers import full
+from tests.helpers.trained.hessian_training import (
     assert_trained_alike,
     spectra_callback,
     steps_of,
     train,
 )
-from tests.helpers.spectra import made_of
-from tests.helpers.tiers import full
 
 SHORT = {"max_steps": 3, "save_strategy": "no"}
 

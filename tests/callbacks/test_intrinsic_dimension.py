@@ -13,7 +13,12 @@ from hf_sketch.subspace.search import (
     save_dimension_search,
     target_of,
 )
-from tests.helpers.training import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
+from tests.helpers.trained.training import (
+    Interrupt,
+    tiny_bert,
+    tiny_dataset,
+    tiny_trainer,
+)
 
 
 def listing_9(metrics, start, largest, target, delta):

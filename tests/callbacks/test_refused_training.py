@@ -12,7 +12,7 @@ import hf_sketch.callbacks.placement as processes_module
 import hf_sketch.callbacks.recording.run as run_module
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from tests.helpers.training import tiny_bert, tiny_trainer
+from tests.helpers.trained.training import tiny_bert, tiny_trainer
 
 SIZE = 256
 

@@ -4,7 +4,7 @@ import torch
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from tests.helpers.rows import rows_of
-from tests.helpers.training import Interrupt, tiny_trainer
+from tests.helpers.trained.training import Interrupt, tiny_trainer
 
 SIZE = 64
 

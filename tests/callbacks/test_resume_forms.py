@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.store.header import read_header
-from tests.helpers.training import Interrupt, tiny_dataset, tiny_trainer
+from tests.helpers.trained.training import Interrupt, tiny_dataset, tiny_trainer
 
 SIZE = 64
 

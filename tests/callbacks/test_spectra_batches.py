@@ -18,15 +18,20 @@ from transformers import (
 from hf_sketch import load_spectra
 from hf_sketch.callbacks.spectra.batches import draw_batches, tensors_of
 from tests.helpers.curvature_oracles import cross_entropy
-from tests.helpers.hessian_training import (
+from tests.helpers.tiers import full
+from tests.helpers.trained.hessian_training import (
     assert_trained_alike,
     spectra_callback,
     steps_of,
     stored_batches,
 )
-from tests.helpers.tiers import full
-from tests.helpers.tiny_models import tiny_inputs, tiny_model
-from tests.helpers.training import VOCABULARY, Interrupt, tiny_dataset, tiny_trainer
+from tests.helpers.trained.tiny_models import tiny_inputs, tiny_model
+from tests.helpers.trained.training import (
+    VOCABULARY,
+    Interrupt,
+    tiny_dataset,
+    tiny_trainer,
+)
 
 FIRST = {"max_steps": 3, "save_strategy": "no"}
 

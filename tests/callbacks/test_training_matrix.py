@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.data.data_collator import DataCollatorWithFlattening
 
 from hf_sketch.callbacks import GradientSketchCallback
-from tests.helpers.text_training import (
+from tests.helpers.trained.text_training import (
     LENGTHS,
     SIZE,
     Pad,
@@ -20,7 +20,7 @@ from tests.helpers.text_training import (
     train,
     undropped,
 )
-from tests.helpers.tiny_models import tiny_inputs
+from tests.helpers.trained.tiny_models import tiny_inputs
 
 
 def alone(model, inputs):

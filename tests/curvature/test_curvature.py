@@ -19,7 +19,7 @@ from tests.helpers.curvature_oracles import (
     unflat,
 )
 from tests.helpers.tiers import full
-from tests.helpers.tiny_models import DoublePrecision, tiny_inputs, tiny_model
+from tests.helpers.trained.tiny_models import DoublePrecision, tiny_inputs, tiny_model
 
 _NARROW = {"hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 1}
 _NARROW |= {"num_attention_heads": 2, "vocab_size": 20}

@@ -23,7 +23,7 @@ from tests.helpers.curvature_oracles import (
     relative,
 )
 from tests.helpers.tiers import full
-from tests.helpers.tiny_models import tiny_inputs, tiny_model
+from tests.helpers.trained.tiny_models import tiny_inputs, tiny_model
 
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),

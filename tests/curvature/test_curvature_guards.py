@@ -31,7 +31,7 @@ from tests.helpers.curvature_oracles import (
     trainable,
 )
 from tests.helpers.tiers import full
-from tests.helpers.tiny_models import tiny_inputs, tiny_model
+from tests.helpers.trained.tiny_models import tiny_inputs, tiny_model
 
 
 def product(model, batch, mode):

@@ -24,7 +24,7 @@ from tests.helpers.curvature_oracles import (
     trainable,
 )
 from tests.helpers.tiers import full
-from tests.helpers.tiny_models import tiny_inputs, tiny_model
+from tests.helpers.trained.tiny_models import tiny_inputs, tiny_model
 
 DROPOUT = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
 

@@ -24,14 +24,14 @@ from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
 from hf_sketch.callbacks.recording.sink import RowSink
 from hf_sketch.sketches.transforms.random import CounterRandom
 from hf_sketch.sketches.transforms.signs import flip, sign_masks
-from tests.helpers.device_oracles import (
+from tests.helpers.noted_rows import NotedRows
+from tests.helpers.operators.device_oracles import (
     WITHOUT_DROPOUT,
     assert_same_operator_on,
     random,
     subspace_steps,
 )
-from tests.helpers.noted_rows import NotedRows
-from tests.helpers.training import tiny_batch, tiny_bert, tiny_trainer
+from tests.helpers.trained.training import tiny_batch, tiny_bert, tiny_trainer
 
 pytestmark = [
     pytest.mark.gpu,

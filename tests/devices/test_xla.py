@@ -11,7 +11,7 @@ import torch
 from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, Dense, ModelSketch
 from hf_sketch.sketches.transforms.random import CounterRandom
 from hf_sketch.sketches.transforms.signs import flip, sign_masks
-from tests.helpers.device_oracles import assert_same_operator_on, random
+from tests.helpers.operators.device_oracles import assert_same_operator_on, random
 
 torch_xla = pytest.importorskip("torch_xla")
 metrics = pytest.importorskip("torch_xla.debug.metrics")

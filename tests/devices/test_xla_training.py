@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 from hf_sketch import HessianOperator, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.callbacks.recording.sink import RowSink
-from tests.helpers.device_oracles import WITHOUT_DROPOUT, subspace_steps
 from tests.helpers.noted_rows import NotedRows
-from tests.helpers.training import tiny_batch, tiny_bert, tiny_trainer
+from tests.helpers.operators.device_oracles import WITHOUT_DROPOUT, subspace_steps
+from tests.helpers.trained.training import tiny_batch, tiny_bert, tiny_trainer
 
 torch_xla = pytest.importorskip("torch_xla")
 metrics = pytest.importorskip("torch_xla.debug.metrics")
@@ -64,7 +64,7 @@ ON_CPU = """
 import sys
 sys.modules["torch_xla"] = None  # accelerate takes its device wherever it is found
 from hf_sketch.callbacks import GradientSketchCallback
-from tests.helpers.training import tiny_bert, tiny_trainer
+from tests.helpers.trained.training import tiny_bert, tiny_trainer
 model = tiny_bert(**{model})
 callback = GradientSketchCallback({size})
 trainer = tiny_trainer({directory!r}, callback, model=model, **{settings})

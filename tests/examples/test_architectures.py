@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_sketch import ExampleSketcher, ModelSketch
 from tests.helpers.tiers import full
-from tests.helpers.tiny_models import (
+from tests.helpers.trained.tiny_models import (
     FEW,
     MORE,
     DoublePrecision,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_sketch import ExampleSketcher, ModelSketch
-from tests.helpers.training import tiny_batch, tiny_bert
+from tests.helpers.trained.training import tiny_batch, tiny_bert
 
 
 @pytest.fixture

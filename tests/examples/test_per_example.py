@@ -8,7 +8,7 @@ from torch import nn
 from hf_sketch import ExampleSketcher, ModelSketch
 from hf_sketch.examples.sketcher import field_of
 from tests.helpers.tiers import full
-from tests.helpers.training import tiny_batch, tiny_bert
+from tests.helpers.trained.training import tiny_batch, tiny_bert
 
 every_layout = pytest.mark.parametrize("layout", ["blocked", "factored", "flat"])
 

@@ -10,8 +10,8 @@ from hf_sketch import ExampleSketcher, ModelSketch, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.examples.losses import example_losses
 from tests.helpers.tiers import full
-from tests.helpers.tiny_models import FEW, MORE, tiny_inputs, tiny_model
-from tests.helpers.training import tiny_batch, tiny_bert, tiny_trainer
+from tests.helpers.trained.tiny_models import FEW, MORE, tiny_inputs, tiny_model
+from tests.helpers.trained.training import tiny_batch, tiny_bert, tiny_trainer
 
 SIZE = 256
 

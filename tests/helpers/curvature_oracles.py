@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_sketch import HessianOperator
-from tests.helpers.tiny_models import DoublePrecision
+from tests.helpers.trained.tiny_models import DoublePrecision
 
 AUTOGRAD, FINITE = "autograd", "finite_difference"
 BOTH = pytest.mark.parametrize("mode", [AUTOGRAD, FINITE])

@@ -6,7 +6,7 @@ import signal
 import torch
 
 from hf_sketch import lanczos
-from tests.helpers.symmetric import Matrix, goe
+from tests.helpers.operators.symmetric import Matrix, goe
 
 SIZE = 120
 STEPS = 24

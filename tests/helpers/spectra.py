@@ -12,7 +12,7 @@ from hf_sketch import (
     SketchedHessian,
     Spectrum,
 )
-from tests.helpers.symmetric import normals
+from tests.helpers.operators.symmetric import normals
 
 SIZE = 100
 SKETCH = ModelSketch((("x", (1000,)),), SIZE)

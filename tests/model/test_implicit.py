@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_sketch import ModelSketch, implicit_sketch
-from tests.helpers.training import tiny_batch, tiny_bert
+from tests.helpers.trained.training import tiny_batch, tiny_bert
 
 
 @pytest.mark.parametrize("layout", ["blocked", "factored", "flat"])

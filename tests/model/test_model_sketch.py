@@ -11,7 +11,7 @@ from hf_sketch import QK, ModelSketch
 from hf_sketch.recipes.tables.measure import peak_extra_bytes
 from hf_sketch.sketches.by_name import OPERATORS
 from tests.helpers.tiers import full
-from tests.helpers.training import tiny_bert
+from tests.helpers.trained.training import tiny_bert
 
 OTHERS = [name for name in OPERATORS if name not in ("srht", "qk")]
 
@@ -118,7 +118,7 @@ def test_another_process_computes_the_same_bits():
     script = (
         "import torch\n"
         "from hf_sketch import ModelSketch\n"
-        "from tests.helpers.training import tiny_bert\n"
+        "from tests.helpers.trained.training import tiny_bert\n"
         "model = tiny_bert()\n"
         "for layout in ('blocked', 'factored', 'flat'):\n"
         "    sketch = ModelSketch.from_model(model, 64, layout)\n"

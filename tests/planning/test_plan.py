@@ -18,7 +18,7 @@ from hf_sketch.recipes.plan import PlanArguments, as_bytes, as_seconds, run_plan
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP, ROW_DTYPES
 from hf_sketch.store.writer import SketchWriter
-from tests.helpers.training import tiny_bert, tiny_dataset, tiny_trainer
+from tests.helpers.trained.training import tiny_bert, tiny_dataset, tiny_trainer
 
 SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 300}
 LLAMA_70B = {

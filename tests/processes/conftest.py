@@ -7,8 +7,8 @@ collected run.
 
 import pytest
 
-from tests.helpers.launching import launch
-from tests.helpers.scenarios import SCENARIOS
+from tests.helpers.processes.launching import launch
+from tests.helpers.processes.scenarios import SCENARIOS
 
 
 def scenarios_of(items, processes):

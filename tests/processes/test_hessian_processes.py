@@ -12,11 +12,11 @@ from hf_sketch import (
     hessian_spectrum,
     load_spectra,
 )
-from tests.helpers.hessian_training import stored_batches
-from tests.helpers.joint_training import STEPS
-from tests.helpers.launching import in_two_and_four, results, run_together
-from tests.helpers.text_training import undropped
-from tests.helpers.training import tiny_bert
+from tests.helpers.processes.joint_training import STEPS
+from tests.helpers.processes.launching import in_two_and_four, results, run_together
+from tests.helpers.trained.hessian_training import stored_batches
+from tests.helpers.trained.text_training import undropped
+from tests.helpers.trained.training import tiny_bert
 
 pytestmark = pytest.mark.xdist_group("processes")
 

@@ -11,8 +11,8 @@ from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.store.header import Header
 from hf_sketch.store.manifest import read_manifests
 from hf_sketch.store.writer import SketchWriter
-from tests.helpers.distributed_training import GLOBAL_BATCH, SIZE, even
-from tests.helpers.launching import (
+from tests.helpers.processes.distributed_training import GLOBAL_BATCH, SIZE, even
+from tests.helpers.processes.launching import (
     ACCELERATE,
     in_two_and_four,
     launch,
@@ -21,8 +21,8 @@ from tests.helpers.launching import (
 )
 from tests.helpers.rows import assert_same_rows, columns, in_order
 from tests.helpers.stores import SKETCH, step_row
-from tests.helpers.text_training import Pad, text_dataset, train, undropped
-from tests.helpers.training import Interrupt, tiny_dataset, tiny_trainer
+from tests.helpers.trained.text_training import Pad, text_dataset, train, undropped
+from tests.helpers.trained.training import Interrupt, tiny_dataset, tiny_trainer
 
 pytestmark = pytest.mark.xdist_group("processes")
 

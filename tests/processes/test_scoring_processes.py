@@ -12,9 +12,9 @@ import torch
 from hf_sketch.attribution.record import FILE
 from hf_sketch.attribution.shares import RowShare
 from hf_sketch.cli import main
-from tests.helpers.joint_scoring import answers, in_blocks_of_four, store
-from tests.helpers.launching import ACCELERATE, TORCHRUN, in_two_and_four
-from tests.helpers.text_classifier import trained_classifier
+from tests.helpers.processes.joint_scoring import answers, in_blocks_of_four, store
+from tests.helpers.processes.launching import ACCELERATE, TORCHRUN, in_two_and_four
+from tests.helpers.trained.text_classifier import trained_classifier
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,9 +5,9 @@ import torch
 
 from hf_sketch import load_dimension_search
 from hf_sketch.callbacks import IntrinsicDimensionCallback
-from tests.helpers.joint_training import HEAD, HEADED, SEARCH, search_settings
-from tests.helpers.launching import in_two_and_four, results, run_together
-from tests.helpers.training import tiny_trainer
+from tests.helpers.processes.joint_training import HEAD, HEADED, SEARCH, search_settings
+from tests.helpers.processes.launching import in_two_and_four, results, run_together
+from tests.helpers.trained.training import tiny_trainer
 
 HEAD_NUMBERS = 3 * 32 + 3
 

@@ -8,16 +8,16 @@ import torch
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from tests.helpers.distributed_training import SIZE, even
-from tests.helpers.launching import launch, results
-from tests.helpers.loaded_training import TRAINING as LOADED
-from tests.helpers.loaded_training import even_dataset
+from tests.helpers.processes.distributed_training import SIZE, even
+from tests.helpers.processes.launching import launch, results
+from tests.helpers.processes.loaded_training import TRAINING as LOADED
+from tests.helpers.processes.loaded_training import even_dataset
+from tests.helpers.processes.sharded_training import GREATEST, IN_MANY_UNITS
 from tests.helpers.rows import assert_same_rows, columns, in_order
-from tests.helpers.sharded_training import GREATEST, IN_MANY_UNITS
-from tests.helpers.text_training import Pad, undropped
-from tests.helpers.text_training import train as trained
-from tests.helpers.tiny_models import NAMES
-from tests.helpers.training import tiny_dataset, tiny_trainer
+from tests.helpers.trained.text_training import Pad, undropped
+from tests.helpers.trained.text_training import train as trained
+from tests.helpers.trained.tiny_models import NAMES
+from tests.helpers.trained.training import tiny_dataset, tiny_trainer
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -185,7 +185,7 @@ def test_models_that_are_distributed_as_they_are_loaded(tmp_path):
     if not {"tp_size", "pp_size", "fsdp_size"} <= known:
         pytest.skip("this transformers loads no model into several processes")
     scenarios = ("shards", "tensor", "pipeline")
-    launch(2, tmp_path, scenarios, module="tests.helpers.loaded_training")
+    launch(2, tmp_path, scenarios, module="tests.helpers.processes.loaded_training")
     model, callback = undropped("llama"), GradientSketchCallback(SIZE)
     directory = tmp_path / "single"
     expected = trained(directory, model, even_dataset(), Pad(), [callback], **LOADED)

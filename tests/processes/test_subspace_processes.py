@@ -1,14 +1,14 @@
 """A subspace adapter in several processes moves as in one.
 
-Training runs in processes of their own, by tests/helpers/distributed_training.py.
+Training runs in processes of their own, by distributed_training.py.
 """
 
 import pytest
 import torch
 
-from tests.helpers.distributed_training import subspace_settings
-from tests.helpers.launching import results
-from tests.helpers.training import tiny_trainer
+from tests.helpers.processes.distributed_training import subspace_settings
+from tests.helpers.processes.launching import results
+from tests.helpers.trained.training import tiny_trainer
 
 OMEGA = "base_model.coordinates.subspace_omega.default"
 

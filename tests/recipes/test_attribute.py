@@ -25,7 +25,7 @@ from hf_sketch.recipes.demo import embedded_model_path
 from hf_sketch.recipes.texts.text_rows import load_text_model, text_columns, tokenized
 from hf_sketch.spectra.files import save_spectrum
 from tests.helpers.spectra import VALUES, made_of
-from tests.helpers.text_classifier import ROWS, SMALL, trained_classifier
+from tests.helpers.trained.text_classifier import ROWS, SMALL, trained_classifier
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from hf_sketch.recipes.tables.paper.table10 import (
     settings_of,
 )
 from hf_sketch.recipes.xsum import XsumArguments, XsumTrainingArguments, run_xsum
-from tests.helpers.recipe_runs import assert_saved, make_absent, write_lines
-from tests.helpers.tiny_models import tiny_model
+from tests.helpers.trained.recipe_runs import assert_saved, make_absent, write_lines
+from tests.helpers.trained.tiny_models import tiny_model
 
 barely_trained = pytest.mark.filterwarnings(
     "ignore:.* must be worse than the target of .* before training:UserWarning"

@@ -23,9 +23,9 @@ from hf_sketch.recipes.texts.data_files import read_data_file
 from hf_sketch.recipes.texts.snli_data import load_snli
 from hf_sketch.recipes.texts.xsum_data import load_short_documents, load_xsum
 from hf_sketch.recipes.timed_spectra import TimedSpectra
-from tests.helpers.recipe_runs import make_absent, write_lines
-from tests.helpers.tiny_models import tiny_model
-from tests.helpers.training import tiny_trainer
+from tests.helpers.trained.recipe_runs import make_absent, write_lines
+from tests.helpers.trained.tiny_models import tiny_model
+from tests.helpers.trained.training import tiny_trainer
 
 PAIRS = [
     {"premise": "a dog runs", "hypothesis": "a dog sleeps", "label": 2},

@@ -3,7 +3,7 @@
 import pytest
 
 from hf_sketch.recipes.dimension.metric_scripts import load_metric
-from tests.helpers.recipe_runs import make_absent
+from tests.helpers.trained.recipe_runs import make_absent
 
 
 @pytest.fixture(autouse=True)

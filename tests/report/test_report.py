@@ -21,7 +21,7 @@ from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 from hf_sketch.store.writer import SketchWriter
 from hf_sketch.subspace.search import save_dimension_search
 from tests.helpers.spectra import VALUES, made_of
-from tests.helpers.training import tiny_trainer
+from tests.helpers.trained.training import tiny_trainer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-quic"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_sketch import AFFD
-from tests.helpers.dense import dense_affd
+from tests.helpers.operators.dense import dense_affd
 
 DRAWS = 400
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, Composed, Dense
-from tests.helpers.dense import (
+from tests.helpers.operators.dense import (
     dense_affd,
     dense_afjl,
     dense_dense,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_sketch import AFFD, AFJL, FFD, QK, SRHT, CounterRandom
-from tests.helpers.dense import hadamard
+from tests.helpers.operators.dense import hadamard
 
 pytestmark = pytest.mark.usefixtures("short_sign_tables")
 

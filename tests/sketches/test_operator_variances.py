@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, CounterRandom, Dense
-from tests.helpers import hartley_variances, variances
-from tests.helpers.dense import hadamard
+from tests.helpers.operators import hartley_variances, variances
+from tests.helpers.operators.dense import hadamard
 
 pytestmark = pytest.mark.usefixtures("short_sign_tables")
 

@@ -7,7 +7,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_sketch.spectra.basis as lanczos_basis
 from hf_sketch import lanczos
 from tests.helpers.lanczos_runs import SIZE, assert_same_bits, run
-from tests.helpers.symmetric import Diagonal, Matrix, goe, normals, with_eigenvalues
+from tests.helpers.operators.symmetric import (
+    Diagonal,
+    Matrix,
+    goe,
+    normals,
+    with_eigenvalues,
+)
 from tests.helpers.tiers import full
 
 EVEN = torch.linspace(-1, 2, SIZE).double()

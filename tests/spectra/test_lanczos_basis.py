@@ -1,7 +1,7 @@
 import torch
 
 from hf_sketch import lanczos
-from tests.helpers.symmetric import Diagonal
+from tests.helpers.operators.symmetric import Diagonal
 
 
 def test_vectors_of_a_million_float32_numbers_have_unit_norm():

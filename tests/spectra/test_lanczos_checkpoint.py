@@ -15,7 +15,7 @@ import hf_sketch.spectra.checkpoint as lanczos_checkpoint
 from hf_sketch.durable import read_sealed, write_sealed
 from hf_sketch.spectra.checkpoint import ROWS, STATE
 from tests.helpers.lanczos_runs import SIZE, STEPS, assert_same_bits, operator, run
-from tests.helpers.symmetric import Diagonal, Matrix, goe, normals
+from tests.helpers.operators.symmetric import Diagonal, Matrix, goe, normals
 from tests.helpers.tiers import full
 
 

@@ -5,7 +5,7 @@ import torch
 
 from hf_sketch import CounterRandom, estimate_trace, spectral_density
 from hf_sketch.spectra.density import _signs, quadrature_density
-from tests.helpers.symmetric import Diagonal, Matrix, goe, with_eigenvalues
+from tests.helpers.operators.symmetric import Diagonal, Matrix, goe, with_eigenvalues
 
 SIZE = 300
 BIMODAL = torch.cat([torch.linspace(-1, -0.5, 200), torch.linspace(1, 3, 100)]).double()

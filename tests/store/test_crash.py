@@ -8,7 +8,7 @@ import pytest
 @pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.full)])
 def test_no_row_is_lost_to_kill_9(kills):
     run = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.crash", "--kills", str(kills)],
+        [sys.executable, "-m", "tests.helpers.trained.crash", "--kills", str(kills)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

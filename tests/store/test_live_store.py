@@ -10,7 +10,7 @@ from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 from hf_sketch.store.writer import SketchWriter
 from tests.helpers.stores import HEADER, example_rows, step_row
-from tests.helpers.training import tiny_dataset, tiny_trainer
+from tests.helpers.trained.training import tiny_dataset, tiny_trainer
 
 FLUSHES = 20
 

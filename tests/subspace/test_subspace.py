@@ -8,7 +8,12 @@ from torch import nn
 
 from hf_sketch import SubspaceConfig
 from tests.helpers.adapters import adapted, moved_copy
-from tests.helpers.tiny_models import NAMES, DoublePrecision, tiny_inputs, tiny_model
+from tests.helpers.trained.tiny_models import (
+    NAMES,
+    DoublePrecision,
+    tiny_inputs,
+    tiny_model,
+)
 
 
 def full_gradient(model, batch):

@@ -11,7 +11,7 @@ from peft import PeftModel
 from hf_sketch import ModelSketch, SubspaceConfig
 from hf_sketch.subspace.weights import MovedWeights
 from tests.helpers.adapters import adapted, moved_copy
-from tests.helpers.tiny_models import tiny_inputs, tiny_model
+from tests.helpers.trained.tiny_models import tiny_inputs, tiny_model
 
 
 def test_saved_adapters_load_bit_for_bit_in_another_process(tmp_path):

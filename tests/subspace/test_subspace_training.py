@@ -6,7 +6,12 @@ from peft import get_peft_model
 from transformers import TrainerCallback
 
 from hf_sketch import SubspaceConfig, grow_subspace
-from tests.helpers.training import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
+from tests.helpers.trained.training import (
+    Interrupt,
+    tiny_bert,
+    tiny_dataset,
+    tiny_trainer,
+)
 
 STEPS = 6
 

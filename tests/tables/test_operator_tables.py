@@ -30,7 +30,7 @@ from hf_sketch.recipes.tables.speed_ups import (
     published_times,
     speed_ups,
 )
-from tests.helpers.recipe_runs import assert_saved, make_absent
+from tests.helpers.trained.recipe_runs import assert_saved, make_absent
 
 
 def assert_ordered(cost):

@@ -26,15 +26,20 @@ from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
 from hf_sketch.callbacks.recording import run
 from hf_sketch.callbacks.recording.steps import step_columns
 from hf_sketch.recipes.tables.measure import peak_extra_bytes
-from tests.helpers.distributed_training import (
+from tests.helpers.processes.distributed_training import (
     GLOBAL_BATCH,
     SIZE,
     exchanged_sizes,
     leave,
     undropped_bert,
 )
-from tests.helpers.tiny_models import NAMES, tiny_inputs, tiny_model
-from tests.helpers.training import TINY_TRAINING, tiny_batch, tiny_bert, tiny_dataset
+from tests.helpers.trained.tiny_models import NAMES, tiny_inputs, tiny_model
+from tests.helpers.trained.training import (
+    TINY_TRAINING,
+    tiny_batch,
+    tiny_bert,
+    tiny_dataset,
+)
 
 GREATEST = (2**16, 128)  # the shape of a model's one great parameter
 FSDP2 = {

@@ -1,6 +1,6 @@
 """Models that Transformers itself distributes as it loads them, for a test to train.
 
-`torchrun --nproc_per_node 2 --module tests.helpers.loaded_training <directory> shards`.
+`torchrun --nproc_per_node 2 -m tests.helpers.processes.loaded_training <dir> shards`.
 """
 
 from accelerate.state import PartialState
@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.callbacks.placement import check_processes
-from tests.helpers.distributed_training import GLOBAL_BATCH, SIZE, leave
-from tests.helpers.launching import run_scenarios
-from tests.helpers.text_training import Pad, text_dataset, undropped
-from tests.helpers.training import TINY_TRAINING
+from tests.helpers.processes.distributed_training import GLOBAL_BATCH, SIZE, leave
+from tests.helpers.processes.launching import run_scenarios
+from tests.helpers.trained.text_training import Pad, text_dataset, undropped
+from tests.helpers.trained.training import TINY_TRAINING
 
 TRAINING = {
     **TINY_TRAINING,

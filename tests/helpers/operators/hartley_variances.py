@@ -1,4 +1,4 @@
-"""Means and variances, as in tests/helpers/variances.py, with the Hartley transform.
+"""Means and variances, as in variances.py, with the Hartley transform.
 
 The kept rows c_r = cos - sin start at a random one. Given that, P_jk is the mean over
 them of c_rj c_rk; what is kept of |x|^2 is sum_j P_jj x_j^2, and varies, too.
@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from tests.helpers import variances
+from tests.helpers.operators import variances
 
 
 def afjl(x, y, out):

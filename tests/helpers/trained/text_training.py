@@ -6,7 +6,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from tests.helpers.tiny_models import VOCABULARY, tiny_model
+from tests.helpers.trained.tiny_models import VOCABULARY, tiny_model
 
 SIZE = 256
 LENGTHS = (9, 5, 7, 4, 9, 6, 8, 3, 9, 5)

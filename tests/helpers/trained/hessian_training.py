@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from hf_sketch import load_spectra
 from hf_sketch.callbacks import HessianSpectrumCallback
-from tests.helpers.training import tiny_trainer
+from tests.helpers.trained.training import tiny_trainer
 
 
 def spectra_callback(steps=(0, 3), **options):

@@ -4,7 +4,7 @@ import torch
 from peft import get_peft_model
 
 from hf_sketch import SubspaceConfig
-from tests.helpers.training import tiny_batch
+from tests.helpers.trained.training import tiny_batch
 
 WITHOUT_DROPOUT = {
     "num_hidden_layers": 1,

@@ -1,8 +1,8 @@
 """Eight tiny training runs, and the rows that they record.
 
-`python -m tests.helpers.golden_rows tests/golden/rows.safetensors` writes the file that
-later releases are compared with. Do so only where other rows are meant: where a default
-changes, or where torch or transformers train the models differently.
+`python -m tests.helpers.trained.golden_rows tests/golden/rows.safetensors` writes the
+file that later releases are compared with. Do so only where other rows are meant: where
+a default changes, or where torch or transformers train the models differently.
 """
 
 import sys
@@ -24,9 +24,9 @@ from transformers import (
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
-from tests.helpers.training import tiny_bert, tiny_trainer
+from tests.helpers.trained.training import tiny_bert, tiny_trainer
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "rows.safetensors"
+GOLDEN = Path(__file__).parents[2] / "golden" / "rows.safetensors"
 VOCABULARY = 64
 RUNS = {
     "gpt2-factored": ("gpt2", {}),

@@ -49,14 +49,14 @@ def run_together(
     directory,
     scenarios,
     launcher=TORCHRUN,
-    module="tests.helpers.scenarios",
+    module="tests.helpers.processes.scenarios",
 ):
     """As `launch`, though processes may fail; (exit code, standard error, seconds)."""
     module = ("--module", module, str(directory), *scenarios)
     started = time.monotonic()
     run = subprocess.Popen(
         [sys.executable, "-m", *launcher, str(processes), *module],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -1,7 +1,9 @@
 """Kills training with the callback again and again, and resumes it: no row is lost.
 
 Half of the kills come at a random time, the others before or after a random one of the
-calls that put files in their place. `python -m tests.helpers.crash --kills 1000`.
+calls that put files in their place.
+
+`python -m tests.helpers.trained.crash --kills 1000`
 """
 
 import json
@@ -24,7 +26,7 @@ from transformers.utils import logging
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.store.maintenance import find_problems
-from tests.helpers.training import tiny_dataset, tiny_trainer
+from tests.helpers.trained.training import tiny_dataset, tiny_trainer
 
 _CALLS = ("replace", "fsync")
 _MOST_KILLS_A_RUN = 4

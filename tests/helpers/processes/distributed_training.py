@@ -20,8 +20,13 @@ from hf_sketch import SubspaceConfig
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.processes import end_group
-from tests.helpers.text_training import Pad, text_dataset, undropped
-from tests.helpers.training import Interrupt, tiny_bert, tiny_dataset, tiny_trainer
+from tests.helpers.trained.text_training import Pad, text_dataset, undropped
+from tests.helpers.trained.training import (
+    Interrupt,
+    tiny_bert,
+    tiny_dataset,
+    tiny_trainer,
+)
 
 SIZE = 64
 GLOBAL_BATCH = 4

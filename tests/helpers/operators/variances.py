@@ -9,7 +9,7 @@ from itertools import product
 
 import torch
 
-from tests.helpers.dense import hadamard
+from tests.helpers.operators.dense import hadamard
 
 
 def dense(x, y, out):

@@ -1,15 +1,15 @@
 """All that tests run in several processes, by name.
 
-`torchrun --nproc_per_node 2 --module tests.helpers.scenarios <directory> ddp/plain`.
+`torchrun --nproc_per_node 2 -m tests.helpers.processes.scenarios <dir> ddp/plain`.
 """
 
-from tests.helpers import (
+from tests.helpers.processes import (
     distributed_training,
     joint_scoring,
     joint_training,
     sharded_training,
 )
-from tests.helpers.launching import run_scenarios
+from tests.helpers.processes.launching import run_scenarios
 
 SCENARIOS = {
     **joint_training.SCENARIOS,
