@@ -192,4 +192,5 @@ def test_models_that_are_distributed_as_they_are_loaded(tmp_path):
     assert_same_rows(load_sketches(tmp_path / "shards"), expected)
     for way in ("tensor", "pipeline"):
         for error in results(tmp_path / way, "error"):
-            assert f"does not support {way} parallelism. Train without" in error
+            assert "GradientSketchCallback does not support" in error
+            assert f"{way} parallelism. Train without" in error
