@@ -1,22 +1,32 @@
 """Adding rows to a store, step by step."""
 
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from hf_sketch.durable import Draft, sync_directory
 from hf_sketch.examples.measured_error import MeasuredError
 from hf_sketch.store.header import Header, write_header
 from hf_sketch.store.manifest import Gap, write_manifest
 from hf_sketch.store.opening import open_store
-from hf_sketch.store.queue import Rows, ShardQueue
+from hf_sketch.store.rows import arrow_table, joined
+from hf_sketch.store.shards import Shard, draft_shard
+
+_Rows = dict[str, list[Mapping[str, Tensor]]]
 
 
 class SketchWriter:
     """Buffers rows and writes them to shards of whole steps in the background.
+
+    One thread makes files of rows while another syncs those of the rows before, renames
+    them and lists them in the manifest. Every `end_step` that writes and every `flush`
+    after a failure raises it again, and no later rows are listed, so the store has no
+    hidden hole.
 
     Each process has its own writer and its own files, so there is no lock. Rank 0 makes
     its writer first; on a file system that rank 0 does not reach, one process does.
@@ -52,11 +62,17 @@ class SketchWriter:
         # New rows, the rows before them, and a copy of these in the stored dtype; once
         # those are gone, the copy and the file.
         self._part_bytes = buffer_bytes / (2 + kept)
-        self._buffer: Rows = {}
+        self._buffer: _Rows = {}
         self._buffered_bytes = 0
         ours = replace(header, processes=world_size)
-        self._header, own = open_store(directory, ours, resume_step, rank, world_size)
-        self._queue = ShardQueue(directory, own, header.row_dtype)
+        self._header, self._manifest = open_store(
+            directory, ours, resume_step, rank, world_size
+        )
+        self._next_number = self._manifest.next_number
+        # The first drafts, the second names: at most one of either runs at a time.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="hf-sketch-writer")
+        self._drafted: Future[None] = _done()
+        self._named: Future[None] = _done()
 
     @property
     def measured_error(self) -> MeasuredError | None:
@@ -66,7 +82,7 @@ class SketchWriter:
     @property
     def last_step(self) -> int:
         """The greatest step that has a row in the store; 0 for none."""
-        return self._queue.manifest.last_step
+        return self._manifest.last_step
 
     def append(self, kind: str, columns: Mapping[str, Tensor]) -> None:
         """Add rows: every column (rows,), `sketch` (rows, out_size)."""
@@ -92,11 +108,13 @@ class SketchWriter:
         if self._buffer:
             self._start()
         with self._errors_explained():
-            self._queue.flush()
+            self._drafted.result()
+            self._named.result()
 
     def close(self) -> None:
         """Wait for what is being written; rows that are not flushed are dropped."""
-        self._queue.close()
+        wait([self._drafted])  # which starts the naming
+        self._threads.shutdown()
         self._buffer, self._buffered_bytes = {}, 0
 
     def note_measured_error(self, error: MeasuredError) -> None:
@@ -117,15 +135,52 @@ class SketchWriter:
         """
         self.close()
         first = 1 + (self.last_step if last_step is None else last_step)
-        manifest = self._queue.manifest
-        gaps = (*manifest.gaps, Gap(first, reason))
-        write_manifest(self.directory, replace(manifest, gaps=gaps))
+        gaps = (*self._manifest.gaps, Gap(first, reason))
+        write_manifest(self.directory, replace(self._manifest, gaps=gaps))
 
     def _start(self) -> None:
-        """Hand the buffer to the threads."""
+        """Hand the buffer to the threads, once the rows before are in files."""
         with self._errors_explained():
-            self._queue.put(self._buffer)
+            self._drafted.result()
+            if self._named.done():
+                self._named.result()
+        self._drafted = self._threads.submit(self._draft, self._buffer)
         self._buffer, self._buffered_bytes = {}, 0
+
+    def _draft(self, rows: _Rows) -> None:
+        """Make files of the rows, and name them after the files before."""
+        drafts: list[tuple[Draft, Shard]] = []
+        with ExitStack() as on_error:
+            for kind in list(rows):
+                draft, shard = self._draft_kind(kind, rows.pop(kind))
+                on_error.callback(draft.discard)
+                drafts.append((draft, shard))
+            self._named.result()
+            self._named = self._threads.submit(self._name, drafts)
+            on_error.pop_all()
+
+    def _draft_kind(
+        self, kind: str, parts: list[Mapping[str, Tensor]]
+    ) -> tuple[Draft, Shard]:
+        """Make a file of rows, whose memory is free before it is written."""
+        number, self._next_number = self._next_number, self._next_number + 1
+        table = arrow_table(kind, joined(parts, self._header.row_dtype))
+        parts.clear()
+        return draft_shard(self.directory, kind, self._manifest.rank, number, table)
+
+    def _name(self, drafts: list[tuple[Draft, Shard]]) -> None:
+        """Sync and name the files, then list them in the manifest."""
+        with ExitStack() as unfinished:
+            for draft, _ in drafts:
+                unfinished.callback(draft.discard)
+            for draft, _ in drafts:
+                draft.finish()
+        # Their names are on the disk before a manifest has them.
+        sync_directory(self.directory)
+        shards = (*self._manifest.shards, *(shard for _, shard in drafts))
+        manifest = replace(self._manifest, shards=shards)
+        write_manifest(self.directory, manifest)
+        self._manifest = manifest
 
     @contextmanager
     def _errors_explained(self) -> Generator[None]:
@@ -139,3 +194,10 @@ class SketchWriter:
                 f" ({error.strerror}). Free disk space and resume from the last "
                 "checkpoint, or set on_error='warn' to continue without recording.",
             ) from error
+
+
+def _done() -> Future[None]:
+    """Return a future that has ended, for before the first one."""
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
