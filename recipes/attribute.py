@@ -13,15 +13,18 @@ from hf_sketch import (
     load_spectra,
     sketch_dataset,
 )
-from hf_sketch.attribution.methods import Method
+from hf_sketch.attribution.columns import check_lines
+from hf_sketch.attribution.methods import METHOD_NAMES, Method, check_damping
 from hf_sketch.attribution.record import (
     FILE,
     AttributionRecord,
     QueryRecord,
+    check_token_method,
     record_attribution,
 )
 from hf_sketch.processes import processes
 from hf_sketch.recipes.options.attribute import AttributeArguments
+from hf_sketch.recipes.options.wikitext import WikitextArguments
 from hf_sketch.recipes.texts.data_files import read_data_file
 from hf_sketch.recipes.texts.text_rows import (
     TextModel,
@@ -31,6 +34,7 @@ from hf_sketch.recipes.texts.text_rows import (
     token_rows,
     tokenized,
 )
+from hf_sketch.sketches.choices import check_choice
 from hf_sketch.store.locations import is_remote, store_directory
 
 
@@ -48,6 +52,7 @@ def run_attribute(
             f"attribute takes one store, got {len(directories)}: join them with "
             "hf-sketch merge."
         )
+    check_answers(arguments)
     store = load_sketches(directories[0]).over_processes()
     text_model = load_text_model(arguments.model)
     rows = read_data_file(arguments.queries)
@@ -82,11 +87,30 @@ def _beside(directory: str) -> Path:
     return store_directory(directory).parent / FILE
 
 
+def check_answers(arguments: AttributeArguments | WikitextArguments) -> None:
+    """Check how queries are to be answered, before anything is loaded.
+
+    Raises:
+        ValueError: an argument is bad, or takes no other that is given.
+    """
+    name, damping = arguments.method, arguments.damping
+    check_choice("method", name, (*METHOD_NAMES, "influence"))
+    if damping is not None:
+        check_damping(damping)
+        if name not in ("preconditioned", "influence"):
+            raise ValueError(
+                f"damping is for preconditioned and influence, got it for {name!r}: "
+                "leave it out."
+            )
+    if arguments.token_scores:
+        check_token_method(name)
+    check_lines(arguments.top_k, arguments.bottom_k)
+
+
 def method_of(store: GradientRows, name: str, damping: float | None) -> str | Method:
     """The method of a name.
 
     Raises:
-        ValueError: it takes no damping.
         FileNotFoundError: influence needs a spectrum, and there is none.
     """
     settings = {} if damping is None else {"damping": damping}
@@ -95,11 +119,6 @@ def method_of(store: GradientRows, name: str, damping: float | None) -> str | Me
     if name == "influence":
         directory = store.directory and store.directory.parent
         return Influence(load_spectra(str(directory))[-1], **settings)
-    if settings:
-        raise ValueError(
-            f"damping is for preconditioned and influence, got it for {name!r}: leave "
-            "it out."
-        )
     return name
 
 

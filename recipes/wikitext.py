@@ -7,13 +7,18 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
-from hf_sketch import load_sketches
+from hf_sketch import load_sketches, load_spectra
 from hf_sketch.attribution.record import FILE, AttributionRecord
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.recipes.attribute import attribute_texts, method_of, print_record
+from hf_sketch.recipes.attribute import (
+    attribute_texts,
+    check_answers,
+    method_of,
+    print_record,
+)
 from hf_sketch.recipes.options.wikitext import WIKITEXT_TRAINING, WikitextArguments
 from hf_sketch.recipes.setups import first_rows
-from hf_sketch.recipes.texts.data_files import read_data_file
+from hf_sketch.recipes.texts.data_files import check_data_file, read_data_file
 from hf_sketch.recipes.texts.text_rows import (
     TextModel,
     load_text_model,
@@ -22,6 +27,7 @@ from hf_sketch.recipes.texts.text_rows import (
 )
 from hf_sketch.recipes.training_defaults import with_defaults
 from hf_sketch.report.page import write_report
+from hf_sketch.sketches.choices import check_count
 
 _HUB_ROWS = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
@@ -40,6 +46,7 @@ def run_wikitext(
         ValueError: the model is no causal language model, or an argument is bad.
         FileNotFoundError: a file is not there.
     """
+    sketches = _checked(arguments, training)
     set_seed(training.seed)
     text_model = load_text_model(arguments.model_name_or_path)
     if text_model.kind != "causal":
@@ -54,7 +61,7 @@ def run_wikitext(
     queries = first_rows(queries, arguments.num_queries)
     columns = text_columns(train, text_model.kind)
     inputs = tokenized(train, text_model, columns, arguments.max_length)
-    _train(text_model, inputs, arguments, training)
+    _train(text_model, inputs, sketches, training)
     store = load_sketches(training.output_dir)
     record = attribute_texts(
         store,
@@ -77,10 +84,32 @@ def run_wikitext(
     return record
 
 
+def _checked(
+    arguments: WikitextArguments, training: TrainingArguments
+) -> GradientSketchCallback:
+    """Return the callback that records, once all arguments are known to be good.
+
+    Raises:
+        ValueError: an argument is bad.
+        FileNotFoundError: a file is not there, or no spectrum for influence.
+    """
+    check_answers(arguments)
+    for name in ("num_queries", "max_length"):
+        check_count(name, getattr(arguments, name))
+    if arguments.max_train_samples is not None:
+        check_count("max_train_samples", arguments.max_train_samples)
+    for file in (arguments.train_file, arguments.query_file):
+        if file is not None:
+            check_data_file(file)
+    if arguments.method == "influence":
+        load_spectra(str(training.output_dir))
+    return GradientSketchCallback(out_size=arguments.out_size)
+
+
 def _train(
     text_model: TextModel,
     inputs: Dataset,
-    arguments: WikitextArguments,
+    sketches: GradientSketchCallback,
     training: TrainingArguments,
 ) -> None:
     """Fine-tune the model and record sketches."""
@@ -90,7 +119,7 @@ def _train(
         data_collator=text_model.collator,
         train_dataset=inputs,
         processing_class=text_model.tokenizer,
-        callbacks=[GradientSketchCallback(out_size=arguments.out_size)],
+        callbacks=[sketches],
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
 

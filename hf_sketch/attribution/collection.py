@@ -12,13 +12,20 @@ from torch import Tensor
 
 from hf_sketch.attribution.columns import (
     answer_lines,
+    check_lines,
     matching_rows,
     query_ids,
     row_groups,
     with_columns,
 )
 from hf_sketch.attribution.index import RowIndex, index_rows
-from hf_sketch.attribution.methods import METHODS, Method, Preconditioned, TracIn
+from hf_sketch.attribution.methods import (
+    METHOD_NAMES,
+    METHODS,
+    Method,
+    Preconditioned,
+    TracIn,
+)
 from hf_sketch.attribution.scores import (
     QueryMatrix,
     best_groups,
@@ -198,11 +205,7 @@ class GradientRows:
                 top_k and bottom_k are below 0 or both 0, the method is unknown or needs
                 columns that are not there, or there is no column `groups`.
         """
-        if min(top_k, bottom_k) < 0 or top_k + bottom_k == 0:
-            raise ValueError(
-                f"top_k must be at least 1, or bottom_k, got {top_k} and {bottom_k}: "
-                "pass 1 or more of either."
-            )
+        check_lines(top_k, bottom_k)
         ids, matrix = self._query_matrix(queries)
         chosen = self._method(method)
         if groups is None:
@@ -284,7 +287,7 @@ class GradientRows:
     def _method(self, method: str | Method) -> Method:
         """The method of a name, checked against the rows."""
         if isinstance(method, str):
-            check_choice("method", method, (*METHODS, "tracin", "preconditioned"))
+            check_choice("method", method, METHOD_NAMES)
             if method == "tracin":
                 method = TracIn.of_steps(self.steps)
             else:

@@ -93,6 +93,15 @@ def query_ids(dataset: Dataset) -> np.ndarray[Any, Any]:
     return column(dataset, "example_id" if examples else "step")
 
 
+def check_lines(top_k: int, bottom_k: int) -> None:
+    """Raise unless a query is to be answered by at least one line."""
+    if min(top_k, bottom_k) < 0 or top_k + bottom_k == 0:
+        raise ValueError(
+            f"top_k must be at least 1, or bottom_k, got {top_k} and {bottom_k}: pass 1"
+            " or more of either."
+        )
+
+
 def answer_lines(
     ids: np.ndarray[Any, Any], best: BestRows, worst: BestRows, told: Dataset
 ) -> Dataset:

@@ -147,7 +147,7 @@ class Preconditioned(Method):
     _factor: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_damping(self.damping)
+        check_damping(self.damping)
         mean = float(self.covariance.diagonal().mean())
         if not 0 < mean < float("inf"):
             raise ValueError(
@@ -186,7 +186,7 @@ class Influence(Method):
     damping: float = 0.03
 
     def __post_init__(self) -> None:
-        _check_damping(self.damping)
+        check_damping(self.damping)
         if not len(self.spectrum.vectors):
             raise ValueError(
                 "influence needs a spectrum with eigenvectors, got one without: take it"
@@ -210,8 +210,11 @@ class Influence(Method):
 
 
 METHODS: Final[dict[str, Method]] = {"dot": Dot(), "cosine": Cosine()}
+# `GradientRows` makes the last two from its rows.
+METHOD_NAMES: Final = (*METHODS, "tracin", "preconditioned")
 
 
-def _check_damping(damping: float) -> None:
+def check_damping(damping: float) -> None:
+    """Raise unless a damping is positive."""
     if not damping > 0:
         raise ValueError(f"damping must be positive, got {damping}: pass e.g. 0.1.")

@@ -117,13 +117,8 @@ def record_attribution(
         ValueError: see `GradientRows.attribute`; or tokens are to have scores by
             "cosine", which is not a sum over them.
     """
-    if token_sketches is not None and (
-        method == "cosine" or isinstance(method, Cosine)
-    ):
-        raise ValueError(
-            "tokens have scores by methods that are linear in the query, got cosine: "
-            "take another method, or no scores of tokens."
-        )
+    if token_sketches is not None:
+        check_token_method(method)
     lines = store.attribute(
         queries, top_k, method, bottom_k=bottom_k, groups="example_id"
     )
@@ -154,6 +149,15 @@ def record_attribution(
         records.append(record)
     name = method if isinstance(method, str) else type(method).__name__
     return AttributionRecord(name, records)
+
+
+def check_token_method(method: str | Method) -> None:
+    """Raise unless a query's score is a sum over its tokens."""
+    if method == "cosine" or isinstance(method, Cosine):
+        raise ValueError(
+            "tokens have scores by methods that are linear in the query, got cosine: "
+            "take another method, or no scores of tokens."
+        )
 
 
 def _token_scores(

@@ -15,6 +15,16 @@ def read_data_file(path: str) -> Dataset:
         FileNotFoundError: it is not there.
         ValueError: its name has another ending.
     """
+    return load_dataset(check_data_file(path), data_files=path, split="train")
+
+
+def check_data_file(path: str) -> str:
+    """Return the name of a file's reader in `datasets`.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: its name has another ending.
+    """
     file = Path(path)
     ending = file.suffix
     if ending == ".gz":
@@ -26,7 +36,7 @@ def read_data_file(path: str) -> Dataset:
         )
     if not file.is_file():
         raise FileNotFoundError(f"a data file must be there, got no file at {path}.")
-    return load_dataset(_READERS[ending], data_files=path, split="train")
+    return _READERS[ending]
 
 
 def check_columns(dataset: Dataset, columns: Sequence[str], source: str) -> None:

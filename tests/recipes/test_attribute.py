@@ -200,6 +200,28 @@ def test_scores_of_tokens_are_refused_where_there_are_none(classifier):
         record_attribution(store, store, [], method="cosine", token_sketches=[])
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--method=magic", r"method must be one of .*'influence', got 'magic'"),
+        ("--damping=1", "damping is for .* got it for 'tracin': leave it out"),
+        ("--top_k=-1", "top_k must be at least 1, or bottom_k, got -1 and 5: pass"),
+        ("--num_queries=0", "num_queries must be an integer of at least 1, got 0"),
+        ("--max_length=0", "max_length must be an integer of at least 1, got 0"),
+        ("--out_size=0", "out_size must be an integer of at least 1, got 0"),
+        ("--max_train_samples=-1", "max_train_samples must be .* 1, got -1"),
+        ("--train_file=train.bin", r"must end in one of .* got train\.bin: convert"),
+        ("--query_file=gone.txt", r"must be there, got no file at gone\.txt"),
+        ("--method=influence", "No spectra at .*HessianSpectrumCallback"),
+    ],
+)
+def test_options_are_checked_before_anything_is_loaded(option, message, tmp_path):
+    nowhere = f"--model_name_or_path={tmp_path / 'nothing'}"
+    output = f"--output_dir={tmp_path / 'out'}"
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        main(["wikitext", nowhere, output, "--report_to=none", option])
+
+
 def test_the_recipe_wants_a_causal_model_and_long_passages(classifier, language_model):
     files = [f"--train_file={language_model / 'train.txt.gz'}"]
     with pytest.raises(ValueError, match="language model, got a classification model"):
