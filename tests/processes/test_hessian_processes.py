@@ -13,7 +13,12 @@ from hf_sketch import (
     load_spectra,
 )
 from tests.helpers.processes.joint_training import STEPS
-from tests.helpers.processes.launching import in_two_and_four, results, run_together
+from tests.helpers.processes.launching import (
+    assert_bit_equal_training,
+    in_two_and_four,
+    results,
+    run_together,
+)
 from tests.helpers.trained.hessian_training import stored_batches
 from tests.helpers.trained.text_training import undropped
 from tests.helpers.trained.training import tiny_bert
@@ -79,16 +84,7 @@ def test_a_process_whose_batches_have_no_label_counts_for_nothing(launched):
     2, "joint/plain", "joint/spectra", "joint/failing", "joint/unwritable"
 )
 def test_training_is_bit_equal_with_and_without_also_where_spectra_fail(launched):
-    for scenario in ("spectra", "failing", "unwritable"):
-        assert results(launched / "plain", "curve") == results(
-            launched / scenario, "curve"
-        )
-        for rank in (0, 1):
-            plain, watched = (
-                torch.load(launched / name / f"weights-{rank}.pt")
-                for name in ("plain", scenario)
-            )
-            assert all(torch.equal(plain[name], watched[name]) for name in plain)
+    assert_bit_equal_training(launched, "spectra", "failing", "unwritable")
 
 
 @pytest.mark.in_processes(2, "joint/spectra")

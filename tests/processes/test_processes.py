@@ -14,6 +14,7 @@ from hf_sketch.store.writer import SketchWriter
 from tests.helpers.processes.distributed_training import GLOBAL_BATCH, SIZE, even
 from tests.helpers.processes.launching import (
     ACCELERATE,
+    assert_bit_equal_training,
     in_two_and_four,
     launch,
     results,
@@ -63,16 +64,7 @@ def test_rows_are_those_of_one_process_with_the_same_batches(
 
 @pytest.mark.in_processes(2, "ddp/plain", "ddp/watched", "ddp/disk", "ddp/memory")
 def test_training_is_bit_equal_with_and_without(launched):
-    for scenario in ("watched", "disk", "memory"):
-        assert results(launched / "plain", "curve") == results(
-            launched / scenario, "curve"
-        )
-        for rank in (0, 1):
-            plain, watched = (
-                torch.load(launched / name / f"weights-{rank}.pt")
-                for name in ("plain", scenario)
-            )
-            assert all(torch.equal(plain[name], watched[name]) for name in plain)
+    assert_bit_equal_training(launched, "watched", "disk", "memory")
 
 
 @pytest.mark.in_processes(2, "ddp/watched")

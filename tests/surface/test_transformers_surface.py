@@ -1,6 +1,7 @@
 """What is leaned on in transformers beneath its public names; read in release 5."""
 
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers.quantizers import HfQuantizer
 
 SMALL = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 20, "n_positions": 8}
 
@@ -8,6 +9,14 @@ SMALL = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 20, "n_positions"
 def test_a_config_says_how_attention_is_computed():
     model = GPT2LMHeadModel(GPT2Config(**SMALL, attn_implementation="eager"))
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_model_that_is_loaded_for_quantisation_says_so(monkeypatch):
+    monkeypatch.setattr(HfQuantizer, "__abstractmethods__", frozenset())
+    model = GPT2LMHeadModel(GPT2Config(**SMALL))
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    HfQuantizer(config).preprocess_model(model)
+    assert model.is_quantized
 
 
 def test_layers_that_checkpoint_hold_the_function_that_does():

@@ -91,3 +91,17 @@ def results(directory, name, processes=2):
     """What each process left under a name."""
     paths = [directory / f"{name}-{rank}.json" for rank in range(processes)]
     return [json.loads(path.read_text()) for path in paths]
+
+
+def assert_bit_equal_training(launched, *scenarios):
+    """Two processes trained as the scenario "plain" did, to the last bit."""
+    for scenario in scenarios:
+        assert results(launched / "plain", "curve") == results(
+            launched / scenario, "curve"
+        )
+        for rank in (0, 1):
+            plain, watched = (
+                torch.load(launched / name / f"weights-{rank}.pt")
+                for name in ("plain", scenario)
+            )
+            assert all(torch.equal(plain[name], watched[name]) for name in plain)
