@@ -2,6 +2,7 @@
 
 import json
 import platform
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,15 @@ import transformers
 
 import hf_sketch
 from hf_sketch.recipes.placement import device_name
+
+
+@dataclass
+class ReportArguments:
+    """What the arguments of every table's script begin with."""
+
+    output_dir: str = field(
+        default="out/tables", metadata={"help": "Folder for the results."}
+    )
 
 
 def save_report(output_dir: str, name: str, arguments: Any, results: Any) -> Path:

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 
 from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, Dense, Sketch
 from hf_sketch.recipes.placement import device, device_name
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.costs.hvp_cost import HvpCostArguments, measure_products
 from hf_sketch.recipes.tables.costs.per_example_cost import (
     PerExampleCostArguments,
@@ -35,7 +35,7 @@ _SIDE = 2**13  # of the matrices whose product tells the rate of arithmetic
 
 
 @dataclass
-class GpuArguments:
+class GpuArguments(ReportArguments):
     """The costs that the CPU's tables tell, on the accelerator that is there.
 
     Each section saves a table of its own, and all are joined in `gpu.json`, also those
@@ -43,9 +43,6 @@ class GpuArguments:
     faster than a read of the gradient.
     """
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     sections: str = field(
         default="ceilings,agreement,step,tables_3_4_8,table_11,examples,"
         "examples_bfloat16,hessian,subspace",

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser
 
 from hf_sketch import HessianOperator, ModelSketch, SketchedHessian
 from hf_sketch.recipes.placement import device
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.costs.eigenvalue_runs import compare_eigenvalues
 from hf_sketch.recipes.tables.measure import peak_extra_bytes, spread, timed
 from hf_sketch.recipes.tables.models.gradients import fine_tuned_minilm
@@ -26,12 +26,9 @@ PEERS = ("hessian_eigenthings", "curvlinops")
 
 
 @dataclass
-class HvpCostArguments:
+class HvpCostArguments(ReportArguments):
     """Time and memory of Hessian-vector products, plain and sketched, by mode."""
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     operators: str = field(
         default="affd,srht", metadata={"help": "Operators, comma-separated."}
     )

@@ -9,18 +9,15 @@ import psutil
 from transformers import HfArgumentParser
 
 from hf_sketch import HessianOperator, ModelSketch, SketchedHessian, lanczos
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.models.hessians import random_tokens
 from hf_sketch.recipes.tables.paper.table9 import small_gpt2
 
 
 @dataclass
-class LongLanczosArguments:
+class LongLanczosArguments(ReportArguments):
     """Steps as many, and a sketch as large, as the paper's, on a small GPT-2."""
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     steps: int = field(default=1000, metadata={"help": "Lanczos steps."})
     bits: int = field(default=20, metadata={"help": "log2 of the sketch size."})
     layout: str = field(default="flat", metadata={"help": "Of the sketch."})

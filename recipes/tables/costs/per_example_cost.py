@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_sketch import ModelSketch
 from hf_sketch.recipes.placement import device_name
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.measure import peak_extra_bytes, spread
 from hf_sketch.recipes.tables.paper.table6 import pearson_r
 from hf_sketch.recipes.tables.peers import PEERS
@@ -39,12 +39,9 @@ Make = Callable[[], Recorder | None]
 
 
 @dataclass
-class PerExampleCostArguments:
+class PerExampleCostArguments(ReportArguments):
     """Seconds of a training step with per-example rows, beside a plain one."""
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     shape: str = field(
         default="gpt2-small", metadata={"help": f"One of {', '.join(SHAPES)}."}
     )

@@ -18,7 +18,7 @@ from hf_sketch.planning.plan import Plan, plan_recording
 from hf_sketch.planning.rate import measured_rate
 from hf_sketch.planning.settings import RowSettings, TrainingRun
 from hf_sketch.recipes.meta_models import meta_model
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.measure import peak_extra_bytes
 from hf_sketch.recipes.tables.quality.recorded_runs import Setting, Shape, train
 from hf_sketch.recipes.tables.recorders import Ours, bytes_below
@@ -30,10 +30,9 @@ _NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 
 
 @dataclass
-class PlanCheckArguments:
+class PlanCheckArguments(ReportArguments):
     """Compare plans of runs of three sizes with what these runs take."""
 
-    output_dir: str = field(default="out/tables", metadata={"help": "For the JSON."})
     model_type: str = field(default="gpt2", metadata={"help": "gpt2 or llama."})
     layouts: str = field(
         default="factored,blocked", metadata={"help": "Layouts, comma-separated."}

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_sketch.processes import end_group
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.quality.recorded_runs import SHAPES, Setting, train
 from hf_sketch.recipes.tables.recorders import Ours
 
@@ -24,12 +24,9 @@ _MODULE = "hf_sketch.recipes.tables.costs.process_cost"
 
 
 @dataclass
-class ProcessCostArguments:
+class ProcessCostArguments(ReportArguments):
     """The seconds of a step with rows to those without, in one process and several."""
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     shape: str = field(
         default="tiny-llama", metadata={"help": f"One of {', '.join(SHAPES)}."}
     )

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_sketch import GradientRows, ModelSketch, load_sketches
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.costs.storage import columns_of, size_of
 from hf_sketch.recipes.tables.measure import spread
 from hf_sketch.store.header import Header
@@ -27,12 +27,9 @@ _BLOCK = 2048
 
 
 @dataclass
-class ScoringArguments:
+class ScoringArguments(ReportArguments):
     """Seconds to find the top rows of a store of float16 rows for some queries."""
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     work_dir: str | None = field(
         default=None, metadata={"help": "Where the store is made, and removed."}
     )

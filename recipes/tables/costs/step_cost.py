@@ -10,18 +10,15 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from hf_sketch import ModelSketch
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.measure import peak_extra_bytes, spread, timed
 from hf_sketch.recipes.tables.models.language_model import random_language_model
 
 
 @dataclass
-class StepCostArguments:
+class StepCostArguments(ReportArguments):
     """Seconds of one gradient sketch, as ratios to an AdamW step in the same run."""
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     model_type: str = field(
         default="gpt2", metadata={"help": "Default configuration with random weights."}
     )

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_sketch import ModelSketch, load_sketches
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.measure import spread
 from hf_sketch.store.blocks import row_blocks
 from hf_sketch.store.header import Header
@@ -31,12 +31,9 @@ _ROWS_A_STEP = 8  # of the GPT-2-small setting of per_example_cost.py
 
 
 @dataclass
-class StorageArguments:
+class StorageArguments(ReportArguments):
     """Speed of the store beside the file system's own, and the error of short rows."""
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     work_dir: str | None = field(
         default=None, metadata={"help": "On the file system to measure."}
     )

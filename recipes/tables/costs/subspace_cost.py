@@ -13,7 +13,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 
 from hf_sketch import SubspaceConfig
 from hf_sketch.recipes.placement import device
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.measure import peak_extra_bytes, spread, timed
 from hf_sketch.recipes.tables.models.language_model import random_language_model
 
@@ -21,12 +21,9 @@ Step = Callable[[], Any]
 
 
 @dataclass
-class SubspaceCostArguments:
+class SubspaceCostArguments(ReportArguments):
     """Seconds and memory of a step with AdamW: all parameters, or a subspace's."""
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     model_type: str = field(
         default="gpt2", metadata={"help": "Default configuration with random weights."}
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from hf_sketch import AFJL, FJL, Sketch
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.measure import (
     fitting_bits,
     milliseconds,
@@ -29,7 +29,7 @@ _BYTES_OF_A_DRAW = 60  # at the peak of drawing one entry of FJL's sparse matrix
 
 
 @dataclass
-class Figures34Arguments:
+class Figures34Arguments(ReportArguments):
     """Wall time and extra memory of FJL and AFJL on one gradient by sketch size.
 
     Both are of one block, as in the paper. The memory is that of the first use, which
@@ -38,9 +38,6 @@ class Figures34Arguments:
     a V100 runs out of memory beyond 2^20.
     """
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON and the plot go."}
-    )
     model_type: str = field(
         default="gpt2", metadata={"help": "Default configuration with random weights."}
     )

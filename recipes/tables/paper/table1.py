@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, HfArgumentParser
 from hf_sketch import ModelSketch, sketch_dataset
 from hf_sketch.attribution.evaluation import score_correlation
 from hf_sketch.recipes.demo import embedded_model_path
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.models.gradients import fine_tuned_minilm
 from hf_sketch.recipes.tables.paper.exact_products import exact_products
 from hf_sketch.recipes.tables.paper.table1_eigenvalues import layers_of
@@ -34,15 +34,12 @@ _TINY = {"rows": 4, "queries": 2, "steps": 1, "seeds": 2, "bits": 6, "max_length
 
 
 @dataclass
-class Table1Arguments:
+class Table1Arguments(ReportArguments):
     """Pearson r of scores by single layers' gradients, and by sketches of all.
 
     A score is the inner product of the gradients of a query and a training row.
     """
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "By default MiniLM, on the sample of SNLI."}
     )

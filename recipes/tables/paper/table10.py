@@ -22,7 +22,7 @@ from hf_sketch.recipes.options.dimension import (
     SnliArguments,
     XsumArguments,
 )
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.snli import SnliTrainingArguments, snli_task
 from hf_sketch.recipes.spectrum_report import plots_if_installed
 from hf_sketch.recipes.training_defaults import with_small
@@ -36,16 +36,13 @@ PAPER = {
 
 
 @dataclass
-class Table10Arguments:
+class Table10Arguments(ReportArguments):
     """D* for operators and seeds, by default of MiniLM on SNLI.
 
     A run that has ended is kept in <output_dir>/table10, or table10_xsum, and not
     repeated; one that was interrupted goes on from its last checkpoint.
     """
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON and the plot go."}
-    )
     operators: str = field(
         default="affd,afjl,qk,ffd", metadata={"help": "Operators, comma-separated."}
     )

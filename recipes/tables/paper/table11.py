@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 
 from hf_sketch import Dense
 from hf_sketch.recipes.placement import device, device_name
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.measure import (
     fitting_bits,
     milliseconds,
@@ -55,7 +55,7 @@ Make = Callable[[int], Projection]  # of the sketch size
 
 
 @dataclass
-class Table11Arguments:
+class Table11Arguments(ReportArguments):
     """Wall time by sketch size of dense projections, AFFD, QK and SRHT on one gradient.
 
     The dense projections, whose matrix is drawn anew on every use, are the projector
@@ -66,9 +66,6 @@ class Table11Arguments:
     marked.
     """
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     model_type: str = field(
         default="gpt2", metadata={"help": "Default configuration with random weights."}
     )

@@ -14,7 +14,7 @@ from hf_sketch import (
     hessian_spectrum,
     lanczos,
 )
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.models.gradients import fine_tuned_minilm
 from hf_sketch.recipes.tables.models.hessians import (
     FlatHessian,
@@ -27,12 +27,9 @@ PAPER = {"GPT-2": (0.19, 0.72), "BART": (0.16, 0.59)}
 
 
 @dataclass
-class Table1EigenvaluesArguments:
+class Table1EigenvaluesArguments(ReportArguments):
     """Error of the top eigenvalues of single layers, and of a sketch of all of them."""
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     top: int = field(default=10, metadata={"help": "Eigenvalues compared."})
     krylov_dim: int = field(default=40, metadata={"help": "Lanczos steps of each."})
     bits: int = field(default=12, metadata={"help": "log2 of the sketch size."})

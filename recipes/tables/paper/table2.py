@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.measure import (
     milliseconds,
     peak_extra_bytes,
@@ -35,7 +35,7 @@ OUT_SIZE = 2**12
 
 
 @dataclass
-class Table2Arguments:
+class Table2Arguments(ReportArguments):
     """The largest dense projection of each group of a model that fits the memory.
 
     A pass draws the rows of a float32 Gaussian matrix in place and applies them to the
@@ -43,9 +43,6 @@ class Table2Arguments:
     the matrix, really drawn and applied, takes more than the memory.
     """
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     model_type: str = field(
         default="gpt2", metadata={"help": "Default configuration with random weights."}
     )

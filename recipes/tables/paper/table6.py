@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_sketch import ModelSketch
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.models.gradients import (
     as_mapping,
     fine_tuned_minilm,
@@ -32,12 +32,9 @@ _WIDER = 4
 
 
 @dataclass
-class Table6Arguments:
+class Table6Arguments(ReportArguments):
     """Pearson r of sketched inner products by sketch size, on MiniLM and SNLI."""
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     sketches: str = field(
         default="blocked/srht,factored/srht,affd@factored/srht,blocked/affd,"
         "blocked/afjl,blocked/qk,flat/qk,blocked/fjl,blocked/ffd",

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_sketch import HessianOperator, ModelSketch, SketchedHessian, hessian_spectrum
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.models.gradients import fine_tuned_minilm
 from hf_sketch.recipes.tables.models.hessians import (
     FlatHessian,
@@ -25,12 +25,9 @@ LEVELS = (0.2, 0.1, 0.05)
 
 
 @dataclass
-class Table7Arguments:
+class Table7Arguments(ReportArguments):
     """Error of sketched eigenvalues by sketch size, on MiniLM and SNLI."""
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     operators: str = field(
         default="affd,afjl,qk,srht", metadata={"help": "Operators, comma-separated."}
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, Sketch
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.measure import milliseconds, operator_costs
 from hf_sketch.recipes.tables.models.language_model import model_gradient
 from hf_sketch.recipes.tables.speed_ups import (
@@ -21,13 +21,14 @@ from hf_sketch.recipes.tables.speed_ups import (
     is_in_table_3,
     speed_ups,
 )
+from hf_sketch.sketches import Transposed
 
 _MIXED = {"fjl": FJL, "affd": AFFD, "afjl": AFJL}
 _SRHT_BLOCK = 2**10  # the block of ModelSketch's default layout
 
 
 @dataclass
-class Table8Arguments:
+class Table8Arguments(ReportArguments):
     """Wall time and extra memory of each operator on one gradient of a model.
 
     The gradient is one vector, as in the paper. Only the sketch is measured, and both
@@ -37,9 +38,6 @@ class Table8Arguments:
     add the same to both.
     """
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     model_type: str = field(
         default="gpt2", metadata={"help": "Default configuration with random weights."}
     )
@@ -62,22 +60,22 @@ def explicit(operator: Sketch, gradient: Tensor) -> Tensor:
 def implicit(operator: Sketch, gradient: Tensor, weights: Tensor) -> Tensor:
     """The gradient in omega of <g, weights + S.T omega> at 0, by autograd."""
     omega = gradient.new_zeros(operator.shape[0]).requires_grad_()
-    loss = gradient @ (weights + _Lift.apply(omega, operator))
+    loss = gradient @ (weights + Product.apply(omega, operator.T))
     (sketch,) = torch.autograd.grad(loss, omega)
     return sketch
 
 
-class _Lift(torch.autograd.Function):
-    """S.T as a differentiable map, as in hf_sketch.model.implicit; derivative S."""
+class Product(torch.autograd.Function):
+    """An operator @ x; its derivative is the operator's transpose."""
 
     @staticmethod
-    def forward(ctx: Any, omega: Tensor, operator: Sketch) -> Tensor:
+    def forward(ctx: Any, x: Tensor, operator: Sketch | Transposed) -> Tensor:
         ctx.operator = operator
-        return operator.T @ omega
+        return operator @ x
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return ctx.operator @ grad_output, None
+        return Product.apply(grad_output, ctx.operator.T), None
 
 
 def operators_of(in_size: int, out_size: int) -> dict[tuple[str, str], Sketch]:

@@ -12,10 +12,10 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser
 
 from hf_sketch import HessianOperator, Sketch
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.measure import milliseconds, operator_costs
 from hf_sketch.recipes.tables.models.hessians import FlatHessian, random_tokens
-from hf_sketch.recipes.tables.paper.table8 import operators_of
+from hf_sketch.recipes.tables.paper.table8 import Product, operators_of
 
 # Milliseconds and peak GB on a V100, then on a TPUv2 (Schioppa 2024, Table 9).
 PUBLISHED = {
@@ -37,7 +37,7 @@ PUBLISHED = {
 
 
 @dataclass
-class Table9Arguments:
+class Table9Arguments(ReportArguments):
     """Time and extra memory of sketched Hessian-vector products of a small GPT-2.
 
     The parameters are one vector, as in the paper. Explicit is S H(S.T v), by autograd
@@ -45,9 +45,6 @@ class Table9Arguments:
     in w.
     """
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON goes."}
-    )
     layers: int = field(default=4, metadata={"help": "Layers of the model."})
     width: int = field(default=256, metadata={"help": "Its hidden size."})
     tokens: int = field(default=64, metadata={"help": "Tokens of its one example."})
@@ -79,37 +76,11 @@ def implicit(
     """The Hessian-vector product of L(theta + S.T w) in w, at 0, by autograd."""
     model = hessian.hessian.mean_loss.model
     omega = torch.zeros(operator.shape[0], requires_grad=True)
-    lifted = hessian.named(_Lift.apply(omega, operator))
+    lifted = hessian.named(Product.apply(omega, operator.T))
     moved = {n: p.detach() + lifted[n] for n, p in hessian.hessian.parameters.items()}
     loss = functional_call(model, moved, (), dict(inputs)).loss
     (gradient,) = torch.autograd.grad(loss, omega, create_graph=True)
     return torch.autograd.grad(gradient, omega, vector)[0]
-
-
-class _Lift(torch.autograd.Function):
-    """S.T, whose derivative is S."""
-
-    @staticmethod
-    def forward(ctx: Any, omega: Tensor, operator: Sketch) -> Tensor:
-        ctx.operator = operator
-        return operator.T @ omega
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return _Fold.apply(grad_output, ctx.operator), None
-
-
-class _Fold(torch.autograd.Function):
-    """S, whose derivative is S.T."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, operator: Sketch) -> Tensor:
-        ctx.operator = operator
-        return operator @ x
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return _Lift.apply(grad_output, ctx.operator), None
 
 
 def cases_of(

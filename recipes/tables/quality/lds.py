@@ -16,7 +16,7 @@ from hf_sketch.attribution.evaluation import (
     random_subsets,
     retrain_on_subsets,
 )
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.paper.saved_losses import SavedLosses
 from hf_sketch.recipes.tables.quality.lds_methods import (
     How,
@@ -67,17 +67,13 @@ _TINY = {
 
 
 @dataclass
-class LdsArguments:
+class LdsArguments(ReportArguments):
     """Linear datamodeling scores (LDS) of this library's methods and of other packages.
 
     Models are trained anew on random halves of the training set; the LDS is the rank
     correlation, over these halves, of a query's losses with the sums of its scores.
     """
 
-    output_dir: str = field(
-        default="out/tables",
-        metadata={"help": "Where the JSON goes, and the losses of retrained models."},
-    )
     task: str = field(
         default="digits",
         metadata={"help": "digits (a perceptron) or snli (MiniLM, smaller settings)."},

@@ -27,7 +27,7 @@ from hf_sketch.recipes.demo import (
     new_model,
     training_arguments,
 )
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.texts.snli_sample import flip_labels, load_snli_sample, tokenize
 from hf_sketch.store.blocks import sketch_matrix
 
@@ -35,15 +35,12 @@ DAMPINGS = (1.0, 10.0, 100.0)
 
 
 @dataclass
-class MislabelledArguments:
+class MislabelledArguments(ReportArguments):
     """How well scores find wrong labels among SNLI's, of MiniLM as the demo trains it.
 
     All scores are larger for rows that are likelier to be wrong; told is the AUC.
     """
 
-    output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON and the run go."}
-    )
     fraction: float = field(default=0.1, metadata={"help": "Of labels made wrong."})
     out_size: int = field(default=4096, metadata={"help": "Numbers in a sketch."})
     num_train_epochs: int = field(
