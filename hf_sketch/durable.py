@@ -94,16 +94,20 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     replace_file(path, data.replace(_NO_DIGEST, _digest(data), 1))
 
 
-def read_sealed(path: Path, mend: str = "restore it") -> dict[str, Any]:
+def read_sealed(
+    path: Path, mend: str = "restore it", version: int | None = None
+) -> dict[str, Any]:
     """Read what `write_sealed` wrote, without the checksum.
 
     Args:
         path: the file.
         mend: what to do if it is damaged, for the error.
+        version: the only `format_version` that it may have, which is taken out; None
+            leaves it to the caller.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a byte differs from what was written.
+        ValueError: a byte differs from what was written, or it has another version.
     """
     data = path.read_bytes()
     start = len(_SEAL)
@@ -118,6 +122,11 @@ def read_sealed(path: Path, mend: str = "restore it") -> dict[str, Any]:
         )
     content = json.loads(data)
     del content["xxh3_128"]
+    if version is not None and (found := content.pop("format_version")) != version:
+        raise ValueError(
+            f"{path} has format_version {found!r}, and this hf-sketch reads {version}. "
+            "Open it with the hf-sketch that wrote it."
+        )
     return content
 
 

@@ -72,13 +72,7 @@ def load_spectra(path: str | Path) -> list[Spectrum]:
 
 
 def _read_spectrum(path: Path) -> Spectrum:
-    content = read_sealed(path)
-    version = content.pop("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} must have format_version {FORMAT_VERSION}, got {version!r}: open "
-            "it with the hf_sketch that wrote it."
-        )
+    content = read_sealed(path, version=FORMAT_VERSION)
     file = path.with_suffix(".safetensors")
     data = file.read_bytes() if file.is_file() else b""
     expected, digest = content.pop("tensors_xxh3_128"), xxhash.xxh3_128_hexdigest(data)

@@ -170,13 +170,7 @@ def load_dimension_search(output_dir: str | Path) -> DimensionSearch:
             f"a search is in {path}, got no such file: train with "
             "IntrinsicDimensionCallback, whose output_dir this is."
         )
-    content = read_sealed(path, mend="search again")
-    version = content.pop("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} must have format version {FORMAT_VERSION}, got {version}: install "
-            "the hf-sketch that wrote it."
-        )
+    content = read_sealed(path, mend="search again", version=FORMAT_VERSION)
     del content["dimension"]  # for readers of the file; the path tells
     stages = tuple(Stage(**stage) for stage in content.pop("path"))
     return DimensionSearch(**content, path=stages)

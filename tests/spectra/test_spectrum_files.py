@@ -85,7 +85,7 @@ def test_another_version_is_told(tmp_path):
     content = read_sealed(path)
     write_sealed(path, {"format_version": 2, "other": content["step"]})
     message = (
-        "must have format_version 1, got 2: open it with the hf_sketch that wrote it"
+        "has format_version 2, and this hf-sketch reads 1. Open it with the hf-sketch"
     )
     with pytest.raises(ValueError, match=message):
         load_spectra(tmp_path)
