@@ -14,12 +14,12 @@ from transformers import (
 )
 
 from hf_sketch.examples.losses import check_reduction
-from hf_sketch.model.sketch import ModelSketch, check_layout
+from hf_sketch.model.sketch import LAYOUTS, ModelSketch
 from hf_sketch.processes import check_same
-from hf_sketch.sketches.by_name import check_operator
+from hf_sketch.sketches.by_name import OPERATORS
 from hf_sketch.sketches.choices import check_choice, check_count
 from hf_sketch.store.header import Header
-from hf_sketch.store.rows import check_row_dtype
+from hf_sketch.store.rows import ROW_DTYPES
 
 from .placement import check_processes, step_examples
 from .recording.run import Run
@@ -97,10 +97,10 @@ class GradientSketchCallback(TrainerCallback):
                 "recorded. Remove the callback."
             )
         check_choice("on_error", on_error, get_args(OnError))
-        check_layout(layout)
-        check_operator(operator)
+        check_choice("layout", layout, LAYOUTS)
+        check_choice("operator", operator, OPERATORS)
         check_reduction(loss)
-        check_row_dtype(row_dtype)
+        check_choice("row_dtype", row_dtype, ROW_DTYPES)
         self.out_size = out_size
         self.layout = layout
         self.operator = operator

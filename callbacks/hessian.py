@@ -21,9 +21,9 @@ from transformers import (
 from hf_sketch.curvature.double_backward import Mode
 from hf_sketch.curvature.hessian import HessianOperator
 from hf_sketch.curvature.mean_loss import LossFunction, Unit
-from hf_sketch.model.sketch import ModelSketch, check_layout
+from hf_sketch.model.sketch import LAYOUTS, ModelSketch
 from hf_sketch.processes import Together, check_others, check_same
-from hf_sketch.sketches.by_name import check_operator
+from hf_sketch.sketches.by_name import OPERATORS
 from hf_sketch.sketches.choices import check_choice, check_count
 from hf_sketch.spectra.files import DIRECTORY, continue_spectra, save_spectrum
 from hf_sketch.spectra.sketched_hessian import SketchedHessian
@@ -107,8 +107,8 @@ class HessianSpectrumCallback(TrainerCallback):
         check_count("batch_size", 1 if self.batch_size is None else self.batch_size)
         check_count("keep_vectors", self.keep_vectors, least=0)
         _check_sizes(self.batches, self.krylov_dim, self.out_size)
-        check_operator(self.operator)
-        check_layout(self.layout)
+        check_choice("operator", self.operator, OPERATORS)
+        check_choice("layout", self.layout, LAYOUTS)
         check_choice("mode", self.mode, get_args(Mode))
         check_choice("unit", self.unit, get_args(Unit))
         self._trainer: Trainer | None = None

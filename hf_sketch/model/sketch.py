@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.names import named_parameters
 from hf_sketch.sketches import QK, Sketch
-from hf_sketch.sketches.by_name import check_operator, choose_operator
+from hf_sketch.sketches.by_name import OPERATORS, choose_operator
+from hf_sketch.sketches.choices import check_choice
 
 LAYOUTS = ("blocked", "factored", "flat")
 _OWN_SIZE = 2**16
@@ -85,8 +86,8 @@ class ModelSketch:
                 "a sketch needs at least one trainable parameter, got none: "
                 "call requires_grad_(True) on those that train."
             )
-        check_layout(self.layout)
-        check_operator(self.operator)
+        check_choice("layout", self.layout, LAYOUTS)
+        check_choice("operator", self.operator, OPERATORS)
         elements = self.in_size
         if not 1 <= self.out_size <= elements:
             raise ValueError(
@@ -292,9 +293,3 @@ class ModelSketch:
     def _plain_operator(self, size: int, stream: str) -> Sketch:
         sizes = (size, self.out_size, self.seed)
         return choose_operator(self.operator, *sizes, stream, self.layout == "flat")
-
-
-def check_layout(layout: str) -> None:
-    """Raise unless `layout` is the name of one."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}.")

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from hf_sketch.store.rows import check_row_dtype
+from hf_sketch.sketches.choices import check_choice, check_count
+from hf_sketch.store.rows import ROW_DTYPES
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,8 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and value < 1 and name != "sharded":
-                raise ValueError(
-                    f"{name} must be at least 1, got {value}: pass 1 or more."
-                )
+            if value is not None and name != "sharded":
+                check_count(name, value)
 
     @property
     def rank_examples(self) -> int:
@@ -79,12 +78,8 @@ class RowSettings:
     per_step: bool = True
 
     def __post_init__(self) -> None:
-        check_row_dtype(self.row_dtype)
-        if self.every_steps < 1:
-            raise ValueError(
-                f"every_steps must be at least 1, got {self.every_steps}: pass 1 or "
-                "more."
-            )
+        check_choice("row_dtype", self.row_dtype, ROW_DTYPES)
+        check_count("every_steps", self.every_steps)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Operators by name, with blocks that suit the sizes."""
 
 from hf_sketch.sketches import AFFD, AFJL, FFD, FJL, QK, SRHT, Dense, Sketch
-from hf_sketch.sketches.choices import check_choice
 from hf_sketch.sketches.operator import next_power_of_two
 
 _IN_BLOCKS = {"affd": AFFD, "afjl": AFJL, "fjl": FJL, "srht": SRHT}
@@ -9,11 +8,6 @@ _WHOLE = {"dense": Dense, "ffd": FFD, "qk": QK}
 OPERATORS = (*_IN_BLOCKS, *_WHOLE)
 _BLOCK_SIZE = 2**16
 _ROTATED_BLOCK_SIZE = 2**10
-
-
-def check_operator(name: str) -> None:
-    """Raise unless `name` is that of an operator."""
-    check_choice("operator", name, OPERATORS)
 
 
 def choose_operator(

@@ -47,12 +47,6 @@ _COLUMNS = {
 }
 
 
-def check_row_dtype(name: str) -> None:
-    """Raise unless rows may be stored in the dtype `name`."""
-    if name not in ROW_DTYPES:
-        raise ValueError(f"row_dtype must be one of {ROW_DTYPES}, got {name!r}.")
-
-
 def features(kind: str, out_size: int, row_dtype: str = "float32") -> Features:
     """Return the columns of a kind of rows, with the sketch as a fixed-size list."""
     columns = {name: Value(dtype) for name, dtype in _COLUMNS[kind].items()}

@@ -289,14 +289,18 @@ def test_one_rank_with_very_many_files_rewrites_its_manifest_too_often(small):
 
 @pytest.mark.parametrize("name", ["examples", "ranks", "tokens"])
 def test_counts_below_one_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0: pass 1"):
+    with pytest.raises(
+        ValueError, match=f"{name} must be an integer of at least 1, got 0"
+    ):
         TrainingRun(**{"examples": 1, name: 0})
 
 
 def test_unknown_settings_are_refused(small):
     with pytest.raises(ValueError, match="row_dtype must be one of"):
         RowSettings(row_dtype="int4")
-    with pytest.raises(ValueError, match="every_steps must be at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="every_steps must be an integer of at least 1, got 0"
+    ):
         RowSettings(every_steps=0)
     with pytest.raises(ValueError, match="layout must be one of"):
         plan_recording(small, RUN, RowSettings(layout="square"))
