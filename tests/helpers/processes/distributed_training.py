@@ -18,7 +18,6 @@ from transformers import TrainerCallback
 
 from hf_sketch import SubspaceConfig
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.processes import end_group
 from tests.helpers.trained.text_training import Pad, text_dataset, undropped
 from tests.helpers.trained.training import (
@@ -53,14 +52,6 @@ class Notes(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.handle.remove()
-
-
-class Hidden(TrainerCallback):
-    """Adds a gradient behind the modules' back, in the last process."""
-
-    def on_substep_end(self, args, state, control, model, **kwargs):
-        if PartialState().is_last_process:
-            model.classifier.weight.grad += 1.0
 
 
 class Gate(nn.Module):
@@ -238,54 +229,6 @@ def unused(directory):
     torch.save(notes.gradients, directory / "gradients.pt")
 
 
-def unlike(directory):
-    """The last process has other settings."""
-    every = 1 + PartialState().is_last_process
-    try:
-        train(directory, GradientSketchCallback(SIZE, every_steps=every))
-    except ValueError as error:
-        leave(directory, error=str(error))
-
-
-def uncovered(directory):
-    """One process has a gradient that its rows do not explain."""
-    try:
-        train(directory, Hidden(), GradientSketchCallback(SIZE))
-    except RuntimeError as error:
-        leave(directory, error=str(error))
-
-
-def disk(directory):
-    """The last process cannot write any more."""
-    plain_fsync, left = os.fsync, [8]
-
-    def fsync(descriptor):
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(28, "No space left on device")
-        plain_fsync(descriptor)
-
-    if PartialState().is_last_process:
-        os.fsync = fsync
-    train(directory, GradientSketchCallback(SIZE, on_error="warn"))
-    os.fsync = plain_fsync
-
-
-def memory(directory):
-    """The first process runs out of memory amid a step."""
-    plain_add, calls = Accumulator.add_outer, [0]
-
-    def add(self, name, left, right):
-        calls[0] += 1
-        if calls[0] > 120 and PartialState().is_main_process:
-            raise torch.OutOfMemoryError("the device is full")
-        plain_add(self, name, left, right)
-
-    Accumulator.add_outer = add
-    train(directory, GradientSketchCallback(SIZE, on_error="warn"))
-    Accumulator.add_outer = plain_add
-
-
 def ended(directory):
     """The end of a program: a wrapped model that nothing but itself holds."""
     gc.disable()
@@ -341,14 +284,10 @@ SCENARIOS = {
         padded,
         left,
         grouped,
-        unlike,
         rarely,
         tokens,
         stream,
         unused,
-        uncovered,
-        disk,
-        memory,
         subspace,
         continued,
         split,

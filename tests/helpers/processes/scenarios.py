@@ -5,6 +5,7 @@
 
 from tests.helpers.processes import (
     distributed_training,
+    failing_training,
     joint_scoring,
     joint_training,
     sharded_training,
@@ -14,6 +15,7 @@ from tests.helpers.processes.launching import run_scenarios
 SCENARIOS = {
     **joint_training.SCENARIOS,
     **joint_scoring.SCENARIOS,
+    **failing_training.SCENARIOS,
     **distributed_training.SCENARIOS,
     **sharded_training.SCENARIOS,  # last: their meshes hold the group for ever
 }
