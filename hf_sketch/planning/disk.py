@@ -39,8 +39,7 @@ class RowFormat:
     @property
     def buffered_bytes(self) -> int:
         """Of one row in memory, until it is written: 8 for an integer, 4 for a loss."""
-        kept = _BUFFERED[self.kind]
-        return kept + self.out_size * torch.float32.itemsize
+        return _BUFFERED[self.kind] + self.out_size * torch.float32.itemsize
 
     def file_bytes(self, rows: int) -> int:
         """Of an Arrow file with so many rows."""
@@ -118,34 +117,25 @@ def store_size(
     kinds = [(examples, rows_a_step)]
     if per_step:
         kinds.append((replace(examples, kind=PER_STEP), 1))
-    first = _rank_files(kinds, steps, flush_steps)
-    others = _rank_files(kinds[:1], steps, flush_steps)
-    files = len(kinds) * first.count + (ranks - 1) * others.count
+    own, own_bytes = _rank_files(kinds, steps, flush_steps)
+    others, others_bytes = _rank_files(kinds[:1], steps, flush_steps)
+    files = own + (ranks - 1) * others
     entry = _entry_bytes(examples.kind)
-    own = len(kinds) * first.count
     return StoreSize(
         rows=rows_a_step * steps * ranks,
         row_bytes=examples.row_bytes,
         step_rows=steps if per_step else 0,
         files=files,
         files_a_rank=own,
-        total_bytes=first.total + (ranks - 1) * others.total + files * entry,
+        total_bytes=own_bytes + (ranks - 1) * others_bytes + files * entry,
         manifest_bytes=own * entry,
     )
 
 
-@dataclass(frozen=True)
-class _Files:
-    """How many files of each kind a rank writes, and the bytes of all kinds."""
-
-    count: int
-    total: int
-
-
 def _rank_files(
     kinds: list[tuple[RowFormat, int]], steps: int, flush_steps: int | None
-) -> _Files:
-    """The files of one rank, as SketchWriter cuts them."""
+) -> tuple[int, int]:
+    """Count one rank's files, as SketchWriter cuts them, and their bytes."""
     kept = getattr(torch, kinds[0][0].row_dtype).itemsize / torch.float32.itemsize
     a_step = sum(rows * kind.buffered_bytes for kind, rows in kinds)
     at_once = math.ceil(BUFFER_BYTES / (2 + kept) / a_step)
@@ -161,7 +151,7 @@ def _rank_files(
         times * sum(kind.file_bytes(n * rows) for kind, rows in kinds)
         for n, times in parts
     )
-    return _Files(sum(times for _, times in parts), total)
+    return len(kinds) * sum(times for _, times in parts), total
 
 
 def _entry_bytes(kind: str) -> int:

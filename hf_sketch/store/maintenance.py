@@ -180,9 +180,9 @@ def _problem_of(directory: Path, shard: Shard) -> str | None:
     except ValueError as error:
         return str(error)
     found = describe_shard(path)
-    return (
-        None if found == shard else f"{path} holds {found}, the manifest says {shard}."
-    )
+    if found == shard:
+        return None
+    return f"{path} holds {found}, the manifest says {shard}."
 
 
 def _rebuild_manifest(directory: Path, path: Path) -> Manifest:
