@@ -1,0 +1,1 @@
+"""The census: every class of Transformers' auto mappings, trained while tiny."""
