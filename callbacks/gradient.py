@@ -17,7 +17,7 @@ from hf_sketch.examples.losses import check_reduction
 from hf_sketch.model.sketch import LAYOUTS, ModelSketch
 from hf_sketch.processes import check_same
 from hf_sketch.sketches.by_name import OPERATORS
-from hf_sketch.sketches.choices import check_choice, check_count
+from hf_sketch.sketches.choices import check_choice, check_count, check_flag
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import ROW_DTYPES
 
@@ -90,7 +90,10 @@ class GradientSketchCallback(TrainerCallback):
     ) -> None:
         check_count("out_size", out_size)
         check_count("every_steps", every_steps)
-        check_count("seed", 0 if seed is None else seed, least=0)
+        check_count("seed", seed, least=0, optional=True)
+        check_flag("per_step", per_step)
+        check_flag("per_example", per_example)
+        check_flag("measure_error", measure_error)
         if not (per_step or per_example):
             raise ValueError(
                 "per_step and per_example are both False, so nothing would be "

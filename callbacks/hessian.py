@@ -1,6 +1,7 @@
 """The callback that computes Hessian spectra while a Trainer trains."""
 
 import math
+import reprlib
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -24,7 +25,12 @@ from hf_sketch.curvature.mean_loss import LossFunction, Unit
 from hf_sketch.model.sketch import LAYOUTS, ModelSketch
 from hf_sketch.processes import Together, check_others, check_same
 from hf_sketch.sketches.by_name import OPERATORS
-from hf_sketch.sketches.choices import check_choice, check_count
+from hf_sketch.sketches.choices import (
+    check_choice,
+    check_count,
+    check_counts,
+    check_setting,
+)
 from hf_sketch.spectra.files import DIRECTORY, continue_spectra, save_spectrum
 from hf_sketch.spectra.sketched_hessian import SketchedHessian
 from hf_sketch.spectra.spectrum import Spectrum, hessian_spectrum
@@ -101,12 +107,17 @@ class HessianSpectrumCallback(TrainerCallback):
     def __post_init__(self) -> None:
         if self.steps is None and self.every is None:
             self.steps, self.every = PAPER_STEPS, PAPER_EVERY
-        self.steps = frozenset(self.steps or ())
-        check_count("steps", int(min(self.steps, default=0)), least=0)
-        check_count("every", 1 if self.every is None else self.every)
-        check_count("batch_size", 1 if self.batch_size is None else self.batch_size)
+        steps = () if self.steps is None else self.steps
+        check_counts("steps", steps, least=0)
+        self.steps = frozenset(steps)
+        check_count("every", self.every, optional=True)
+        check_count("batch_size", self.batch_size, optional=True)
+        check_count("seed", self.seed, least=0, optional=True)
         check_count("keep_vectors", self.keep_vectors, least=0)
-        _check_sizes(self.batches, self.krylov_dim, self.out_size)
+        _check_batches(self.batches)
+        _check_sizes(self.krylov_dim, self.out_size)
+        is_function = self.loss_fn is None or callable(self.loss_fn)
+        check_setting("loss_fn", is_function, "a function or None", self.loss_fn)
         check_choice("operator", self.operator, OPERATORS)
         check_choice("layout", self.layout, LAYOUTS)
         check_choice("mode", self.mode, get_args(Mode))
@@ -227,18 +238,26 @@ def _together(missing: str, compute: Callable[[], Value]) -> Value | None:
         return None
 
 
-def _check_sizes(
-    batches: int | Sequence[Mapping[str, Any]], krylov_dim: int, out_size: int
-) -> None:
-    """Raise unless there are batches, and the sketch has room for the Krylov space."""
+def _check_batches(batches: object) -> None:
+    """Raise unless these are batches, or their number."""
     if isinstance(batches, int):
         check_count("batches", batches)
-    elif not batches:
+    elif (
+        not isinstance(batches, Sequence)
+        or not batches
+        or not all(isinstance(batch, Mapping) for batch in batches)
+    ):
         raise ValueError(
-            "batches must hold at least one batch, got none: pass inputs of the model "
-            "with labels, or the number of batches to draw."
+            "batches must be the number of batches to draw, or a list of at least one "
+            f"input of the model with labels, got {reprlib.repr(batches)}."
         )
-    if not 1 <= krylov_dim <= out_size:
+
+
+def _check_sizes(krylov_dim: int, out_size: int) -> None:
+    """Raise unless the sketch has room for the Krylov space."""
+    check_count("krylov_dim", krylov_dim)
+    check_count("out_size", out_size)
+    if krylov_dim > out_size:
         raise ValueError(
             f"krylov_dim must be in [1, out_size={out_size}], got {krylov_dim}: pass a "
             "smaller krylov_dim, or a larger out_size."

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from hf_sketch.processes import Together, check_others, check_same, of_first
+from hf_sketch.sketches.choices import check_count
 from hf_sketch.subspace.growth import grow_subspace, subspace_of
 from hf_sketch.subspace.search import (
     FILE,
@@ -77,6 +78,8 @@ class IntrinsicDimensionCallback(TrainerCallback):
         baseline: float | None = None,
     ) -> None:
         goal = target_of(target, baseline, greater_is_better)
+        check_count("start_dim", start_dim, optional=True)
+        check_count("max_dim", max_dim, optional=True)
         settings = stage_steps, min_improvement, greater_is_better
         self._search = DimensionSearch(goal, metric, max_dim or 1, *settings)
         self._start_dim = start_dim

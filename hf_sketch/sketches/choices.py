@@ -1,6 +1,23 @@
-"""Settings that take one of a few words."""
+"""Checks of settings: one sentence says what may be passed, and what was."""
 
+import math
 from collections.abc import Collection
+
+
+def check_setting(setting: str, fits: bool, allowed: str, value: object) -> None:
+    """Raise unless a setting fits.
+
+    Args:
+        setting: its name.
+        fits: whether it does.
+        allowed: what may be passed, as it follows "must be".
+        value: what was passed.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    if not fits:
+        raise ValueError(f"{setting} must be {allowed}, got {value!r}.")
 
 
 def check_choice(setting: str, value: object, choices: Collection[str]) -> None:
@@ -9,18 +26,74 @@ def check_choice(setting: str, value: object, choices: Collection[str]) -> None:
     Raises:
         ValueError: it has another.
     """
-    if value not in choices:
-        known = ", ".join(map(repr, choices))
-        raise ValueError(f"{setting} must be one of {known}, got {value!r}.")
+    known = f"one of {', '.join(map(repr, choices))}"
+    check_setting(setting, isinstance(value, str) and value in choices, known, value)
 
 
-def check_count(setting: str, value: object, least: int = 1) -> None:
-    """Raise unless a setting is an integer, no bool, and large enough.
+def check_flag(setting: str, value: object) -> None:
+    """Raise unless a setting is True or False.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    check_setting(setting, isinstance(value, bool), "True or False", value)
+
+
+def check_text(setting: str, value: object) -> None:
+    """Raise unless a setting is a string.
 
     Raises:
         ValueError: it is not.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(
-            f"{setting} must be an integer of at least {least}, got {value!r}."
-        )
+    check_setting(setting, isinstance(value, str), "a string", value)
+
+
+def check_count(
+    setting: str, value: object, least: int = 1, *, optional: bool = False
+) -> None:
+    """Raise unless a setting is an integer, no bool, and large enough.
+
+    Raises:
+        ValueError: it is not, and neither is it None where that is allowed.
+    """
+    allowed = f"an integer of at least {least}{' or None' * optional}"
+    fits = _is_count(value, least) or (optional and value is None)
+    check_setting(setting, fits, allowed, value)
+
+
+def check_counts(setting: str, values: object, least: int = 1) -> None:
+    """Raise unless a setting is a list, or another collection, of such integers.
+
+    Raises:
+        ValueError: it is not.
+    """
+    fits = (
+        isinstance(values, Collection)
+        and not isinstance(values, str | bytes)
+        and all(_is_count(value, least) for value in values)
+    )
+    check_setting(setting, fits, f"a list of integers of at least {least}", values)
+
+
+def check_number(
+    setting: str, value: object, least: float = -math.inf, *, optional: bool = False
+) -> None:
+    """Raise unless a setting is a finite number, no bool, and large enough.
+
+    Raises:
+        ValueError: it is not, and neither is it None where that is allowed.
+    """
+    at_least = "" if least == -math.inf else f" of at least {least:g}"
+    allowed = f"a finite number{at_least}{' or None' * optional}"
+    fits = _is_number(value, least) or (optional and value is None)
+    check_setting(setting, fits, allowed, value)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and _is_number(value, least)
+
+
+def _is_number(value: object, least: float) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) and value >= least

@@ -10,6 +10,8 @@ from packaging.version import Version
 from peft import PeftConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
+from hf_sketch.sketches.choices import check_count, check_flag
+
 PEFT_TYPE: Any = "SUBSPACE"  # PEFT's enum cannot be extended
 _LEAST_PEFT: Final = "0.21"
 
@@ -78,10 +80,14 @@ class SubspaceConfig(PeftConfig):
                 f"pip install -U 'peft>={_LEAST_PEFT}'."
             )
         self.peft_type = PEFT_TYPE
-        if self.dim < 1 or self.dim > self.largest_dim:
+        check_count("dim", self.dim)
+        check_count("max_dim", self.max_dim, optional=True)
+        check_count("seed", self.seed, least=0)
+        check_flag("base_on_disk", self.base_on_disk)
+        if self.dim > self.largest_dim:
             raise ValueError(
-                f"dim must be in [1, max_dim={self.largest_dim}], got {self.dim}: pass "
-                "a dim of at least 1, and a max_dim that is not below it."
+                f"dim must be in [1, max_dim={self.largest_dim}], got {self.dim}. Pass "
+                "a max_dim that is not below it."
             )
 
     @property

@@ -1,12 +1,17 @@
 """The search for the least dimension in which fine-tuning reaches a target."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from hf_sketch.durable import read_sealed, write_sealed
+from hf_sketch.sketches.choices import (
+    check_count,
+    check_flag,
+    check_number,
+    check_text,
+)
 
 FILE: Final = "intrinsic_dimension.json"
 FORMAT_VERSION: Final = 1
@@ -61,13 +66,12 @@ class DimensionSearch:
     path: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.stage_steps < 1 or self.min_improvement < 0:
-            raise ValueError(
-                "stage_steps must be at least 1 and min_improvement at least 0, got "
-                f"{self.stage_steps} and {self.min_improvement}."
-            )
-        if not math.isfinite(self.target):
-            raise ValueError(f"target must be a finite number, got {self.target}.")
+        check_number("target", self.target)
+        check_text("metric", self.metric)
+        check_count("max_dim", self.max_dim)
+        check_count("stage_steps", self.stage_steps)
+        check_number("min_improvement", self.min_improvement, least=0)
+        check_flag("greater_is_better", self.greater_is_better)
 
     @property
     def dimension(self) -> int | None:
@@ -125,8 +129,11 @@ def target_of(
     Where less is better, the baseline is divided by the share.
 
     Raises:
-        ValueError: both are None, or full fine-tuning itself does not reach the target.
+        ValueError: both are None, one is not a number, or full fine-tuning itself does
+            not reach the target.
     """
+    check_number("target", target, optional=True)
+    check_number("baseline", baseline, optional=True)
     if target is None and baseline is None:
         raise ValueError(
             "the search needs a target, got neither target nor baseline: pass the "

@@ -82,9 +82,15 @@ def test_the_target_is_a_share_of_full_fine_tuning():
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"stage_steps": 0}, "stage_steps must be at least 1"),
-        ({"min_improvement": -1.0}, "got 2000 and -1.0"),
-        ({"target": float("nan")}, "finite number, got nan"),
+        ({"stage_steps": 0}, "stage_steps must be an integer of at least 1, got 0"),
+        ({"min_improvement": -1.0}, "min_improvement must be .* at least 0, got -1.0"),
+        ({"min_improvement": float("nan")}, "min_improvement .* finite .*, got nan"),
+        ({"target": float("nan")}, "target must be a finite number .*, got nan"),
+        ({"target": None, "baseline": "3"}, "baseline must be .* number .*, got '3'"),
+        ({"metric": 5}, "metric must be a string, got 5"),
+        ({"start_dim": 0.5}, "start_dim must be an integer .*, got 0.5"),
+        ({"max_dim": 0}, "max_dim must be an integer of at least 1 or None, got 0"),
+        ({"greater_is_better": "no"}, "greater_is_better must be True or .*, got 'no'"),
     ],
 )
 def test_bad_settings_are_refused(settings, match):

@@ -61,6 +61,12 @@ def test_counts_that_are_no_positive_integers_are_refused_at_once(name, count):
         GradientSketchCallback(**{name: count})
 
 
+@pytest.mark.parametrize("name", ["per_step", "per_example", "measure_error"])
+def test_flags_that_are_no_booleans_are_refused_at_once(name):
+    with pytest.raises(ValueError, match=f"{name} must be True or False, got 'no'"):
+        GradientSketchCallback(**{name: "no"})
+
+
 @pytest.mark.parametrize("seed", [-1, 0.5, float("nan"), "1", False], ids=repr)
 def test_seeds_that_are_no_integers_are_refused_at_once(seed):
     with pytest.raises(ValueError, match=f"seed must be an integer .*, got {seed!r}"):

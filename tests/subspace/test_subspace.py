@@ -129,7 +129,11 @@ def test_weights_in_bfloat16_have_a_float32_omega():
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"dim": 0}, "dim must be in .*got 0: pass a dim of at least 1"),
+        ({"dim": 0}, "dim must be an integer of at least 1, got 0"),
+        ({"dim": 16.5}, "dim must be an integer of at least 1, got 16.5"),
+        ({"dim": 8, "max_dim": "64"}, "max_dim must be an integer .*, got '64'"),
+        ({"dim": 8, "seed": []}, r"seed must be an integer .*, got \[\]"),
+        ({"dim": 8, "base_on_disk": 1}, "base_on_disk must be True or False, got 1"),
         ({"dim": 8, "max_dim": 4}, "max_dim=4.*got 8"),
         ({"dim": 10**6}, r"at most \d+, the number of parameters, got 1000000"),
         ({"operator": "fft"}, "operator must be one of"),
