@@ -1,12 +1,14 @@
 """The callback that sketches gradients while a Trainer trains."""
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import (
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -23,6 +25,7 @@ from hf_sketch.store.rows import ROW_DTYPES
 
 from .placement import check_processes, step_examples
 from .recording.run import Run
+from .recording.trainers import calling_trainers, wrap_training_step
 
 OnError = Literal["raise", "warn"]
 
@@ -68,8 +71,9 @@ class GradientSketchCallback(TrainerCallback):
             processes and continue training.
 
     Raises:
-        ValueError: a bad argument; in `on_train_begin` a model, a setting of the
-            Trainer or a store that does not fit, before any training time is spent.
+        ValueError: a bad argument; before any training time is spent, a model, a
+            setting of the Trainer or a store that does not fit, a second such callback
+            in one Trainer, or one callback in two Trainers at once.
         OSError: with on_error="raise", rows cannot be written.
     """
 
@@ -117,6 +121,14 @@ class GradientSketchCallback(TrainerCallback):
         self.on_error = on_error
         self._run: Run | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the run, so that copies of a Trainer share no store."""
+        return {**vars(self), "_run": None}
+
+    def on_init_end(self, *event: Any, **kwargs: Any) -> None:
+        for trainer in islice(calling_trainers(), 1):
+            _check_alone(trainer)
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -128,6 +140,7 @@ class GradientSketchCallback(TrainerCallback):
         optimizer: Optimizer,
         **kwargs: Any,
     ) -> None:
+        trainer = self._calling_trainer()
         self._do(Run.close)  # of training that an exception has ended
         self._run = None
         check_processes(args, model, type(self).__name__, in_shards=True)
@@ -150,6 +163,7 @@ class GradientSketchCallback(TrainerCallback):
             measure_error=self.measure_error,
             raises=self.on_error == "raise",
         )
+        self._run.closing.callback(wrap_training_step(trainer, self._training_step))
 
     # Every event comes with (args, state, control), which the run has from the start.
 
@@ -158,9 +172,6 @@ class GradientSketchCallback(TrainerCallback):
 
     def on_step_begin(self, *event: Any, **kwargs: Any) -> None:
         self._do(Run.start_step)
-
-    def on_substep_end(self, *event: Any, **kwargs: Any) -> None:
-        self._do(Run.end_micro_batch)
 
     def on_pre_optimizer_step(self, *event: Any, **kwargs: Any) -> None:
         self._do(Run.end_gradient)
@@ -196,7 +207,46 @@ class GradientSketchCallback(TrainerCallback):
         self._do(Run.end)
         self._run = None
 
+    def _calling_trainer(self) -> Trainer:
+        """Return the Trainer that is about to train, unless this cannot record it."""
+        trainers = list(calling_trainers())
+        if not trainers:
+            raise RuntimeError(
+                "GradientSketchCallback was called by no Trainer. Pass it to a "
+                "Trainer of transformers: Trainer(..., callbacks=[callback])."
+            )
+        _check_alone(trainers[0])
+        run = self._run
+        if run is not None and any(run.state is outer.state for outer in trainers[1:]):
+            raise ValueError(
+                "This GradientSketchCallback still records the training around this "
+                "one. Pass a GradientSketchCallback of its own to the inner Trainer."
+            )
+        return trainers[0]
+
+    def _training_step(
+        self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Run the Trainer's own step, with hooks on the model for as long."""
+        if self._run is None:
+            return training_step(*args, **kwargs)
+        with self._run.micro_batch():
+            loss = training_step(*args, **kwargs)
+            self._run.end_micro_batch()
+        return loss
+
     def _do(self, action: Callable[[Run], None]) -> None:
         """Do something with the run, if training is under way."""
         if self._run is not None:
             action(self._run)
+
+
+def _check_alone(trainer: Trainer) -> None:
+    """Raise if a Trainer has several of these callbacks."""
+    callbacks = trainer.callback_handler.callbacks
+    count = sum(isinstance(other, GradientSketchCallback) for other in callbacks)
+    if count > 1:
+        raise ValueError(
+            f"This Trainer has {count} GradientSketchCallbacks, which would write to "
+            "one store. Keep one: it can record rows of steps and of examples."
+        )

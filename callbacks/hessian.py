@@ -191,7 +191,7 @@ class HessianSpectrumCallback(TrainerCallback):
         sketch = ModelSketch.from_model(
             model, self.out_size, self.layout, seed, self.operator
         )
-        self._directory = Path(args.output_dir or ".") / DIRECTORY
+        self._directory = (Path(args.output_dir or ".") / DIRECTORY).resolve()
         batches = None
         if state.is_world_process_zero:
             continue_spectra(self._directory, sketch, state.global_step)

@@ -84,6 +84,7 @@ class IntrinsicDimensionCallback(TrainerCallback):
         self._search = DimensionSearch(goal, metric, max_dim or 1, *settings)
         self._start_dim = start_dim
         self._max_dim = max_dim
+        self._directory = Path()
         self._given: list[str] = []
         self._ddp: DdpWrapper | None = None
 
@@ -95,6 +96,7 @@ class IntrinsicDimensionCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         tuner = subspace_of(kwargs["model"])
+        self._directory = Path(args.output_dir or ".").resolve()
         if args.world_size > 1:
             check_processes(args, kwargs["model"], type(self).__name__)
             given = {"start_dim": self._start_dim, "max_dim": self._max_dim}
@@ -173,7 +175,7 @@ class IntrinsicDimensionCallback(TrainerCallback):
         state.log_history.append(log)
         with Together():
             if state.is_world_process_zero:
-                save_dimension_search(Path(args.output_dir or "."), search)
+                save_dimension_search(self._directory, search)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, *_: Any, **__: Any
@@ -205,7 +207,7 @@ class IntrinsicDimensionCallback(TrainerCallback):
         with Together():
             stored = None
             if state.is_world_process_zero:
-                stored = load_dimension_search(args.output_dir or ".")
+                stored = load_dimension_search(self._directory)
             check_others()
             search = of_first(stored)
         assert search is not None

@@ -1,9 +1,9 @@
 """One run of a Trainer: where training is, and which rows it gives."""
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -81,7 +81,7 @@ class Run:
         self.stopped, self.raises = False, raises
         self._since = 0  # the first step that lacks rows, once recording has stopped
         self._agrees = args.world_size > 1 and not raises
-        self._args, self._state, self._optimizer = args, state, optimizer
+        self._args, self.state, self._optimizer = args, state, optimizer
         self._model_sketch, self._every_steps = header.model_sketch, every_steps
         self._epoch, self._micro_step = int(state.epoch or 0) - 1, 0
         self._low_precision = _computes_in_16_bits(args, model)
@@ -106,23 +106,32 @@ class Run:
     def start_step(self) -> None:
         """Begin an optimizer step."""
         self._micro_step, self._total = 0, None
-        if self._sketcher is not None:
-            self._sketcher.recording = self._is_recorded
-        if self._probe is not None:
-            self._probe.start_step(self._is_recorded)
+
+    def micro_batch(self) -> AbstractContextManager[object]:
+        """Return what holds hooks on the model for a forward and a backward pass."""
+        watched = self._is_recorded and not self.stopped
+        return self._sketcher if watched and self._sketcher else nullcontext()
 
     @_unless_stopped
     def end_micro_batch(self) -> None:
-        """Record the examples of a backward pass that has run."""
+        """Record the examples of a backward pass that has run, before hooks go."""
         ids = None if self._ids is None else self._ids.next_batch()
-        if self._sketcher is not None and self._is_recorded:
-            self._record_examples(self._sketcher, ids)
+        if self._is_recorded:
+            if self._probe is not None:
+                self._probe.note()
+            if self._sketcher is not None:
+                self._record_examples(self._sketcher, ids)
         self._micro_step += 1
 
     def end_gradient(self) -> None:
         """Record the step whose gradient is complete."""
-        self.end_micro_batch()
         if self._is_recorded:
+            if self._micro_step == 0 and not self.stopped:
+                raise RuntimeError(
+                    "GradientSketchCallback records within Trainer.training_step, which"
+                    " this Trainer did not call. Call it for each batch, or remove the "
+                    "callback."
+                )
             self._agree()
             self._record_step()
 
@@ -137,15 +146,15 @@ class Run:
         self._sink.flush()
 
     def end(self) -> None:
-        """Write all rows and take the hooks off, as training ends."""
+        """Write all rows, as training ends."""
         self.flush()
         self._agree()
         self.close()
 
     def close(self) -> None:
-        """Take all hooks off; rows that are not written are dropped."""
+        """Close the store; rows that are not written are dropped."""
         self._total = self._to_measure = None
-        self._opened.close()
+        self.closing.close()
 
     def stop(self, reason: str, since: int | None = None) -> None:
         """Record nothing from now on, and say so in the store and to the user.
@@ -157,7 +166,7 @@ class Run:
         self.stopped = True
         self.close()
         self._since = self._sink.writer.last_step + 1
-        with contextlib.suppress(OSError):  # the error that matters is known already
+        with suppress(OSError):  # the error that matters is known already
             self._sink.writer.note_gap(reason, None if since is None else since - 1)
         if not self.raises:
             warnings.warn(
@@ -174,29 +183,26 @@ class Run:
         per_step: bool,
         per_example: bool,
     ) -> None:
-        """Put the hooks on and open the store; an error takes the hooks off again."""
-        step = self._state.global_step
-        with contextlib.ExitStack() as opened:
+        """Open the store; an error gives the loader its sampler back."""
+        step = self.state.global_step
+        with ExitStack() as opened:
             if per_example:
                 sketch, loss = header.model_sketch, header.loss
                 self._sketcher = ExampleSketcher(model, sketch, loss)
-                self._sketcher.recording = False
                 self._ids = followed_ids(loader, self._args, step)
                 if self._ids is not None:
                     opened.callback(self._ids.close)
-                opened.enter_context(self._sketcher)
             if per_step:
                 self._probe = ClipProbe(header.model_sketch.parameters_of(model))
-                opened.callback(self._probe.close)
                 check_layout_of_shards(header.model_sketch, self._probe)
             self._sink = RowSink.open(header, self._args, step)
             opened.callback(self._sink.close)
-            self._opened = opened.pop_all()
+            self.closing = opened.pop_all()
 
     @property
     def _is_recorded(self) -> bool:
         """Whether the present step is one of those to record."""
-        return (self._state.global_step + 1) % self._every_steps == 0
+        return (self.state.global_step + 1) % self._every_steps == 0
 
     @property
     def _loss_scale(self) -> float:
@@ -207,7 +213,7 @@ class Run:
     @property
     def _position(self) -> dict[str, float]:
         """The columns that say where in training a row was recorded."""
-        step, rate = self._state.global_step + 1, self._optimizer.param_groups[0]["lr"]
+        step, rate = self.state.global_step + 1, self._optimizer.param_groups[0]["lr"]
         return {"epoch": self._epoch, "step": step, "learning_rate": float(rate)}
 
     def _record_examples(
@@ -235,8 +241,6 @@ class Run:
         In several processes, all that they do together comes before all that can fail.
         """
         total = self._total
-        if self._sketcher is not None:
-            self._sketcher.recording = False
         if total is not None and not self._verified:
             total = reduced(total, "sum")
         if self._probe is not None:
@@ -250,7 +254,8 @@ class Run:
                 self._verified = True
         if self._sketcher is not None and self._to_measure:
             batches, self._to_measure = self._to_measure, None
-            error = measured_error(self._sketcher, batches, self._low_precision)
+            with self._sketcher:
+                error = measured_error(self._sketcher, batches, self._low_precision)
             if error is not None:
                 self._sink.writer.note_measured_error(error)
 

@@ -48,7 +48,8 @@ class RowSink:
 
         One process makes the files, and one per machine where they share no disk.
         """
-        directory = Path(args.output_dir or ".") / "sketches"
+        # Also where it is a link to another disk, or the working directory changes.
+        directory = (Path(args.output_dir or ".") / "sketches").resolve()
         processes = PartialState()
         rank, world_size = args.process_index, args.world_size
         with processes.main_process_first(), processes.local_main_process_first():

@@ -12,7 +12,6 @@ from hf_sketch.planning.settings import RowSettings, SpectrumSettings, TrainingR
 from hf_sketch.store.rows import PER_EXAMPLE
 
 _FLOAT_BYTES: Final = 4
-_EXCHANGED: Final = 2**10  # numbers by which clipping is detected
 _CHECK_PRODUCTS: Final = 3  # before the first product of a spectrum
 _PRODUCT_VECTORS: Final = 3  # of the model's size: the lifted one, gradient, product
 _COMPARED_GRADIENTS: Final = 2  # held at once in the first step
@@ -108,8 +107,7 @@ def plan_recording(
     if seconds is not None and plain_step_seconds is not None:
         slowdown = 1 + seconds / rows.every_steps / plain_step_seconds
     gradient = sketch.in_size * element
-    exchanged = sketch.out_size if run.sharded else min(_EXCHANGED, sketch.in_size)
-    together = run.ranks > 1
+    exchanged = sketch.out_size if run.sharded and run.ranks > 1 else 0
     return Plan(
         elements=sketch.in_size,
         steps=run.steps // rows.every_steps,
@@ -118,8 +116,8 @@ def plan_recording(
         held_bytes=cost.held_bytes,
         first_step_bytes=0 if run.sharded else _COMPARED_GRADIENTS * gradient,
         host_bytes=BUFFER_BYTES,
-        recording_network_bytes=exchanged * _FLOAT_BYTES * rows.per_step * together,
-        training_network_bytes=gradient * together,
+        recording_network_bytes=exchanged * _FLOAT_BYTES * rows.per_step,
+        training_network_bytes=gradient if run.ranks > 1 else 0,
         spectrum=SpectrumCost(
             spectrum.krylov_dim + _CHECK_PRODUCTS + (element >= _FLOAT_BYTES),
             _PRODUCT_VECTORS * gradient,

@@ -144,7 +144,7 @@ def create_store(directory: Path, header: Header, manifest: Manifest) -> None:
         OSError: the directory cannot be written.
     """
     try:
-        if directory.is_dir() and any(directory.iterdir()):
+        if directory.is_dir():
             write_manifest(directory, manifest)
             write_header(directory, header)
             return

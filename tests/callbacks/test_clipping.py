@@ -22,15 +22,14 @@ def test_step_rows_under_loss_scaling(unscaled, clip_factor):
     plain = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
     probe = ClipProbe(sketch.parameters_of(model))
-    probe.start_step(recording=True)
     (scale * model(**tiny_batch()).loss).backward()
+    probe.note()
     if unscaled:
         for parameter in model.parameters():
             parameter.grad.mul_(clip_factor / scale)
     row = step_columns(
         sketch, probe, {"epoch": 0, "step": 1, "learning_rate": 1e-3}, scale
     )
-    probe.close()
     expected = clip_factor * sketch.sketch(plain)
     torch.testing.assert_close(row["sketch"][0], expected, rtol=1e-4, atol=1e-5)
     assert float(row["clip_factor"]) == pytest.approx(clip_factor, rel=1e-4)
