@@ -1,6 +1,7 @@
 """The callback that sketches gradients while a Trainer trains."""
 
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -30,6 +31,7 @@ from .recording.trainers import calling_trainers, wrap_training_step
 OnError = Literal["raise", "warn"]
 
 
+@dataclass(eq=False, repr=False)
 class GradientSketchCallback(TrainerCallback):
     """Sketches the gradients of training into `<output_dir>/sketches`.
 
@@ -77,48 +79,36 @@ class GradientSketchCallback(TrainerCallback):
         OSError: with on_error="raise", rows cannot be written.
     """
 
-    def __init__(
-        self,
-        out_size: int = 4096,
-        *,
-        layout: str = "factored",
-        operator: str = "srht",
-        seed: int | None = None,
-        per_step: bool = True,
-        per_example: bool = True,
-        every_steps: int = 1,
-        loss: str = "mean",
-        row_dtype: str = "float32",
-        measure_error: bool = True,
-        on_error: OnError = "raise",
-    ) -> None:
-        check_count("out_size", out_size)
-        check_count("every_steps", every_steps)
-        check_count("seed", seed, least=0, optional=True)
-        check_flag("per_step", per_step)
-        check_flag("per_example", per_example)
-        check_flag("measure_error", measure_error)
-        if not (per_step or per_example):
+    out_size: int = 4096
+    _: KW_ONLY
+    layout: str = "factored"
+    operator: str = "srht"
+    seed: int | None = None
+    per_step: bool = True
+    per_example: bool = True
+    every_steps: int = 1
+    loss: str = "mean"
+    row_dtype: str = "float32"
+    measure_error: bool = True
+    on_error: OnError = "raise"
+
+    def __post_init__(self) -> None:
+        check_count("out_size", self.out_size)
+        check_count("every_steps", self.every_steps)
+        check_count("seed", self.seed, least=0, optional=True)
+        check_flag("per_step", self.per_step)
+        check_flag("per_example", self.per_example)
+        check_flag("measure_error", self.measure_error)
+        check_choice("on_error", self.on_error, get_args(OnError))
+        check_choice("layout", self.layout, LAYOUTS)
+        check_choice("operator", self.operator, OPERATORS)
+        check_choice("row_dtype", self.row_dtype, ROW_DTYPES)
+        check_reduction(self.loss)
+        if not (self.per_step or self.per_example):
             raise ValueError(
                 "per_step and per_example are both False, so nothing would be "
                 "recorded. Remove the callback."
             )
-        check_choice("on_error", on_error, get_args(OnError))
-        check_choice("layout", layout, LAYOUTS)
-        check_choice("operator", operator, OPERATORS)
-        check_reduction(loss)
-        check_choice("row_dtype", row_dtype, ROW_DTYPES)
-        self.out_size = out_size
-        self.layout = layout
-        self.operator = operator
-        self.seed = seed
-        self.per_step = per_step
-        self.per_example = per_example
-        self.every_steps = every_steps
-        self.loss = loss
-        self.row_dtype = row_dtype
-        self.measure_error = measure_error
-        self.on_error = on_error
         self._run: Run | None = None
 
     def __getstate__(self) -> dict[str, Any]:
