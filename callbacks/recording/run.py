@@ -86,6 +86,7 @@ class Run:
         self._epoch, self._micro_step = int(state.epoch or 0) - 1, 0
         self._low_precision = _computes_in_16_bits(args, model)
         self._total: Tensor | None = None  # the weighted sum of a recorded step's rows
+        self._complete = True  # whether that is the step's gradient
         self._verified = not (per_example and per_step)
         self._sketcher: ExampleSketcher | None = None
         self._ids: ExampleIds | None = None
@@ -225,6 +226,7 @@ class Run:
             ids = content_ids(batch.inputs, batch.examples, sketcher.main_input)
         # A step's gradient is the mean over the processes'.
         batch = replace(batch, weights=batch.weights / self._args.world_size)
+        self._complete = self._complete and batch.complete
         weighted = batch.weights.to(batch.rows) @ batch.rows
         self._total = weighted if self._total is None else self._total + weighted
         place = {"micro_step": self._micro_step, "rank": self._args.process_index}
@@ -250,7 +252,7 @@ class Run:
             if self._args.process_index == 0:
                 self._sink.append(PER_STEP, row)
             if not self._verified and total is not None:
-                check_sum(total, row, self._low_precision)
+                check_sum(total, row, self._low_precision, self._complete)
                 self._verified = True
         if self._sketcher is not None and self._to_measure:
             batches, self._to_measure = self._to_measure, None

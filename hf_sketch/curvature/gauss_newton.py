@@ -10,7 +10,7 @@ from hf_sketch.curvature.double_backward import differentiated_again
 from hf_sketch.curvature.finite_differences import central_difference
 from hf_sketch.curvature.hessian import CurvatureOperator
 from hf_sketch.curvature.vectors import Parts, Vector, dot, norm_of
-from hf_sketch.examples.sketcher import field_of
+from hf_sketch.examples.calls import field_of
 from hf_sketch.model.sketch import ModelSketch
 
 

@@ -10,8 +10,8 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
 from hf_sketch.curvature.vectors import Parts
+from hf_sketch.examples.calls import field_of
 from hf_sketch.examples.losses import example_losses, is_causal
-from hf_sketch.examples.sketcher import field_of
 from hf_sketch.examples.split import ExampleSplit, Packed, split_of
 from hf_sketch.model.fsdp import check_whole
 from hf_sketch.model.names import named_parameters

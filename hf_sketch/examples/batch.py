@@ -1,6 +1,6 @@
 """A batch, from its forward pass until its rows are taken."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_sketch.examples.losses import ExampleLosses
+from hf_sketch.examples.named_sums import Sums
 from hf_sketch.examples.replay import Replay
+from hf_sketch.examples.rules.base import Rule
 from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.accumulator import Accumulator
 
@@ -26,6 +28,8 @@ class ExampleBatch:
             the model, and a row is b times the gradient of the example's share of it.
         weights: (b,), the weight with which each example entered the gradient: the sum
             of weights[i] * rows[i] is the sketch of the batch's gradient.
+        complete: whether it is; a loss may have a term that no example owns, as the
+            balance of a router's experts.
     """
 
     examples: ExampleSplit
@@ -33,6 +37,7 @@ class ExampleBatch:
     rows: Tensor
     losses: Tensor
     weights: Tensor
+    complete: bool = True
 
 
 @dataclass
@@ -53,13 +58,19 @@ class Batch:
             graph alive. Nothing more is read then, and training goes on.
         called: paths of the modules that were called.
         reached: parameters that the backward pass came to.
-        random_states: of modules without a rule, by path, before their last call.
+        random_states: of modules that are run again, by path, before their last call.
         replays: calls to be run again, with the gradients of their outputs.
+        unclear: rules of calls whose outputs do not divide into the examples.
+        expanded: rules of calls whose output was given to each example.
+        blamed: rules that failed, and how; None to raise their errors.
+        apart: gradients were read in a backward pass of the examples' losses alone.
+        rescued: parameters whose gradients come from running the model again, and not
+            from their rules.
     """
 
     inputs: Mapping[str, Any]
     split: ExampleSplit
-    sums: Accumulator
+    sums: Sums
     in_shards: bool = False
     outputs: list[Tensor] | None = None
     phase: Literal["new", "forward", "loss", "backward", "done"] = "new"
@@ -70,15 +81,22 @@ class Batch:
     reached: set[str] = field(default_factory=set[str])
     random_states: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     replays: list[Replay] = field(default_factory=list[Replay])
+    unclear: list[Rule] = field(default_factory=list[Rule])
+    expanded: list[Rule] = field(default_factory=list[Rule])
+    blamed: dict[Rule, str] | None = None
+    apart: bool = False
+    rescued: frozenset[str] = frozenset()
 
     @property
     def is_complete(self) -> bool:
         """Whether its forward and backward pass have run."""
-        if self.phase not in ("loss", "done"):
-            return False
-        return self.losses is None or self.scale is not None
+        if self.phase == "loss":  # nothing that is watched got a gradient
+            return self.losses is None or self.scale is not None
+        return self.phase == "done"
 
-    def watch(self, tensor: Tensor, read: Callable[[Tensor], None]) -> None:
+    def watch(
+        self, tensor: Tensor, read: Callable[[Tensor], None], rule: Rule | None = None
+    ) -> None:
         """Call `read` with the tensor's gradient, once, and let go of it then."""
         readers = [read]
 
@@ -86,7 +104,7 @@ class Batch:
             self.begin_backward()
             while readers:
                 reader = readers.pop()
-                with self.holding_failures(), torch.no_grad():
+                with self.holding_failures(rule), torch.no_grad():
                     if self.failure is None:
                         reader(gradient)
 
@@ -112,12 +130,16 @@ class Batch:
             variable._execution_engine.queue_callback(self._end_backward)
 
     @contextmanager
-    def holding_failures(self) -> Generator[None]:
-        """Note it if memory runs out within."""
+    def holding_failures(self, rule: Rule | None = None) -> Generator[None]:
+        """Note it if memory runs out within, or a rule fails that is being tried."""
         try:
             yield
         except (MemoryError, torch.OutOfMemoryError) as error:
             self.failure = str(error)
+        except Exception as error:
+            if rule is None or self.blamed is None:
+                raise
+            self.blamed[rule] = f"{type(error).__name__}: {error}"
 
     def taken(self, loss_scale: float) -> ExampleBatch:
         """Return the batch's rows, with what is computed after the backward pass.
@@ -131,23 +153,38 @@ class Batch:
                 f"({self.failure}): pass layout='factored', a smaller out_size or "
                 "per_device_train_batch_size, or per_example=False."
             )
-        while self.replays:
-            replay = self.replays.pop(0)
-            names = replay.rule.names
-            for index, gradients in enumerate(replay.gradients(self.split)):
-                for attribute, gradient in gradients.items():
-                    self.sums.add_example(names[attribute], index, gradient)
+        assert isinstance(self.sums, Accumulator)
+        self.run_again()
         rows, size = self.sums.result(), self.split.size
         if self.losses is None or self.scale is None:
             weights = rows.new_full((size,), 1 / size)
             rows, losses = rows * (size / loss_scale), weights * torch.nan
         else:
             losses = self.losses.losses
-            weights = self.losses.weights * self.scale.to(self.losses.weights)
-            scaled = rows / weights.to(rows).unsqueeze(1)
+            scale = self.scale.to(self.losses.weights)
+            weights = self.losses.weights * scale
+            read = self.losses.weights if self.apart else weights
+            scaled = rows / read.to(rows).unsqueeze(1)
             rows = torch.where(weights.unsqueeze(1) == 0, rows, scaled)
             weights = weights / loss_scale
-        return ExampleBatch(self.split, self.inputs, rows, losses, weights)
+        complete = not (self.apart or bool(losses.isnan().all()))
+        return ExampleBatch(self.split, self.inputs, rows, losses, weights, complete)
+
+    def read_apart(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
+        """Read the gradients of a part of the loss, before the backward pass."""
+        self.phase = "loss"
+        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        self.apart = True
+
+    def run_again(self) -> None:
+        """Add the gradients of the calls that are run again."""
+        while self.replays:
+            replay = self.replays.pop(0)
+            with self.holding_failures(replay.rule):
+                for index, gradients in enumerate(replay.gradients(self.split)):
+                    for name, gradient in gradients:
+                        if name not in self.rescued or replay.rescues:
+                            self.sums.add_example(name, index, gradient)
 
     def _end_backward(self) -> None:
         self.phase = "done"

@@ -1,14 +1,16 @@
 """Each example's own loss, out of the logits of a batch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_sketch.examples.rounding import tolerance
+from hf_sketch.examples.rules.base import answers_of
 from hf_sketch.examples.split import ExampleSplit, Rows
 
 REDUCTIONS = ("mean", "sum")
@@ -17,6 +19,10 @@ _CAUSAL = ("CausalLM", "LMHead")
 _ELEMENTS_AT_ONCE = 2**18
 _LOOKED_AT = 2**10  # logits, to tell their precision
 _CERTAIN = 0.1  # of the tolerance: the first rule that comes so near is taken
+
+
+class UnknownLossError(ValueError):
+    """A batch's loss is no sum over its examples that is known."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ def example_losses(
             if found[-1][0] <= _CERTAIN:
                 return reduced
     if not found:
-        raise ValueError(
+        raise UnknownLossError(
             "per-example gradients need logits (batch, classes) with one label a row, "
             "or (batch, tokens, classes) with one a token, got logits "
             f"{tuple(logits.shape)} and labels {tuple(labels.shape)}: pass "
@@ -93,12 +99,62 @@ def example_losses(
     distance, _, nearest = min(found, key=lambda candidate: candidate[0])
     if distance > 1 and distance > _rounding(logits):
         totals = sorted({f"{total:.6g}" for _, total, _ in found})
-        raise ValueError(
+        raise UnknownLossError(
             "per-example gradients need a loss that is a mean of the examples' own "
             f"losses, here {' or '.join(totals)}, got {float(loss):.6g}: train with the"
             " model's own loss, or pass per_example=False."
         )
     return nearest
+
+
+def own_losses_of(
+    model: nn.Module,
+    loss: Tensor,
+    output: Any,
+    inputs: Mapping[str, Any],
+    split: ExampleSplit,
+    reduction: str,
+) -> ExampleLosses | None:
+    """Split the loss in a model's output; None if its form is not known.
+
+    Args:
+        model: the model.
+        loss: of the batch.
+        output: the model's.
+        inputs: what it was called with, by name.
+        split: the batch's examples.
+        reduction: "mean" or "sum" over the tokens of an example.
+    """
+    labels = inputs.get("labels")
+    scores = [x for x in answers_of(output) if split.within(x) is not None]
+    if not isinstance(labels, Tensor) or len(scores) != 1:
+        return None
+    try:
+        return example_losses(
+            loss.detach(),
+            scores[0],
+            labels,
+            getattr(getattr(model, "config", None), "problem_type", None),
+            reduction=reduction,
+            items_in_batch=inputs.get("num_items_in_batch"),
+            causal=is_causal(model),
+            split=split,
+        )
+    except UnknownLossError:
+        return None
+
+
+def penalty_of(model: nn.Module, output: Any) -> Tensor | None:
+    """Return the term of a model's loss that no example owns: its routers' balance."""
+    config = getattr(model, "config", None)
+    if not isinstance(output, Mapping) or config is None:
+        return None
+    fields: Mapping[str, Any] = output
+    penalty, text = fields.get("aux_loss"), config.get_text_config()
+    factor = getattr(text, "router_aux_loss_coef", None)
+    if factor is None or not isinstance(penalty, Tensor) or not penalty.requires_grad:
+        return None
+    return factor * penalty
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -173,7 +229,7 @@ def _per_example(x: Tensor, split: ExampleSplit) -> Tensor:
     """The sum over each example's tokens: (b,)."""
     rows = split.rows(x)
     if rows is None:
-        raise ValueError(
+        raise UnknownLossError(
             f"labels {tuple(x.shape)} do not divide into {split.size} examples: pass "
             "per_example=False."
         )

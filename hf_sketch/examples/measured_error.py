@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sketch.examples.calls import field_of
+from hf_sketch.examples.losses import penalty_of
 from hf_sketch.examples.rounding import tolerance
-from hf_sketch.examples.sketcher import ExampleLossFunction, ExampleSketcher, field_of
+from hf_sketch.examples.sketcher import ExampleLossFunction, ExampleSketcher
 from hf_sketch.model.state import evaluation_mode
 
 _HELD_BYTES = 2**28
@@ -145,6 +147,8 @@ def _alone(
             output = sketcher.model(**own)
             if loss_fn is None:
                 loss = field_of(output, "loss", 0)
+                if (penalty := penalty_of(sketcher.model, output)) is not None:
+                    loss = loss - penalty
             else:
                 loss = loss_fn(output, own).sum()
         parameters = list(sketcher.parameters.values())

@@ -35,16 +35,16 @@ class PositionBiases:
             if callable(getattr(module, "compute_bias", None))
         ]
         # The embedding and the sketch's name of its weight, by attention module.
-        self._tables: dict[nn.Module, tuple[nn.Embedding, str]] = {}
+        self.tables: dict[nn.Module, tuple[nn.Embedding, str]] = {}
         for module in self._layers:
             table = getattr(module, "relative_attention_bias", None)
             if isinstance(table, nn.Embedding) and id(table.weight) in names:
-                self._tables[module] = table, names[id(table.weight)]
+                self.tables[module] = table, names[id(table.weight)]
         self.clear()
 
     def covers(self, module: nn.Module) -> bool:
         """Return whether this is one of the embeddings."""
-        return any(module is table for table, _ in self._tables.values())
+        return any(module is table for table, _ in self.tables.values())
 
     def clear(self) -> None:
         """Let go of the last batch's tensors."""
@@ -61,11 +61,11 @@ class PositionBiases:
         `current` gives the batch that is recorded, if any.
         """
         undo: list[Callable[[], object]] = []
-        for module, (table, name) in self._tables.items():
+        for module, (table, name) in self.tables.items():
             undo.append(table.register_forward_hook(self._note_ids).remove)
             self._replace_method(module, name, current)
             undo.append(partial(delattr, module, "compute_bias"))
-        for layer in self._layers if self._tables else ():
+        for layer in self._layers if self.tables else ():
             give = partial(self._give, current)
             hook = layer.register_forward_pre_hook(give, with_kwargs=True)
             undo += [hook.remove, layer.register_forward_hook(self._take_back).remove]

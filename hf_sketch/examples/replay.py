@@ -26,17 +26,21 @@ class Replay:
     example.
 
     Args:
-        rule: the module's, which names it in errors.
-        parameters: attributes that train, dotted where they lie in a container.
+        rule: the module's.
+        names: the sketch's names of the parameters, by attribute.
+        parameters: attributes that train, dotted where they lie further within.
         others: the module's other parameters, where it does not keep them.
         args: of the call.
         kwargs: of the call.
         outputs: the tensors it returned, in the order of `tensors_of`.
         random_state: of torch's CPU and the module's device when it was called.
         output_gradients: of `outputs`, once they are there.
+        versions: of `args` and `outputs`; others tell that a model has changed them.
+        rescues: it takes the place of what other rules give.
     """
 
     rule: Rule
+    names: dict[str, str]
     parameters: dict[str, Tensor]
     others: dict[str, Tensor]
     args: tuple[Any, ...]
@@ -44,22 +48,34 @@ class Replay:
     outputs: Sequence[Tensor]
     random_state: tuple[Tensor, ...]
     output_gradients: list[Tensor | None]
+    versions: tuple[list[int], list[int]]
+    rescues: bool = False
 
     @classmethod
     def of_call(
         cls,
         rule: Rule,
-        parameters: dict[str, Tensor],
+        names: dict[str, str],
         args: Any,
         kwargs: Any,
         outputs: Sequence[Tensor],
         random_state: tuple[Tensor, ...],
     ) -> "Replay":
         """Keep a call's inputs and outputs, cut off from its graph."""
-        args, kwargs = tree_map(_detached, (args, kwargs))
+        args, kwargs = tree_map(_detached, (_without_caches(args, kwargs)))
         detached = [output.detach() for output in outputs]
-        none: list[Tensor | None] = [None] * len(detached)
-        return cls(rule, parameters, {}, args, kwargs, detached, random_state, none)
+        return cls(
+            rule,
+            names,
+            {attribute: rule.module.get_parameter(attribute) for attribute in names},
+            {},
+            args,
+            kwargs,
+            detached,
+            random_state,
+            [None] * len(detached),
+            (_versions((args, kwargs)), _versions(detached)),
+        )
 
     def keep_parameters(self) -> "Replay":
         """Return the same with copies of all parameters, which FSDP2 gives up.
@@ -80,89 +96,118 @@ class Replay:
         parameters = {name: others.pop(name) for name in self.parameters}
         return replace(self, parameters=parameters, others=others)
 
-    def gradients(self, split: ExampleSplit) -> Iterator[dict[str, Tensor]]:
-        """Yield each example's gradients of the module's parameters, by attribute.
+    def gradients(self, split: ExampleSplit) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield each example's gradients of the module's parameters, with their names.
 
         Raises:
-            RuntimeError: a repetition gave other outputs than the call.
+            RuntimeError: a repetition gave other outputs than the call, or the model
+                has changed the call's inputs since.
         """
         if all(gradient is None for gradient in self.output_gradients):
             return
-        alone = True
-        for index in range(split.size):
-            gradients = self._alone(split, index) if alone else None
-            if gradients is None:
-                alone, gradients = False, self._in_batch(split, index)
-            yield gradients
+        if _versions((self.args, self.kwargs)) != self.versions[0]:
+            raise RuntimeError(
+                "a module that is run again must keep its inputs, but the model has "
+                f"changed those of {self.rule} in place: pass per_example=False."
+            )
+        done = 0
+        if _versions(self.outputs) == self.versions[1]:
+            while done < split.size:
+                gradients = self._alone(split, done)
+                if gradients is None:
+                    break
+                yield gradients
+                done += 1
+        if done < split.size:
+            yield from self._in_batch(split, done)
 
-    def _alone(self, split: ExampleSplit, index: int) -> dict[str, Tensor] | None:
+    def _alone(
+        self, split: ExampleSplit, index: int
+    ) -> list[tuple[str, Tensor]] | None:
         """Return gradients of a call with one example; None if it differs."""
 
         def share(x: Any) -> Any:
             return split.part(x, index) if isinstance(x, Tensor) else x
 
-        kept = self.args, self.kwargs, self.outputs, self.output_gradients
-        return self._run(*tree_map(share, kept))
+        args, kwargs, expected, gradients = tree_map(
+            share, (self.args, self.kwargs, self.outputs, self.output_gradients)
+        )
+        try:
+            outputs, parameters = self._call(args, kwargs)
+            agrees = self._agrees(outputs, expected)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # a module need not take a part of its inputs
+            return None
+        return self._backward(outputs, parameters, gradients) if agrees else None
 
-    def _in_batch(self, split: ExampleSplit, index: int) -> dict[str, Tensor]:
-        """Return one example's gradients from a repetition of the whole call."""
-        masked = [
-            None if g is None else split.mask(g, index) for g in self.output_gradients
-        ]
-        gradients = self._run(self.args, self.kwargs, self.outputs, masked)
-        if gradients is None:
+    def _in_batch(
+        self, split: ExampleSplit, start: int
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield the gradients of examples from a repetition of the whole call."""
+        outputs, parameters = self._call(self.args, self.kwargs)
+        unchanged = _versions(self.outputs) == self.versions[1]
+        if unchanged and not self._agrees(outputs, self.outputs):
             raise RuntimeError(
                 "a module must give the same outputs when it is run again, got others "
                 f"from {self.rule}: freeze its parameters with requires_grad_(False), "
                 "or pass per_example=False."
             )
-        return gradients
+        for index in range(start, split.size):
+            masked = [
+                None if g is None else split.mask(g, index)
+                for g in self.output_gradients
+            ]
+            yield self._backward(outputs, parameters, masked, index + 1 < split.size)
 
-    def _run(
-        self,
-        args: Any,
-        kwargs: Any,
-        expected: Sequence[Tensor],
-        output_gradients: Sequence[Tensor | None],
-    ) -> dict[str, Tensor] | None:
-        """Return gradients of a repetition; None if its outputs are not as expected."""
+    def _call(self, args: Any, kwargs: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Call the module again; return its outputs and the parameters it used."""
         parameters = {
-            n: p.detach().requires_grad_() for n, p in self.parameters.items()
+            attribute: parameter.detach().requires_grad_()
+            for attribute, parameter in self.parameters.items()
         }
         device = next(iter(parameters.values())).device
         with kept_random_state(self.random_state, device), torch.enable_grad():
             everything = {**self.others, **parameters}
             got = call_with(self.rule.module, everything, args, kwargs)
-        outputs = [
-            _expand(output, wanted)
-            for output, wanted in zip(tensors_of(got), expected, strict=True)
-        ]
-        pairs = zip(outputs, expected, strict=True)
-        if not all(agree(output, wanted, "output") for output, wanted in pairs):
-            return None
+        return self.rule.outputs_of(got), parameters
+
+    def _agrees(self, outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+        """Return whether the outputs that have a gradient are as expected."""
+        return all(
+            agree(_expand(output, wanted), wanted, "output")
+            for output, wanted, gradient in zip(
+                outputs, expected, self.output_gradients, strict=True
+            )
+            if gradient is not None
+        )
+
+    def _backward(
+        self,
+        outputs: Sequence[Tensor],
+        parameters: dict[str, Tensor],
+        output_gradients: Sequence[Tensor | None],
+        keep_graph: bool = False,
+    ) -> list[tuple[str, Tensor]]:
+        """Return the parameters' gradients, given those of the outputs."""
         used = [
-            (output, gradient)
+            (_expand(output, gradient), gradient)
             for output, gradient in zip(outputs, output_gradients, strict=True)
             if gradient is not None and output.requires_grad
         ]
         if not used:
-            return {}
+            return []
         gradients = list[Tensor | None](
             torch.autograd.grad(
                 [output for output, _ in used],
                 list(parameters.values()),
                 [gradient for _, gradient in used],
+                retain_graph=keep_graph,
                 allow_unused=True,
             )
         )
         named = zip(parameters, gradients, strict=True)
-        return {name: gradient for name, gradient in named if gradient is not None}
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """The floating-point tensors in a module's output."""
-    leaves = tree_leaves(output)
-    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+        return [(self.names[name], grad) for name, grad in named if grad is not None]
 
 
 def _detached(x: Any) -> Any:
@@ -176,3 +221,20 @@ def _expand(x: Tensor, like: Tensor) -> Tensor:
     if x.dim() and len(x) == 1 and x.shape[1:] == like.shape[1:]:
         return x.expand_as(like)
     return x
+
+
+def _versions(x: Any) -> list[int]:
+    """How often each tensor has been changed in place."""
+    return [leaf._version for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
+
+
+def _without_caches(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Leave out caches of keys and values, to which a repetition would add."""
+    return (
+        tuple(None if _is_cache(x) else x for x in args),
+        {name: None if _is_cache(x) else x for name, x in kwargs.items()},
+    )
+
+
+def _is_cache(x: Any) -> bool:
+    return hasattr(x, "get_seq_length")

@@ -1,6 +1,5 @@
 """Per-example gradient sketches out of one ordinary backward pass."""
 
-import inspect
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -12,17 +11,17 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from torch.utils.hooks import RemovableHandle
 
 from hf_sketch.examples.batch import Batch, ExampleBatch
-from hf_sketch.examples.hooks import rules_of, watch_module
+from hf_sketch.examples.calls import ModelCall, field_of, loss_of
 from hf_sketch.examples.losses import (
     ExampleLosses,
     check_reduction,
-    example_losses,
-    is_causal,
+    own_losses_of,
+    penalty_of,
 )
-from hf_sketch.examples.position_biases import PositionBiases
+from hf_sketch.examples.reading import Reading
 from hf_sketch.examples.split import ExampleSplit, split_of
-from hf_sketch.model.fsdp import in_row_shards
 from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.model.state import random_state
 from hf_sketch.sketches.operator import accumulation_dtype
 
 ExampleLossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
@@ -45,6 +44,9 @@ class ExampleSketcher:
         model: a model called with named tensors.
         model_sketch: the map; its parameters must be the model's trainable ones.
         loss: an example's own loss is the "mean" or the "sum" over its tokens.
+        verify: compare each parameter's gradients of two examples with those of a
+            backward pass per example before the first batch of its kind is recorded,
+            and read them another way where they differ.
 
     Raises:
         ValueError: the sketch is of another model, or a module's gradients depend on
@@ -52,45 +54,41 @@ class ExampleSketcher:
     """
 
     def __init__(
-        self, model: nn.Module, model_sketch: ModelSketch, loss: str = "mean"
+        self,
+        model: nn.Module,
+        model_sketch: ModelSketch,
+        loss: str = "mean",
+        verify: bool = True,
     ) -> None:
         check_reduction(loss)
         self.model = model
         self.model_sketch = model_sketch
         self.loss = loss
         self.recording = True
-        self.parameters = model_sketch.parameters_of(model)
-        self._in_shards = in_row_shards(self.parameters.values())
-        self._biases = PositionBiases(model, self.parameters, self._in_shards)
-        self._rules = [
-            rule
-            for rule in rules_of(model, self.parameters)
-            if not self._biases.covers(rule.module)
-        ]
+        self._reading = Reading(model, model_sketch, verify)
+        self.parameters = self._reading.parameters
         self._batch_norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-        self._undo: list[Callable[[], object]] = []
-        self._batch: Batch | None = None
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "ExampleSketcher":
         model = self.model
-        handles: list[RemovableHandle] = [
+        self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
         ]
-        for rule in self._rules:
-            handles += watch_module(rule, self._current, self._in_shards)
-        if not self._in_shards:  # where hooks run for parameters without use, too
+        if not self._reading.in_shards:  # where hooks run for unused parameters, too
             for name, parameter in self.parameters.items():
                 hook = partial(self._note_reached, name)
-                handles.append(parameter.register_post_accumulate_grad_hook(hook))
-        self._undo = [handle.remove for handle in handles]
-        self._undo += self._biases.register(self._current)
+                handle = parameter.register_post_accumulate_grad_hook(hook)
+                self._handles.append(handle)
+        self._reading.watch()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._batch = None
-        while self._undo:
-            self._undo.pop()()
+        self._reading.batch = None
+        self._reading.unwatch()
+        while self._handles:
+            self._handles.pop().remove()
 
     def take(self, loss_scale: float = 1.0) -> ExampleBatch:
         """Return the rows of the batch whose backward pass has just run.
@@ -104,18 +102,19 @@ class ExampleSketcher:
                 parameter has a gradient that no module's call explains.
             MemoryError: memory ran out while gradients were read.
         """
-        batch, self._batch = self._batch, None
+        batch, self._reading.batch = self._reading.batch, None
         try:
             if batch is None or not batch.is_complete:
                 raise RuntimeError(
                     "a forward and a backward pass must come before each take(), got "
                     "none: call loss.backward() on the model's loss."
                 )
-            taken = batch.taken(loss_scale)
+            with self._reading.rest():
+                taken = batch.taken(loss_scale)
             self._check_names(batch)
             return taken
         finally:
-            self._biases.clear()
+            self._reading.clear()
 
     def sketch(
         self,
@@ -131,18 +130,17 @@ class ExampleSketcher:
             loss_fn: takes the model's output and `inputs`, returns each example's own
                 loss, (b,); by default the model's loss is taken.
         """
-        if not self._undo:
+        if not self._handles:
             raise RuntimeError(
                 "`sketch` reads through hooks, got none: call it inside "
                 "`with ExampleSketcher(...)`."
             )
-        if "use_cache" in inspect.signature(self.model.forward).parameters:
-            inputs = {**inputs, "use_cache": False}
+        call = ModelCall.of(self.model, (), dict(inputs)).without_cache(self.model)
         outputs: list[Tensor] = []
         try:
-            batch = self._batch = self._start(inputs, outputs)
+            batch = self._reading.batch = self._start(call, outputs)
             with torch.enable_grad():
-                output = self.model(**inputs)
+                output = self.model(**call.kwargs)
                 losses = None if loss_fn is None else loss_fn(output, inputs)
             if losses is None:
                 total = field_of(output, "loss", 0)
@@ -153,7 +151,7 @@ class ExampleSketcher:
             torch.autograd.grad(total, outputs, allow_unused=True)
             return self.take()
         finally:
-            self._batch = None
+            self._reading.batch = None
             outputs.clear()  # their hooks hold the batch, and the batch holds them
 
     def split_of(self, inputs: Mapping[str, Any]) -> ExampleSplit:
@@ -178,39 +176,40 @@ class ExampleSketcher:
         finally:
             self.recording, self.loss = before
 
-    def _current(self) -> Batch | None:
-        """Return the batch that is recorded, if any."""
-        return self._batch
-
-    def _start(
-        self, inputs: Mapping[str, Any], outputs: list[Tensor] | None = None
-    ) -> Batch:
+    def _start(self, call: ModelCall, outputs: list[Tensor] | None = None) -> Batch:
         """Return a new batch; one that an error interrupted is forgotten."""
-        before, self._batch = self._batch, None
-        self._biases.clear()
+        before, self._reading.batch = self._reading.batch, None
+        self._reading.clear()
         if before is not None and before.phase in ("loss", "done"):
             raise _second_call()
         self._check_independence()
-        split = self.split_of(inputs)
+        if not self._reading.knows(call):
+            self._reading.learn(call)
         like = next(iter(self.parameters.values()))
         total = torch.zeros(
-            split.size,
+            call.split.size,
             self.model_sketch.out_size,
             dtype=accumulation_dtype(like.dtype),
             device=like.device,
         )
         sums = self.model_sketch.sketch_sum(total)
-        return Batch(inputs, split, sums, self._in_shards, outputs)
+        in_shards = self._reading.in_shards
+        batch = Batch(call.inputs, call.split, sums, in_shards, outputs)
+        batch.random_states[""] = random_state(like.device)
+        return batch
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Start a batch, unless `sketch` has."""
-        if self._batch is not None and self._batch.phase == "new":
-            self._batch.phase = "forward"
+        reading = self._reading
+        if reading.resting:
+            return
+        if reading.batch is not None and reading.batch.phase == "new":
+            reading.batch.phase = "forward"
         elif self.recording and torch.is_grad_enabled():
-            self._batch = self._start(kwargs)
-            self._batch.phase = "forward"
+            reading.batch = self._start(ModelCall.of(module, args, kwargs))
+            reading.batch.phase = "forward"
 
     def _after(
         self,
@@ -220,35 +219,55 @@ class ExampleSketcher:
         output: Any,
     ) -> None:
         """Split the loss, and watch the scale with which it enters the backward."""
-        batch = self._batch
-        if batch is None or not torch.is_grad_enabled():
+        batch = self._reading.batch
+        if batch is None or not torch.is_grad_enabled() or self._reading.resting:
             return
         if batch.phase != "forward" and not self.recording:
             return
-        self._batch = None  # until nothing can fail any more
+        self._reading.batch = None  # until nothing can fail any more
         if batch.phase != "forward":  # the model called itself
             raise _second_call()
-        if (labels := kwargs.get("labels")) is not None:
-            loss = field_of(output, "loss", 0)
-            with batch.holding_failures():
-                batch.losses = example_losses(
-                    loss.detach(),
-                    field_of(output, "logits", 1),
-                    labels,
-                    getattr(getattr(module, "config", None), "problem_type", None),
-                    reduction=self.loss,
-                    items_in_batch=kwargs.get("num_items_in_batch"),
-                    causal=is_causal(module),
-                    split=batch.split,
-                )
+        call = ModelCall(args, kwargs, batch.inputs, batch.split)
+        loss = loss_of(output)
+        with batch.holding_failures():
+            own = self._split_loss(batch, call, output)
+            self._reading.rescue(batch, call, output)
+            if own is not loss and own is not None:
+                batch.read_apart(own, list(self.parameters.values()))
+        if loss is not None and loss.requires_grad:
             batch.watch_loss(loss)
         batch.phase = "loss"
-        self._batch = batch
+        self._reading.batch = batch
+
+    def _split_loss(self, batch: Batch, call: ModelCall, output: Any) -> Tensor | None:
+        """Find the examples' own losses; return the part of the loss that they are."""
+        loss = loss_of(output)
+        if loss is None or not loss.requires_grad:
+            return None
+        penalty = penalty_of(self.model, output)
+        for own in [loss] if penalty is None else [loss, loss - penalty]:
+            batch.losses = own_losses_of(
+                self.model, own, output, batch.inputs, batch.split, self.loss
+            )
+            if batch.losses is not None:
+                return loss if penalty is None else loss - penalty
+        batch.losses = self._shares(call, loss)
+        return loss
+
+    def _shares(self, call: ModelCall, loss: Tensor) -> ExampleLosses | None:
+        """Return the weights of losses that are not known, if they are."""
+        form, size = self._reading.loss_form(call), call.split.size
+        if form == "shares":
+            return None
+        weight = 1.0 if form == "sum" else 1 / size
+        dtype = accumulation_dtype(loss.dtype)
+        weights = loss.new_full((size,), weight, dtype=dtype)
+        return ExampleLosses(weights * torch.nan, weights)
 
     def _note_reached(self, name: str, parameter: Tensor) -> None:
         """Note that a backward pass came to a parameter."""
-        if self._batch is not None:
-            self._batch.reached.add(name)
+        if self._reading.batch is not None:
+            self._reading.batch.reached.add(name)
 
     def _check_independence(self) -> None:
         """Raise if examples see each other."""
@@ -287,8 +306,3 @@ def _second_call() -> RuntimeError:
         "the model must be called once for each backward pass, got a second call: pass "
         "per_example=False for a loss of several forward passes."
     )
-
-
-def field_of(output: Any, name: str, index: int) -> Tensor:
-    """Return a model output's field: by name, or by place where it is a tuple."""
-    return output[index] if isinstance(output, tuple) else output[name]

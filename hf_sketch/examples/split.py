@@ -88,11 +88,15 @@ class Rows(ExampleSplit):
     ) -> Iterator[Mapping[str, Any]]:
         for start in range(0, self.size, count):
             yield {
-                name: value[start : start + count]
-                if isinstance(value, Tensor) and value.dim() and len(value) == self.size
+                name: value[start * each : (start + count) * each]
+                if isinstance(value, Tensor) and (each := self._rows_each(value))
                 else value
                 for name, value in inputs.items()
             }
+
+    def _rows_each(self, x: Tensor) -> int:
+        """Return how many rows of a tensor are one example's; 0 if it is shared."""
+        return 0 if self.within(x) is None else len(x) // self.size
 
 
 class Runs(ExampleSplit):

@@ -99,7 +99,7 @@ def test_the_model_and_its_gradients_are_left_as_they_were(model):
 
 
 class Centred(nn.Linear):
-    """Lets examples see each other, and hides it from the modules' rules."""
+    """Lets examples see each other."""
 
     def forward(self, x):
         return super().forward(x - x.mean(0))
@@ -107,9 +107,32 @@ class Centred(nn.Linear):
 
 def test_a_model_whose_examples_see_each_other_is_refused(model):
     model.classifier = Centred(32, 3).double()
-    message = r"of its example alone within 0.0001 .*, got .* BertForSequence"
-    with pytest.raises(RuntimeError, match=message):
+    message = "BertForSequenceClassification gives an example other outputs without"
+    with pytest.raises(ValueError, match=message):
         measure(model, tiny_batch())
+
+
+class Swapped(torch.autograd.Function):
+    """Gives each example the gradient of another."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.flip(0)
+
+
+def test_rows_that_are_not_those_of_their_example_are_refused(model):
+    model.classifier.register_forward_hook(lambda *call: Swapped.apply(call[2]))
+    message = r"of its example alone within 0.0001 .*, got .* BertForSequence"
+    sketch = ModelSketch.from_model(model, SIZE)
+    with (
+        ExampleSketcher(model, sketch, verify=False) as sketcher,
+        pytest.raises(RuntimeError, match=message),
+    ):
+        measured_error.measure_error(sketcher, [tiny_batch()])
 
 
 def test_the_store_says_how_far_its_inner_products_are_off(tmp_path):

@@ -1,14 +1,16 @@
 """What every gradient rule has in common."""
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from hf_sketch.examples.named_sums import Sums
 from hf_sketch.examples.split import ExampleSplit
-from hf_sketch.model.accumulator import Accumulator
 
 # A parameter's attribute in its module, and its per-example gradients. Without the
 # last, row i of the first tensor (b, elements) is example i's gradient; with it,
@@ -33,12 +35,17 @@ class Call:
     kwargs: dict[str, Any]
     output: Tensor
     split: ExampleSplit
-    sums: Accumulator
+    sums: Sums
 
     @property
     def input(self) -> Tensor:
         """The first argument."""
         return (*self.args, *self.kwargs.values())[0].detach()
+
+    @property
+    def has_input(self) -> bool:
+        """Whether the first argument is a tensor."""
+        return isinstance(next(iter((*self.args, *self.kwargs.values())), None), Tensor)
 
 
 class Rule(ABC):
@@ -57,9 +64,25 @@ class Rule(ABC):
         self.module = module
         self.path = path
         self.names = names
+        # Of parameters of modules within it, which count if those were not called.
+        self.borrowed: dict[str, str] = {}
+        # Whether an output that all examples share may be given to each of them.
+        self.expands = True
+
+    def forget(self) -> None:  # noqa: B027
+        """Forget what the first call has shown of the module, if it shows anything."""
+
+    @property
+    def kind(self) -> tuple[str, type["Rule"]]:
+        """The path without the numbers of layers and experts, and the class."""
+        return kind_of(self.path), type(self)
 
     def __str__(self) -> str:
         return f"{type(self.module).__name__} at {self.path!r}"
+
+    def outputs_of(self, output: Any) -> list[Tensor]:
+        """Return the tensors whose gradients are those of the module's call."""
+        return tensors_of(output) if self.path else answers_of(output)
 
     @abstractmethod
     def forward(self, call: Call) -> Any:
@@ -72,7 +95,7 @@ class Rule(ABC):
         The sides of outer products come folded; see `fold`.
         """
 
-    def fold(self, sums: Accumulator, attribute: str, x: Tensor, side: int) -> Tensor:
+    def fold(self, sums: Sums, attribute: str, x: Tensor, side: int) -> Tensor:
         """Return what is needed of one side (0 left, 1 right) of outer products."""
         name = self.names.get(attribute)
         return x if name is None else sums.fold(name, x, side)
@@ -86,6 +109,36 @@ class NoRule(Rule):
 
     def backward(self, saved: Any, gradient: Tensor) -> Iterable[Contribution]:
         raise AssertionError("a module without a rule is run again")
+
+
+def kind_of(path: str) -> str:
+    """Return a module's path without the numbers of layers and experts."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "#", path)
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The floating-point tensors in a module's output."""
+    leaves = tree_leaves(output)
+    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def answers_of(output: Any) -> list[Tensor]:
+    """The tensors in a model's output through which its losses come.
+
+    Scores, if there are any: other outputs may lie before them. Otherwise all that are
+    not scalars, as losses are.
+    """
+    if isinstance(output, Mapping):
+        fields: Mapping[Any, Any] = output
+        scores = [value for name, value in fields.items() if _names_scores(str(name))]
+        if found := tensors_of([x for x in scores if isinstance(x, Tensor)]):
+            return found
+    several = [x for x in tensors_of(output) if x.dim()]
+    return several[:1] if isinstance(output, tuple) else several
+
+
+def _names_scores(name: str) -> bool:
+    return any(word in name for word in ("logits", "log_probs", "scores"))
 
 
 def tokens(split: ExampleSplit, x: Tensor) -> Tensor:

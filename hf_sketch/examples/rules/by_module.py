@@ -20,10 +20,15 @@ def rule_for(module: nn.Module, path: str, names: dict[str, str]) -> Rule:
     forward = type(module).forward
     if isinstance(module, nn.Embedding):
         return Embedding(module, path, names)
+    if forward is nn.Linear.forward:
+        return Linear(module, path, names, input_side=1)
     if forward in _RULES:
         return _RULES[forward](module, path, names)
     home = str(forward.__module__)
     if forward.__qualname__ == "Conv1D.forward" and home.startswith("transformers."):
+        return Linear(module, path, names, input_side=0)
+    dims = {name: p.dim() for name, p in module.named_parameters()}
+    if dims.get("weight") == 2 and dims in ({"weight": 2}, {"weight": 2, "bias": 1}):
         return Linear(module, path, names)
     if [parameter.dim() for parameter in module.parameters()] == [1]:
         return Elementwise(module, path, names)
@@ -31,7 +36,6 @@ def rule_for(module: nn.Module, path: str, names: dict[str, str]) -> Rule:
 
 
 _RULES: dict[object, type[Rule]] = {
-    nn.Linear.forward: Linear,
     nn.LayerNorm.forward: LayerNorm,
     nn.Conv1d.forward: Convolution,
     nn.Conv2d.forward: Convolution,

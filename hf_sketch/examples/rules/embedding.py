@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hf_sketch.examples.named_sums import Sums
 from hf_sketch.examples.rounding import agree
 from hf_sketch.examples.rules.base import Call, Contribution, Rule, tokens
 from hf_sketch.examples.split import ExampleSplit
-from hf_sketch.model.accumulator import Accumulator
 
-Saved = tuple[ExampleSplit, Accumulator, Tensor, Tensor]
+Saved = tuple[ExampleSplit, Sums, Tensor, Tensor]
 
 
 class Embedding(Rule):
@@ -26,13 +26,18 @@ class Embedding(Rule):
     def __init__(self, module: nn.Embedding, path: str, names: dict[str, str]) -> None:
         super().__init__(module, path, names)
         _check_independence(module)
-        plain = type(module).forward is nn.Embedding.forward
-        self.scale = 1.0 if plain else None
-        self.applies = True
+        self.forget()
         padding = module.padding_idx
         self._padding = -1 if padding is None else padding
 
+    def forget(self) -> None:
+        plain = type(self.module).forward is nn.Embedding.forward
+        self.scale = 1.0 if plain else None
+        self.applies = True
+
     def forward(self, call: Call) -> Saved | None:
+        if not call.has_input:
+            return None
         ids = call.input
         if ids.is_floating_point() or ids.shape != call.output.shape[:-1]:
             return None
@@ -55,6 +60,8 @@ class Embedding(Rule):
 
 def _scale_of(call: Call, weight: Tensor) -> float | None:
     """Return the factor between the output and the looked up rows, if there is one."""
+    if int(call.input.max()) >= len(weight):  # ids of something else
+        return None
     plain = functional.embedding(call.input, weight).to(call.output.dtype)
     if plain.shape != call.output.shape:
         return None

@@ -19,8 +19,8 @@ from hf_sketch.sketches.transforms.lazy import is_lazy
 class LayerNorm(Rule):
     """y = W * normalised(x) + b."""
 
-    def forward(self, call: Call) -> tuple[ExampleSplit, Tensor]:
-        return call.split, call.input
+    def forward(self, call: Call) -> tuple[ExampleSplit, Tensor] | None:
+        return (call.split, call.input) if call.has_input else None
 
     def backward(
         self, saved: tuple[ExampleSplit, Tensor], gradient: Tensor
@@ -45,6 +45,9 @@ class Elementwise(Rule):
         # Factors of the outputs at constant w whose sum is n; empty if not linear.
         self.slope: dict[float, float] | None = None
         self._like: Tensor | None = None  # of the dtype and device that w has in calls
+
+    def forget(self) -> None:
+        self.slope = None
 
     def forward(self, call: Call) -> Call | tuple[ExampleSplit, Tensor, Tensor] | None:
         ((_, weight),) = self.module.named_parameters()

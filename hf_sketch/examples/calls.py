@@ -1,0 +1,90 @@
+"""How a model is called with a batch, and what it returns."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from hf_sketch.examples.split import ExampleSplit, Rows, split_of
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One call of a model.
+
+    Args:
+        args: positional arguments.
+        kwargs: named arguments.
+        inputs: the same by name.
+        split: the examples in them.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: Mapping[str, Any]
+    split: ExampleSplit
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> "ModelCall":
+        """Name a call's inputs and find its examples.
+
+        Raises:
+            ValueError: there is no tensor among the inputs.
+        """
+        inputs = kwargs
+        if args and isinstance(args[0], Mapping):  # one dict of inputs
+            inputs = {**args[0], **kwargs}
+        elif args:
+            names = list(inspect.signature(model.forward).parameters)
+            inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        main = getattr(model, "main_input_name", "input_ids")
+        return cls(args, kwargs, inputs, split_of(inputs, main))
+
+    def without_cache(self, model: nn.Module) -> "ModelCall":
+        """Return the call without a cache of keys and values."""
+        if "use_cache" not in inspect.signature(model.forward).parameters:
+            return self
+        kwargs = {**self.kwargs, "use_cache": False}
+        return ModelCall(self.args, kwargs, self.inputs, self.split)
+
+    def part(self, first: int, count: int) -> "ModelCall":
+        """Return the call with some of its examples, each in rows of its own."""
+        places = range(first, first + count)
+
+        def share(x: Any) -> Any:
+            if not isinstance(x, Tensor) or self.split.within(x) is None:
+                return x
+            return torch.cat([self.split.part(x, index) for index in places])
+
+        args, kwargs, inputs = tree_map(share, (self.args, self.kwargs, self.inputs))
+        return ModelCall(args, kwargs, inputs, Rows(count))
+
+    @property
+    def situation(self) -> object:
+        """What decides how modules are called, as far as the inputs tell."""
+        tensors = frozenset(
+            name
+            for name, value in self.inputs.items()
+            if isinstance(value, Tensor) and value.dim()
+        )
+        return type(self.split), self.split.size > 1, tensors
+
+
+def field_of(output: Any, name: str, index: int) -> Tensor:
+    """Return a model output's field: by name, or by place where it is a tuple."""
+    return output[index] if isinstance(output, tuple) else output[name]
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """Return the loss in a model's output, if there is one."""
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    else:
+        loss = output[0] if isinstance(output, tuple) and output else None
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None

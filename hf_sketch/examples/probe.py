@@ -1,0 +1,210 @@
+"""Finding out, before rows are recorded, how the gradients of each module are read."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_sketch.examples.calls import ModelCall, loss_of
+from hf_sketch.examples.named_sums import NamedSums
+from hf_sketch.examples.rounding import agree, tolerance
+from hf_sketch.examples.rules.base import answers_of
+from hf_sketch.examples.split import ExampleSplit, Rows
+from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.sketches.operator import accumulation_dtype
+
+LossForm = Literal["mean", "sum", "shares"]
+EXAMPLES = 2
+_SMALL = 1e-3  # of the largest norm: less has no direction to compare
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A few examples' gradients of a fixed function of the model's answers.
+
+    Args:
+        call: the call.
+        answers: the model's, detached.
+        probes: the function is their product with the answers.
+        gradients: of each parameter that is reached, by name, one row per example, or
+            its sketch.
+        called: paths of the modules that were called.
+        examples: number of examples.
+    """
+
+    call: ModelCall
+    answers: list[Tensor]
+    probes: list[Tensor]
+    gradients: NamedSums
+    called: frozenset[str]
+    examples: int
+
+    @property
+    def is_of_loss(self) -> bool:
+        """Whether the model answers with nothing but a loss."""
+        return not self.answers[0].dim()
+
+    def differing(self, sums: NamedSums, dtype: torch.dtype) -> dict[str, float]:
+        """Return by how much parameters' gradients differ, where it is too much."""
+        norms: dict[str, Tensor] = {}
+        distances: dict[str, Tensor] = {}
+        for name in self.gradients.names | sums.names:
+            expected = self.gradients.of(name)[: self.examples]
+            got = sums.of(name)[: self.examples]
+            norms[name] = torch.linalg.vector_norm(expected, dim=1)
+            distances[name] = torch.linalg.vector_norm(got - expected, dim=1)
+        largest = torch.stack(list(norms.values())).max(dim=0).values
+        errors = {
+            name: float((distances[name] / norm.clamp(min=_SMALL * largest)).max())
+            for name, norm in norms.items()
+        }
+        return {n: e for n, e in errors.items() if not e <= tolerance(dtype, "row")}
+
+
+def reference_of(
+    model: nn.Module,
+    call: ModelCall,
+    parameters: Mapping[str, Tensor],
+    model_sketch: ModelSketch,
+) -> Reference | None:
+    """Compute the gradients, with a backward pass per example.
+
+    Returns:
+        None if the model answers with nothing that divides into the examples.
+
+    Raises:
+        ValueError: it answers with a loss alone, which is no sum over the examples.
+    """
+    called: set[str] = set()
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
+            note = partial(_note, called, path)
+            hooks.callback(module.register_forward_pre_hook(note).remove)
+        answers = answers_in(model(*call.args, **call.kwargs), call.split)
+    if not answers:
+        return None
+    first = next(iter(parameters.values()))
+    shape, dtype = (call.split.size, model_sketch.out_size), first.dtype
+    like = torch.empty(shape, dtype=accumulation_dtype(dtype), device=first.device)
+    sums = NamedSums(model_sketch, like)
+    probes = [_probe_of(answer) for answer in answers]
+    examples = min(EXAMPLES, call.split.size)
+    kept = [answer.detach() for answer in answers]
+    reference = Reference(call, kept, probes, sums, frozenset(called), examples)
+    weight = 1.0
+    if reference.is_of_loss:
+        form = loss_form(model, call, parameters, model_sketch)
+        weight = 1.0 if form == "sum" else 1 / call.split.size
+    for index in range(examples):
+        if reference.is_of_loss:
+            alone = call.part(index, 1)
+            gradients = _loss_gradient(model, alone, parameters)
+        else:
+            masked = [call.split.mask(probe, index) for probe in probes]
+            gradients = _gradient(answers, parameters, masked)
+        for name, gradient in gradients.items():
+            sums.add_example(name, index, weight * gradient)
+    return reference
+
+
+def answers_in(output: Any, split: ExampleSplit) -> list[Tensor]:
+    """Return the answers that train and divide into examples; else the loss."""
+    some = [x for x in answers_of(output) if x.requires_grad]
+    divided = [x for x in some if split.within(x) is not None]
+    loss = loss_of(output)
+    alone = [] if loss is None or not loss.requires_grad else [loss]
+    return divided or alone
+
+
+def computed_dtype(parameter: Tensor) -> torch.dtype:
+    """Return the precision in which a model computes now."""
+    kind = parameter.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return parameter.dtype
+
+
+def same_answers(got: list[Tensor], expected: list[Tensor]) -> bool:
+    """Return whether answers are equal up to rounding."""
+    return len(got) == len(expected) and all(
+        agree(a, b, "output") for a, b in zip(got, expected, strict=True)
+    )
+
+
+def _loss_gradient(
+    model: nn.Module, call: ModelCall, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the gradient of the model's own loss."""
+    loss = loss_of(model(*call.args, **call.kwargs))
+    assert loss is not None
+    return _gradient([loss], parameters)
+
+
+def _gradient(
+    outputs: Sequence[Tensor],
+    parameters: Mapping[str, Tensor],
+    output_gradients: Sequence[Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return the gradients of the parameters that are reached, and keep the graph."""
+    some = list(parameters.values())
+    gradients: Any = torch.autograd.grad(
+        outputs, some, output_gradients, retain_graph=True, allow_unused=True
+    )
+    named = zip(parameters, gradients, strict=True)
+    return {name: gradient for name, gradient in named if gradient is not None}
+
+
+def _probe_of(answer: Tensor) -> Tensor:
+    """Return fixed numbers of the answer's shape that differ for each example."""
+    count = torch.arange(answer.numel(), device=answer.device, dtype=torch.float32)
+    if not answer.dim():
+        return torch.ones_like(answer)
+    probe = (1.7 * count).cos().view(answer.shape)
+    return (probe / max(1, answer[0].numel()) ** 0.5).to(answer.dtype)
+
+
+def _note(called: set[str], path: str, module: nn.Module, args: Any) -> None:
+    called.add(path)
+
+
+def loss_form(
+    model: nn.Module,
+    call: ModelCall,
+    parameters: Mapping[str, Tensor],
+    model_sketch: ModelSketch,
+) -> LossForm:
+    """Return how the loss that a model computes adds up over examples.
+
+    The gradient of two examples' loss is compared with those of each alone.
+
+    Raises:
+        ValueError: it is no weighted sum of these.
+    """
+    if not isinstance(call.split, Rows) or call.split.size == 1:
+        return "shares"
+
+    def gradient(call: ModelCall) -> Tensor:
+        named = _loss_gradient(model, call, parameters)
+        return model_sketch.sketch(named).to("cpu", torch.float64)
+
+    together = gradient(call.part(0, EXAMPLES))
+    alone = torch.stack([gradient(call.part(i, 1)) for i in range(EXAMPLES)], dim=1)
+    weights = torch.linalg.lstsq(alone, together.unsqueeze(1)).solution
+    rest = torch.linalg.vector_norm(together - (alone @ weights).squeeze(1))
+    dtype = computed_dtype(next(iter(parameters.values())))
+    if rest > tolerance(dtype, "row") * torch.linalg.vector_norm(together):
+        raise ValueError(
+            "per-example gradients need a loss that is a weighted sum of the examples' "
+            f"own losses, but {type(model).__name__} computes one that compares them, "
+            "or has a term of the whole batch: leave that out, or pass "
+            "per_example=False."
+        )
+    forms: dict[LossForm, float] = {"mean": 1 / EXAMPLES, "sum": 1.0}
+    for form, weight in forms.items():
+        if bool(((weights - weight).abs() < 10 * tolerance(dtype, "row")).all()):
+            return form
+    return "shares"
