@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hf_sketch.examples.attempt import attempt
 from hf_sketch.examples.losses import ExampleLosses
 from hf_sketch.examples.named_sums import Sums
 from hf_sketch.examples.replay import Replay
@@ -133,13 +134,15 @@ class Batch:
     def holding_failures(self, rule: Rule | None = None) -> Generator[None]:
         """Note it if memory runs out within, or a rule fails that is being tried."""
         try:
-            yield
+            if rule is None or self.blamed is None:
+                yield
+                return
+            with attempt() as tried:
+                yield
+            if tried.error is not None:
+                self.blamed[rule] = tried.error
         except (MemoryError, torch.OutOfMemoryError) as error:
             self.failure = str(error)
-        except Exception as error:
-            if rule is None or self.blamed is None:
-                raise
-            self.blamed[rule] = f"{type(error).__name__}: {error}"
 
     def taken(self, loss_scale: float) -> ExampleBatch:
         """Return the batch's rows, with what is computed after the backward pass.
@@ -185,6 +188,20 @@ class Batch:
                     for name, gradient in gradients:
                         if name not in self.rescued or replay.rescues:
                             self.sums.add_example(name, index, gradient)
+
+    def unexplained(self, parameters: Mapping[str, Tensor]) -> list[str]:
+        """Return parameters that got a gradient, and no contributions.
+
+        Gradients of other micro-batches, and under DDP of other processes, may be there
+        already.
+        """
+        return [
+            name
+            for name in parameters
+            if name in self.reached - self.sums.names
+            and (gradient := parameters[name].grad) is not None
+            and bool(gradient.any())
+        ]
 
     def _end_backward(self) -> None:
         self.phase = "done"

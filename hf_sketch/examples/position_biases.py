@@ -40,6 +40,7 @@ class PositionBiases:
             table = getattr(module, "relative_attention_bias", None)
             if isinstance(table, nn.Embedding) and id(table.weight) in names:
                 self.tables[module] = table, names[id(table.weight)]
+        self.names = {name for _, name in self.tables.values()}
         self.clear()
 
     def covers(self, module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_sketch.examples.calls import ModelCall, loss_of
 from hf_sketch.examples.named_sums import NamedSums
-from hf_sketch.examples.rounding import agree, tolerance
+from hf_sketch.examples.rounding import agree, autocast_dtype, tolerance
 from hf_sketch.examples.rules.base import answers_of
 from hf_sketch.examples.split import ExampleSplit, Rows
 from hf_sketch.model.sketch import ModelSketch
@@ -34,6 +34,7 @@ class Reference:
             its sketch.
         called: paths of the modules that were called.
         examples: number of examples.
+        dtype: the precision in which the model computes.
     """
 
     call: ModelCall
@@ -42,13 +43,14 @@ class Reference:
     gradients: NamedSums
     called: frozenset[str]
     examples: int
+    dtype: torch.dtype
 
     @property
     def is_of_loss(self) -> bool:
         """Whether the model answers with nothing but a loss."""
         return not self.answers[0].dim()
 
-    def differing(self, sums: NamedSums, dtype: torch.dtype) -> dict[str, float]:
+    def differing(self, sums: NamedSums) -> dict[str, float]:
         """Return by how much parameters' gradients differ, where it is too much."""
         norms: dict[str, Tensor] = {}
         distances: dict[str, Tensor] = {}
@@ -62,7 +64,8 @@ class Reference:
             name: float((distances[name] / norm.clamp(min=_SMALL * largest)).max())
             for name, norm in norms.items()
         }
-        return {n: e for n, e in errors.items() if not e <= tolerance(dtype, "row")}
+        largest_error = tolerance(self.dtype, "row")
+        return {n: e for n, e in errors.items() if not e <= largest_error}
 
 
 def reference_of(
@@ -80,24 +83,31 @@ def reference_of(
         ValueError: it answers with a loss alone, which is no sum over the examples.
     """
     called: set[str] = set()
+    first = next(iter(parameters.values()))
+    computed = [first.dtype]
     with ExitStack() as hooks:
         for path, module in model.named_modules():
-            note = partial(_note, called, path)
+            note = partial(_note, called, path, computed, first.device)
             hooks.callback(module.register_forward_pre_hook(note).remove)
         answers = answers_in(model(*call.args, **call.kwargs), call.split)
     if not answers:
         return None
-    first = next(iter(parameters.values()))
-    shape, dtype = (call.split.size, model_sketch.out_size), first.dtype
-    like = torch.empty(shape, dtype=accumulation_dtype(dtype), device=first.device)
+    like = torch.empty(
+        call.split.size,
+        model_sketch.out_size,
+        dtype=accumulation_dtype(first.dtype),
+        device=first.device,
+    )
     sums = NamedSums(model_sketch, like)
     probes = [_probe_of(answer) for answer in answers]
     examples = min(EXAMPLES, call.split.size)
     kept = [answer.detach() for answer in answers]
-    reference = Reference(call, kept, probes, sums, frozenset(called), examples)
+    reference = Reference(
+        call, kept, probes, sums, frozenset(called), examples, *computed
+    )
     weight = 1.0
     if reference.is_of_loss:
-        form = loss_form(model, call, parameters, model_sketch)
+        form = loss_form(model, call, parameters, model_sketch, *computed)
         weight = 1.0 if form == "sum" else 1 / call.split.size
     for index in range(examples):
         if reference.is_of_loss:
@@ -118,14 +128,6 @@ def answers_in(output: Any, split: ExampleSplit) -> list[Tensor]:
     loss = loss_of(output)
     alone = [] if loss is None or not loss.requires_grad else [loss]
     return divided or alone
-
-
-def computed_dtype(parameter: Tensor) -> torch.dtype:
-    """Return the precision in which a model computes now."""
-    kind = parameter.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return parameter.dtype
 
 
 def same_answers(got: list[Tensor], expected: list[Tensor]) -> bool:
@@ -167,15 +169,12 @@ def _probe_of(answer: Tensor) -> Tensor:
     return (probe / max(1, answer[0].numel()) ** 0.5).to(answer.dtype)
 
 
-def _note(called: set[str], path: str, module: nn.Module, args: Any) -> None:
-    called.add(path)
-
-
 def loss_form(
     model: nn.Module,
     call: ModelCall,
     parameters: Mapping[str, Tensor],
     model_sketch: ModelSketch,
+    dtype: torch.dtype,
 ) -> LossForm:
     """Return how the loss that a model computes adds up over examples.
 
@@ -195,7 +194,6 @@ def loss_form(
     alone = torch.stack([gradient(call.part(i, 1)) for i in range(EXAMPLES)], dim=1)
     weights = torch.linalg.lstsq(alone, together.unsqueeze(1)).solution
     rest = torch.linalg.vector_norm(together - (alone @ weights).squeeze(1))
-    dtype = computed_dtype(next(iter(parameters.values())))
     if rest > tolerance(dtype, "row") * torch.linalg.vector_norm(together):
         raise ValueError(
             "per-example gradients need a loss that is a weighted sum of the examples' "
@@ -208,3 +206,17 @@ def loss_form(
         if bool(((weights - weight).abs() < 10 * tolerance(dtype, "row")).all()):
             return form
     return "shares"
+
+
+def _note(
+    called: set[str],
+    path: str,
+    computed: list[torch.dtype],
+    device: torch.device,
+    module: nn.Module,
+    args: Any,
+) -> None:
+    """Note that a module is called, and the precision in which it computes."""
+    called.add(path)
+    if (dtype := autocast_dtype(device)) is not None:
+        computed[:] = [dtype]

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hf_sketch.examples.rounding import agree
+from hf_sketch.examples.attempt import attempt
+from hf_sketch.examples.rounding import agree, autocast_dtype
 from hf_sketch.examples.rules.base import Rule
 from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.fsdp import call_with
@@ -35,6 +36,7 @@ class Replay:
         outputs: the tensors it returned, in the order of `tensors_of`.
         random_state: of torch's CPU and the module's device when it was called.
         output_gradients: of `outputs`, once they are there.
+        autocast: the dtype that autocast gave to the call; None where it was off.
         versions: of `args` and `outputs`; others tell that a model has changed them.
         rescues: it takes the place of what other rules give.
     """
@@ -48,6 +50,7 @@ class Replay:
     outputs: Sequence[Tensor]
     random_state: tuple[Tensor, ...]
     output_gradients: list[Tensor | None]
+    autocast: torch.dtype | None
     versions: tuple[list[int], list[int]]
     rescues: bool = False
 
@@ -74,6 +77,7 @@ class Replay:
             detached,
             random_state,
             [None] * len(detached),
+            autocast_dtype(detached[0].device),
             (_versions((args, kwargs)), _versions(detached)),
         )
 
@@ -132,14 +136,11 @@ class Replay:
         args, kwargs, expected, gradients = tree_map(
             share, (self.args, self.kwargs, self.outputs, self.output_gradients)
         )
-        try:
+        with attempt():  # a module need not take a part of its inputs
             outputs, parameters = self._call(args, kwargs)
-            agrees = self._agrees(outputs, expected)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception:  # a module need not take a part of its inputs
-            return None
-        return self._backward(outputs, parameters, gradients) if agrees else None
+            if self._agrees(outputs, expected):
+                return self._backward(outputs, parameters, gradients)
+        return None
 
     def _in_batch(
         self, split: ExampleSplit, start: int
@@ -167,7 +168,16 @@ class Replay:
             for attribute, parameter in self.parameters.items()
         }
         device = next(iter(parameters.values())).device
-        with kept_random_state(self.random_state, device), torch.enable_grad():
+        with (
+            kept_random_state(self.random_state, device),
+            torch.enable_grad(),
+            torch.autocast(
+                device.type,
+                self.autocast,
+                enabled=self.autocast is not None,
+                cache_enabled=False,
+            ),
+        ):
             everything = {**self.others, **parameters}
             got = call_with(self.rule.module, everything, args, kwargs)
         return self.rule.outputs_of(got), parameters

@@ -29,3 +29,10 @@ def agree(got: Tensor, expected: Tensor, of: Literal["rule", "output"]) -> bool:
     distance = torch.linalg.vector_norm((got.detach() - expected).to(torch.float32))
     norm = torch.linalg.vector_norm(expected.to(torch.float32))
     return bool(distance <= tolerance(got.dtype, of) * norm)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype in which autocast computes now; None where it is off."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)

@@ -20,6 +20,7 @@ from hf_sketch.examples.losses import (
 )
 from hf_sketch.examples.reading import Reading
 from hf_sketch.examples.split import ExampleSplit, split_of
+from hf_sketch.examples.trial import learn
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.model.state import random_state
 from hf_sketch.sketches.operator import accumulation_dtype
@@ -184,7 +185,7 @@ class ExampleSketcher:
             raise _second_call()
         self._check_independence()
         if not self._reading.knows(call):
-            self._reading.learn(call)
+            learn(self._reading, call)
         like = next(iter(self.parameters.values()))
         total = torch.zeros(
             call.split.size,
@@ -280,20 +281,8 @@ class ExampleSketcher:
                 )
 
     def _check_names(self, batch: Batch) -> None:
-        """Raise if the batch gave a parameter a gradient, and no contributions.
-
-        Gradients of other micro-batches, and under DDP of other processes, may be there
-        already.
-        """
-        unexplained = batch.reached - batch.sums.names
-        missing = [
-            name
-            for name, parameter in self.parameters.items()
-            if name in unexplained
-            and parameter.grad is not None
-            and bool(parameter.grad.any())
-        ]
-        if missing:
+        """Raise if the batch gave a parameter a gradient, and no contributions."""
+        if missing := batch.unexplained(self.parameters):
             raise RuntimeError(
                 "per-example gradients need parameters that are used by the modules "
                 f"that hold them, got others for {missing}: freeze them with "

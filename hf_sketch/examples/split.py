@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -127,20 +126,26 @@ class Packed(ExampleSplit):
         return None if self._axis(x) is None else self
 
     def stacked(self, x: Tensor) -> Tensor:
-        lengths = [after - before for before, after in pairwise(self.starts)]
-        documents = (x[0] if self._axis(x) else x).split(lengths)
-        return pad_sequence(list(documents), batch_first=True)
+        documents = [self.part_of(x, index) for index in range(self.size)]
+        if self._axis(x):
+            documents = [document[0] for document in documents]
+        return pad_sequence(documents, batch_first=True)
 
     def part_of(self, x: Tensor, index: int) -> Tensor:
-        axis, length = self._axis(x), self.starts[index + 1] - self.starts[index]
+        axis = self._axis(x)
         assert axis is not None
-        return x.narrow(axis, self.starts[index], length)
+        start, end = self.starts[index], min(self.starts[index + 1], x.shape[axis])
+        return x.narrow(axis, start, end - start)
 
     def _axis(self, x: Tensor) -> int | None:
-        """Return the dimension along which the documents lie, if there is one."""
-        if x.dim() > 1 and x.shape[0] == 1 and x.shape[1] == self.starts[-1]:
+        """Return the dimension along which the documents lie, if there is one.
+
+        The last token may be missing, which has no next token to be scored.
+        """
+        lengths = (self.starts[-1], self.starts[-1] - 1)
+        if x.dim() > 1 and x.shape[0] == 1 and x.shape[1] in lengths:
             return 1
-        return 0 if x.dim() and x.shape[0] == self.starts[-1] else None
+        return 0 if x.dim() and x.shape[0] in lengths else None
 
 
 def split_of(inputs: Mapping[str, Any], main_input: str) -> ExampleSplit:

@@ -1,0 +1,221 @@
+"""Trying rules on a few examples, beside a backward pass for each."""
+
+import logging
+import warnings
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from hf_sketch.examples.attempt import attempt
+from hf_sketch.examples.batch import Batch
+from hf_sketch.examples.calls import ModelCall
+from hf_sketch.examples.fused_head import FusedHead
+from hf_sketch.examples.named_sums import NamedSums
+from hf_sketch.examples.position_biases import PositionBiases
+from hf_sketch.examples.probe import (
+    EXAMPLES,
+    Reference,
+    answers_in,
+    reference_of,
+    same_answers,
+)
+from hf_sketch.examples.reading import Reading
+from hf_sketch.examples.rules.base import Rule, kind_of
+from hf_sketch.examples.split import Rows
+from hf_sketch.model.state import evaluation_mode
+
+logger = logging.getLogger(__name__)
+
+_ROUNDS = 12
+
+
+class Trial:
+    """Tries a reading's rules until all gradients are those of single examples.
+
+    Args:
+        reading: the rules, of which those that fail are replaced.
+    """
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self._model_name = type(reading.model).__name__
+
+    def run(self, call: ModelCall) -> None:
+        """Replace rules until their gradients are those of the reference.
+
+        Raises:
+            ValueError: examples see each other, or a parameter's gradients cannot be
+                read.
+        """
+        reference = self._reference(call)
+        if reference is None:
+            return
+        self._reading.dtype = reference.dtype
+        self._check_independence(reference)
+        self._find_fused_head(reference)
+        for _ in range(_ROUNDS):
+            failed = self._failing(reference)
+            if not failed:
+                break
+            self._demote(failed, reference)
+        self._reading.called |= {kind_of(path) for path in reference.called}
+
+    def _reference(self, call: ModelCall) -> Reference | None:
+        """Return gradients to compare with: of a few examples, if they can be apart."""
+
+        def reference(call: ModelCall) -> Reference | None:
+            return reference_of(
+                self._reading.model,
+                call,
+                self._reading.parameters,
+                self._reading.model_sketch,
+            )
+
+        few = isinstance(call.split, Rows) and call.split.size > EXAMPLES
+        if few and not self._reading.whole:
+            with attempt() as tried:  # inputs need not divide
+                return reference(call.part(0, EXAMPLES))
+            logger.info("Examples cannot leave their batch: %s", tried.error)
+        return reference(call)
+
+    def _check_independence(self, reference: Reference) -> None:
+        """Raise if an example's answers depend on the other examples."""
+        split = reference.call.split
+        if not isinstance(split, Rows) or split.size == 1 or reference.is_of_loss:
+            return
+        alone: list[Tensor] = []
+        with attempt() as tried:  # inputs need not divide
+            alone = self._answers(reference.call.part(0, 1))
+        if tried.error is not None:
+            logger.info("Examples cannot leave their batch: %s", tried.error)
+        expected = [split.part(answer, 0) for answer in reference.answers]
+        if len(alone) != len(expected) or same_answers(alone, expected):
+            return
+        if same_answers(self._answers(reference.call), reference.answers):
+            raise ValueError(
+                "per-example gradients need examples that do not see each other, but "
+                f"{self._model_name} gives an example other outputs without "
+                "its batch-mates: pass per_example=False."
+            )
+
+    def _find_fused_head(self, reference: Reference) -> None:
+        """Read the head by other means if the model did not call it."""
+        head = FusedHead(self._reading.model, self._reading.parameters)
+        skipped = [
+            rule
+            for rule in self._reading.plan.rules
+            if head.covers(rule.module) and rule.path not in reference.called
+        ]
+        if skipped and head.names and not self._reading.tried_head:
+            self._reading.tried_head = True
+            self._reading.readers.append(head)
+
+    def _answers(self, call: ModelCall) -> list[Tensor]:
+        """Return what the model answers to a call."""
+        return answers_in(self._reading.model(*call.args, **call.kwargs), call.split)
+
+    def _failing(self, reference: Reference) -> Collection[Rule]:
+        """Return the rules whose gradients are not those of the reference."""
+        batch = self._tried(reference)
+        while batch is None:
+            batch = self._tried(reference)
+        if batch.failure is not None:
+            raise MemoryError(batch.failure)
+        assert isinstance(batch.sums, NamedSums)
+        errors = reference.differing(batch.sums)
+        blamed = batch.blamed or {}
+        failed = {*blamed, *batch.unclear, *self._reading.plan.of(errors)}
+        for rule in failed:
+            worst = max((errors.get(n, 0.0) for n in rule.names.values()), default=0.0)
+            reason = blamed.get(rule) or f"off by {worst:.1g}"
+            logger.info("%s does not fit %s: %s", type(rule).__name__, rule, reason)
+        return failed
+
+    def _tried(self, reference: Reference) -> Batch | None:
+        """Return a batch with its gradients; None if hooks changed what came out.
+
+        Outputs are not given to each example then.
+        """
+        call, outputs = reference.call, list[Tensor]()
+        sums = reference.gradients.empty()
+        batch = Batch(
+            call.inputs, call.split, sums, self._reading.in_shards, outputs, "forward"
+        )
+        batch.blamed = {}
+        self._reading.watch()
+        self._reading.batch = batch
+        try:
+            answers: list[Tensor] = []
+            with attempt():  # what hooks have given to each example may not fit
+                answers = self._answers(call)
+            if not same_answers(answers, reference.answers):
+                self._stop_expanding(batch)
+                return None
+            batch.phase = "loss"
+            wanted = [x for x in outputs if x.requires_grad]
+            if wanted:
+                probes = reference.probes
+                torch.autograd.grad(answers, wanted, probes, allow_unused=True)
+            self._reading.batch = None
+            batch.run_again()
+            return batch
+        finally:
+            self._reading.batch = None
+            self._reading.unwatch()
+            self._reading.clear()
+            outputs.clear()  # their hooks hold the batch, and the batch holds them
+
+    def _stop_expanding(self, batch: Batch) -> None:
+        """Let examples share outputs, for modules of the kinds that gave them away."""
+        kinds = {rule.kind for rule in batch.expanded}
+        if not (kinds or self._biases):
+            raise RuntimeError(
+                f"{self._model_name} must give the same outputs when it is "
+                "called again, got others: pass per_example=False."
+            )
+        self._reading.readers = [
+            r for r in self._reading.readers if r not in self._biases
+        ]
+        for rule in self._reading.plan.rules:
+            rule.expands = rule.expands and rule.kind not in kinds
+
+    @property
+    def _biases(self) -> list[PositionBiases]:
+        """Those readers that give outputs to each example."""
+        return [r for r in self._reading.readers if isinstance(r, PositionBiases)]
+
+    def _demote(self, failed: Collection[Rule], reference: Reference) -> None:
+        """Take the next best rules."""
+        left = [
+            reader
+            for reader in self._reading.readers
+            if not any(reader.covers(rule.module) for rule in failed)
+        ]
+        if len(left) < len(self._reading.readers):
+            self._reading.readers = left
+        else:
+            self._reading.plan.demote(failed, reference.called)
+
+
+def learn(reading: Reading, call: ModelCall) -> None:
+    """Find out by which rules the gradients of a batch like this are read.
+
+    Raises:
+        ValueError: examples see each other, or a parameter's gradients cannot be read.
+    """
+    reading.unwatch()
+    try:
+        with reading.rest(), evaluation_mode(reading.model), torch.enable_grad():
+            Trial(reading).run(call.without_cache(reading.model))
+    except (MemoryError, torch.OutOfMemoryError) as failure:
+        warnings.warn(
+            "The rules of modules were not compared with exact gradients: out of "
+            f"memory ({failure}). They may still be right.",
+            stacklevel=2,
+        )
+        reading.called |= {kind_of(rule.path) for rule in reading.plan.rules}
+    finally:
+        torch.clear_autocast_cache()  # of weights, with the graphs of these calls
+        reading.watch()
+    reading.note(call)
