@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_sketch.examples.batch import Batch, ExampleBatch
 from hf_sketch.examples.calls import ModelCall, field_of, loss_of
+from hf_sketch.examples.learning.trial import learn
 from hf_sketch.examples.losses import (
     ExampleLosses,
     check_reduction,
@@ -20,7 +21,6 @@ from hf_sketch.examples.losses import (
 )
 from hf_sketch.examples.reading import Reading
 from hf_sketch.examples.split import ExampleSplit, split_of
-from hf_sketch.examples.trial import learn
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.model.state import random_state
 from hf_sketch.sketches.operator import accumulation_dtype

@@ -75,7 +75,7 @@ def test_there_is_no_global_state_nor_broad_except():
         for place, kind in handlers
     }
     broad = {"Exception", "BaseException"}
-    tries = "hf_sketch/examples/attempt.py"  # code of others, with another way left
+    tries = "hf_sketch/examples/learning/attempt.py"  # code of others, with another way left
     assert [
         place
         for place, found in names.items()
