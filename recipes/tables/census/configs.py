@@ -45,10 +45,8 @@ class _Shrinking:
 
     def settings(self, config: PreTrainedConfig, path: str = "") -> dict[str, Any]:
         """Return the arguments of the tiny configuration."""
-        held = vars(config)
-        values = {
-            f.name: held.get(f.name) for f in dataclasses.fields(config) if f.init
-        }
+        names = [f.name for f in dataclasses.fields(config) if f.init]
+        values = {name: _value(config, name) for name in names}
         found = self._whole(config, values)
         for name, value in values.items():
             if isinstance(value, PreTrainedConfig):
@@ -130,3 +128,9 @@ class _Shrinking:
         if stem not in self._ids:
             self._ids[stem] = _FIRST_SPECIAL + len(self._ids)
         return self._ids[stem]
+
+
+def _value(config: PreTrainedConfig, name: str) -> Any:
+    """Return a field's value, also where it is one of those that vary by layer."""
+    held, place = vars(config), config.attribute_map.get(name, name)
+    return held[place] if place in held else getattr(config, name, None)

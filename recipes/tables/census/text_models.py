@@ -21,6 +21,7 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     },
     "ctrl": {"dff": 48},
     "dbrx": {"attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "dory": {"use_cache": False},  # which no sliding window may be shorter than
     "dots1": {
         "num_experts_per_tok": 2,
         "n_group": 1,
@@ -55,6 +56,8 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "inkling2_text": {"unpadded_vocab_size": 128, "rel_extent": 16},
     "inkling2_loop_text": {"unpadded_vocab_size": 128, "rel_extent": 16},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "led": {
         "max_encoder_position_embeddings": 64,
         "max_decoder_position_embeddings": 64,
