@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_sketch.examples.learning.attempt import attempt
-from hf_sketch.examples.learning.named_sums import Sums
+from hf_sketch.examples.attempt import attempt
 from hf_sketch.examples.losses import ExampleLosses
+from hf_sketch.examples.named_sums import Sums
 from hf_sketch.examples.replay import Replay
 from hf_sketch.examples.rules.base import Rule
 from hf_sketch.examples.split import ExampleSplit

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hf_sketch.examples.learning.attempt import attempt
+from hf_sketch.examples.attempt import attempt
 from hf_sketch.examples.rounding import agree, autocast_dtype
 from hf_sketch.examples.rules.base import Rule
 from hf_sketch.examples.split import ExampleSplit

@@ -12,14 +12,14 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_sketch.examples.batch import Batch, ExampleBatch
 from hf_sketch.examples.calls import ModelCall, field_of, loss_of
-from hf_sketch.examples.learning.trial import learn
 from hf_sketch.examples.losses import (
     ExampleLosses,
     check_reduction,
     own_losses_of,
     penalty_of,
 )
-from hf_sketch.examples.reading import Reading
+from hf_sketch.examples.modules.reading import Reading
+from hf_sketch.examples.modules.trial import learn
 from hf_sketch.examples.split import ExampleSplit, split_of
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.model.state import random_state

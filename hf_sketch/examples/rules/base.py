@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hf_sketch.examples.learning.named_sums import Sums
+from hf_sketch.examples.named_sums import Sums
 from hf_sketch.examples.split import ExampleSplit
 
 # A parameter's attribute in its module, and its per-example gradients. Without the

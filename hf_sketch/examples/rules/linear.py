@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hf_sketch.examples.learning.named_sums import Sums
+from hf_sketch.examples.named_sums import Sums
 from hf_sketch.examples.rounding import agree
 from hf_sketch.examples.rules.base import Call, Contribution, Rule, tokens
 from hf_sketch.examples.split import ExampleSplit

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sketch.examples.calls import ModelCall, loss_of
-from hf_sketch.examples.learning.named_sums import NamedSums
+from hf_sketch.examples.named_sums import NamedSums
 from hf_sketch.examples.rounding import agree, autocast_dtype, tolerance
 from hf_sketch.examples.rules.base import answers_of
 from hf_sketch.examples.split import ExampleSplit, Rows

@@ -7,20 +7,20 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from hf_sketch.examples.attempt import attempt
 from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.calls import ModelCall
-from hf_sketch.examples.fused_head import FusedHead
-from hf_sketch.examples.learning.attempt import attempt
-from hf_sketch.examples.learning.named_sums import NamedSums
-from hf_sketch.examples.learning.probe import (
+from hf_sketch.examples.modules.fused_head import FusedHead
+from hf_sketch.examples.modules.position_biases import PositionBiases
+from hf_sketch.examples.modules.probe import (
     EXAMPLES,
     Reference,
     answers_in,
     reference_of,
     same_answers,
 )
-from hf_sketch.examples.position_biases import PositionBiases
-from hf_sketch.examples.reading import Reading
+from hf_sketch.examples.modules.reading import Reading
+from hf_sketch.examples.named_sums import NamedSums
 from hf_sketch.examples.rules.base import Rule, kind_of
 from hf_sketch.examples.split import Rows
 from hf_sketch.model.state import evaluation_mode

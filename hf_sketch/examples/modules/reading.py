@@ -10,15 +10,15 @@ from torch import nn
 
 from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.calls import ModelCall
-from hf_sketch.examples.fused_head import FusedHead
-from hf_sketch.examples.hooks import refusal, replay_later, watch_module
-from hf_sketch.examples.learning.plan import Plan, joined
-from hf_sketch.examples.learning.probe import (
+from hf_sketch.examples.modules.fused_head import FusedHead
+from hf_sketch.examples.modules.hooks import refusal, replay_later, watch_module
+from hf_sketch.examples.modules.plan import Plan, joined
+from hf_sketch.examples.modules.position_biases import PositionBiases
+from hf_sketch.examples.modules.probe import (
     LossForm,
     answers_in,
     loss_form,
 )
-from hf_sketch.examples.position_biases import PositionBiases
 from hf_sketch.examples.rules.base import NoRule, kind_of
 from hf_sketch.model.fsdp import in_row_shards
 from hf_sketch.model.sketch import ModelSketch

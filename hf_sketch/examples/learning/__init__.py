@@ -1,1 +1,0 @@
-"""Learning, before rows are recorded, how the gradients of each module are read."""
