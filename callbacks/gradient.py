@@ -1,5 +1,6 @@
 """The callback that sketches gradients while a Trainer trains."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from itertools import islice
@@ -8,6 +9,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -17,16 +19,32 @@ from transformers import (
 )
 
 from hf_sketch.examples.losses import check_reduction
+from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.model.sketch import LAYOUTS, ModelSketch
 from hf_sketch.processes import check_same
 from hf_sketch.sketches.by_name import OPERATORS
-from hf_sketch.sketches.choices import check_choice, check_count, check_flag
+from hf_sketch.sketches.choices import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_setting,
+)
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import ROW_DTYPES
 
 from .placement import check_processes, step_examples
+from .recording.forecast import Forecast, forecast
+from .recording.ids import warn_of_restart
+from .recording.rehearsal import DryRun, Rehearsal
 from .recording.run import Run
-from .recording.trainers import calling_trainers, wrap_training_step
+from .recording.trainers import (
+    calling_trainers,
+    free_trainer,
+    only_callback,
+    wrap_training_step,
+)
+
+logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "warn"]
 
@@ -117,7 +135,7 @@ class GradientSketchCallback(TrainerCallback):
 
     def on_init_end(self, *event: Any, **kwargs: Any) -> None:
         for trainer in islice(calling_trainers(), 1):
-            _check_alone(trainer)
+            only_callback(trainer, type(self))
 
     def on_train_begin(
         self,
@@ -130,18 +148,14 @@ class GradientSketchCallback(TrainerCallback):
         optimizer: Optimizer,
         **kwargs: Any,
     ) -> None:
-        trainer = self._calling_trainer()
+        busy = None if self._run is None else self._run.state
+        trainer = free_trainer(type(self), busy)
         self._do(Run.close)  # of training that an exception has ended
         self._run = None
-        check_processes(args, model, type(self).__name__, in_shards=True)
-        check_same(type(self).__name__, vars(self))
-        seed = args.seed if self.seed is None else self.seed
-        sketch = ModelSketch.from_model(
-            model, self.out_size, self.layout, seed, self.operator
-        )
-        examples = step_examples(args, state)
+        header = self._checked_header(args, state, model)
+        warn_of_restart(train_dataloader, state)
         self._run = Run(
-            Header(sketch, self.loss, self.row_dtype, step_examples=examples),
+            header,
             args,
             state,
             model,
@@ -154,6 +168,10 @@ class GradientSketchCallback(TrainerCallback):
             raises=self.on_error == "raise",
         )
         self._run.closing.callback(wrap_training_step(trainer, self._training_step))
+        if state.is_world_process_zero:
+            modules = self._run.coverage
+            known = self._forecast(header, args, state, train_dataloader, modules)
+            logger.info("Recording %s", known)
 
     # Every event comes with (args, state, control), which the run has from the start.
 
@@ -197,22 +215,62 @@ class GradientSketchCallback(TrainerCallback):
         self._do(Run.end)
         self._run = None
 
-    def _calling_trainer(self) -> Trainer:
-        """Return the Trainer that is about to train, unless this cannot record it."""
-        trainers = list(calling_trainers())
-        if not trainers:
-            raise RuntimeError(
-                "GradientSketchCallback was called by no Trainer. Pass it to a "
-                "Trainer of transformers: Trainer(..., callbacks=[callback])."
+    @staticmethod
+    def dry_run(trainer: Trainer) -> DryRun:
+        """Check a Trainer and its GradientSketchCallback on one batch, and print it.
+
+        Training that follows is bit for bit what it is without: parameters, buffers,
+        gradients, random numbers, the order of the data and `output_dir` stay as they
+        are. The batch is drawn apart from the DataLoader; a stream is read from its
+        start once more. All processes call together.
+
+        Returns:
+            what is printed: the forecast of the run and the time of a batch.
+
+        Raises:
+            ValueError: as in training; or the Trainer shards the model (FSDP,
+                DeepSpeed), which it does only as training begins.
+        """
+        callback = only_callback(trainer, GradientSketchCallback)
+        with Rehearsal(trainer) as rehearsal:
+            args, model = trainer.args, rehearsal.model
+            state, loader = rehearsal.state, rehearsal.loader
+            header = callback._checked_header(args, state, model)
+            sketcher = None
+            if callback.per_example:
+                sketcher = ExampleSketcher(model, header.model_sketch, header.loss)
+            seconds = rehearsal.seconds(
+                header.model_sketch, sketcher, callback.per_step
             )
-        _check_alone(trainers[0])
-        run = self._run
-        if run is not None and any(run.state is outer.state for outer in trainers[1:]):
-            raise ValueError(
-                "This GradientSketchCallback still records the training around this "
-                "one. Pass a GradientSketchCallback of its own to the inner Trainer."
-            )
-        return trainers[0]
+            modules = sketcher and sketcher.coverage
+            known = callback._forecast(header, args, state, loader, modules)
+        found = DryRun(known, *seconds)
+        if state.is_world_process_zero:
+            tqdm.write(str(found))
+        return found
+
+    def _checked_header(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module
+    ) -> Header:
+        """Return the header of the store, unless this training cannot be recorded."""
+        name, last = type(self).__name__, state.max_steps
+        check_processes(args, model, name, in_shards=True)
+        check_same(name, vars(self))
+        allowed = f"at most {last}, the steps of this run"
+        check_setting(
+            "every_steps", self.every_steps <= last, allowed, self.every_steps
+        )
+        seed = args.seed if self.seed is None else self.seed
+        sketch = ModelSketch.from_model(
+            model, self.out_size, self.layout, seed, self.operator
+        )
+        examples = step_examples(args, state)
+        return Header(sketch, self.loss, self.row_dtype, step_examples=examples)
+
+    def _forecast(self, *run: Any) -> Forecast:
+        """Return what a run is going to record; see `forecast`."""
+        settings = {"per_step": self.per_step, "every_steps": self.every_steps}
+        return forecast(*run, **settings)
 
     def _training_step(
         self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any
@@ -229,14 +287,3 @@ class GradientSketchCallback(TrainerCallback):
         """Do something with the run, if training is under way."""
         if self._run is not None:
             action(self._run)
-
-
-def _check_alone(trainer: Trainer) -> None:
-    """Raise if a Trainer has several of these callbacks."""
-    callbacks = trainer.callback_handler.callbacks
-    count = sum(isinstance(other, GradientSketchCallback) for other in callbacks)
-    if count > 1:
-        raise ValueError(
-            f"This Trainer has {count} GradientSketchCallbacks, which would write to "
-            "one store. Keep one: it can record rows of steps and of examples."
-        )

@@ -140,6 +140,11 @@ class HessianSpectrumCallback(TrainerCallback):
         train_dataloader: DataLoader[Any],
         **kwargs: Any,
     ) -> None:
+        if self.every is None:
+            last = state.max_steps
+            within = min(self.steps or (), default=math.inf) <= last
+            allowed = f"at most {last}, the steps of this run, at least one of them"
+            check_setting("steps", within, allowed, sorted(self.steps or ()))
         self._hessian = _together(
             "No Hessian spectra",
             partial(self._prepared, args, state, model, train_dataloader),

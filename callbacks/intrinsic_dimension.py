@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from hf_sketch.processes import Together, check_others, check_same, of_first
-from hf_sketch.sketches.choices import check_count
+from hf_sketch.sketches.choices import check_count, check_setting
 from hf_sketch.subspace.growth import grow_subspace, subspace_of
 from hf_sketch.subspace.search import (
     FILE,
@@ -97,6 +97,9 @@ class IntrinsicDimensionCallback(TrainerCallback):
     ) -> None:
         tuner = subspace_of(kwargs["model"])
         self._directory = Path(args.output_dir or ".").resolve()
+        stage, last = self._search.stage_steps, state.max_steps
+        allowed = f"at most {last}, the steps of this run"
+        check_setting("stage_steps", stage <= last, allowed, stage)
         if args.world_size > 1:
             check_processes(args, kwargs["model"], type(self).__name__)
             given = {"start_dim": self._start_dim, "max_dim": self._max_dim}

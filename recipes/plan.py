@@ -11,6 +11,7 @@ from hf_sketch.planning.limits import limits_of
 from hf_sketch.planning.plan import Plan, plan_recording
 from hf_sketch.planning.rate import measured_rate
 from hf_sketch.planning.settings import RowSettings, SpectrumSettings, TrainingRun
+from hf_sketch.planning.units import as_bytes, as_seconds
 from hf_sketch.recipes.meta_models import load_config, meta_model
 from hf_sketch.recipes.options.plan import PlanArguments
 
@@ -74,24 +75,6 @@ def table_of(plan: Plan, rate: float | None = None) -> dict[str, str]:
     if plan.slowdown is not None:
         table["time of a step, on average"] = f"~{plan.slowdown:.3f} times a plain one"
     return table
-
-
-def as_bytes(count: float) -> str:
-    """A size in the unit that suits it, powers of ten."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:,.4g} PB"
-
-
-def as_seconds(count: float) -> str:
-    """A time in the unit that suits it."""
-    for unit, size in (("ms", 1e-3), ("s", 1.0), ("minutes", 60.0), ("hours", 3600.0)):
-        limit = {"ms": 1.0, "s": 120.0, "minutes": 7200.0, "hours": 172800.0}[unit]
-        if count < limit:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 86400:,.3g} days"
 
 
 def _filled(kind: type[Any], arguments: PlanArguments) -> Any:

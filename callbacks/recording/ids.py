@@ -1,6 +1,7 @@
 """Which rows of the training set a batch is made of."""
 
 import hashlib
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -12,7 +13,8 @@ from accelerate.data_loader import (
 )
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from hf_sketch.examples.split import ExampleSplit
 
@@ -148,6 +150,18 @@ def check_stream(loader: DataLoader[Any], world_size: int) -> None:
             f"{world_size} processes share one. Pass a datasets.IterableDataset of at "
             f"least {world_size} shards and {_OWN_BATCHES} to TrainingArguments, or "
             "per_example=False."
+        )
+
+
+def warn_of_restart(loader: DataLoader[Any], state: TrainerState) -> None:
+    """Warn if training resumes in a stream that the Trainer reads from its start."""
+    if state.epoch and state.epoch >= 1 and not has_length(loader):
+        warnings.warn(
+            "Training resumes in a later pass over a stream without a length, and the "
+            "Trainer restarts the stream: the examples of the steps after "
+            f"{state.global_step} are not those of training that never stopped. Give "
+            "the dataset a __len__ to continue where it was.",
+            stacklevel=2,
         )
 
 

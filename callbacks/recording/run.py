@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 
+from hf_sketch.examples.coverage import ModuleCoverage
 from hf_sketch.examples.sketcher import ExampleBatch, ExampleSketcher
 from hf_sketch.processes import OtherProcessFailedError, check_others, reduced
 from hf_sketch.store.header import Header
@@ -199,6 +200,11 @@ class Run:
             self._sink = RowSink.open(header, self._args, step)
             opened.callback(self._sink.close)
             self.closing = opened.pop_all()
+
+    @property
+    def coverage(self) -> ModuleCoverage | None:
+        """How each module's gradients are read; None without rows of examples."""
+        return None if self._sketcher is None else self._sketcher.coverage
 
     @property
     def _is_recorded(self) -> bool:

@@ -3,9 +3,11 @@
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
+
+Kind = TypeVar("Kind", bound=TrainerCallback)
 
 
 def calling_trainers() -> Iterator[Trainer]:
@@ -23,6 +25,55 @@ def calling_trainers() -> Iterator[Trainer]:
                 method = frame.f_code
                 yield caller
         frame = frame.f_back
+
+
+def only_callback(trainer: Trainer, kind: type[Kind]) -> Kind:
+    """Return a Trainer's callback of a kind.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    callbacks = trainer.callback_handler.callbacks
+    own = [callback for callback in callbacks if isinstance(callback, kind)]
+    name = kind.__name__
+    if not own:
+        raise ValueError(
+            f"This Trainer has no {name}. Add one: trainer.add_callback({name}())."
+        )
+    if len(own) > 1:
+        raise ValueError(
+            f"This Trainer has {len(own)} {name}s, which would write to one store. "
+            "Keep one: it can record rows of steps and of examples."
+        )
+    return own[0]
+
+
+def free_trainer(kind: type[TrainerCallback], busy: TrainerState | None) -> Trainer:
+    """Return the Trainer that calls its only callback of a kind.
+
+    Args:
+        kind: class of the callback.
+        busy: state of the training that the callback has recorded so far, if any.
+
+    Raises:
+        RuntimeError: no Trainer calls.
+        ValueError: it has several of them, or calls from within the training that the
+            callback still records.
+    """
+    trainers = list(calling_trainers())
+    name = kind.__name__
+    if not trainers:
+        raise RuntimeError(
+            f"{name} was called by no Trainer. Pass it to a Trainer of transformers: "
+            "Trainer(..., callbacks=[callback])."
+        )
+    only_callback(trainers[0], kind)
+    if busy is not None and any(busy is outer.state for outer in trainers[1:]):
+        raise ValueError(
+            f"This {name} still records the training around this one. Pass a {name} of "
+            "its own to the inner Trainer."
+        )
+    return trainers[0]
 
 
 def wrap_training_step(

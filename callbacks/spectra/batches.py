@@ -76,7 +76,7 @@ def draw_batches(
         seed: seed of the choice, and of whatever the collate function draws.
     """
     dataset: Any = loader.dataset
-    with _own_randomness(seed):
+    with own_randomness(seed):
         if isinstance(dataset, IterableDataset):
             examples = list(itertools.islice(dataset, count * batch_size))
         else:
@@ -136,7 +136,7 @@ def _twin(collate: Any, twins: dict[int, Any]) -> Any:
 
 
 @contextmanager
-def _own_randomness(seed: int) -> Generator[None]:
+def own_randomness(seed: int) -> Generator[None]:
     """Seed Python, numpy and torch for a while, then restore their states."""
     python, numpy = random.getstate(), np.random.get_state()
     try:

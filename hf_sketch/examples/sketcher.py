@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_sketch.examples.batch import Batch, ExampleBatch
 from hf_sketch.examples.calls import ModelCall, field_of, loss_of
+from hf_sketch.examples.coverage import ModuleCoverage
 from hf_sketch.examples.losses import (
     ExampleLosses,
     check_reduction,
@@ -158,6 +159,11 @@ class ExampleSketcher:
     def split_of(self, inputs: Mapping[str, Any]) -> ExampleSplit:
         """Return the examples of a batch that the model is called with."""
         return split_of(inputs, self.main_input)
+
+    @property
+    def coverage(self) -> ModuleCoverage:
+        """How each module's gradients are read, as far as it is known by now."""
+        return ModuleCoverage.of(self._reading.plan.rules)
 
     @property
     def main_input(self) -> str:

@@ -11,8 +11,9 @@ from hf_sketch.planning.limits import limits_of
 from hf_sketch.planning.plan import plan_recording
 from hf_sketch.planning.rate import measured_rate
 from hf_sketch.planning.settings import RowSettings, SpectrumSettings, TrainingRun
+from hf_sketch.planning.units import as_bytes, as_seconds
 from hf_sketch.recipes.meta_models import load_config, meta_model
-from hf_sketch.recipes.plan import PlanArguments, as_bytes, as_seconds, run_plan
+from hf_sketch.recipes.plan import PlanArguments, run_plan
 
 SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 300}
 LLAMA_70B = {
