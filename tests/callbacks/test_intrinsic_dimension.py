@@ -210,9 +210,17 @@ def test_a_search_that_ended_does_not_go_on(tmp_path):
 
 
 def test_an_unknown_metric_is_refused_before_the_first_step(tmp_path):
-    callback = IntrinsicDimensionCallback(target=0.9, metric="eval_accuracy")
+    callback = IntrinsicDimensionCallback(0.9, "eval_accuracy", stage_steps=4)
     trainer = search_trainer(tmp_path, search=callback)
     with pytest.raises(ValueError, match=r"'eval_accuracy', got .*'eval_loss'"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_stages_longer_than_the_run_are_refused_before_the_first_step(tmp_path):
+    callback = IntrinsicDimensionCallback(**{**SETTINGS, "stage_steps": 31})
+    trainer = search_trainer(tmp_path, search=callback)
+    with pytest.raises(ValueError, match=r"stage_steps must be at most 30, .* got 31"):
         trainer.train()
     assert trainer.state.global_step == 0
 
