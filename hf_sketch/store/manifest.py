@@ -1,11 +1,14 @@
 """What each process has written to a store: its files, and the steps that lack rows."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from hf_sketch.durable import read_sealed, write_sealed
 from hf_sketch.store.shards import Shard
+
+_FULL: Final = ".full"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,20 @@ class Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Replace a process's manifest in one step: readers see the old or the new one."""
-    write_sealed(directory / manifest.file, asdict(manifest))
+    path = directory / manifest.file
+    write_sealed(path, asdict(manifest))
+    path.with_suffix(_FULL).unlink(missing_ok=True)
+
+
+def mark_full(directory: Path, manifest: Manifest) -> None:
+    """Note that rows after a manifest's are missing, where it cannot be replaced.
+
+    The note is an empty file: a full disk has room for a name, but for no byte.
+
+    Raises:
+        OSError: there is no room for that either.
+    """
+    (directory / manifest.file).with_suffix(_FULL).touch()
 
 
 def manifest_paths(directory: Path) -> list[Path]:
@@ -81,7 +97,11 @@ def read_manifest(path: Path) -> Manifest:
     content = read_sealed(path, f"restore it, or run hf-sketch repair {path.parent}")
     shards = tuple(Shard(**shard) for shard in content["shards"])
     gaps = tuple(Gap(**gap) for gap in content["gaps"])
-    return Manifest(content["rank"], content["world_size"], shards, gaps)
+    manifest = Manifest(content["rank"], content["world_size"], shards, gaps)
+    if path.with_suffix(_FULL).exists():
+        gap = Gap(manifest.last_step + 1, "the disk was full")
+        manifest = replace(manifest, gaps=(*gaps, gap))
+    return manifest
 
 
 def read_manifests(directory: Path) -> list[Manifest]:

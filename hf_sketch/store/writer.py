@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_sketch.durable import Draft, sync_directory
 from hf_sketch.examples.measured_error import MeasuredError
 from hf_sketch.store.header import Header, write_header
-from hf_sketch.store.manifest import Gap, write_manifest
+from hf_sketch.store.manifest import Gap, mark_full, write_manifest
 from hf_sketch.store.opening import open_store
 from hf_sketch.store.rows import arrow_table, joined
 from hf_sketch.store.shards import Shard, draft_shard
@@ -131,12 +131,15 @@ class SketchWriter:
                 with rows of this process.
 
         Raises:
-            OSError: the manifest cannot be written.
+            OSError: nothing can be written, not even that the disk is full.
         """
         self.close()
         first = 1 + (self.last_step if last_step is None else last_step)
         gaps = (*self._manifest.gaps, Gap(first, reason))
-        write_manifest(self.directory, replace(self._manifest, gaps=gaps))
+        try:
+            write_manifest(self.directory, replace(self._manifest, gaps=gaps))
+        except OSError:
+            mark_full(self.directory, self._manifest)
 
     def _start(self) -> None:
         """Hand the buffer to the threads, once the rows before are in files."""

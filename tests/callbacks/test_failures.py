@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from hf_sketch import ExampleSketcher, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.durable import Draft
 from hf_sketch.model.accumulator import Accumulator
 from tests.helpers.trained.training import tiny_trainer
 
@@ -85,7 +86,8 @@ def test_a_full_disk_stops_training_with_a_clear_error(
     message = r"No space left on device\)\. Free disk space and resume from"
     with pytest.raises(OSError, match=message):
         trainer.train()
-    assert len(load_sketches(tmp_path).steps) == 2
+    with pytest.warns(UserWarning, match="no rows from step 3 on .*disk was full"):
+        assert len(load_sketches(tmp_path).steps) == 2
     assert trainer.state.global_step == 4
     assert_checkpoints_are_intact(tmp_path, uninterrupted, monkeypatch)
 
@@ -98,7 +100,8 @@ def test_training_may_go_on_without_rows(tmp_path, uninterrupted, monkeypatch):
     assert trainer.state.global_step == 6
     assert curve(trainer) == uninterrupted[1]
     assert not any(m._forward_hooks for m in trainer.model.modules())
-    assert len(load_sketches(tmp_path).steps) == 2
+    with pytest.warns(UserWarning, match="no rows from step 3 on .*disk was full"):
+        assert len(load_sketches(tmp_path).steps) == 2
 
 
 def test_the_store_says_where_recording_was_off(tmp_path, monkeypatch):
@@ -222,3 +225,31 @@ def test_a_file_that_the_system_cuts_is_never_named(tmp_path):
         store = load_sketches(tmp_path)
     assert len(store.dataset) == len(store.steps) == 0
     assert not list((tmp_path / "sketches").glob("*.tmp"))
+
+
+class StaysFull(FullDisk):
+    """The disk is full from the third step on, and has no room for a single byte."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            self.monkeypatch.setattr(Draft, "__init__", self.sync)
+
+    def sync(self, *_):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_stays_full_is_named_on_opening(tmp_path, monkeypatch):
+    """Also where the manifest cannot be replaced; the next one lists the gap."""
+    callback = GradientSketchCallback(SIZE, on_error="warn")
+    trainer = tiny_trainer(tmp_path, callback, StaysFull(monkeypatch))
+    with pytest.warns(UserWarning, match="Recording stopped"):
+        trainer.train()
+    monkeypatch.undo()
+    message = r"no rows from step 3 on .*the disk was full"
+    with pytest.warns(UserWarning, match=message):
+        assert len(load_sketches(tmp_path).steps) == 2
+    resumed = tiny_trainer(tmp_path, GradientSketchCallback(SIZE))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert not list((tmp_path / "sketches").glob("*.full"))
+    with pytest.warns(UserWarning, match=message):
+        assert load_sketches(tmp_path).steps["step"][:] == [1, 2, 5, 6]
