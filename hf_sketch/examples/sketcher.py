@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from torch.utils.hooks import RemovableHandle
 
 from hf_sketch.examples.batch import Batch, ExampleBatch
-from hf_sketch.examples.calls import ModelCall, field_of, loss_of
+from hf_sketch.examples.calls import ModelCall, field_of, loss_of, second_call
 from hf_sketch.examples.coverage import ModuleCoverage
 from hf_sketch.examples.losses import (
     ExampleLosses,
@@ -188,7 +188,7 @@ class ExampleSketcher:
         before, self._reading.batch = self._reading.batch, None
         self._reading.clear()
         if before is not None and before.phase in ("loss", "done"):
-            raise _second_call()
+            raise second_call()
         self._check_independence()
         if not self._reading.knows(call):
             learn(self._reading, call)
@@ -233,7 +233,7 @@ class ExampleSketcher:
             return
         self._reading.batch = None  # until nothing can fail any more
         if batch.phase != "forward":  # the model called itself
-            raise _second_call()
+            raise second_call()
         call = ModelCall(args, kwargs, batch.inputs, batch.split)
         loss = loss_of(output)
         with batch.holding_failures():
@@ -294,10 +294,3 @@ class ExampleSketcher:
                 f"that hold them, got others for {missing}: freeze them with "
                 "requires_grad_(False), or pass per_example=False."
             )
-
-
-def _second_call() -> RuntimeError:
-    return RuntimeError(
-        "the model must be called once for each backward pass, got a second call: pass "
-        "per_example=False for a loss of several forward passes."
-    )
