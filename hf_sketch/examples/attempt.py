@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 
 
+class RefusalError(ValueError):
+    """There are no per-example gradients; other ways would not help."""
+
+
 @dataclass
 class Attempt:
     """What came of an attempt.
@@ -24,11 +28,12 @@ def attempt() -> Generator[Attempt]:
 
     Raises:
         MemoryError, torch.OutOfMemoryError: memory runs out, which says nothing.
+        RefusalError: it is known that there is no other way.
     """
     outcome = Attempt()
     try:
         yield outcome
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError, RefusalError):
         raise
     except Exception as error:
         outcome.error = f"{type(error).__name__}: {error}"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sketch.examples.attempt import attempt
 from hf_sketch.examples.calls import field_of
 from hf_sketch.examples.losses import penalty_of
 from hf_sketch.examples.rounding import tolerance
@@ -73,13 +74,21 @@ def measure_error(
     Raises:
         RuntimeError: a row is not the sketch of its example's gradient.
     """
+    error, reason = None, None
     try:
-        with evaluation_mode(sketcher.model), sketcher.paused():
+        with (
+            attempt() as tried,  # some models have no gradients in evaluation mode
+            evaluation_mode(sketcher.model),
+            sketcher.paused(),
+        ):
             error = _measure(sketcher, batches, examples, loss_fn)
+        reason = tried.error
     except (MemoryError, torch.OutOfMemoryError) as failure:
+        reason = f"out of memory ({failure})"
+    if error is None:
         warnings.warn(
-            "Rows were not compared with exact gradients: out of memory "
-            f"({failure}). They may still be right.",
+            f"Rows were not compared with exact gradients: {reason}. They may still be "
+            "right.",
             stacklevel=2,
         )
         return None

@@ -63,7 +63,7 @@ def _watch(rule: Rule, batch: Batch, args: Any, kwargs: Any, output: Any) -> Any
         if output.dim() == 0 or len(output) != 1:
             output = output.unsqueeze(0)
         output = output.expand(batch.split.size, *output.shape[1:])
-    several = rule.path != "" and len(tensors_of(output)) > 1
+    several = not rule.is_model(output) and len(tensors_of(output)) > 1
     if several:  # the gradient of one must not hold that of another
         output = tree_map(_alias, output)
     outputs = rule.outputs_of(output)

@@ -63,7 +63,9 @@ class Plan:
         Raises:
             ValueError: there is none left.
         """
-        kinds = {rule.kind for rule in failed}
+        # The model itself is the last resort, also where it shares a parameter.
+        kinds = {rule.kind for rule in failed if rule.path}
+        kinds = kinds or {rule.kind for rule in failed}
         chosen = [rule for rule in self.rules if rule.kind in kinds]
         self.rules = [rule for rule in self.rules if rule.kind not in kinds]
         for rule in chosen:

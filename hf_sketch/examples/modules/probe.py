@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hf_sketch.examples.attempt import RefusalError
 from hf_sketch.examples.calls import ModelCall, loss_of
 from hf_sketch.examples.named_sums import NamedSums
 from hf_sketch.examples.rounding import agree, autocast_dtype, tolerance
@@ -130,10 +131,12 @@ def answers_in(output: Any, split: ExampleSplit) -> list[Tensor]:
     return divided or alone
 
 
-def same_answers(got: list[Tensor], expected: list[Tensor]) -> bool:
-    """Return whether answers are equal up to rounding."""
+def same_answers(
+    got: list[Tensor], expected: list[Tensor], of: Literal["rule", "output"] = "output"
+) -> bool:
+    """Return whether answers are equal up to rounding; see `agree`."""
     return len(got) == len(expected) and all(
-        agree(a, b, "output") for a, b in zip(got, expected, strict=True)
+        agree(a, b, of) for a, b in zip(got, expected, strict=True)
     )
 
 
@@ -195,7 +198,7 @@ def loss_form(
     weights = torch.linalg.lstsq(alone, together.unsqueeze(1)).solution
     rest = torch.linalg.vector_norm(together - (alone @ weights).squeeze(1))
     if rest > tolerance(dtype, "row") * torch.linalg.vector_norm(together):
-        raise ValueError(
+        raise RefusalError(
             "per-example gradients need a loss that is a weighted sum of the examples' "
             f"own losses, but {type(model).__name__} computes one that compares them, "
             "or has a term of the whole batch: leave that out, or pass "

@@ -1,13 +1,12 @@
 """Trying rules on a few examples, beside a backward pass for each."""
 
 import logging
-import warnings
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from hf_sketch.examples.attempt import attempt
+from hf_sketch.examples.attempt import RefusalError, attempt
 from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.calls import ModelCall
 from hf_sketch.examples.modules.fused_head import FusedHead
@@ -48,8 +47,11 @@ class Trial:
             ValueError: examples see each other, or a parameter's gradients cannot be
                 read.
         """
-        reference = self._reference(call)
+        reference = None
+        with attempt() as tried:  # some models have no gradients in evaluation mode
+            reference = self._reference(call)
         if reference is None:
+            self._reading.go_unverified(tried.error or "it gives nothing to compare")
             return
         self._reading.dtype = reference.dtype
         self._check_independence(reference)
@@ -84,19 +86,26 @@ class Trial:
         split = reference.call.split
         if not isinstance(split, Rows) or split.size == 1 or reference.is_of_loss:
             return
-        alone: list[Tensor] = []
-        with attempt() as tried:  # inputs need not divide
-            alone = self._answers(reference.call.part(0, 1))
-        if tried.error is not None:
-            logger.info("Examples cannot leave their batch: %s", tried.error)
-        expected = [split.part(answer, 0) for answer in reference.answers]
-        if len(alone) != len(expected) or same_answers(alone, expected):
-            return
+        for index in range(reference.examples):
+            alone: list[Tensor] = []
+            with attempt() as tried:  # inputs need not divide
+                alone = self._answers(reference.call.part(index, 1))
+            if tried.error is not None:
+                logger.info("Examples cannot leave their batch: %s", tried.error)
+                return
+            expected = [split.part(answer, index) for answer in reference.answers]
+            if len(alone) == len(expected) and not same_answers(
+                alone, expected, "rule"
+            ):
+                self._check_repetition(reference)
+
+    def _check_repetition(self, reference: Reference) -> None:
+        """Raise if the answers, which differ alone, are the same in the batch."""
         if same_answers(self._answers(reference.call), reference.answers):
-            raise ValueError(
+            raise RefusalError(
                 "per-example gradients need examples that do not see each other, but "
-                f"{self._model_name} gives an example other outputs without "
-                "its batch-mates: pass per_example=False."
+                f"{self._model_name} gives an example other outputs without its "
+                "batch-mates: pass per_example=False."
             )
 
     def _find_fused_head(self, reference: Reference) -> None:
@@ -209,12 +218,7 @@ def learn(reading: Reading, call: ModelCall) -> None:
         with reading.rest(), evaluation_mode(reading.model), torch.enable_grad():
             Trial(reading).run(call.without_cache(reading.model))
     except (MemoryError, torch.OutOfMemoryError) as failure:
-        warnings.warn(
-            "The rules of modules were not compared with exact gradients: out of "
-            f"memory ({failure}). They may still be right.",
-            stacklevel=2,
-        )
-        reading.called |= {kind_of(rule.path) for rule in reading.plan.rules}
+        reading.go_unverified(f"out of memory ({failure})")
     finally:
         torch.clear_autocast_cache()  # of weights, with the graphs of these calls
         reading.watch()

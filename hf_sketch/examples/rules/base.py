@@ -82,7 +82,11 @@ class Rule(ABC):
 
     def outputs_of(self, output: Any) -> list[Tensor]:
         """Return the tensors whose gradients are those of the module's call."""
-        return tensors_of(output) if self.path else answers_of(output)
+        return answers_of(output) if self.is_model(output) else tensors_of(output)
+
+    def is_model(self, output: Any) -> bool:
+        """Whether the module is the model, or a model within it that has a loss."""
+        return not self.path or (isinstance(output, Mapping) and "loss" in output)
 
     @abstractmethod
     def forward(self, call: Call) -> Any:
