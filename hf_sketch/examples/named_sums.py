@@ -46,6 +46,14 @@ class NamedSums:
         else:
             self._hold(name)[:] += rows
 
+    def add_part(self, name: str, part: Tensor, start: int) -> None:
+        """See `Accumulator.add_part`."""
+        self.names.add(name)
+        if name in self._model_sketch.operators:
+            self._sum(name).add_part(name, part, start)
+        else:
+            self._hold(name)[:, start : start + part.shape[1]] += part
+
     def add_outer(self, name: str, left: Tensor, right: Tensor) -> None:
         """See `Accumulator.add_outer`."""
         self.names.add(name)

@@ -67,12 +67,14 @@ class Accumulator:
         Shapes:
             part (b, length)
         """
+        self.names.add(name)
         part = self._converted(part)
         operator = self.operators.get(name)
         if operator is None:
-            rows = part.new_zeros(len(part), math.prod(self.shapes[name]))
-            rows[:, start : start + part.shape[1]] = part
-            self.add(name, rows)
+            if name not in self._held or not self._by_example:
+                size = math.prod(self.shapes[name])
+                self._hold(name, part.new_zeros(len(part), size))
+            self._held[name][:, start : start + part.shape[1]] += part
         elif isinstance(operator, BlockedSketch):
             self._collect(operator, operator.accumulate_part(part, start, self._memory))
         else:

@@ -1,5 +1,7 @@
 """Sums of outer products, as the gradients of weights are."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -36,3 +38,50 @@ def is_touched(left: Tensor, first: int, last: int) -> bool:
     if left.is_floating_point() or is_lazy(left):
         return True
     return bool(((left >= first) & (left < last)).any())
+
+
+def form_grouped(
+    left: Tensor,
+    right: Tensor,
+    example: Tensor,
+    group: Tensor,
+    sizes: tuple[int, int],
+    elements: int = 2**20,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield sums of left_t (x) right_t over the t of each example and group, in parts.
+
+    An example's sums of all groups lie one after the other. Each part is of some groups
+    and has about `elements` numbers; those of groups without any t are left out.
+
+    Shapes:
+        left (t, m), right (t, n), example and group (t,) integers
+        yields a coordinate, and the examples' numbers from there on: (b, length)
+
+    Args:
+        sizes: numbers of examples and groups.
+    """
+    examples, groups = sizes
+    width = left.shape[1] * right.shape[1]
+    key, order = torch.sort(group * examples + example, stable=True)
+    counts = torch.bincount(key, minlength=examples * groups)
+    place = torch.arange(len(key), device=key.device) - (counts.cumsum(0) - counts)[key]
+    counts = counts.view(groups, examples)
+    summary = torch.stack([counts.sum(1).cumsum(0), counts.amax(1)])
+    ends, longest = summary.tolist()  # of each group
+    each = max(1, elements // (examples * width))
+    for first in range(0, groups, each):
+        last = min(first + each, groups)
+        start, end = ends[first - 1] if first else 0, ends[last - 1]
+        if start == end:
+            continue
+        some = order[start:end]
+        row = example[some] * (last - first) + group[some] - first
+        shape = examples * (last - first), max(longest[first:last])
+        sides = (
+            x.new_zeros(*shape, x.shape[1]).index_put_(
+                (row, place[start:end]), x[some]
+            )
+            for x in (left, right)
+        )
+        product = torch.bmm(next(sides).transpose(1, 2), next(sides))
+        yield first * width, product.view(examples, -1)

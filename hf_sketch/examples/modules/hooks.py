@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.hooks import RemovableHandle
 
 from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.replay import Replay
@@ -19,8 +18,11 @@ from hf_sketch.model.state import random_state
 
 def watch_module(
     rule: Rule, current: Callable[[], Batch | None], in_shards: bool
-) -> list[RemovableHandle]:
-    """Put hooks on a module; `current` gives the batch that is recorded, if any."""
+) -> list[Callable[[], object]]:
+    """Put hooks on a module, and return what takes them off.
+
+    `current` gives the batch that is recorded, if any.
+    """
 
     def before(module: nn.Module, args: Any) -> None:
         batch = current()
@@ -41,10 +43,11 @@ def watch_module(
 
     # Before the hook by which FSDP2 gives up the parameters of this very module.
     register = rule.module.register_forward_hook
-    handles = [register(after, with_kwargs=True, prepend=in_shards)]
+    undo = [*rule.open(current)]
+    undo.append(register(after, with_kwargs=True, prepend=in_shards).remove)
     if isinstance(rule, NoRule) or not _is_torchs(rule.module):
-        handles.append(rule.module.register_forward_pre_hook(before))
-    return handles
+        undo.append(rule.module.register_forward_pre_hook(before).remove)
+    return undo
 
 
 def _is_torchs(module: nn.Module) -> bool:
@@ -82,7 +85,8 @@ def _watch(rule: Rule, batch: Batch, args: Any, kwargs: Any, output: Any) -> Any
             state = random_state(outputs[0].device)
         replay_later(rule, _names(rule, batch), batch, args, kwargs, outputs, state)
     else:
-        batch.watch(outputs[0], partial(_add, rule, batch, saved), rule)
+        for part, tensor in rule.watched(saved, outputs[0]):
+            batch.watch(tensor, partial(_add, rule, batch, part), rule)
     return output if shared or several else None
 
 
@@ -101,6 +105,8 @@ def _add(rule: Rule, batch: Batch, saved: Any, gradient: Tensor) -> None:
             continue
         if right is None:
             batch.sums.add(name, left.reshape(len(left), -1))
+        elif isinstance(right, int):
+            batch.sums.add_part(name, left, right)
         else:
             batch.sums.add_outer(name, left, right)
 

@@ -73,8 +73,7 @@ class Reading:
         """Put hooks on the modules."""
         for rule in self.plan.rules:
             if not any(reader.covers(rule.module) for reader in self.readers):
-                handles = watch_module(rule, self._current, self.in_shards)
-                self._undo += [handle.remove for handle in handles]
+                self._undo += watch_module(rule, self._current, self.in_shards)
         for reader in self.readers:
             self._undo += reader.register(self._current)
 

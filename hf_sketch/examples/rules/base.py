@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,10 @@ from hf_sketch.examples.named_sums import Sums
 from hf_sketch.examples.split import ExampleSplit
 
 # A parameter's attribute in its module, and its per-example gradients. Without the
-# last, row i of the first tensor (b, elements) is example i's gradient; with it,
+# last, row i of the first tensor (b, elements) is example i's gradient. With a tensor,
 # sum_t left[i, t] (x) right[i, t] is, and integer left (b, t) stands for one-hot
-# vectors.
-Contribution = tuple[str, Tensor, Tensor | None]
+# vectors. With a number, rows are some of the coordinates, from that one on.
+Contribution = tuple[str, Tensor, Tensor | int | None]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,14 @@ class Rule(ABC):
     def forget(self) -> None:  # noqa: B027
         """Forget what the first call has shown of the module, if it shows anything."""
 
+    def open(self, current: Callable[[], object]) -> list[Callable[[], object]]:
+        """Watch what hooks do not see, and return what ends that.
+
+        Args:
+            current: gives the batch that is recorded, if any.
+        """
+        return []
+
     @property
     def kind(self) -> tuple[str, type["Rule"]]:
         """The path without the numbers of layers and experts, and the class."""
@@ -92,9 +100,16 @@ class Rule(ABC):
     def forward(self, call: Call) -> Any:
         """Return what `backward` needs of a call; None if the rule does not apply."""
 
+    def watched(self, saved: Any, output: Tensor) -> Iterable[tuple[Any, Tensor]]:
+        """Return the tensors whose gradients `backward` takes, and what else of each.
+
+        By default there is the output alone.
+        """
+        return [(saved, output)]
+
     @abstractmethod
     def backward(self, saved: Any, gradient: Tensor) -> Iterable[Contribution]:
-        """Yield the parameters' per-example gradients, given that of the output.
+        """Yield the parameters' per-example gradients, given that of what is watched.
 
         The sides of outer products come folded; see `fold`.
         """

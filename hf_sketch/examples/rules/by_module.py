@@ -5,6 +5,7 @@ from torch import nn
 from hf_sketch.examples.rules.base import NoRule, Rule
 from hf_sketch.examples.rules.convolution import Convolution
 from hf_sketch.examples.rules.embedding import Embedding
+from hf_sketch.examples.rules.experts import Experts
 from hf_sketch.examples.rules.linear import Linear
 from hf_sketch.examples.rules.norms import Elementwise, LayerNorm
 
@@ -32,6 +33,8 @@ def rule_for(module: nn.Module, path: str, names: dict[str, str]) -> Rule:
         return Linear(module, path, names)
     if [parameter.dim() for parameter in module.parameters()] == [1]:
         return Elementwise(module, path, names)
+    if any(module.get_parameter(name).dim() == 3 for name in names):
+        return Experts(module, path, names)
     return NoRule(module, path, names)
 
 

@@ -1,0 +1,136 @@
+"""The rule of experts, whose weights are slices of 3-D parameters."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sketch.examples.rules.base import Call, Contribution, Rule
+from hf_sketch.examples.rules.expert_uses import Use, UseTrace
+from hf_sketch.examples.split import ExampleSplit
+from hf_sketch.sketches.operator import accumulation_dtype
+from hf_sketch.sketches.outer import form_grouped
+
+
+class _Uses:
+    """All uses of a parameter in one call, until the last one's gradient is there.
+
+    Args:
+        split: the batch's examples.
+        uses: of the parameter.
+    """
+
+    def __init__(self, split: ExampleSplit, uses: list[Use]) -> None:
+        self.split, self.uses = split, uses
+        self.gradients: dict[int, Tensor] = {}
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all gradients are there."""
+        return len(self.gradients) == len(self.uses)
+
+    def joined(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return expert, example and output gradient of each row, of all uses."""
+        gradients = [
+            self.gradients[place].reshape(len(use.expert), -1)
+            for place, use in enumerate(self.uses)
+        ]
+        expert = torch.cat([use.expert for use in self.uses])
+        owner = self._owner(self.uses[0])
+        example = torch.cat([owner[use.token] for use in self.uses])
+        return expert, example, torch.cat(gradients)
+
+    def _owner(self, use: Use) -> Tensor:
+        """Return the example of each token."""
+        owner = use.token.new_empty(use.tokens)
+        for index in range(self.split.size):
+            self.split.part(owner, index).fill_(index)
+        return owner
+
+
+class Experts(Rule):
+    """y = W_e x + b_e for each token x and each expert e that it is routed to.
+
+    The gradient of an expert's weight is the sum of outer products over an example's
+    tokens there. These products lie within the module's forward pass, which is watched
+    for all that it does with the parameters: one expert after the other, products with
+    gathered weights, or grouped ones.
+    """
+
+    def __init__(self, module: nn.Module, path: str, names: dict[str, str]) -> None:
+        super().__init__(module, path, names)
+        self.expands = False
+        self._trace: UseTrace | None = None
+
+    def open(self, current: Callable[[], object]) -> list[Callable[[], object]]:
+        module: Any = self.module
+        before, plain = module.__dict__.get("forward"), module.forward
+
+        @functools.wraps(plain)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._trace = None
+            x = next(iter((*args, *kwargs.values())), None)
+            if current() is None or not isinstance(x, Tensor):
+                return plain(*args, **kwargs)
+            parameters = {name: module.get_parameter(name) for name in self.names}
+            with UseTrace(parameters, x) as trace:
+                output = plain(*args, **kwargs)
+            self._trace = trace
+            return output
+
+        def close() -> None:
+            del module.forward
+            if before is not None:
+                module.forward = before
+
+        module.forward = forward
+        return [close]
+
+    def forward(self, call: Call) -> list[_Uses] | None:
+        trace, self._trace = self._trace, None
+        found = [] if trace is None else trace.found()
+        by_attribute: dict[str, list[Use]] = {}
+        for use in found:
+            if call.split.within(use.token.new_empty(use.tokens)) is None:
+                return None
+            by_attribute.setdefault(use.attribute, []).append(use)
+        uses = [_Uses(call.split, some) for some in by_attribute.values()]
+        return uses or None
+
+    def watched(
+        self, saved: list[_Uses], output: Tensor
+    ) -> Iterator[tuple[Any, Tensor]]:
+        for uses in saved:
+            for place, use in enumerate(uses.uses):
+                yield (uses, place), use.release()
+
+    def backward(
+        self, saved: tuple[_Uses, int], gradient: Tensor
+    ) -> Iterator[Contribution]:
+        uses, place = saved
+        uses.gradients[place] = gradient
+        if uses.is_complete:
+            yield from _contributions(uses)
+            uses.gradients.clear()
+
+
+def _contributions(uses: _Uses) -> Iterator[Contribution]:
+    """Yield the gradients of all experts' slices of one parameter."""
+    expert, example, right = uses.joined()
+    right = right.to(accumulation_dtype(right.dtype))
+    first, examples = uses.uses[0], uses.split.size
+    experts, attribute = first.experts, first.attribute
+    if first.input is None:
+        rows = right.new_zeros(examples * experts, right.shape[1])
+        rows.index_add_(0, example * experts + expert, right)
+        yield attribute, rows.view(examples, -1), None
+        return
+    left = torch.cat([use.input for use in uses.uses if use.input is not None])
+    left = left.to(right)
+    if not first.input_first:
+        left, right = right, left
+    sizes = examples, experts
+    for start, rows in form_grouped(left, right, example, expert, sizes):
+        yield attribute, rows, start
