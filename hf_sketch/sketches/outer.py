@@ -7,6 +7,8 @@ from torch import Tensor
 
 from hf_sketch.sketches.transforms.lazy import is_lazy
 
+_ELEMENTS = 2**20
+
 
 def form_outer(left: Tensor, right: Tensor, low: int, high: int) -> Tensor:
     """Elements [low, high) of the flattened sum_t left_t (x) right_t of each example.
@@ -46,18 +48,21 @@ def form_grouped(
     example: Tensor,
     group: Tensor,
     sizes: tuple[int, int],
-    elements: int = 2**20,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield sums of left_t (x) right_t over the t of each example and group, in parts.
 
     An example's sums of all groups lie one after the other. Each part is of some groups
-    and has about `elements` numbers; those of groups without any t are left out.
+    and has about 2**20 numbers; groups without any t are left out.
 
     Shapes:
         left (t, m), right (t, n), example and group (t,) integers
         yields a coordinate, and the examples' numbers from there on: (b, length)
 
     Args:
+        left: left sides.
+        right: right sides.
+        example: whose sum each product is of.
+        group: which one of the example's sums.
         sizes: numbers of examples and groups.
     """
     examples, groups = sizes
@@ -68,7 +73,7 @@ def form_grouped(
     counts = counts.view(groups, examples)
     summary = torch.stack([counts.sum(1).cumsum(0), counts.amax(1)])
     ends, longest = summary.tolist()  # of each group
-    each = max(1, elements // (examples * width))
+    each = max(1, _ELEMENTS // (examples * width))
     for first in range(0, groups, each):
         last = min(first + each, groups)
         start, end = ends[first - 1] if first else 0, ends[last - 1]
@@ -78,9 +83,7 @@ def form_grouped(
         row = example[some] * (last - first) + group[some] - first
         shape = examples * (last - first), max(longest[first:last])
         sides = (
-            x.new_zeros(*shape, x.shape[1]).index_put_(
-                (row, place[start:end]), x[some]
-            )
+            x.new_zeros(*shape, x.shape[1]).index_put_((row, place[start:end]), x[some])
             for x in (left, right)
         )
         product = torch.bmm(next(sides).transpose(1, 2), next(sides))

@@ -75,19 +75,26 @@ def _watch(rule: Rule, batch: Batch, args: Any, kwargs: Any, output: Any) -> Any
         batch.unclear.append(rule)
         return None
     saved = None
-    if len(outputs) == 1 and isinstance(output, Tensor):
-        call = Call(args, kwargs, output.detach(), batch.split, batch.sums)
+    if rule.within or (len(outputs) == 1 and isinstance(output, Tensor)):
+        call = Call(args, kwargs, outputs[0].detach(), batch.split, batch.sums)
         with torch.no_grad():
             saved = rule.forward(_shared_call(call) if shared else call)
     if saved is None:
-        state = batch.random_states.get(rule.path)
-        if state is None:
-            state = random_state(outputs[0].device)
-        replay_later(rule, _names(rule, batch), batch, args, kwargs, outputs, state)
+        _watch_again(rule, batch, args, kwargs, outputs)
     else:
         for part, tensor in rule.watched(saved, outputs[0]):
             batch.watch(tensor, partial(_add, rule, batch, part), rule)
     return output if shared or several else None
+
+
+def _watch_again(
+    rule: Rule, batch: Batch, args: Any, kwargs: Any, outputs: list[Tensor]
+) -> None:
+    """Keep a call, to be run again for all that its module holds."""
+    state = batch.random_states.get(rule.path)
+    if state is None:
+        state = random_state(outputs[0].device)
+    replay_later(rule, _names(rule, batch), batch, args, kwargs, outputs, state)
 
 
 def _shared_call(call: Call) -> Call:

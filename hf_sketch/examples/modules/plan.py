@@ -6,6 +6,7 @@ from torch import nn
 
 from hf_sketch.examples.rules.base import NoRule, Rule
 from hf_sketch.examples.rules.by_module import rule_for
+from hf_sketch.examples.rules.uses import Uses
 
 _CONTAINERS = (nn.ParameterDict, nn.ParameterList)
 
@@ -45,7 +46,7 @@ class Plan:
             own = {a: n for a, n in within.items() if _holds(module, a)}
             if own:
                 rule = rule_for(module, path, own)
-                if isinstance(rule, NoRule):  # with modules within it that it uses
+                if isinstance(rule, (NoRule, Uses)):  # with modules that it uses
                     rule.borrowed = {a: n for a, n in within.items() if a not in own}
                 self.rules.append(rule)
 
@@ -70,7 +71,7 @@ class Plan:
         self.rules = [rule for rule in self.rules if rule.kind not in kinds]
         for rule in chosen:
             if rule.path in called and not isinstance(rule, NoRule):
-                self._run_again(rule.path, rule.names, {})
+                self._run_again(rule.path, rule.names, rule.borrowed)
             else:
                 self._move_up(rule, called)
 

@@ -68,6 +68,8 @@ class Rule(ABC):
         self.borrowed: dict[str, str] = {}
         # Whether an output that all examples share may be given to each of them.
         self.expands = True
+        # Whether it reads gradients within the module, whatever that returns.
+        self.within = False
 
     def forget(self) -> None:  # noqa: B027
         """Forget what the first call has shown of the module, if it shows anything."""

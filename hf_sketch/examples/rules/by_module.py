@@ -5,9 +5,9 @@ from torch import nn
 from hf_sketch.examples.rules.base import NoRule, Rule
 from hf_sketch.examples.rules.convolution import Convolution
 from hf_sketch.examples.rules.embedding import Embedding
-from hf_sketch.examples.rules.experts import Experts
 from hf_sketch.examples.rules.linear import Linear
 from hf_sketch.examples.rules.norms import Elementwise, LayerNorm
+from hf_sketch.examples.rules.uses import Uses
 
 
 def rule_for(module: nn.Module, path: str, names: dict[str, str]) -> Rule:
@@ -28,13 +28,11 @@ def rule_for(module: nn.Module, path: str, names: dict[str, str]) -> Rule:
     home = str(forward.__module__)
     if forward.__qualname__ == "Conv1D.forward" and home.startswith("transformers."):
         return Linear(module, path, names, input_side=0)
-    dims = {name: p.dim() for name, p in module.named_parameters()}
-    if dims.get("weight") == 2 and dims in ({"weight": 2}, {"weight": 2, "bias": 1}):
-        return Linear(module, path, names)
     if [parameter.dim() for parameter in module.parameters()] == [1]:
         return Elementwise(module, path, names)
-    if any(module.get_parameter(name).dim() == 3 for name in names):
-        return Experts(module, path, names)
+    matrices = any(module.get_parameter(name).dim() in (2, 3) for name in names)
+    if matrices and not home.startswith("torch.nn."):
+        return Uses(module, path, names)
     return NoRule(module, path, names)
 
 

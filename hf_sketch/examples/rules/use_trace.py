@@ -1,4 +1,4 @@
-"""What a forward pass does with parameters that hold a slice for each expert."""
+"""What a forward pass does with a module's parameters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,18 +10,20 @@ from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = ("matmul", "__matmul__", "mm", "bmm", "_grouped_mm")
 _SUMS = ("add", "__add__", "add_", "__iadd__")
+_CASTS = ("to", "type", "float", "double")
 
 
 @dataclass
 class Use:
-    """One product with experts' weights, or one sum with their biases.
+    """One product with weights, or one sum with biases.
 
     Args:
         attribute: the parameter's.
-        experts: number of experts.
+        experts: length of its first dimension, if that is one of experts.
         input: (rows, features), what weights were multiplied by; None for a bias.
-        input_first: inputs lie along the first dimension of an expert's weight.
-        expert: (rows,), the expert of each row of the output.
+        input_first: inputs lie along the first dimension of the matrix of weights.
+        expert: (rows,), the expert of each row of the output; None if the parameter is
+            used as a whole, with all tokens in their order.
         token: (rows,), the token of each row.
         tokens: number of tokens.
         output: the tensor whose gradient is needed.
@@ -32,7 +34,7 @@ class Use:
     experts: int
     input: Tensor | None
     input_first: bool
-    expert: Tensor
+    expert: Tensor | None
     token: Tensor
     tokens: int
     output: Tensor | None
@@ -52,9 +54,9 @@ class _Slice:
     Args:
         tensor: the part, kept so that no other tensor gets its identity.
         attribute: the parameter's.
-        experts: number of experts in the parameter.
+        experts: length of the parameter's first dimension.
         expert: whose part it is: one expert, () or one for each row, (rows,); None for
-            all of them.
+            the whole parameter.
         turned: the last two dimensions are exchanged.
     """
 
@@ -66,13 +68,13 @@ class _Slice:
 
 
 class UseTrace(TorchFunctionMode):
-    """Notes what is done within it with experts' parameters, and changes nothing.
+    """Notes what is done within it with some parameters, and changes nothing.
 
     Which token a row belongs to is followed through indexing, and through all that
     keeps the number of rows.
 
     Args:
-        parameters: by attribute; experts lie along their first dimension.
+        parameters: by attribute.
         x: the module's input, with a token in each row.
     """
 
@@ -114,34 +116,38 @@ class UseTrace(TorchFunctionMode):
         self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor
     ) -> None:
         """Note what was made of a slice."""
-        held = [self._slices.get(id(x)) for x in args]
-        first, second = (*held, None, None)[:2]
-        if first is not None and name == "__getitem__":
-            self._take(first, args[1], out)
-        elif first is not None and name == "transpose" and _are_last(args[1:]):
-            turned = replace(first, tensor=out, turned=not first.turned)
-            self._slices[id(out)] = turned
-        elif second is not None and name == "linear":
-            self._multiply(args[0], second, second.turned, kwargs, out)
-            if bias := (*held, None)[2]:
-                self._add(args[0], bias, out)
+        first, second, third = (
+            self._slices.get(id(x)) for x in (*args, None, None)[:3]
+        )
+        if first is not None:
+            if name in _PRODUCTS and args[1].shape[-1] == 1:
+                self._multiply(args[1], first, first.turned, kwargs, out)
+            else:
+                self._cut(first, name, args, out)
+        elif name == "linear":
+            if second is not None:
+                self._multiply(args[0], second, second.turned, kwargs, out)
+            if third is not None:
+                self._add(args[0], third, out)
         elif second is not None and name in _PRODUCTS:
             self._multiply(args[0], second, not second.turned, kwargs, out)
-        elif first is not None and name in _PRODUCTS and args[1].shape[-1] == 1:
-            self._multiply(args[1], first, first.turned, kwargs, out)
         elif second is not None and name in _SUMS:
             self._add(args[0], second, out)
         else:
             self._understood = False
 
-    def _take(self, whole: _Slice, index: Any, out: Tensor) -> None:
-        """Note the slice of some experts."""
-        if isinstance(index, int):
-            index = torch.tensor(index, device=out.device)
-        if not _is_index(index) or index.dim() > 1 or whole.expert is not None:
-            self._understood = False
+    def _cut(self, part: _Slice, name: str, args: Sequence[Any], out: Tensor) -> None:
+        """Note what is a slice as well."""
+        if name in _CASTS:
+            self._slices[id(out)] = replace(part, tensor=out)
+        elif name == "transpose" and _are_last(args[1:]):
+            turned = not part.turned
+            self._slices[id(out)] = replace(part, tensor=out, turned=turned)
+        elif name == "__getitem__" and part.expert is None and _is_index(args[1]):
+            index = torch.as_tensor(args[1], device=out.device)
+            self._slices[id(out)] = replace(part, tensor=out, expert=index)
         else:
-            self._slices[id(out)] = replace(whole, tensor=out, expert=index)
+            self._understood = False
 
     def _multiply(
         self,
@@ -160,7 +166,8 @@ class UseTrace(TorchFunctionMode):
         if "offs" in kwargs:  # rows are sorted by expert
             places = torch.arange(len(token), device=x.device, dtype=torch.int32)
             expert = torch.searchsorted(kwargs["offs"], places, right=True)
-        elif expert is None and token is self._every:  # all tokens, for each expert
+        elif expert is None and part.tensor.dim() == 3 and token is self._every:
+            # Each expert multiplies all tokens, which lie there for each anew.
             tokens = len(token) // part.experts
             places = torch.arange(part.experts, device=x.device)
             expert = places.repeat_interleave(tokens)
@@ -172,7 +179,9 @@ class UseTrace(TorchFunctionMode):
     def _add(self, x: Tensor, part: _Slice, out: Tensor) -> None:
         """Note a sum with biases."""
         for use in self._uses:
-            if use.output is out:  # changed in place, by what leaves gradients alone
+            before = use.output
+            if before is not None and before.data_ptr() == out.data_ptr():
+                # Changed in place, by what leaves its gradient as it is.
                 use.version = _version(out)
         token = self._token_of(x)
         self._use(part, None, False, part.expert, token, len(self._every), out)
@@ -188,10 +197,11 @@ class UseTrace(TorchFunctionMode):
         tokens: int,
         out: Tensor,
     ) -> None:
-        if expert is None or token is None:
+        whole = expert is None and part.tensor.dim() == (1 if x is None else 2)
+        if token is None or (expert is None and not (whole and token is self._every)):
             self._understood = False
             return
-        expert = expert.expand(len(token))
+        expert = None if expert is None else expert.expand(len(token))
         shape = part.attribute, part.experts
         version = _version(out)
         use = Use(*shape, x, input_first, expert, token, tokens, out, version)
@@ -211,7 +221,7 @@ class UseTrace(TorchFunctionMode):
             return
         token = known[0]
         if name == "__getitem__" and isinstance(args[1], Tensor):
-            if not _is_index(args[1]) or args[1].dim() != 1:
+            if not _is_index(args[1]) or not args[1].dim():
                 return
             token = token[args[1]]
         elif name == "repeat_interleave" and isinstance(args[1], int):
@@ -239,7 +249,10 @@ def _rows(x: Tensor) -> int:
 
 
 def _is_index(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dtype in (torch.int64, torch.int32)
+    """Return whether this is the number of a row, or one for each of many."""
+    if isinstance(x, Tensor):
+        return x.dtype in (torch.int64, torch.int32) and x.dim() < 2
+    return isinstance(x, int)
 
 
 def _are_last(dims: Sequence[int]) -> bool:

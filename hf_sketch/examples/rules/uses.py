@@ -1,4 +1,4 @@
-"""The rule of experts, whose weights are slices of 3-D parameters."""
+"""The rule of modules that multiply by their parameters in ways of their own."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -7,9 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sketch.examples.rules.base import Call, Contribution, Rule
-from hf_sketch.examples.rules.expert_uses import Use, UseTrace
-from hf_sketch.examples.split import ExampleSplit
+from hf_sketch.examples.rules.base import (
+    Call,
+    Contribution,
+    Rule,
+    over_tokens,
+    tokens,
+)
+from hf_sketch.examples.rules.use_trace import Use, UseTrace
 from hf_sketch.sketches.operator import accumulation_dtype
 from hf_sketch.sketches.outer import form_grouped
 
@@ -18,12 +23,12 @@ class _Uses:
     """All uses of a parameter in one call, until the last one's gradient is there.
 
     Args:
-        split: the batch's examples.
+        call: the call.
         uses: of the parameter.
     """
 
-    def __init__(self, split: ExampleSplit, uses: list[Use]) -> None:
-        self.split, self.uses = split, uses
+    def __init__(self, call: Call, uses: list[Use]) -> None:
+        self.split, self.sums, self.uses = call.split, call.sums, uses
         self.gradients: dict[int, Tensor] = {}
 
     @property
@@ -34,10 +39,10 @@ class _Uses:
     def joined(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return expert, example and output gradient of each row, of all uses."""
         gradients = [
-            self.gradients[place].reshape(len(use.expert), -1)
+            self.gradients[place].reshape(len(use.token), -1)
             for place, use in enumerate(self.uses)
         ]
-        expert = torch.cat([use.expert for use in self.uses])
+        expert = torch.cat([use.expert for use in self.uses if use.expert is not None])
         owner = self._owner(self.uses[0])
         example = torch.cat([owner[use.token] for use in self.uses])
         return expert, example, torch.cat(gradients)
@@ -50,18 +55,19 @@ class _Uses:
         return owner
 
 
-class Experts(Rule):
-    """y = W_e x + b_e for each token x and each expert e that it is routed to.
+class Uses(Rule):
+    """y = W x + b within a module's forward pass, which is watched for it.
 
-    The gradient of an expert's weight is the sum of outer products over an example's
-    tokens there. These products lie within the module's forward pass, which is watched
-    for all that it does with the parameters: one expert after the other, products with
-    gathered weights, or grouped ones.
+    So do routers, and experts: y = W_e x + b_e for each token x and each expert e that
+    it is routed to, one expert after the other, by products with gathered weights or by
+    grouped ones. The gradient of an expert's weight is the sum of outer products over
+    an example's tokens there.
     """
 
     def __init__(self, module: nn.Module, path: str, names: dict[str, str]) -> None:
         super().__init__(module, path, names)
         self.expands = False
+        self.within = True
         self._trace: UseTrace | None = None
 
     def open(self, current: Callable[[], object]) -> list[Callable[[], object]]:
@@ -96,8 +102,13 @@ class Experts(Rule):
             if call.split.within(use.token.new_empty(use.tokens)) is None:
                 return None
             by_attribute.setdefault(use.attribute, []).append(use)
-        uses = [_Uses(call.split, some) for some in by_attribute.values()]
-        return uses or None
+        if any(
+            use.expert is None and len(some) > 1
+            for some in by_attribute.values()
+            for use in some
+        ):
+            return None
+        return [_Uses(call, some) for some in by_attribute.values()] or None
 
     def watched(
         self, saved: list[_Uses], output: Tensor
@@ -111,9 +122,21 @@ class Experts(Rule):
     ) -> Iterator[Contribution]:
         uses, place = saved
         uses.gradients[place] = gradient
-        if uses.is_complete:
+        if uses.uses[place].expert is None:
+            yield self._contribution(uses, uses.uses[place], gradient)
+        elif uses.is_complete:
             yield from _contributions(uses)
             uses.gradients.clear()
+
+    def _contribution(self, uses: _Uses, use: Use, gradient: Tensor) -> Contribution:
+        """Return the gradients of a parameter that is used as a whole."""
+        gradient = gradient.reshape(use.tokens, -1)
+        if use.input is None:
+            return use.attribute, over_tokens(uses.split, gradient), None
+        sides = tokens(uses.split, use.input), tokens(uses.split, gradient)
+        left, right = sides if use.input_first else sides[::-1]
+        fold = functools.partial(self.fold, uses.sums, use.attribute)
+        return use.attribute, fold(left, 0), fold(right, 1)
 
 
 def _contributions(uses: _Uses) -> Iterator[Contribution]:
