@@ -38,8 +38,8 @@ class ExampleSketcher:
     nor any gradient nor any random number changes.
 
     Every trainable parameter is covered: by a rule of its module (Linear, Conv1D,
-    Embedding, LayerNorm, every RMSNorm, convolutions), or by running the module again
-    for each example. Uses of one parameter add up. Documents packed into one row are
+    Embedding, LayerNorm, every RMSNorm, convolutions, experts and their routers), or by
+    running the module again for each example. Uses of one parameter add up. Documents packed into one row are
     examples of their own.
 
     Args:

@@ -81,9 +81,13 @@ def form_grouped(
             continue
         some = order[start:end]
         row = example[some] * (last - first) + group[some] - first
-        shape = examples * (last - first), max(longest[first:last])
+        most = max(longest[first:last])
+        row = row * most + place[start:end]
+        shape = examples * (last - first), most
         sides = (
-            x.new_zeros(*shape, x.shape[1]).index_put_((row, place[start:end]), x[some])
+            x.new_zeros(shape[0] * most, x.shape[1])
+            .index_copy_(0, row, x[some])
+            .unflatten(0, shape)
             for x in (left, right)
         )
         product = torch.bmm(next(sides).transpose(1, 2), next(sides))

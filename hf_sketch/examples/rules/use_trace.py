@@ -10,6 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = ("matmul", "__matmul__", "mm", "bmm", "_grouped_mm")
 _SUMS = ("add", "__add__", "add_", "__iadd__")
+_TENSOR: Any = Tensor
+_TURNS = (_TENSOR.T.__get__, _TENSOR.mT.__get__)
 _CASTS = ("to", "type", "float", "double")
 
 
@@ -81,7 +83,8 @@ class UseTrace(TorchFunctionMode):
     def __init__(self, parameters: Mapping[str, Tensor], x: Tensor) -> None:
         super().__init__()
         self._slices = {
-            id(p): _Slice(p, name, len(p)) for name, p in parameters.items()
+            id(p): _Slice(p, name, p.shape[:1].numel())
+            for name, p in parameters.items()
         }
         self._every = torch.arange(_rows(x), device=x.device)
         self._tokens = {id(x): (x, self._every)}
@@ -97,13 +100,13 @@ class UseTrace(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if torch.is_grad_enabled():
+        if self._understood and torch.is_grad_enabled():
+            name = "t" if func in _TURNS else getattr(func, "__name__", "")
             some = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            if any(id(x) in self._slices for x in some):
-                if any(isinstance(x, Tensor) for x in _leaves(out)):
-                    self._note(func.__name__, args, kwargs, out)
-            else:
-                self._follow(func.__name__, args, kwargs, some, out)
+            if not any(id(x) in self._slices for x in some):
+                self._follow(name, args, some, out)
+            elif any(isinstance(x, Tensor) for x in _leaves(out)):
+                self._note(name, args, kwargs, out)
         return out
 
     def found(self) -> list[Use]:
@@ -115,24 +118,24 @@ class UseTrace(TorchFunctionMode):
     def _note(
         self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor
     ) -> None:
-        """Note what was made of a slice."""
-        first, second, third = (
-            self._slices.get(id(x)) for x in (*args, None, None)[:3]
-        )
-        if first is not None:
-            if name in _PRODUCTS and args[1].shape[-1] == 1:
-                self._multiply(args[1], first, first.turned, kwargs, out)
-            else:
-                self._cut(first, name, args, out)
-        elif name == "linear":
-            if second is not None:
-                self._multiply(args[0], second, second.turned, kwargs, out)
-            if third is not None:
-                self._add(args[0], third, out)
-        elif second is not None and name in _PRODUCTS:
-            self._multiply(args[0], second, not second.turned, kwargs, out)
-        elif second is not None and name in _SUMS:
-            self._add(args[0], second, out)
+        """Note what was made of slices."""
+        given = (*args, kwargs.get("bias"))
+        found = {place: self._slices.get(id(x)) for place, x in enumerate(given)}
+        held = {place: part for place, part in found.items() if part is not None}
+        places = set(held)
+        if places == {0} and name in _PRODUCTS and args[-1].shape[-1:] == (1,):
+            self._multiply(args[-1], held[0], held[0].turned, kwargs, out)
+        elif places == {0}:
+            self._cut(held[0], name, args, out)
+        elif places and places <= {1, 2} and name == "linear":
+            if 1 in held:
+                self._multiply(args[0], held[1], held[1].turned, kwargs, out)
+            if 2 in held:
+                self._add(args[0], held[2], out)
+        elif places == {1} and name in _PRODUCTS:
+            self._multiply(args[0], held[1], not held[1].turned, kwargs, out)
+        elif places == {1} and name in _SUMS and not kwargs:
+            self._add(args[0], held[1], out)
         else:
             self._understood = False
 
@@ -140,7 +143,7 @@ class UseTrace(TorchFunctionMode):
         """Note what is a slice as well."""
         if name in _CASTS:
             self._slices[id(out)] = replace(part, tensor=out)
-        elif name == "transpose" and _are_last(args[1:]):
+        elif name == "t" or (name == "transpose" and _are_last(args[1:])):
             turned = not part.turned
             self._slices[id(out)] = replace(part, tensor=out, turned=turned)
         elif name == "__getitem__" and part.expert is None and _is_index(args[1]):
@@ -197,8 +200,11 @@ class UseTrace(TorchFunctionMode):
         tokens: int,
         out: Tensor,
     ) -> None:
-        whole = expert is None and part.tensor.dim() == (1 if x is None else 2)
-        if token is None or (expert is None and not (whole and token is self._every)):
+        whole = part.tensor.dim() == (1 if x is None else 2)
+        fits = x is not None or part.tensor.shape[-1:] == out.shape[-1:]
+        if expert is None:
+            fits = fits and whole and token is self._every
+        if token is None or not fits:
             self._understood = False
             return
         expert = None if expert is None else expert.expand(len(token))
@@ -211,7 +217,6 @@ class UseTrace(TorchFunctionMode):
         self,
         name: str,
         args: Sequence[Any],
-        kwargs: Mapping[str, Any],
         some: Sequence[Tensor],
         out: Any,
     ) -> None:
@@ -224,8 +229,8 @@ class UseTrace(TorchFunctionMode):
             if not _is_index(args[1]) or not args[1].dim():
                 return
             token = token[args[1]]
-        elif name == "repeat_interleave" and isinstance(args[1], int):
-            token = token.repeat_interleave(args[1])
+        elif name == "repeat_interleave" and isinstance(args[-1], int):
+            token = token.repeat_interleave(args[-1])
         for x in _leaves(out):
             self._keep(x, token)
 
