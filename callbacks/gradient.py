@@ -161,6 +161,7 @@ class GradientSketchCallback(TrainerCallback):
             model,
             train_dataloader,
             optimizer,
+            trainer.deepspeed,
             per_step=self.per_step,
             per_example=self.per_example,
             every_steps=self.every_steps,

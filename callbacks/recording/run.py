@@ -2,8 +2,8 @@
 
 import functools
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +19,11 @@ from hf_sketch.processes import OtherProcessFailedError, check_others, reduced
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 
-from .clipping import ClipProbe
+from .arriving import learning_rate, loss_scale, step_reader, steps_early
 from .examples import MEASURED_EXAMPLES, example_columns, measured_error
 from .ids import ExampleIds, content_ids, followed_ids
 from .sink import RowSink
-from .steps import check_layout_of_shards, check_sum, step_columns
+from .steps import StepReader, check_sum
 
 _NO_ROOM = (OSError, MemoryError, torch.OutOfMemoryError)  # of the disk, or the memory
 
@@ -57,6 +57,7 @@ class Run:
         model: the model that trains.
         loader: the training DataLoader.
         optimizer: the one that steps, with a `scaler` under fp16.
+        engine: DeepSpeed's, if that trains.
         per_step: record a row per step.
         per_example: record a row per example.
         every_steps: record the steps whose number is a multiple of this.
@@ -72,6 +73,7 @@ class Run:
         model: nn.Module,
         loader: DataLoader[Any],
         optimizer: Optimizer,
+        engine: Any = None,
         *,
         per_step: bool,
         per_example: bool,
@@ -83,7 +85,7 @@ class Run:
         self._since = 0  # the first step that lacks rows, once recording has stopped
         self._agrees = args.world_size > 1 and not raises
         self._args, self.state, self._optimizer = args, state, optimizer
-        self._model_sketch, self._every_steps = header.model_sketch, every_steps
+        self._every_steps = every_steps
         self._epoch, self._micro_step = int(state.epoch or 0) - 1, 0
         self._low_precision = _computes_in_16_bits(args, model)
         self._total: Tensor | None = None  # the weighted sum of a recorded step's rows
@@ -91,7 +93,9 @@ class Run:
         self._verified = not (per_example and per_step)
         self._sketcher: ExampleSketcher | None = None
         self._ids: ExampleIds | None = None
-        self._probe: ClipProbe | None = None
+        self._steps: StepReader | None = None
+        self._engine = engine
+        self._note_state()
         self._open(header, model, loader, per_step, per_example)
         self._to_measure: list[ExampleBatch] | None = None
         if measure_error and self._sink.writer.measured_error is None:
@@ -108,19 +112,28 @@ class Run:
     def start_step(self) -> None:
         """Begin an optimizer step."""
         self._micro_step, self._total = 0, None
+        if self._steps is not None:
+            self._steps.start_step()
 
-    def micro_batch(self) -> AbstractContextManager[object]:
-        """Return what holds hooks on the model for a forward and a backward pass."""
-        watched = self._is_recorded and not self.stopped
-        return self._sketcher if watched and self._sketcher else nullcontext()
+    @contextmanager
+    def micro_batch(self) -> Generator[None]:
+        """Hold hooks on the model for a forward and a backward pass."""
+        self._note_state()
+        with ExitStack() as hooks:
+            if self._is_recorded and not self.stopped:
+                if self._sketcher is not None:
+                    hooks.enter_context(self._sketcher)
+                if self._steps is not None:
+                    hooks.enter_context(self._steps.watched(self._is_backward))
+            yield
 
     @_unless_stopped
     def end_micro_batch(self) -> None:
         """Record the examples of a backward pass that has run, before hooks go."""
         ids = None if self._ids is None else self._ids.next_batch()
         if self._is_recorded:
-            if self._probe is not None:
-                self._probe.note()
+            if self._steps is not None:
+                self._steps.note()
             if self._sketcher is not None:
                 self._record_examples(self._sketcher, ids)
         self._micro_step += 1
@@ -190,13 +203,17 @@ class Run:
         with ExitStack() as opened:
             if per_example:
                 sketch, loss = header.model_sketch, header.loss
-                self._sketcher = ExampleSketcher(model, sketch, loss)
+                early = self._engine is not None or steps_early(self._optimizer)
+                self._sketcher = ExampleSketcher(
+                    model, sketch, loss, weights_change=early
+                )
                 self._ids = followed_ids(loader, self._args, step)
                 if self._ids is not None:
                     opened.callback(self._ids.close)
             if per_step:
-                self._probe = ClipProbe(header.model_sketch.parameters_of(model))
-                check_layout_of_shards(header.model_sketch, self._probe)
+                self._steps = step_reader(
+                    header.model_sketch, model, self._optimizer, self._engine
+                )
             self._sink = RowSink.open(header, self._args, step)
             opened.callback(self._sink.close)
             self.closing = opened.pop_all()
@@ -212,16 +229,19 @@ class Run:
         return (self.state.global_step + 1) % self._every_steps == 0
 
     @property
-    def _loss_scale(self) -> float:
-        """What the loss is multiplied by before the backward pass, under fp16."""
-        scaler = getattr(self._optimizer, "scaler", None)
-        return 1.0 if scaler is None else float(scaler.get_scale())
-
-    @property
     def _position(self) -> dict[str, float]:
         """The columns that say where in training a row was recorded."""
-        step, rate = self.state.global_step + 1, self._optimizer.param_groups[0]["lr"]
-        return {"epoch": self._epoch, "step": step, "learning_rate": float(rate)}
+        step = self.state.global_step + 1
+        return {"epoch": self._epoch, "step": step, "learning_rate": self._rate}
+
+    def _note_state(self) -> None:
+        """Note what may change when the optimizer steps, which may be early."""
+        self._rate = learning_rate(self._optimizer)
+        self._loss_scale = loss_scale(self._optimizer)
+
+    def _is_backward(self) -> bool:
+        """Whether gradients are those of training's own backward pass."""
+        return self._sketcher is None or self._sketcher.in_flight
 
     def _record_examples(
         self, sketcher: ExampleSketcher, ids: list[int | None] | None
@@ -251,10 +271,8 @@ class Run:
         total = self._total
         if total is not None and not self._verified:
             total = reduced(total, "sum")
-        if self._probe is not None:
-            row = step_columns(
-                self._model_sketch, self._probe, self._position, self._loss_scale
-            )
+        if self._steps is not None:
+            row = self._steps.columns(self._position, self._loss_scale)
             if self._args.process_index == 0:
                 self._sink.append(PER_STEP, row)
             if not self._verified and total is not None:

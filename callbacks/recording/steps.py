@@ -1,7 +1,9 @@
 """The row of a step: the gradient that the optimizer sees."""
 
 import warnings
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,6 +17,52 @@ from .clipping import ClipProbe, norm_of
 
 _SUM_TOLERANCE = 1e-3
 _LOW_PRECISION_SUM_TOLERANCE = 5e-2
+
+
+class StepReader(ABC):
+    """What reads the gradients of steps."""
+
+    def start_step(self) -> None:  # noqa: B027
+        """Begin an optimizer step."""
+
+    def watched(self, wanted: Callable[[], bool]) -> AbstractContextManager[None]:
+        """Return what holds hooks for a micro-batch, which read while `wanted`."""
+        return nullcontext()
+
+    def note(self) -> None:  # noqa: B027
+        """Look at the gradients as the backward pass that has just run left them."""
+
+    @abstractmethod
+    def columns(
+        self, position: Mapping[str, float], loss_scale: float
+    ) -> dict[str, Tensor]:
+        """Return the columns of the step's row; all processes must call together."""
+
+
+class LeftGradients(StepReader):
+    """Reads the gradients that are left when the optimizer is about to step.
+
+    Args:
+        model_sketch: the map.
+        parameters: what is trained, by name.
+
+    Raises:
+        ValueError: parameters are in shards that the layout cannot sketch one by one.
+    """
+
+    def __init__(
+        self, model_sketch: ModelSketch, parameters: Mapping[str, Tensor]
+    ) -> None:
+        self._model_sketch, self._probe = model_sketch, ClipProbe(parameters)
+        check_layout_of_shards(model_sketch, self._probe)
+
+    def note(self) -> None:
+        self._probe.note()
+
+    def columns(
+        self, position: Mapping[str, float], loss_scale: float
+    ) -> dict[str, Tensor]:
+        return step_columns(self._model_sketch, self._probe, position, loss_scale)
 
 
 def check_layout_of_shards(model_sketch: ModelSketch, probe: ClipProbe) -> None:

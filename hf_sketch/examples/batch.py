@@ -49,7 +49,8 @@ class Batch:
         inputs: what the model was called with.
         split: its examples.
         sums: where contributions go.
-        in_shards: parameters are whole only while their module runs (FSDP2).
+        copies_parameters: as they are when their module runs. Later they are in shards
+            (FSDP2), or an optimizer has stepped.
         outputs: collects the tensors that are watched; None if nobody wants them.
         phase: how far the batch has come. One that is left in "forward" or "backward"
             was interrupted by an error.
@@ -72,7 +73,7 @@ class Batch:
     inputs: Mapping[str, Any]
     split: ExampleSplit
     sums: Sums
-    in_shards: bool = False
+    copies_parameters: bool = False
     outputs: list[Tensor] | None = None
     phase: Literal["new", "forward", "loss", "backward", "done"] = "new"
     losses: ExampleLosses | None = None

@@ -49,6 +49,8 @@ class ExampleSketcher:
         verify: compare each parameter's gradients of two examples with those of a
             backward pass per example before the first batch of its kind is recorded,
             and read them another way where they differ.
+        weights_change: the optimizer may step before `take`. Weights of modules that
+            are run again are copied.
 
     Raises:
         ValueError: the sketch is of another model, or a module's gradients depend on
@@ -61,13 +63,14 @@ class ExampleSketcher:
         model_sketch: ModelSketch,
         loss: str = "mean",
         verify: bool = True,
+        weights_change: bool = False,
     ) -> None:
         check_reduction(loss)
         self.model = model
         self.model_sketch = model_sketch
         self.loss = loss
         self.recording = True
-        self._reading = Reading(model, model_sketch, verify)
+        self._reading = Reading(model, model_sketch, verify, weights_change)
         self.parameters = self._reading.parameters
         self._batch_norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         self._handles: list[RemovableHandle] = []
@@ -170,6 +173,11 @@ class ExampleSketcher:
         """The name of the model's first input."""
         return getattr(self.model, "main_input_name", "input_ids")
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether a batch awaits its backward pass, or is within it."""
+        return self._reading.batch is not None
+
     @contextmanager
     def paused(self) -> Generator[None]:
         """Within, record nothing but what `sketch` is called for.
@@ -200,8 +208,8 @@ class ExampleSketcher:
             device=like.device,
         )
         sums = self.model_sketch.sketch_sum(total)
-        in_shards = self._reading.in_shards
-        batch = Batch(call.inputs, call.split, sums, in_shards, outputs)
+        copies = self._reading.copies_parameters
+        batch = Batch(call.inputs, call.split, sums, copies, outputs)
         batch.random_states[""] = random_state(like.device)
         return batch
 

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType, ParallelismConfig
 from transformers import TrainerCallback
 
 import hf_sketch.callbacks.placement as processes_module
-import hf_sketch.callbacks.recording.run as run_module
+import hf_sketch.callbacks.recording.steps as steps_module
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from tests.helpers.trained.training import tiny_bert, tiny_trainer
@@ -47,7 +47,7 @@ def test_a_refused_layout_of_shards_leaves_no_hooks(tmp_path, monkeypatch):
     def refuse(*_):
         raise ValueError("no shards")
 
-    monkeypatch.setattr(run_module, "check_layout_of_shards", refuse)
+    monkeypatch.setattr(steps_module, "check_layout_of_shards", refuse)
     model = tiny_bert()
     refused(tmp_path, "no shards", model=model)
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())

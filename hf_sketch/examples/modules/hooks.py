@@ -130,7 +130,7 @@ def replay_later(
 ) -> None:
     """Keep the call, to run it again when its outputs' gradients are there."""
     replay = Replay.of_call(rule, names, args, kwargs, outputs, state)
-    if batch.in_shards:
+    if batch.copies_parameters:
         replay = replay.keep_parameters()
     if rescues:
         replay = dataclasses.replace(replay, rescues=True)

@@ -42,15 +42,21 @@ class Reading:
         model: the model.
         model_sketch: the map.
         verify: whether to compare.
+        weights_change: whether weights may change before gradients are taken.
     """
 
     def __init__(
-        self, model: nn.Module, model_sketch: ModelSketch, verify: bool
+        self,
+        model: nn.Module,
+        model_sketch: ModelSketch,
+        verify: bool,
+        weights_change: bool,
     ) -> None:
         self.batch: Batch | None = None  # the one that is recorded, if any
         self.resting = False  # whether hooks do nothing
         self.parameters = model_sketch.parameters_of(model)
         self.in_shards = in_row_shards(self.parameters.values())
+        self.copies_parameters = self.in_shards or weights_change
         first = next(iter(self.parameters.values()))
         # No process could gather the gradients alone; a lazy device would compile each.
         self.verifies = verify and not self.in_shards and not is_lazy(first)
