@@ -20,6 +20,7 @@ _SHARDED = (
     DistributedType.FSDP,
     DistributedType.MEGATRON_LM,
 )
+_STAGES = (1, 2)
 
 
 def check_processes(
@@ -37,19 +38,18 @@ def check_processes(
         model: the model that it trains.
         callback: name of the callback that needs this.
         compiled: whether the model may be compiled.
-        in_shards: whether FSDP2 may have split the parameters.
+        in_shards: whether FSDP2 may have split the parameters, and DeepSpeed may train.
 
     Raises:
         ValueError: the callback does not support the Trainer's settings, or the model.
     """
     kind = AcceleratorState().distributed_type
     trainable = [p for p in model.parameters() if p.requires_grad]
-    version = " of version 1" if in_shards and kind == DistributedType.FSDP else ""
     split = in_shards and bool(trainable) and in_row_shards(trainable)
     refused = {
         "several GPUs in one process": args.n_gpu > 1,
         "torch_compile=True": args.torch_compile and not compiled,
-        f"{kind.value}{version}": kind in _SHARDED and not split,
+        _sharding(kind, in_shards): kind in _SHARDED and not split,
         "several processes of torch_xla": kind == DistributedType.XLA
         and args.world_size > 1,
         "parameters in parts": not split
@@ -57,12 +57,26 @@ def check_processes(
         "parameters on several devices": len({p.device for p in trainable}) > 1,
         **dict.fromkeys(_parallelisms(model), True),
     }
-    found = [name for name, present in refused.items() if present]
+    found = [name for name, present in refused.items() if name and present]
     if found:
         raise ValueError(
             f"{callback} does not support {', '.join(found)}. Train without, or remove "
             "the callback."
         )
+
+
+def _sharding(kind: DistributedType, in_shards: bool) -> str:
+    """Return what is refused of this kind of processes; "" if nothing is.
+
+    DeepSpeed tells the gradient's norm where ZeRO needs it. From stage 3 on modules
+    have their parameters for as long as they run.
+    """
+    if kind == DistributedType.DEEPSPEED and in_shards:
+        plugin = AcceleratorState().deepspeed_plugin
+        stage = None if plugin is None else plugin.zero_stage
+        return "" if stage in _STAGES else f"stage {stage} of DeepSpeed's ZeRO"
+    version = " of version 1" if in_shards and kind == DistributedType.FSDP else ""
+    return f"{kind.value}{version}"
 
 
 def _parallelisms(model: nn.Module) -> list[str]:

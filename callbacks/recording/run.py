@@ -95,7 +95,7 @@ class Run:
         self._ids: ExampleIds | None = None
         self._steps: StepReader | None = None
         self._engine = engine
-        self._note_state()
+        self._rate, self._loss_scale = 0.0, 1.0
         self._open(header, model, loader, per_step, per_example)
         self._to_measure: list[ExampleBatch] | None = None
         if measure_error and self._sink.writer.measured_error is None:
@@ -118,9 +118,11 @@ class Run:
     @contextmanager
     def micro_batch(self) -> Generator[None]:
         """Hold hooks on the model for a forward and a backward pass."""
-        self._note_state()
         with ExitStack() as hooks:
             if self._is_recorded and not self.stopped:
+                # Before the optimizer steps, which it may do in the backward pass.
+                self._rate = learning_rate(self._optimizer)
+                self._loss_scale = loss_scale(self._optimizer)
                 if self._sketcher is not None:
                     hooks.enter_context(self._sketcher)
                 if self._steps is not None:
@@ -204,9 +206,7 @@ class Run:
             if per_example:
                 sketch, loss = header.model_sketch, header.loss
                 early = self._engine is not None or steps_early(self._optimizer)
-                self._sketcher = ExampleSketcher(
-                    model, sketch, loss, weights_change=early
-                )
+                self._sketcher = ExampleSketcher(model, sketch, loss, True, early)
                 self._ids = followed_ids(loader, self._args, step)
                 if self._ids is not None:
                     opened.callback(self._ids.close)
@@ -233,11 +233,6 @@ class Run:
         """The columns that say where in training a row was recorded."""
         step = self.state.global_step + 1
         return {"epoch": self._epoch, "step": step, "learning_rate": self._rate}
-
-    def _note_state(self) -> None:
-        """Note what may change when the optimizer steps, which may be early."""
-        self._rate = learning_rate(self._optimizer)
-        self._loss_scale = loss_scale(self._optimizer)
 
     def _is_backward(self) -> bool:
         """Whether gradients are those of training's own backward pass."""

@@ -190,19 +190,25 @@ class Batch:
                         if name not in self.rescued or replay.rescues:
                             self.sums.add_example(name, index, gradient)
 
-    def unexplained(self, parameters: Mapping[str, Tensor]) -> list[str]:
-        """Return parameters that got a gradient, and no contributions.
+    def check_explained(self, parameters: Mapping[str, Tensor]) -> None:
+        """Raise if the batch gave a parameter a gradient, and no contributions.
 
         Gradients of other micro-batches, and under DDP of other processes, may be there
         already.
         """
-        return [
+        missing = [
             name
             for name in parameters
             if name in self.reached - self.sums.names
             and (gradient := parameters[name].grad) is not None
             and bool(gradient.any())
         ]
+        if missing:
+            raise RuntimeError(
+                "per-example gradients need parameters that are used by the modules "
+                f"that hold them, got others for {missing}: freeze them with "
+                "requires_grad_(False), or pass per_example=False."
+            )
 
     def _end_backward(self) -> None:
         self.phase = "done"

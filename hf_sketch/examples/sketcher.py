@@ -49,8 +49,7 @@ class ExampleSketcher:
         verify: compare each parameter's gradients of two examples with those of a
             backward pass per example before the first batch of its kind is recorded,
             and read them another way where they differ.
-        weights_change: the optimizer may step before `take`. Weights of modules that
-            are run again are copied.
+        weights_change: the optimizer may step before `take`.
 
     Raises:
         ValueError: the sketch is of another model, or a module's gradients depend on
@@ -116,7 +115,7 @@ class ExampleSketcher:
                 )
             with self._reading.rest():
                 taken = batch.taken(loss_scale)
-            self._check_names(batch)
+            batch.check_explained(self.parameters)
             return taken
         finally:
             self._reading.clear()
@@ -208,8 +207,7 @@ class ExampleSketcher:
             device=like.device,
         )
         sums = self.model_sketch.sketch_sum(total)
-        copies = self._reading.copies_parameters
-        batch = Batch(call.inputs, call.split, sums, copies, outputs)
+        batch = Batch(call.inputs, call.split, sums, self._reading.copies, outputs)
         batch.random_states[""] = random_state(like.device)
         return batch
 
@@ -293,12 +291,3 @@ class ExampleSketcher:
                     f"got {type(module).__name__} in training mode: call .eval() on it,"
                     " replace it by GroupNorm, or pass per_example=False."
                 )
-
-    def _check_names(self, batch: Batch) -> None:
-        """Raise if the batch gave a parameter a gradient, and no contributions."""
-        if missing := batch.unexplained(self.parameters):
-            raise RuntimeError(
-                "per-example gradients need parameters that are used by the modules "
-                f"that hold them, got others for {missing}: freeze them with "
-                "requires_grad_(False), or pass per_example=False."
-            )

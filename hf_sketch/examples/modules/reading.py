@@ -56,7 +56,7 @@ class Reading:
         self.resting = False  # whether hooks do nothing
         self.parameters = model_sketch.parameters_of(model)
         self.in_shards = in_row_shards(self.parameters.values())
-        self.copies_parameters = self.in_shards or weights_change
+        self.copies = self.in_shards or weights_change
         first = next(iter(self.parameters.values()))
         # No process could gather the gradients alone; a lazy device would compile each.
         self.verifies = verify and not self.in_shards and not is_lazy(first)

@@ -4,6 +4,7 @@
 """
 
 from tests.helpers.processes import (
+    deepspeed_training,
     distributed_training,
     failing_training,
     joint_scoring,
@@ -16,6 +17,7 @@ SCENARIOS = {
     **joint_training.SCENARIOS,
     **joint_scoring.SCENARIOS,
     **failing_training.SCENARIOS,
+    **deepspeed_training.SCENARIOS,
     **distributed_training.SCENARIOS,
     **sharded_training.SCENARIOS,  # last: their meshes hold the group for ever
 }
