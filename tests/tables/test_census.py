@@ -24,21 +24,22 @@ from hf_sketch.recipes.tables.census.page import page
 from hf_sketch.recipes.tables.census.pool import judged
 from hf_sketch.recipes.tables.census.tasks import TASKS, Case, cases
 
-# Between them: every task that has right rows, attention of every sort, experts, a
-# state space, convolutions, a decoder with cross-attention, images within a text.
+# Between them: a class per task, attention of several sorts, experts, a state space,
+# convolutions, windows, a decoder with cross-attention, patches of images end to end.
 RIGHT = [
-    "AlbertForSequenceClassification",
+    "BartForConditionalGeneration",
+    "BertForMultipleChoice",
     "BertForTokenClassification",
-    "ConvNextForImageClassification",
-    "Gemma3ForCausalLM",
+    "DebertaV2ForSequenceClassification",
     "GPT2ForQuestionAnswering",
-    "LlamaForCausalLM",
-    "MambaForCausalLM",
+    "HubertForSequenceClassification",
     "MixtralForCausalLM",
+    "Qwen2VLForConditionalGeneration",
     "Qwen3NextForCausalLM",
     "RobertaForMaskedLM",
-    "T5ForConditionalGeneration",
-    "ViTForImageClassification",
+    "SwinForImageClassification",
+    "Wav2Vec2ForCTC",
+    "WhisperForConditionalGeneration",
 ]
 CASES = {case.name: case for case in cases()}
 

@@ -110,8 +110,9 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
     "lilt": {"hidden_size": 48},
     "mobilebert": {
-        "initializer_range": 0.02
-    },  # else rounding grows from layer to layer
+        "embedding_size": 16,  # less than hidden_size, or a part of the head is empty
+        "initializer_range": 0.02,  # else rounding grows from layer to layer
+    },
     "neomme": {"head_dim": 16},
     "nemotron_h": {"n_groups": 2},
     "qwen4_exp_text": {
