@@ -84,8 +84,10 @@ class GradientSketchCallback(TrainerCallback):
         loss: an example's own loss, the "mean" or the "sum" over its tokens.
         row_dtype: type of the stored rows: "float32", or "float16" or "int8", each row
             with a scale.
-        measure_error: compare the first rows of a new store with the exact gradients of
-            three examples; the result is in the store's header.
+        measure_error: before the first rows, compare each parameter's gradients of two
+            examples with those of a backward pass per example, and read them another
+            way where they differ; after them, compare rows of a new store with the
+            exact gradients of three examples. The results are in the store's header.
         on_error: what to do where the disk is full or memory runs out while recording:
             "raise" an error that stops training, or "warn", stop recording in all
             processes and continue training.

@@ -61,7 +61,8 @@ class Run:
         per_step: record a row per step.
         per_example: record a row per example.
         every_steps: record the steps whose number is a multiple of this.
-        measure_error: compare the first rows of a new store with exact gradients.
+        measure_error: compare gradients with exact ones, before the first rows and
+            after.
         raises: raise an error where memory or disk run out, rather than warn.
     """
 
@@ -94,7 +95,7 @@ class Run:
         self._sketcher: ExampleSketcher | None = None
         self._ids: ExampleIds | None = None
         self._steps: StepReader | None = None
-        self._engine = engine
+        self._engine, self._measures = engine, measure_error
         self._rate, self._loss_scale = 0.0, 1.0
         self._open(header, model, loader, per_step, per_example)
         self._to_measure: list[ExampleBatch] | None = None
@@ -206,7 +207,9 @@ class Run:
             if per_example:
                 sketch, loss = header.model_sketch, header.loss
                 early = self._engine is not None or steps_early(self._optimizer)
-                self._sketcher = ExampleSketcher(model, sketch, loss, True, early)
+                self._sketcher = ExampleSketcher(
+                    model, sketch, loss, self._measures, early
+                )
                 self._ids = followed_ids(loader, self._args, step)
                 if self._ids is not None:
                     opened.callback(self._ids.close)
@@ -273,12 +276,19 @@ class Run:
             if not self._verified and total is not None:
                 check_sum(total, row, self._low_precision, self._complete)
                 self._verified = True
+        if self._sketcher is not None and self._sketcher.unverified is not None:
+            self._note_unverified(self._sketcher.unverified)
         if self._sketcher is not None and self._to_measure:
             batches, self._to_measure = self._to_measure, None
             with self._sketcher:
                 error = measured_error(self._sketcher, batches, self._low_precision)
             if error is not None:
                 self._sink.writer.note_measured_error(error)
+
+    def _note_unverified(self, reason: str) -> None:
+        """Say in the store that rows were not compared with single examples'."""
+        if self._args.process_index == 0:
+            self._sink.writer.note_unverified(reason)
 
     def _agree(self) -> None:
         """Stop recording in all processes if it has stopped in one."""

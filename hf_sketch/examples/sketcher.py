@@ -168,6 +168,11 @@ class ExampleSketcher:
         return ModuleCoverage.of(self._reading.plan.rules)
 
     @property
+    def unverified(self) -> str | None:
+        """Why rows are not compared with gradients of single examples, if not."""
+        return self._reading.unverified
+
+    @property
     def main_input(self) -> str:
         """The name of the model's first input."""
         return getattr(self.model, "main_input_name", "input_ids")

@@ -30,6 +30,9 @@ class Header:
         measured_error: error of the rows' inner products, if it was measured.
         step_examples: examples per optimizer step, over all processes; None if unknown.
         processes: processes of the latest run; None if unknown.
+        unverified: why the gradients of the model's modules were not compared with
+            those of single examples before rows were recorded; None if they were, or if
+            the store is older than that comparison.
     """
 
     model_sketch: ModelSketch
@@ -38,6 +41,7 @@ class Header:
     measured_error: MeasuredError | None = None
     step_examples: int | None = None
     processes: int | None = None
+    unverified: str | None = None
 
     @property
     def settings(self) -> str:
@@ -66,6 +70,7 @@ def _read_version_1(content: Mapping[str, Any]) -> Header:
         # Releases before these keys wrote files of this version too.
         content.get("step_examples"),
         content.get("processes"),
+        content.get("unverified"),
     )
 
 

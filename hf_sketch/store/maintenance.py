@@ -54,6 +54,8 @@ def describe(directory: Path) -> str:
             f"steps {steps}"
         )
     lines.append(f"  measured error: {header.measured_error or 'not measured'}")
+    if header.unverified is not None:
+        lines.append(f"  not compared with single examples: {header.unverified}")
     for manifest in manifests:
         lines.append(
             f"  process {manifest.rank} of {manifest.world_size}: "

@@ -122,6 +122,12 @@ class SketchWriter:
         self._header = replace(self._header, measured_error=error)
         write_header(self.directory, self._header)
 
+    def note_unverified(self, reason: str) -> None:
+        """Put into the header why rows were not compared with single examples'."""
+        if self._header.unverified != reason:
+            self._header = replace(self._header, unverified=reason)
+            write_header(self.directory, self._header)
+
     def note_gap(self, reason: str, last_step: int | None = None) -> None:
         """Drop the buffer, and note in the manifest that later rows are missing.
 

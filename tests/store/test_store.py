@@ -127,6 +127,7 @@ def test_the_header_is_pinned(store):
         "measured_error": None,
         "step_examples": None,
         "processes": 1,
+        "unverified": None,
     }
     assert check_value == pytest.approx(SKETCH.check_value())
 

@@ -58,8 +58,15 @@ class Reading:
         self.in_shards = in_row_shards(self.parameters.values())
         self.copies = self.in_shards or weights_change
         first = next(iter(self.parameters.values()))
-        # No process could gather the gradients alone; a lazy device would compile each.
-        self.verifies = verify and not self.in_shards and not is_lazy(first)
+        # Why the rules are not compared with gradients of single examples, if not.
+        self.unverified: str | None = None
+        if not verify:
+            self.unverified = "it was switched off"
+        elif self.in_shards:
+            self.unverified = "no process has the whole gradient"
+        elif is_lazy(first):
+            self.unverified = "the device would compile each backward pass"
+        self.verifies = self.unverified is None
         self.plan = Plan(model, self.parameters)
         self.model, self.model_sketch = model, model_sketch
         biases = PositionBiases(model, self.parameters, self.in_shards)
@@ -105,6 +112,7 @@ class Reading:
 
     def go_unverified(self, reason: str) -> None:
         """Take the rules as they are, since they could not be compared."""
+        self.unverified = reason
         warnings.warn(
             "The gradients of modules were not compared with those of single examples: "
             f"{reason}. They may still be right.",
