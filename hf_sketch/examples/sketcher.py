@@ -39,8 +39,8 @@ class ExampleSketcher:
 
     Every trainable parameter is covered: by a rule of its module (Linear, Conv1D,
     Embedding, LayerNorm, every RMSNorm, convolutions, experts and their routers), or by
-    running the module again for each example. Uses of one parameter add up. Documents packed into one row are
-    examples of their own.
+    running the module again for each example. Uses of one parameter add up. Documents
+    packed into one row are examples of their own.
 
     Args:
         model: a model called with named tensors.
