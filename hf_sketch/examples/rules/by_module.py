@@ -30,8 +30,9 @@ def rule_for(module: nn.Module, path: str, names: dict[str, str]) -> Rule:
         return Linear(module, path, names, input_side=0)
     if [parameter.dim() for parameter in module.parameters()] == [1]:
         return Elementwise(module, path, names)
-    matrices = any(module.get_parameter(name).dim() in (2, 3) for name in names)
-    if matrices and not home.startswith("torch.nn."):
+    own = {name: module.get_parameter(name).dim() for name in names}
+    multiplied = all(dim in (2, 3) or "bias" in name for name, dim in own.items())
+    if multiplied and not home.startswith("torch.nn."):
         return Uses(module, path, names)
     return NoRule(module, path, names)
 
