@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -84,6 +84,9 @@ class GradientSketchCallback(TrainerCallback):
         loss: an example's own loss, the "mean" or the "sum" over its tokens.
         row_dtype: type of the stored rows: "float32", or "float16" or "int8", each row
             with a scale.
+        per_row: keep rows apart where a batch has several per example: the chosen and
+            the rejected answer of a pair, or the documents of a packed example. A
+            column `part` counts them. By default they add up to one.
         measure_error: before the first rows, compare each parameter's gradients of two
             examples with those of a backward pass per example, and read them another
             way where they differ; after them, compare rows of a new store with the
@@ -109,6 +112,7 @@ class GradientSketchCallback(TrainerCallback):
     every_steps: int = 1
     loss: str = "mean"
     row_dtype: str = "float32"
+    per_row: bool = False
     measure_error: bool = True
     on_error: OnError = "raise"
 
@@ -118,6 +122,7 @@ class GradientSketchCallback(TrainerCallback):
         check_count("seed", self.seed, least=0, optional=True)
         check_flag("per_step", self.per_step)
         check_flag("per_example", self.per_example)
+        check_flag("per_row", self.per_row)
         check_flag("measure_error", self.measure_error)
         check_choice("on_error", self.on_error, get_args(OnError))
         check_choice("layout", self.layout, LAYOUTS)
@@ -158,12 +163,10 @@ class GradientSketchCallback(TrainerCallback):
         warn_of_restart(train_dataloader, state)
         self._run = Run(
             header,
-            args,
-            state,
+            trainer,
             model,
             train_dataloader,
             optimizer,
-            trainer.deepspeed,
             per_step=self.per_step,
             per_example=self.per_example,
             every_steps=self.every_steps,
@@ -267,8 +270,8 @@ class GradientSketchCallback(TrainerCallback):
         sketch = ModelSketch.from_model(
             model, self.out_size, self.layout, seed, self.operator
         )
-        examples = step_examples(args, state)
-        return Header(sketch, self.loss, self.row_dtype, step_examples=examples)
+        header = Header(sketch, self.loss, self.row_dtype, per_row=self.per_row)
+        return replace(header, step_examples=step_examples(args, state))
 
     def _forecast(self, *run: Any) -> Forecast:
         """Return what a run is going to record; see `forecast`."""
@@ -281,7 +284,7 @@ class GradientSketchCallback(TrainerCallback):
         """Run the Trainer's own step, with hooks on the model for as long."""
         if self._run is None:
             return training_step(*args, **kwargs)
-        with self._run.micro_batch():
+        with self._run.micro_batch(args[1] if args[1:] else kwargs["inputs"]):
             loss = training_step(*args, **kwargs)
             self._run.end_micro_batch()
         return loss

@@ -12,30 +12,68 @@ from hf_sketch.model.fsdp import in_row_shards
 from hf_sketch.sketches.transforms.lazy import is_lazy
 from hf_sketch.store.rows import row_columns
 
+from .origins import Origins
+
 MEASURED_EXAMPLES = 3
 
 
 def example_columns(
-    position: Mapping[str, float], ids: Sequence[int | None], batch: ExampleBatch
+    position: Mapping[str, float],
+    origins: Origins,
+    batch: ExampleBatch,
+    loss: str,
+    per_row: bool,
 ) -> dict[str, Tensor]:
     """Return the columns of a batch's rows, without examples whose id is None.
 
-    Raises:
-        RuntimeError: there is another number of ids than of examples.
+    Args:
+        position: columns that are the same for all rows.
+        origins: which examples the rows belong to.
+        batch: the rows.
+        loss: an example's own loss, the "mean" or the "sum" over its tokens.
+        per_row: keep rows of one example apart, with a column `part`.
     """
-    rows, losses, weights = batch.rows, batch.losses, batch.weights
-    if len(ids) != len(rows):
-        raise RuntimeError(
-            f"The batch has {len(rows)} examples, but the sampler drew {len(ids)}. "
-            "Per-example rows need one row of the dataset per example of a batch. "
-            "Pass per_example=False."
-        )
-    own = [example for example in ids if example is not None]
-    if len(own) < len(ids):
-        kept = [place for place, example in enumerate(ids) if example is not None]
+    rows, losses, weights, ids = batch.rows, batch.losses, batch.weights, origins.ids
+    columns: dict[str, Tensor | float] = {**position}
+    if per_row:
+        ids = [None if p is None else origins.ids[p] for p in origins.places]
+        columns["part"] = torch.tensor(origins.parts)
+    elif not origins.one_each:
+        rows, losses, weights = _added_up(batch, origins, loss)
+    kept = [row for row, example in enumerate(ids) if example is not None]
+    if len(kept) < len(ids):
         rows, losses, weights = rows[kept], losses[kept], weights[kept]
-    columns = {"example_id": torch.tensor(own, dtype=torch.int64), **position}
+        columns = {
+            name: value[kept] if isinstance(value, Tensor) else value
+            for name, value in columns.items()
+        }
+    own = torch.tensor([ids[row] for row in kept], dtype=torch.int64)
+    columns = {"example_id": own, **columns}
     return row_columns(rows, **columns, loss=losses, weight=weights)
+
+
+def _added_up(
+    batch: ExampleBatch, origins: Origins, loss: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the row, the loss and the weight of each example, given those of rows.
+
+    Where losses are computed outside the model, each example has the same weight, as
+    each row has.
+    """
+    size, own = len(origins.ids), batch.weights
+    sums = torch.zeros(size, batch.rows.shape[1]).to(batch.rows)
+    losses, weights = own.new_zeros(size), own.new_zeros(size)
+    for example in range(size):
+        rows = [row for row, p in enumerate(origins.places) if p == example]
+        weight = own[rows]
+        sums[example] = weight.to(sums) @ batch.rows[rows]
+        losses[example] = weight @ batch.losses[rows].to(own)
+        if rows:
+            weights[example] = weight.max() if loss == "sum" else weight.sum()
+    if batch.losses.isnan().all():
+        weights = torch.full_like(weights, float(own.sum()) / size)
+    divisor = weights.where(weights != 0, 1)
+    return sums / divisor.to(sums).unsqueeze(1), losses / divisor, weights
 
 
 def measured_error(

@@ -11,12 +11,13 @@ from accelerate.data_loader import (
     DataLoaderDispatcher,
     IterableDatasetShard,
 )
-from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_sketch.examples.split import ExampleSplit
+
+from .contents import contents_of
 
 _OWN_BATCHES = 'accelerator_config={"dispatch_batches": False}'
 
@@ -170,19 +171,11 @@ def content_ids(
 ) -> list[int | None]:
     """Return ids of a stream's examples: hashes of their own inputs and labels.
 
-    Padding (attention_mask 0, label -100) is left out, so that an example keeps its id
-    in every batch.
+    Padding is left out, so that an example keeps its id in every batch.
     """
-    mask = inputs.get("attention_mask")
     ids: list[int | None] = []
-    for index in range(split.size):
+    for content in contents_of(inputs, split, main_input):
         digest = hashlib.blake2b(digest_size=8)
-        own = split.part(inputs[main_input], index)
-        if isinstance(mask, Tensor) and mask.shape == inputs[main_input].shape:
-            own = own[split.part(mask, index) != 0]
-        digest.update(own.cpu().numpy().tobytes())
-        if isinstance(inputs.get("labels"), Tensor):
-            labels = split.part(inputs["labels"], index)
-            digest.update(labels[labels != -100].cpu().numpy().tobytes())
+        digest.update(content.main + (content.labels or b""))
         ids.append(int.from_bytes(digest.digest(), "little") >> 1)
     return ids

@@ -1,17 +1,16 @@
 """One run of a Trainer: where training is, and which rows it gives."""
 
-import functools
+import copy
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from transformers import TrainerState, TrainingArguments
+from transformers import Trainer
 
 from hf_sketch.examples.coverage import ModuleCoverage
 from hf_sketch.examples.sketcher import ExampleBatch, ExampleSketcher
@@ -21,27 +20,11 @@ from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 
 from .arriving import learning_rate, loss_scale, step_reader, steps_early
 from .examples import MEASURED_EXAMPLES, example_columns, measured_error
-from .ids import ExampleIds, content_ids, followed_ids
+from .ids import ExampleIds, followed_ids
+from .origins import OriginFinder
 from .sink import RowSink
-from .steps import StepReader, check_sum
-
-_NO_ROOM = (OSError, MemoryError, torch.OutOfMemoryError)  # of the disk, or the memory
-
-
-def _unless_stopped(method: Callable[["Run"], None]) -> Callable[["Run"], None]:
-    """Skip a method once recording has stopped, and stop where there is no room."""
-
-    @functools.wraps(method)
-    def guarded(run: "Run") -> None:
-        if not run.stopped:
-            try:
-                method(run)
-            except _NO_ROOM as error:
-                run.stop(f"{type(error).__name__}: {error}")
-                if run.raises:
-                    raise
-
-    return guarded
+from .steps import StepReader, check_sum, computes_in_16_bits
+from .stopping import unless_stopped
 
 
 class Run:
@@ -52,12 +35,10 @@ class Run:
 
     Args:
         header: of the store.
-        args: the Trainer's settings.
-        state: the Trainer's, as training begins.
+        trainer: the one that trains.
         model: the model that trains.
         loader: the training DataLoader.
         optimizer: the one that steps, with a `scaler` under fp16.
-        engine: DeepSpeed's, if that trains.
         per_step: record a row per step.
         per_example: record a row per example.
         every_steps: record the steps whose number is a multiple of this.
@@ -69,12 +50,10 @@ class Run:
     def __init__(
         self,
         header: Header,
-        args: TrainingArguments,
-        state: TrainerState,
+        trainer: Trainer,
         model: nn.Module,
         loader: DataLoader[Any],
         optimizer: Optimizer,
-        engine: Any = None,
         *,
         per_step: bool,
         per_example: bool,
@@ -82,34 +61,38 @@ class Run:
         measure_error: bool,
         raises: bool,
     ) -> None:
+        args, state = trainer.args, trainer.state
         self.stopped, self.raises = False, raises
         self._since = 0  # the first step that lacks rows, once recording has stopped
         self._agrees = args.world_size > 1 and not raises
         self._args, self.state, self._optimizer = args, state, optimizer
         self._every_steps = every_steps
         self._epoch, self._micro_step = int(state.epoch or 0) - 1, 0
-        self._low_precision = _computes_in_16_bits(args, model)
+        self._low_precision = computes_in_16_bits(args, model)
         self._total: Tensor | None = None  # the weighted sum of a recorded step's rows
         self._complete = True  # whether that is the step's gradient
         self._verified = not (per_example and per_step)
         self._sketcher: ExampleSketcher | None = None
         self._ids: ExampleIds | None = None
+        self._origins: OriginFinder | None = None
+        self._collated: Any = None  # the batch, as the loader gave it
+        self._per_row = header.per_row
         self._steps: StepReader | None = None
-        self._engine, self._measures = engine, measure_error
+        self._engine, self._measures = trainer.deepspeed, measure_error
         self._rate, self._loss_scale = 0.0, 1.0
-        self._open(header, model, loader, per_step, per_example)
+        self._open(header, trainer, model, loader, per_step, per_example)
         self._to_measure: list[ExampleBatch] | None = None
         if measure_error and self._sink.writer.measured_error is None:
             self._to_measure = [] if args.process_index == 0 else None
 
-    @_unless_stopped
+    @unless_stopped
     def start_epoch(self) -> None:
         """Begin a pass over the training set."""
         self._epoch += 1
         if self._ids is not None:
             self._ids.start_epoch()
 
-    @_unless_stopped
+    @unless_stopped
     def start_step(self) -> None:
         """Begin an optimizer step."""
         self._micro_step, self._total = 0, None
@@ -117,8 +100,9 @@ class Run:
             self._steps.start_step()
 
     @contextmanager
-    def micro_batch(self) -> Generator[None]:
-        """Hold hooks on the model for a forward and a backward pass."""
+    def micro_batch(self, collated: Any) -> Generator[None]:
+        """Hold hooks on the model for a pass over a loader's batch."""
+        self._collated = copy.copy(collated)  # the Trainer may take parts out
         with ExitStack() as hooks:
             if self._is_recorded and not self.stopped:
                 # Before the optimizer steps, which it may do in the backward pass.
@@ -130,7 +114,7 @@ class Run:
                     hooks.enter_context(self._steps.watched(self._is_backward))
             yield
 
-    @_unless_stopped
+    @unless_stopped
     def end_micro_batch(self) -> None:
         """Record the examples of a backward pass that has run, before hooks go."""
         ids = None if self._ids is None else self._ids.next_batch()
@@ -139,6 +123,7 @@ class Run:
                 self._steps.note()
             if self._sketcher is not None:
                 self._record_examples(self._sketcher, ids)
+        self._collated = None
         self._micro_step += 1
 
     def end_gradient(self) -> None:
@@ -153,12 +138,12 @@ class Run:
             self._agree()
             self._record_step()
 
-    @_unless_stopped
+    @unless_stopped
     def end_step(self) -> None:
         """Write rows if there are many, now that the optimizer has stepped."""
         self._sink.end_step()
 
-    @_unless_stopped
+    @unless_stopped
     def flush(self) -> None:
         """Write all rows."""
         self._sink.flush()
@@ -171,7 +156,7 @@ class Run:
 
     def close(self) -> None:
         """Close the store; rows that are not written are dropped."""
-        self._total = self._to_measure = None
+        self._total = self._to_measure = self._collated = None
         self.closing.close()
 
     def stop(self, reason: str, since: int | None = None) -> None:
@@ -196,6 +181,7 @@ class Run:
     def _open(
         self,
         header: Header,
+        trainer: Trainer,
         model: nn.Module,
         loader: DataLoader[Any],
         per_step: bool,
@@ -211,6 +197,7 @@ class Run:
                     model, sketch, loss, self._measures, early
                 )
                 self._ids = followed_ids(loader, self._args, step)
+                self._origins = OriginFinder(trainer, loader, self._sketcher)
                 if self._ids is not None:
                     opened.callback(self._ids.close)
             if per_step:
@@ -246,21 +233,23 @@ class Run:
     ) -> None:
         """Hand on the rows of a batch, and add them up."""
         batch = sketcher.take(self._loss_scale)
-        if ids is None:
-            ids = content_ids(batch.inputs, batch.examples, sketcher.main_input)
+        assert self._origins is not None
+        origins = self._origins.find(batch, ids, self._collated)
         # A step's gradient is the mean over the processes'.
         batch = replace(batch, weights=batch.weights / self._args.world_size)
         self._complete = self._complete and batch.complete
         weighted = batch.weights.to(batch.rows) @ batch.rows
         self._total = weighted if self._total is None else self._total + weighted
         place = {"micro_step": self._micro_step, "rank": self._args.process_index}
-        columns = example_columns({**self._position, **place}, ids, batch)
+        columns = example_columns(
+            {**self._position, **place}, origins, batch, sketcher.loss, self._per_row
+        )
         if len(columns["example_id"]):
             self._sink.append(PER_EXAMPLE, columns)
         if self._to_measure is not None and len(self._to_measure) < MEASURED_EXAMPLES:
             self._to_measure.append(batch)
 
-    @_unless_stopped
+    @unless_stopped
     def _record_step(self) -> None:
         """Hand on the step's row, and compare it with the sum of its examples'.
 
@@ -300,9 +289,3 @@ class Run:
             self._agrees = False
             if not self.stopped:
                 self.stop("recording failed in another process", error.since)
-
-
-def _computes_in_16_bits(args: TrainingArguments, model: nn.Module) -> bool:
-    """Return whether training, or some parameter, has fewer than 32 bits."""
-    short = any(p.element_size() < 4 for p in model.parameters())
-    return args.bf16 or args.fp16 or short

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from hf_sketch.model.fsdp import own_part
 from hf_sketch.model.sketch import ModelSketch
@@ -132,3 +133,9 @@ def check_sum(
         "part of the model is not covered. Pass per_example=False and report the "
         "model's class."
     )
+
+
+def computes_in_16_bits(args: TrainingArguments, model: nn.Module) -> bool:
+    """Return whether training, or some parameter, has fewer than 32 bits."""
+    short = any(p.element_size() < 4 for p in model.parameters())
+    return args.bf16 or args.fp16 or short

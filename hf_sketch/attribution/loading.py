@@ -66,7 +66,9 @@ def load_sketches(
         open_shards(
             directory,
             [s for s in shards_of(manifests, kind) if s.file not in damaged],
-            features(kind, header.model_sketch.out_size, header.row_dtype),
+            features(
+                kind, header.model_sketch.out_size, header.row_dtype, header.per_row
+            ),
         )
         for kind in (PER_EXAMPLE, PER_STEP)
     )

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hf_sketch.examples.split import ExampleSplit, Rows, split_of
+from hf_sketch.examples.split import ExampleSplit, split_of
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,16 @@ class ModelCall:
         return ModelCall(self.args, kwargs, self.inputs, self.split)
 
     def part(self, first: int, count: int) -> "ModelCall":
-        """Return the call with some of its examples, each in rows of its own."""
-        places = range(first, first + count)
+        """Return the call with some of its examples; one alone has rows of its own."""
+        split = self.split.some(first, count)
 
         def share(x: Any) -> Any:
             if not isinstance(x, Tensor) or self.split.within(x) is None:
                 return x
-            return torch.cat([self.split.part(x, index) for index in places])
+            return self.split.some_of(x, first, count)
 
         args, kwargs, inputs = tree_map(share, (self.args, self.kwargs, self.inputs))
-        return ModelCall(args, kwargs, inputs, Rows(count))
+        return ModelCall(args, kwargs, inputs, split)
 
     @property
     def situation(self) -> object:

@@ -50,6 +50,14 @@ class ExampleSplit(ABC):
         way = self.within(x)
         return x if way is None else way.part_of(x, index)
 
+    def some(self, first: int, count: int) -> "ExampleSplit":
+        """Return the split of some of the examples."""
+        return Rows(count)
+
+    def some_of(self, x: Tensor, first: int, count: int) -> Tensor:
+        """Return the part of some of the examples of a tensor that divides."""
+        return torch.cat([self.part(x, index) for index in range(first, first + count)])
+
     def mask(self, x: Tensor, index: int) -> Tensor:
         """Return the tensor with zeros in place of all other examples."""
         kept = torch.zeros_like(x)
@@ -136,6 +144,18 @@ class Packed(ExampleSplit):
         assert axis is not None
         start, end = self.starts[index], min(self.starts[index + 1], x.shape[axis])
         return x.narrow(axis, start, end - start)
+
+    def some(self, first: int, count: int) -> ExampleSplit:
+        if count == 1:
+            return Rows(1)
+        starts = self.starts[first : first + count + 1]
+        return Packed(count, tuple(start - starts[0] for start in starts))
+
+    def some_of(self, x: Tensor, first: int, count: int) -> Tensor:
+        axis = self._axis(x)
+        assert axis is not None
+        parts = [self.part_of(x, index) for index in range(first, first + count)]
+        return torch.cat(parts, dim=axis)
 
     def _axis(self, x: Tensor) -> int | None:
         """Return the dimension along which the documents lie, if there is one.

@@ -33,6 +33,7 @@ class Header:
         unverified: why the gradients of the model's modules were not compared with
             those of single examples before rows were recorded; None if they were, or if
             the store is older than that comparison.
+        per_row: rows of one example are kept apart, with a column `part`.
     """
 
     model_sketch: ModelSketch
@@ -42,6 +43,7 @@ class Header:
     step_examples: int | None = None
     processes: int | None = None
     unverified: str | None = None
+    per_row: bool = False
 
     @property
     def settings(self) -> str:
@@ -50,14 +52,15 @@ class Header:
         return (
             f"out_size={sketch.out_size}, layout={sketch.layout!r}, "
             f"operator={sketch.operator!r}, seed={sketch.seed}, loss={self.loss!r}, "
-            f"row_dtype={self.row_dtype!r}, {len(sketch.shapes)} parameters, "
-            f"{sketch.in_size} elements"
+            f"row_dtype={self.row_dtype!r}, per_row={self.per_row}, "
+            f"{len(sketch.shapes)} parameters, {sketch.in_size} elements"
         )
 
     def fits(self, other: "Header") -> bool:
         """Return whether rows of one may be added to rows of the other."""
-        mine = self.model_sketch, self.loss, self.row_dtype
-        return mine == (other.model_sketch, other.loss, other.row_dtype)
+        mine = self.model_sketch, self.loss, self.row_dtype, self.per_row
+        theirs = other.model_sketch, other.loss, other.row_dtype, other.per_row
+        return mine == theirs
 
 
 def _read_version_1(content: Mapping[str, Any]) -> Header:
@@ -71,6 +74,7 @@ def _read_version_1(content: Mapping[str, Any]) -> Header:
         content.get("step_examples"),
         content.get("processes"),
         content.get("unverified"),
+        content.get("per_row", False),
     )
 
 

@@ -45,11 +45,15 @@ _COLUMNS = {
         "finite": "bool",
     },
 }
+_PART = {"part": "int32"}  # where rows of one example are kept apart
 
 
-def features(kind: str, out_size: int, row_dtype: str = "float32") -> Features:
+def features(
+    kind: str, out_size: int, row_dtype: str = "float32", per_row: bool = False
+) -> Features:
     """Return the columns of a kind of rows, with the sketch as a fixed-size list."""
-    columns = {name: Value(dtype) for name, dtype in _COLUMNS[kind].items()}
+    names = {**_COLUMNS[kind], **(_PART if per_row and kind == PER_EXAMPLE else {})}
+    columns = {name: Value(dtype) for name, dtype in names.items()}
     if row_dtype != "float32":
         columns["scale"] = Value("float32")
     return Features(**columns, sketch=List(Value(row_dtype), length=out_size))
@@ -84,7 +88,8 @@ def arrow_table(kind: str, columns: Mapping[str, Tensor]) -> pa.Table:
     if "scale" not in columns:
         sketches = sketches.to(torch.float32)
     row_dtype = str(sketches.dtype).removeprefix("torch.")
-    schema = features(kind, sketches.shape[1], row_dtype).arrow_schema
+    per_row = "part" in columns
+    schema = features(kind, sketches.shape[1], row_dtype, per_row).arrow_schema
     arrays = [
         pa.array(columns[name].cpu().numpy()).cast(schema.field(name).type)
         for name in schema.names[:-1]

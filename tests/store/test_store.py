@@ -128,6 +128,7 @@ def test_the_header_is_pinned(store):
         "step_examples": None,
         "processes": 1,
         "unverified": None,
+        "per_row": False,
     }
     assert check_value == pytest.approx(SKETCH.check_value())
 

@@ -14,7 +14,7 @@ from hf_sketch.examples.calls import ModelCall, loss_of
 from hf_sketch.examples.named_sums import NamedSums
 from hf_sketch.examples.rounding import agree, autocast_dtype, tolerance
 from hf_sketch.examples.rules.base import answers_of
-from hf_sketch.examples.split import ExampleSplit, Rows
+from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.sketches.operator import accumulation_dtype
 
@@ -93,6 +93,9 @@ def reference_of(
         answers = answers_in(model(*call.args, **call.kwargs), call.split)
     if not answers:
         return None
+    if not answers[0].dim() and call.split.size > EXAMPLES:
+        few = call.part(0, EXAMPLES)
+        return reference_of(model, few, parameters, model_sketch)
     like = torch.empty(
         call.split.size,
         model_sketch.out_size,
@@ -186,7 +189,7 @@ def loss_form(
     Raises:
         ValueError: it is no weighted sum of these.
     """
-    if not isinstance(call.split, Rows) or call.split.size == 1:
+    if call.split.size == 1:
         return "shares"
 
     def gradient(call: ModelCall) -> Tensor:

@@ -1,0 +1,236 @@
+"""Which of the examples that the sampler drew the rows of a batch belong to."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from hf_sketch.examples.batch import ExampleBatch
+from hf_sketch.examples.sketcher import ExampleSketcher
+from hf_sketch.examples.split import Packed
+
+from .contents import Items, contents_of, in_place
+from .ids import content_ids
+from .prompts import Prompts
+
+_CHECKED_BATCHES = 3
+_PREPARING = "_prepare_inputs"  # of a Trainer, as read in transformers 5.24
+
+
+@dataclass(frozen=True)
+class Origins:
+    """The examples of a batch, and which of them each row belongs to.
+
+    Args:
+        places: each row's example, counted within the batch; None for padding.
+        ids: each example's row number in the training set; None for one that fills up
+            the batch and was used before.
+    """
+
+    places: Sequence[int | None]
+    ids: Sequence[int | None]
+
+    @property
+    def one_each(self) -> bool:
+        """Whether there is one row per example, in their order."""
+        return list(self.places) == list(range(len(self.ids)))
+
+    @property
+    def parts(self) -> list[int]:
+        """Each row's number among the rows of its example."""
+        places = list(self.places)
+        return [places[:row].count(place) for row, place in enumerate(places)]
+
+
+class OriginFinder:
+    """Finds out which rows are whose, by what they are made of.
+
+    The order of the rows is compared with the dataset on the first recorded batches,
+    and on all where the Trainer may reorder them after the sampler has drawn. Items are
+    collated one by one for it.
+
+    Args:
+        trainer: the one that trains.
+        loader: its training DataLoader.
+        sketcher: reads the rows.
+    """
+
+    def __init__(
+        self, trainer: Trainer, loader: DataLoader[Any], sketcher: ExampleSketcher
+    ) -> None:
+        self._name = type(trainer).__name__
+        # GRPO and others generate there, and shuffle what they have generated.
+        own: Any = getattr(getattr(trainer, _PREPARING), "__func__", None)
+        self._prepares = own is not getattr(Trainer, _PREPARING)
+        self._main_input = sketcher.main_input
+        config = getattr(sketcher.model, "config", None)
+        self._padding = getattr(config, "pad_token_id", None)
+        device = next(iter(sketcher.parameters.values())).device
+        self._items = Items(loader, self._main_input, self._padding, device)
+        self._prompts = Prompts(trainer.processing_class)
+        self._order: str | None = None
+        self._to_check = _CHECKED_BATCHES
+
+    def find(
+        self, batch: ExampleBatch, drawn: Sequence[int | None] | None, collated: Any
+    ) -> Origins:
+        """Return the origins of a batch's rows.
+
+        Args:
+            batch: what the model was called with.
+            drawn: what the sampler has drawn for it, or for the batches that the
+                Trainer makes of it; None for a stream, whose rows are known by their
+                contents alone.
+            collated: the batch as the loader gave it.
+
+        Raises:
+            RuntimeError: it cannot be told.
+        """
+        rows = batch.examples.size
+        if drawn is None:
+            ids = content_ids(batch.inputs, batch.examples, self._main_input)
+            return Origins(range(rows), ids)
+        if isinstance(batch.examples, Packed) and rows > len(drawn):
+            return self._documents(batch.examples, drawn)
+        kept: bool | None = None
+        if isinstance(collated, Mapping):
+            kept = in_place(batch.inputs, collated, self._main_input)
+        orders = _orders(rows, len(drawn))
+        if kept and not self._to_check and self._order in orders:
+            return Origins(orders[self._order], drawn)
+        batches = isinstance(collated, Mapping) and not self._prepares
+        doubtful = kept is False or (kept is None and not batches)
+        return self._compare(batch, drawn, orders, doubtful)
+
+    def _compare(
+        self,
+        batch: ExampleBatch,
+        drawn: Sequence[int | None],
+        orders: Mapping[str, Sequence[int]],
+        doubtful: bool,
+    ) -> Origins:
+        """Compare rows with items; `doubtful` if their order is no evidence."""
+        fits, ids = self._fits(batch, drawn)
+        fitting = [
+            name
+            for name, places in orders.items()
+            if all(place in fits[row] for row, place in enumerate(places))
+        ]
+        if fitting:
+            if len(fitting) == 1:
+                self._note(fitting[0])
+            return Origins(orders[fitting[0]], drawn)
+        moved = any(own and row not in own for row, own in enumerate(fits))
+        in_turn = "in turn" in orders and not doubtful
+        known = [i for i in drawn if i is not None]
+        if in_turn and (not moved or self._items.vary(known)):
+            self._note("in turn")
+            return Origins(orders["in turn"], drawn)
+        places = _least_used(fits)
+        short = len(fits) >= len(drawn) and len(set(places)) < len(drawn)
+        if not all(fits) or short:
+            raise self._unknown(len(fits), len(drawn))
+        if len(fits) > len(drawn):
+            return Origins(places, drawn)
+        return Origins(range(len(places)), [ids[place] for place in places])
+
+    def _fits(
+        self, batch: ExampleBatch, drawn: Sequence[int | None]
+    ) -> tuple[list[list[int]], list[int | None]]:
+        """Return the places of the items that each row may be of, and their ids.
+
+        Items of one prompt cannot be told apart, and get the same id.
+        """
+        items = {i: self._items.read(i) for i in sorted({*drawn} - {None})}  # type: ignore[type-var]
+        contents = {i: self._items.contents(item) for i, item in items.items()}
+        main = batch.inputs.get(self._main_input)
+        if isinstance(main, Tensor) and any(contents.values()):
+            own = contents_of(
+                batch.inputs, batch.examples, self._main_input, self._padding
+            )
+            fits = [
+                [
+                    place
+                    for place, i in enumerate(drawn)
+                    if i is None or any(row.matches(item) for item in contents[i])
+                ]
+                for row in own
+            ]
+            return fits, list(drawn)
+        prompts = {i: self._prompts.of_item(item) for i, item in items.items()}
+        own_prompts = self._prompts.of_rows(batch.inputs, self._main_input)
+        if own_prompts is None:
+            return [[] for _ in range(batch.examples.size)], list(drawn)
+        first: dict[str | None, int] = {}
+        for i, prompt in prompts.items():
+            first.setdefault(prompt, i)
+        ids = [None if i is None else first[prompts[i]] for i in drawn]
+        fits = [
+            [p for p, i in enumerate(drawn) if i is not None and prompts[i] == prompt]
+            for prompt in own_prompts
+        ]
+        return fits, ids
+
+    def _documents(self, split: Packed, drawn: Sequence[int | None]) -> Origins:
+        """Return the origins of documents, by the lengths of the items they are in."""
+        items = [None if i is None else self._items.read(i) for i in drawn]
+        lengths = [_length(item, self._main_input) for item in items]
+        known = [length for length in lengths if length is not None]
+        if len(known) < len(lengths):
+            raise self._unknown(split.size, len(drawn))
+        ends = [0, *accumulate(known)]
+        places = [
+            next((p for p, (a, b) in enumerate(pairwise(ends)) if a <= x < b), None)
+            for x in split.starts[:-1]
+        ]
+        whole = set(ends) <= set(split.starts)
+        padding = split.starts[-1] - ends[-1]
+        if not whole or places.count(None) != padding:
+            raise self._unknown(split.size, len(drawn))
+        return Origins(places, drawn)
+
+    def _note(self, order: str) -> None:
+        """Keep the order that a batch was found in."""
+        same = self._order in (None, order)
+        self._to_check = max(0, self._to_check - 1) if same else _CHECKED_BATCHES
+        self._order = order
+
+    def _unknown(self, rows: int, drawn: int) -> RuntimeError:
+        return RuntimeError(
+            f"Cannot tell which examples the {rows} rows of a batch belong to: the "
+            f"sampler drew {drawn}, {self._name} or its collator gave the model rows "
+            "in another order or number, and their contents do not match the dataset's."
+            " Keep the order of the sampler, with a collator that gives the same rows "
+            "each time, or pass per_example=False."
+        )
+
+
+def _orders(rows: int, drawn: int) -> dict[str, Sequence[int]]:
+    """Return the orders in which rows may lie: each row's place among the drawn."""
+    if rows == drawn:
+        return {"in turn": range(rows)}
+    if not drawn or rows % drawn:
+        return {}
+    each = rows // drawn
+    return {
+        "in blocks": [place for _ in range(each) for place in range(drawn)],
+        "in groups": [place for place in range(drawn) for _ in range(each)],
+    }
+
+
+def _least_used(fits: Sequence[Sequence[int]]) -> list[int]:
+    """Choose a place for each row that has one, so that equal rows share places."""
+    places: list[int] = []
+    for own in filter(None, fits):
+        places.append(min(own, key=places.count))
+    return places
+
+
+def _length(item: Any, main_input: str) -> int | None:
+    """Return the number of tokens of an item; None if that is not known."""
+    tokens: Any = item.get(main_input) if isinstance(item, Mapping) else None
+    return len(tokens) if isinstance(tokens, (list, Tensor)) else None

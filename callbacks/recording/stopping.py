@@ -1,0 +1,39 @@
+"""Recording that stops where memory or disk run out, while training continues."""
+
+import functools
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+
+_NO_ROOM = (OSError, MemoryError, torch.OutOfMemoryError)  # of the disk, or the memory
+
+
+class Stoppable(Protocol):
+    """What records until it is stopped."""
+
+    stopped: bool
+    raises: bool
+
+    def stop(self, reason: str) -> None:
+        """Record nothing from now on."""
+        ...
+
+
+R = TypeVar("R", bound=Stoppable)
+
+
+def unless_stopped(method: Callable[[R], None]) -> Callable[[R], None]:
+    """Skip a method once recording has stopped, and stop where there is no room."""
+
+    @functools.wraps(method)
+    def guarded(run: R) -> None:
+        if not run.stopped:
+            try:
+                method(run)
+            except _NO_ROOM as error:
+                run.stop(f"{type(error).__name__}: {error}")
+                if run.raises:
+                    raise
+
+    return guarded
