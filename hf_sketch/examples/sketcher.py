@@ -38,9 +38,10 @@ class ExampleSketcher:
     nor any gradient nor any random number changes.
 
     Every trainable parameter is covered: by a rule of its module (Linear, Conv1D,
-    Embedding, LayerNorm, every RMSNorm, convolutions, experts and their routers), or by
-    running the module again for each example. Uses of one parameter add up. Documents
-    packed into one row are examples of their own.
+    Embedding, LayerNorm, every RMSNorm, convolutions, experts and their routers, heads
+    of fused losses), or by running the module again for each example, or the module
+    around it. Uses of one parameter add up. Documents packed into one row are examples
+    of their own.
 
     Args:
         model: a model called with named tensors.
@@ -71,7 +72,9 @@ class ExampleSketcher:
         self.recording = True
         self._reading = Reading(model, model_sketch, verify, weights_change)
         self.parameters = self._reading.parameters
-        self._batch_norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        self._batch_norms = {
+            path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)
+        }
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "ExampleSketcher":
@@ -201,9 +204,9 @@ class ExampleSketcher:
         self._reading.clear()
         if before is not None and before.phase in ("loss", "done"):
             raise second_call()
-        self._check_independence()
         if not self._reading.knows(call):
             learn(self._reading, call)
+        self._check_independence()
         like = next(iter(self.parameters.values()))
         total = torch.zeros(
             call.split.size,
@@ -289,8 +292,8 @@ class ExampleSketcher:
 
     def _check_independence(self) -> None:
         """Raise if examples see each other."""
-        for module in self._batch_norms:
-            if module.training:
+        for path, module in self._batch_norms.items():
+            if module.training and self._reading.may_call(path):
                 raise ValueError(
                     "per-example gradients need examples that do not see each other, "
                     f"got {type(module).__name__} in training mode: call .eval() on it,"

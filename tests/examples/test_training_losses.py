@@ -140,7 +140,8 @@ def test_the_balance_of_routers_is_left_out(tmp_path):
 
 def test_batch_normalisation_is_refused(tmp_path):
     model = tiny_bert().eval()  # as from_pretrained gives it; training starts later
-    model.bert.pooler.dense.normalise = torch.nn.BatchNorm1d(32).eval()
+    normalised = torch.nn.BatchNorm1d(32).eval()
+    model.classifier = torch.nn.Sequential(normalised, model.classifier)
     trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE), model=model)
     with pytest.raises(ValueError, match="got BatchNorm1d in training mode"):
         trainer.train()

@@ -109,10 +109,9 @@ def reference_of(
     reference = Reference(
         call, kept, probes, sums, frozenset(called), examples, *computed
     )
-    weight = 1.0
+    weights = torch.ones(call.split.size)
     if reference.is_of_loss:
-        form = loss_form(model, call, parameters, model_sketch, *computed)
-        weight = 1.0 if form == "sum" else 1 / call.split.size
+        weights = _loss_weights(model, call, parameters, model_sketch, *computed)
     for index in range(examples):
         if reference.is_of_loss:
             alone = call.part(index, 1)
@@ -121,7 +120,7 @@ def reference_of(
             masked = [call.split.mask(probe, index) for probe in probes]
             gradients = _gradient(answers, parameters, masked)
         for name, gradient in gradients.items():
-            sums.add_example(name, index, weight * gradient)
+            sums.add_example(name, index, float(weights[index]) * gradient)
     return reference
 
 
@@ -184,22 +183,41 @@ def loss_form(
 ) -> LossForm:
     """Return how the loss that a model computes adds up over examples.
 
-    The gradient of two examples' loss is compared with those of each alone.
-
     Raises:
-        ValueError: it is no weighted sum of these.
+        RefusalError: it is no weighted sum of the examples' own losses.
     """
     if call.split.size == 1:
         return "shares"
+    call = call.part(0, EXAMPLES)
+    weights = _loss_weights(model, call, parameters, model_sketch, dtype)
+    forms: dict[LossForm, float] = {"mean": 1 / EXAMPLES, "sum": 1.0}
+    for form, weight in forms.items():
+        if bool(((weights - weight).abs() < 10 * tolerance(dtype, "row")).all()):
+            return form
+    return "shares"
+
+
+def _loss_weights(
+    model: nn.Module,
+    call: ModelCall,
+    parameters: Mapping[str, Tensor],
+    model_sketch: ModelSketch,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the weights with which examples' own losses add up to their batch's.
+
+    The gradient of the batch's loss is compared with those of the examples alone.
+    """
 
     def gradient(call: ModelCall) -> Tensor:
         named = _loss_gradient(model, call, parameters)
         return model_sketch.sketch(named).to("cpu", torch.float64)
 
-    together = gradient(call.part(0, EXAMPLES))
-    alone = torch.stack([gradient(call.part(i, 1)) for i in range(EXAMPLES)], dim=1)
-    weights = torch.linalg.lstsq(alone, together.unsqueeze(1)).solution
-    rest = torch.linalg.vector_norm(together - (alone @ weights).squeeze(1))
+    together = gradient(call)
+    each = [gradient(call.part(index, 1)) for index in range(call.split.size)]
+    alone = torch.stack(each, dim=1)
+    weights = torch.linalg.lstsq(alone, together.unsqueeze(1)).solution.squeeze(1)
+    rest = torch.linalg.vector_norm(together - alone @ weights)
     if rest > tolerance(dtype, "row") * torch.linalg.vector_norm(together):
         raise RefusalError(
             "per-example gradients need a loss that is a weighted sum of the examples' "
@@ -207,11 +225,7 @@ def loss_form(
             "or has a term of the whole batch: leave that out, or pass "
             "per_example=False."
         )
-    forms: dict[LossForm, float] = {"mean": 1 / EXAMPLES, "sum": 1.0}
-    for form, weight in forms.items():
-        if bool(((weights - weight).abs() < 10 * tolerance(dtype, "row")).all()):
-            return form
-    return "shares"
+    return weights
 
 
 def _note(

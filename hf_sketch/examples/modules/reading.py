@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_sketch.examples.attempt import attempt
 from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.calls import ModelCall
 from hf_sketch.examples.modules.fused_head import FusedHead
@@ -110,6 +111,10 @@ class Reading:
             rule.forget()  # what holds in evaluation mode alone
         self._situations.add(call.situation)
 
+    def may_call(self, path: str) -> bool:
+        """Return whether the model calls a module, as far as it is known."""
+        return self.unverified is not None or kind_of(path) in self.called
+
     def go_unverified(self, reason: str) -> None:
         """Take the rules as they are, since they could not be compared."""
         self.unverified = reason
@@ -134,8 +139,14 @@ class Reading:
         if not self.verifies:
             return "shares"
         if self._loss_form is None:
+            self._loss_form = "shares"
             call, sketch = call.without_cache(self.model), self.model_sketch
-            with self.rest(), evaluation_mode(self.model), torch.enable_grad():
+            with (
+                attempt(),  # some models have no gradients in evaluation mode
+                self.rest(),
+                evaluation_mode(self.model),
+                torch.enable_grad(),
+            ):
                 self._loss_form = loss_form(
                     self.model, call, self.parameters, sketch, self.dtype
                 )

@@ -116,7 +116,10 @@ class Trial:
             for rule in self._reading.plan.rules
             if head.covers(rule.module) and rule.path not in reference.called
         ]
-        if skipped and head.names and not self._reading.tried_head:
+        has_logits = any(answer.dim() > 2 for answer in reference.answers)
+        if not skipped or has_logits:
+            return
+        if head.names and not self._reading.tried_head:
             self._reading.tried_head = True
             self._reading.readers.append(head)
 

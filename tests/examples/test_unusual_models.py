@@ -1,0 +1,225 @@
+"""Models whose parameters are not used as their modules promise."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import LlamaConfig
+
+from hf_sketch import ExampleSketcher, ModelSketch
+from hf_sketch.examples.calls import loss_of
+
+LENGTH, WIDTH, WORDS = 6, 8, 32
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, WORDS, (4, LENGTH), generator=generator)
+    labels = ids.clone()
+    labels[1, 3:] = labels[2, 5:] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+class Model(nn.Module):
+    """Predicts the next word from a sum of looked up rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(WORDS, WIDTH)
+        self.mix = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+
+    def hidden(self, input_ids):
+        return self.mix(self.words(input_ids)).tanh().cumsum(1)
+
+    def forward(self, input_ids, labels):
+        logits = self.head(self.hidden(input_ids))
+        return {"loss": self.loss(logits, labels), "logits": logits}
+
+    def loss(self, logits, labels):
+        return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class Overwritten(Model):
+    """Writes into what it has looked up, and its head is tied to the table."""
+
+    def __init__(self):
+        super().__init__()
+        self.head.weight = self.words.weight
+
+    def hidden(self, input_ids):
+        looked_up = self.words(input_ids)
+        looked_up[:, 0] = 1.0
+        looked_up.mul_(0.5)
+        return self.mix(looked_up).tanh().cumsum(1)
+
+
+class Repeated(Model):
+    """Repeats a table of places, which went through a Linear, over the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Embedding(LENGTH, WIDTH)
+
+    def hidden(self, input_ids):
+        table = self.mix(self.places.weight.unsqueeze(0))
+        return (self.mix(self.words(input_ids)) + table.repeat(4, 1, 1)[:1]).tanh()
+
+
+class Elsewhere(Model):
+    """Uses the weights of modules that it does not call."""
+
+    def hidden(self, input_ids):
+        looked_up = functional.embedding(input_ids, self.words.weight)
+        return (looked_up @ self.mix.weight.T + self.mix.bias).tanh().cumsum(1)
+
+
+class Sorted(Model):
+    """Calls a module on the tokens in another order, as mixtures of experts do."""
+
+    def hidden(self, input_ids):
+        looked_up = self.words(input_ids).flatten(0, 1)
+        order = looked_up[:, 0].argsort()
+        mixed = self.mix(looked_up[order])[order.argsort()]
+        return mixed.unflatten(0, input_ids.shape).tanh().cumsum(1)
+
+
+class TimeFirst(Model):
+    """Computes with the tokens along the first dimension."""
+
+    def hidden(self, input_ids):
+        return self.mix(self.words(input_ids.T)).tanh().cumsum(0).transpose(0, 1)
+
+
+class LossAlone(Model):
+    """Returns nothing but its loss."""
+
+    def forward(self, input_ids, labels):
+        return {"loss": super().forward(input_ids, labels)["loss"]}
+
+
+class SumOfLosses(Model):
+    """Adds up the losses of all tokens."""
+
+    def loss(self, logits, labels):
+        labels = labels.clamp(min=0).flatten()
+        return functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
+
+
+class Within(nn.Module):
+    """Holds a model that computes the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Overwritten()
+
+    def forward(self, input_ids, labels):
+        return self.inner(input_ids=input_ids, labels=labels)
+
+
+class Fused(Model):
+    """Returns log-probabilities, or its loss alone, and never calls its head."""
+
+    base_model_prefix = "body"
+
+    def __init__(self, config, *, alone):
+        super().__init__()
+        self.config, self.alone = LlamaConfig(**config), alone
+        self.body = Body(self.words, self.mix)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, labels):
+        hidden = self.body(input_ids)["last_hidden_state"][:, :-1]
+        scores = hidden @ self.head.weight.T
+        scores = scores * getattr(self.config, "logit_scale", 1.0)
+        if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:
+            scores = cap * (scores / cap).tanh()
+        labels = labels[:, 1:]
+        chosen = labels.clamp(min=0).unsqueeze(-1)
+        log_probs = scores.log_softmax(-1).gather(-1, chosen).squeeze(-1)
+        log_probs = log_probs.masked_fill(labels == -100, 0.0)
+        loss = -log_probs.sum() / (labels != -100).sum()
+        return {"loss": loss} | ({} if self.alone else {"log_probs": log_probs})
+
+
+class Body(nn.Module):
+    """The model without its head."""
+
+    def __init__(self, words, mix):
+        super().__init__()
+        self.words, self.mix = words, mix
+
+    def forward(self, input_ids):
+        hidden = self.mix(self.words(input_ids)).tanh().cumsum(1)
+        return {"last_hidden_state": hidden}
+
+
+def assert_rows_are_parallel(model, layout="blocked", tolerance=1e-9):
+    """Rows are those of single examples, up to a factor where the loss is outside."""
+    model = model.double()
+    sketch = ModelSketch.from_model(model, 128, layout)
+    inputs = batch()
+    with ExampleSketcher(model, sketch) as sketcher:
+        loss_of(model(**inputs)).backward()
+        got = sketcher.take()
+        rules = sketcher.coverage
+    whole = sketch.sketch({n: p.grad for n, p in model.named_parameters()})
+    torch.testing.assert_close(got.weights @ got.rows, whole, rtol=1e-9, atol=1e-12)
+    for index, row in enumerate(got.rows):
+        model.zero_grad()
+        alone = {name: value[index : index + 1] for name, value in inputs.items()}
+        loss_of(model(**alone)).backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        expected = sketch.sketch(grads)
+        cosine = torch.cosine_similarity(row, expected, dim=0)
+        assert cosine > 1 - tolerance, (index, float(cosine))
+    model.zero_grad()
+    return rules
+
+
+KINDS = [Overwritten, Repeated, Elsewhere, Sorted, TimeFirst, SumOfLosses, Within]
+
+
+@pytest.mark.parametrize("layout", ["blocked", "factored"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_those_of_single_examples(kind, layout):
+    assert_rows_are_parallel(kind(), layout)
+
+
+def test_a_loss_alone_is_enough():
+    class Mean(LossAlone):
+        def loss(self, logits, labels):
+            return super().loss(logits, labels.clamp(min=0))
+
+    assert_rows_are_parallel(Mean())
+
+
+CONFIGS = [{}, {"final_logit_softcapping": 2.0}, {"logit_scale": 0.25}]
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["log_probs", "loss"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["plain", "softcap", "scale"])
+def test_a_head_that_is_never_called_has_a_rule(config, alone):
+    model = Fused(config, alone=alone)
+    rules = assert_rows_are_parallel(model, "factored")
+    assert not rules.run_again, rules
+
+
+def test_a_model_may_be_called_with_one_dict():
+    class OneDict(Model):
+        def forward(self, inputs):
+            return super().forward(**inputs)
+
+    rows: list[torch.Tensor] = []
+    for model, args, kwargs in (
+        (OneDict().double(), [batch()], {}),
+        (Model().double(), [], batch()),
+    ):
+        sketch = ModelSketch.from_model(model, 128)
+        with ExampleSketcher(model, sketch) as sketcher:
+            loss_of(model(*args, **kwargs)).backward()
+            rows.append(sketcher.take().rows)
+    assert torch.equal(*rows)
