@@ -260,7 +260,7 @@ class GradientSketchCallback(TrainerCallback):
     ) -> Header:
         """Return the header of the store, unless this training cannot be recorded."""
         name, last = type(self).__name__, state.max_steps
-        check_processes(args, model, name, in_shards=True)
+        check_processes(args, model, name, compiled=True, in_shards=True)
         check_same(name, vars(self))
         allowed = f"at most {last}, the steps of this run"
         check_setting(

@@ -1,6 +1,6 @@
 """The row of a step whose gradient is gone before any callback can read it."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
+from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.processes import reduced
@@ -50,11 +51,11 @@ class ArrivingGradients(StepReader):
         self._square, self._micro_batches = 0.0, 0
 
     @contextmanager
-    def watched(self, wanted: Callable[[], bool]) -> Generator[None]:
+    def watched(self, sketcher: ExampleSketcher | None) -> Generator[None]:
         self._micro_batches += 1
         with ExitStack() as hooks:
             for name, parameter in self._parameters.items():
-                hook = partial(self._add, name, wanted)
+                hook = partial(self._add, name, sketcher)
                 hooks.callback(parameter.register_hook(hook).remove)
             yield
 
@@ -76,9 +77,11 @@ class ArrivingGradients(StepReader):
             clip_factor=factor.reshape(1),
         )
 
-    def _add(self, name: str, wanted: Callable[[], bool], gradient: Tensor) -> None:
+    def _add(
+        self, name: str, sketcher: ExampleSketcher | None, gradient: Tensor
+    ) -> None:
         """Sketch what comes to a parameter, from all of its uses."""
-        if wanted():
+        if sketcher is None or sketcher.in_flight:  # no pass of its own
             gradient = gradient.detach()
             self._square = self._square + gradient.double().square().sum()
             # An optimizer may change it before the sum is taken.
@@ -108,16 +111,17 @@ def step_reader(
 ) -> StepReader:
     """Return what reads the gradients of a model's steps."""
     parameters = model_sketch.parameters_of(model)
-    if engine is not None or steps_early(optimizer):
+    if steps_early(optimizer, engine):
         return ArrivingGradients(model_sketch, parameters, engine)
     return LeftGradients(model_sketch, parameters)
 
 
-def steps_early(optimizer: Optimizer) -> bool:
-    """Whether an optimizer steps within the backward pass, layer by layer."""
+def steps_early(optimizer: Optimizer, engine: Any) -> bool:
+    """Whether an optimizer steps within `training_step`; `engine` is DeepSpeed's."""
     inner = _inner(optimizer)
     package = type(inner).__module__.partition(".")[0]
-    return isinstance(inner, LayerWiseDummyOptimizer) or package in _LAYERWISE
+    layerwise = isinstance(inner, LayerWiseDummyOptimizer) or package in _LAYERWISE
+    return layerwise or engine is not None
 
 
 def learning_rate(optimizer: Optimizer) -> float:

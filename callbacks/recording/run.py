@@ -19,6 +19,7 @@ from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 
 from .arriving import learning_rate, loss_scale, step_reader, steps_early
+from .compiled import uncompiled, warn_of_cost
 from .examples import MEASURED_EXAMPLES, example_columns, measured_error
 from .ids import ExampleIds, followed_ids
 from .origins import OriginFinder
@@ -65,8 +66,8 @@ class Run:
         self.stopped, self.raises = False, raises
         self._since = 0  # the first step that lacks rows, once recording has stopped
         self._agrees = args.world_size > 1 and not raises
-        self._args, self.state, self._optimizer = args, state, optimizer
         self._every_steps = every_steps
+        self._args, self.state, self._optimizer = args, state, optimizer
         self._epoch, self._micro_step = int(state.epoch or 0) - 1, 0
         self._low_precision = computes_in_16_bits(args, model)
         self._total: Tensor | None = None  # the weighted sum of a recorded step's rows
@@ -105,13 +106,13 @@ class Run:
         self._collated = copy.copy(collated)  # the Trainer may take parts out
         with ExitStack() as hooks:
             if self._is_recorded and not self.stopped:
-                # Before the optimizer steps, which it may do in the backward pass.
-                self._rate = learning_rate(self._optimizer)
+                self._rate = learning_rate(self._optimizer)  # before it steps
                 self._loss_scale = loss_scale(self._optimizer)
                 if self._sketcher is not None:
+                    hooks.enter_context(uncompiled(self._args))
                     hooks.enter_context(self._sketcher)
                 if self._steps is not None:
-                    hooks.enter_context(self._steps.watched(self._is_backward))
+                    hooks.enter_context(self._steps.watched(self._sketcher))
             yield
 
     @unless_stopped
@@ -191,10 +192,10 @@ class Run:
         step = self.state.global_step
         with ExitStack() as opened:
             if per_example:
-                sketch, loss = header.model_sketch, header.loss
-                early = self._engine is not None or steps_early(self._optimizer)
+                warn_of_cost(self._args)
+                early = steps_early(self._optimizer, self._engine)
                 self._sketcher = ExampleSketcher(
-                    model, sketch, loss, self._measures, early
+                    model, header.model_sketch, header.loss, self._measures, early
                 )
                 self._ids = followed_ids(loader, self._args, step)
                 self._origins = OriginFinder(trainer, loader, self._sketcher)
@@ -223,10 +224,6 @@ class Run:
         """The columns that say where in training a row was recorded."""
         step = self.state.global_step + 1
         return {"epoch": self._epoch, "step": step, "learning_rate": self._rate}
-
-    def _is_backward(self) -> bool:
-        """Whether gradients are those of training's own backward pass."""
-        return self._sketcher is None or self._sketcher.in_flight
 
     def _record_examples(
         self, sketcher: ExampleSketcher, ids: list[int | None] | None

@@ -2,13 +2,14 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.model.fsdp import own_part
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.processes import reduced
@@ -26,8 +27,8 @@ class StepReader(ABC):
     def start_step(self) -> None:  # noqa: B027
         """Begin an optimizer step."""
 
-    def watched(self, wanted: Callable[[], bool]) -> AbstractContextManager[None]:
-        """Return what holds hooks for a micro-batch, which read while `wanted`."""
+    def watched(self, sketcher: ExampleSketcher | None) -> AbstractContextManager[None]:
+        """Return what holds hooks for a micro-batch, which `sketcher` reads, too."""
         return nullcontext()
 
     def note(self) -> None:  # noqa: B027

@@ -186,6 +186,11 @@ def _own_losses(
         yields (b,) or (b, t), twice
     """
     classes = not labels.is_floating_point() and problem_type != "regression"
+    virtual = (
+        logits.shape[1] - labels.shape[1] if logits.dim() > labels.dim() > 1 else 0
+    )
+    if classes and virtual > 0:  # PEFT's virtual tokens, which lie before the others
+        labels = functional.pad(labels, (virtual, 0), value=_IGNORED)
     if classes and labels.numel() == logits[..., 0].numel():
         labels = labels.view(logits.shape[:-1]).to(logits.device)
         normalisers = _log_sum_exp(logits)

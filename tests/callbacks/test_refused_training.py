@@ -143,10 +143,6 @@ def test_processes_that_share_examples_are_refused(tmp_path, monkeypatch):
         )
 
 
-def test_compiled_training_is_refused(tmp_path):
-    refused(tmp_path, "does not support torch_compile=True", torch_compile=True)
-
-
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "sketches").write_text("a file where the directory should be")
     message = "Cannot write sketches to .* Give the Trainer an output_dir"
