@@ -113,8 +113,8 @@ class ExampleSketcher:
         try:
             if batch is None or not batch.is_complete:
                 raise RuntimeError(
-                    "a forward and a backward pass must come before each take(), got "
-                    "none: call loss.backward() on the model's loss."
+                    "a forward and a backward pass must come before each take(): call "
+                    "loss.backward() on the model's loss."
                 )
             with self._reading.rest():
                 taken = batch.taken(loss_scale)
@@ -286,7 +286,6 @@ class ExampleSketcher:
         return ExampleLosses(weights * torch.nan, weights)
 
     def _note_reached(self, name: str, parameter: Tensor) -> None:
-        """Note that a backward pass came to a parameter."""
         if self._reading.batch is not None:
             self._reading.batch.reached.add(name)
 
