@@ -43,7 +43,11 @@ class ModelCall:
             names = list(inspect.signature(model.forward).parameters)
             inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         main = getattr(model, "main_input_name", "input_ids")
-        return cls(args, kwargs, inputs, split_of(inputs, main))
+        return cls(_copied(args), kwargs, inputs, split_of(inputs, main))
+
+    def run(self, model: nn.Module) -> Any:
+        """Return what the model gives."""
+        return model(*_copied(self.args), **self.kwargs)
 
     def without_cache(self, model: nn.Module) -> "ModelCall":
         """Return the call without a cache of keys and values."""
@@ -75,6 +79,12 @@ class ModelCall:
         return type(self.split), self.split.size > 1, tensors
 
 
+def _copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return arguments with dicts copied: a model may put its results into them."""
+    mappings = [{**x} if isinstance(x, Mapping) else x for x in args]
+    return tuple(mappings)
+
+
 def field_of(output: Any, name: str, index: int) -> Tensor:
     """Return a model output's field: by name, or by place where it is a tuple."""
     return output[index] if isinstance(output, tuple) else output[name]
@@ -82,7 +92,9 @@ def field_of(output: Any, name: str, index: int) -> Tensor:
 
 def loss_of(output: Any) -> Tensor | None:
     """Return the loss in a model's output, if there is one."""
-    if isinstance(output, Mapping):
+    if isinstance(output, Tensor):
+        loss = output
+    elif isinstance(output, Mapping):
         loss = output.get("loss")
     else:
         loss = output[0] if isinstance(output, tuple) and output else None

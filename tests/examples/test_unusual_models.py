@@ -1,5 +1,7 @@
 """Models whose parameters are not used as their modules promise."""
 
+from collections import UserDict
+
 import pytest
 import torch
 from torch import nn
@@ -211,11 +213,13 @@ def test_a_head_that_is_never_called_has_a_rule(config, alone):
 def test_a_model_may_be_called_with_one_dict():
     class OneDict(Model):
         def forward(self, inputs):
-            return super().forward(**inputs)
+            output = super().forward(**inputs)
+            inputs["input_ids"] = inputs["input_ids"] * 0  # its own from now on
+            return output
 
     rows: list[torch.Tensor] = []
     for model, args, kwargs in (
-        (OneDict().double(), [batch()], {}),
+        (OneDict().double(), [UserDict(batch())], {}),
         (Model().double(), [], batch()),
     ):
         sketch = ModelSketch.from_model(model, 128)

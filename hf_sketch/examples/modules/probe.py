@@ -90,7 +90,7 @@ def reference_of(
         for path, module in model.named_modules():
             note = partial(_note, called, path, computed, first.device)
             hooks.callback(module.register_forward_pre_hook(note).remove)
-        answers = answers_in(model(*call.args, **call.kwargs), call.split)
+        answers = answers_in(call.run(model), call.split)
     if not answers:
         return None
     if not answers[0].dim() and call.split.size > EXAMPLES:
@@ -146,7 +146,7 @@ def _loss_gradient(
     model: nn.Module, call: ModelCall, parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the gradient of the model's own loss."""
-    loss = loss_of(model(*call.args, **call.kwargs))
+    loss = loss_of(call.run(model))
     assert loss is not None
     return _gradient([loss], parameters)
 

@@ -125,7 +125,7 @@ class Trial:
 
     def _answers(self, call: ModelCall) -> list[Tensor]:
         """Return what the model answers to a call."""
-        return answers_in(self._reading.model(*call.args, **call.kwargs), call.split)
+        return answers_in(call.run(self._reading.model), call.split)
 
     def _failing(self, reference: Reference) -> Collection[Rule]:
         """Return the rules whose gradients are not those of the reference."""
