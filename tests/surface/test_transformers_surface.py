@@ -1,6 +1,6 @@
 """What is leaned on in transformers beneath its public names; read in release 5."""
 
-from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, Trainer
 from transformers.quantizers import HfQuantizer
 
 SMALL = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 20, "n_positions": 8}
@@ -36,3 +36,7 @@ def test_conv1d_is_named_so():
     assert type(layer).__name__ == "Conv1D"
     assert type(layer).__module__.startswith("transformers.")
     assert layer.weight.shape == (8, 24)  # inputs first
+
+
+def test_a_trainer_prepares_its_inputs_in_a_method_that_others_override():
+    assert callable(vars(Trainer)["_prepare_inputs"])
