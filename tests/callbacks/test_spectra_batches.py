@@ -190,7 +190,7 @@ def test_many_batches_keep_their_order(tmp_path):
         for seed in range(3)
         for i in range(4)
     ]
-    callback = spectra_callback((), batches=batches)
+    callback = spectra_callback((1,), batches=batches)
     model = tiny_model("bert", torch.float32)
     data = language_data("bert")
     trained(tmp_path, callback, model=model, dataset=data, max_steps=1)
