@@ -227,3 +227,16 @@ def test_a_model_may_be_called_with_one_dict():
             loss_of(model(*args, **kwargs)).backward()
             rows.append(sketcher.take().rows)
     assert torch.equal(*rows)
+
+
+class TiedWithin(Model):
+    """Holds the bias of a module within it, as BERT's head does."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(WIDTH))
+        self.mix.bias = self.bias
+
+
+def test_a_bias_that_a_module_within_holds_too_counts_once():
+    assert not assert_rows_are_parallel(TiedWithin()).run_again

@@ -44,6 +44,9 @@ class Plan:
                 if id(parameter) in known
             }
             own = {a: n for a, n in within.items() if _holds(module, a)}
+            # A parameter that a module within holds, too, is that one's to use.
+            inner = {n for a, n in within.items() if a not in own}
+            own = {a: n for a, n in own.items() if n not in inner}
             if own:
                 rule = rule_for(module, path, own)
                 if isinstance(rule, (NoRule, Uses)):  # with modules that it uses

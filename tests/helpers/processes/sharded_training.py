@@ -23,7 +23,7 @@ from hf_sketch import (
     sketch_dataset,
 )
 from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
-from hf_sketch.callbacks.recording import run
+from hf_sketch.callbacks.recording import steps
 from hf_sketch.callbacks.recording.steps import step_columns
 from hf_sketch.recipes.tables.measure import peak_extra_bytes
 from tests.helpers.processes.distributed_training import (
@@ -139,7 +139,7 @@ def memory(directory):
 
         callback = GradientSketchCallback(SIZE, layout=layout, per_example=False)
         model = tiny_bert(vocab_size=GREATEST[0], hidden_size=GREATEST[1])
-        with patch.object(run, "step_columns", measuring):
+        with patch.object(steps, "step_columns", measuring):
             train(directory / layout, callback, model=model, max_steps=3)
         leave(directory, **{layout: peaks})
 
