@@ -147,6 +147,14 @@ def test_batch_normalisation_is_refused(tmp_path):
         trainer.train()
 
 
+def test_a_batch_normalisation_that_is_never_called_is_no_reason_to_refuse():
+    model = tiny_bert().train()
+    model.classifier.spare = torch.nn.BatchNorm1d(32).requires_grad_(False)
+    with ExampleSketcher(model, ModelSketch.from_model(model, SIZE)) as sketcher:
+        model(**tiny_batch()).loss.backward()
+        assert sketcher.take().rows.isfinite().all()
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_a_loss_that_autocast_rounded_is_split_and_no_other(half):
     """CUDA's autocast takes cross-entropy from log-probabilities of 16 bits."""
