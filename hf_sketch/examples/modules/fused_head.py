@@ -1,9 +1,9 @@
 """The rule of output embeddings that a fused loss uses without calling them."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,25 @@ from hf_sketch.sketches.operator import accumulation_dtype
 
 _HIDDEN = "last_hidden_state"
 _IGNORED = -100
+_KINDS: tuple[Literal["log_probs", "entropy"], ...] = ("log_probs", "entropy")
 _ELEMENTS_AT_ONCE = 2**24  # logits
+_FITTED_TOKENS = 64
+_NEWTON_STEPS = 12
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """What makes scores of logits: softcap * tanh(scale * logits / softcap).
+    """What makes scores of logits: softcap * tanh(scale * logits / softcap) / T.
 
     Args:
         scale: a factor of the logits.
-        softcap: bound of the scores; None for none.
+        softcap: bound of the scores before the temperature divides them; None for none.
+        temperature: T.
     """
 
     scale: float
     softcap: float | None
+    temperature: float = 1.0
 
     @classmethod
     def of(cls, model: Any) -> "_Scores":
@@ -43,11 +48,32 @@ class _Scores:
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor | float]:
         """Return scores and their derivatives."""
-        logits = self.scale * logits
+        scale = self.scale / self.temperature
         if self.softcap is None:
-            return logits, self.scale
-        bounded = torch.tanh(logits / self.softcap)
-        return self.softcap * bounded, self.scale * (1 - bounded.square())
+            return logits if scale == 1 else scale * logits, scale
+        bounded = torch.tanh(logits * (self.scale / self.softcap))
+        slope = (1 - bounded.square()).mul_(scale)
+        return bounded.mul_(self.softcap / self.temperature), slope
+
+    def fitted(self, logits: Tensor, labels: Tensor, log_probs: Tensor) -> "_Scores":
+        """Return the same with the temperature that the log-probabilities tell.
+
+        Fit by Gauss-Newton, and left at 1 where rounding explains the difference.
+
+        Shapes:
+            logits (t, vocabulary), labels (t,), log_probs (t,)
+        """
+        scores, _ = self(logits.double())
+        inverse, deviation = 1.0, 0.0
+        for _ in range(_NEWTON_STEPS):
+            got = (inverse * scores).log_softmax(-1)
+            error = got.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - log_probs
+            own = scores.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+            slope = own - (got.exp_() * scores).sum(-1)
+            inverse -= float(slope @ error / (slope @ slope))
+            deviation = float(error.norm() / slope.norm() / len(error) ** 0.5)
+        is_one = not abs(inverse - 1) > 3 * deviation + 1e-5
+        return self if is_one else replace(self, temperature=1 / inverse)
 
 
 class FusedHead:
@@ -73,7 +99,7 @@ class FusedHead:
             for attribute in ("weight", "bias")
             if id(value := getattr(self.head, attribute, None)) in names
         }
-        self._scores = _Scores.of(self._owner)
+        self._scores, self._is_fitted = _Scores.of(self._owner), False
         self._hidden: Tensor | None = None
 
     def covers(self, module: nn.Module) -> bool:
@@ -120,52 +146,99 @@ class FusedHead:
         if labels is None:
             labels = batch.inputs["labels"][:, 1:]
             hidden = hidden[:, -labels.shape[1] - 1 : -1]
-        log_probs, loss = output.get("log_probs"), loss_of(output)
+        loss, log_probs = loss_of(output), output.get("log_probs")
         if isinstance(log_probs, Tensor) and log_probs.requires_grad:
-            batch.watch(log_probs, partial(self._add, batch, hidden, labels))
+            self._fit(hidden, labels, log_probs.detach())
+            for kind in _KINDS:
+                if isinstance(x := output.get(kind), Tensor) and x.requires_grad:
+                    batch.watch(x, partial(self._add, batch, hidden, labels, kind))
         elif loss is not None:
-            items = batch.inputs.get("num_items_in_batch")
-            counted = (labels != _IGNORED).sum() if items is None else items
+            read = partial(self._add_evenly, batch, hidden, labels)
+            batch.watch(loss, read)
 
-            def add(gradient: Tensor) -> None:
-                even = (-gradient / counted).expand(labels.shape)
-                self._add(batch, hidden, labels, even)
-
-            batch.watch(loss, add)
+    def _add_evenly(
+        self, batch: Batch, hidden: Tensor, labels: Tensor, gradient: Tensor
+    ) -> None:
+        """Add the head's gradients, given that of a mean of log-probabilities."""
+        items = batch.inputs.get("num_items_in_batch")
+        counted = (labels != _IGNORED).sum() if items is None else items
+        even = (-gradient / counted).expand(labels.shape)
+        self._add(batch, hidden, labels, "log_probs", even)
 
     def _add(
-        self, batch: Batch, hidden: Tensor, labels: Tensor, coefficients: Tensor
+        self,
+        batch: Batch,
+        hidden: Tensor,
+        labels: Tensor,
+        kind: Literal["log_probs", "entropy"],
+        coefficients: Tensor,
     ) -> None:
-        """Add the head's gradients, given those of the tokens' log-probabilities."""
+        """Add the head's gradients, given those of a quantity per token."""
         labels, hidden = _laid_out(batch, labels), _laid_out(batch, hidden)
-        coefficients = _laid_out(batch, coefficients)
-        coefficients = coefficients.where(labels != _IGNORED, 0)
-        weight_name, bias_name = self.names.get("weight"), self.names.get("bias")
-        for places, left in self._scored(hidden, labels, coefficients):
-            if weight_name is not None:
-                right = batch.sums.fold(weight_name, hidden[:, places], 1)
-                folded = batch.sums.fold(weight_name, left, 0)
-                batch.sums.add_outer(weight_name, folded, right)
-            if bias_name is not None:
-                batch.sums.add(bias_name, left.sum(1))
-
-    def _scored(
-        self, hidden: Tensor, labels: Tensor, coefficients: Tensor
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the gradients of logits, (b, some tokens, vocabulary)."""
-        head: Any = self.head
-        weight, bias = head.weight.detach(), head.bias
-        each = max(1, _ELEMENTS_AT_ONCE // (len(labels) * len(weight)))
         dtype = accumulation_dtype(hidden.dtype)
+        coefficients = _laid_out(batch, coefficients).to(dtype)
+        coefficients = coefficients.where(labels != _IGNORED, 0)
+        labels = labels.clamp(min=0)
+        each = max(1, _ELEMENTS_AT_ONCE // (len(labels) * len(self.head.weight)))
         for start in range(0, labels.shape[1], each):
             places = slice(start, start + each)
-            logits = nn.functional.linear(hidden[:, places].to(weight), weight, bias)
-            scores, slope = self._scores(logits.to(dtype))
-            part = coefficients[:, places].unsqueeze(-1).to(dtype)
-            left = scores.softmax(-1).mul_(-part)
-            chosen = labels[:, places].clamp(min=0).unsqueeze(-1)
-            left.scatter_add_(-1, chosen, part.expand(chosen.shape))
-            yield places, left.mul_(slope)
+            scores, slope = self._scores(self._logits(hidden[:, places]).to(dtype))
+            # The factors per token join the hidden states, which are narrower.
+            left = _entropy_part(scores) if kind == "entropy" else scores.softmax(-1)
+            factors, chosen = coefficients[:, places], labels[:, places]
+            if isinstance(slope, Tensor):
+                left = left.mul_(slope)
+                at_label = slope.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+            else:
+                factors, at_label = slope * factors, 1.0
+            self._add_product(batch, left, hidden[:, places], -factors)
+            if kind == "log_probs":
+                own = factors * at_label
+                self._add_product(batch, chosen, hidden[:, places], own)
+
+    def _add_product(
+        self, batch: Batch, left: Tensor, hidden: Tensor, factors: Tensor
+    ) -> None:
+        """Add the sum over tokens of factor * left (x) hidden to the weight's rows.
+
+        Integer `left` stands for one-hot vectors.
+        """
+        sums, name = batch.sums, self.names.get("weight")
+        if name is not None:
+            right = hidden.to(factors) * factors.unsqueeze(-1)
+            folded = sums.fold(name, left, 0), sums.fold(name, right, 1)
+            sums.add_outer(name, *folded)
+        if (name := self.names.get("bias")) is None:
+            return
+        if left.is_floating_point():
+            rows = torch.bmm(factors.unsqueeze(1), left).squeeze(1)
+        else:
+            rows = factors.new_zeros(len(left), len(self.head.weight))
+            rows.scatter_add_(1, left, factors)
+        sums.add(name, rows)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        weight, bias = self.head.weight.detach(), self.head.bias
+        bias = None if bias is None else bias.detach()
+        return nn.functional.linear(hidden.to(weight), weight, bias)
+
+    def _fit(self, hidden: Tensor, labels: Tensor, log_probs: Tensor) -> None:
+        """Find the temperature by the log-probabilities of some tokens, once."""
+        places = (labels != _IGNORED).nonzero(as_tuple=True)
+        some = tuple(place[:_FITTED_TOKENS] for place in places)
+        if self._is_fitted or log_probs.shape != labels.shape or not len(some[0]):
+            return
+        logits = self._logits(hidden[some])
+        self._scores = self._scores.fitted(logits, labels[some], log_probs[some])
+        self._is_fitted = True
+
+
+def _entropy_part(scores: Tensor) -> Tensor:
+    """Return minus the derivative of each token's entropy by its scores."""
+    log_probs = scores.log_softmax(-1)
+    probs = log_probs.exp()
+    entropy = -(probs * log_probs).sum(-1, keepdim=True)
+    return probs.mul_(log_probs.add_(entropy))
 
 
 def _laid_out(batch: Batch, x: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ def answers_of(output: Any) -> list[Tensor]:
 
 
 def _names_scores(name: str) -> bool:
-    return any(word in name for word in ("logits", "log_probs", "scores"))
+    return any(word in name for word in ("logits", "log_probs", "entropy", "scores"))
 
 
 def tokens(split: ExampleSplit, x: Tensor) -> Tensor:
