@@ -20,7 +20,7 @@ _SHARDED = (
     DistributedType.FSDP,
     DistributedType.MEGATRON_LM,
 )
-_STAGES = (1, 2)
+_STAGES = (1, 2, 3)
 
 
 def check_processes(

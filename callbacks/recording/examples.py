@@ -8,7 +8,6 @@ from torch import Tensor
 from hf_sketch.examples.batch import ExampleBatch
 from hf_sketch.examples.measured_error import MeasuredError, measure_error
 from hf_sketch.examples.sketcher import ExampleSketcher
-from hf_sketch.model.fsdp import in_row_shards
 from hf_sketch.sketches.transforms.lazy import is_lazy
 from hf_sketch.store.rows import row_columns
 
@@ -86,8 +85,7 @@ def measured_error(
     computed outside the model.
     """
     losses = batches[-1].losses
-    sharded = in_row_shards(sketcher.parameters.values())
-    if is_lazy(losses) or sharded or bool(losses.isnan().all()):
+    if is_lazy(losses) or sketcher.in_shards or bool(losses.isnan().all()):
         return None
     inputs = [batch.inputs for batch in batches]
     return measure_error(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_sketch.examples.attempt import attempt
@@ -15,6 +15,7 @@ from hf_sketch.examples.rules.base import Rule
 from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.fsdp import call_with
 from hf_sketch.model.state import kept_random_state
+from hf_sketch.model.zero import whole_shape
 
 
 @dataclass(frozen=True)
@@ -82,21 +83,19 @@ class Replay:
         )
 
     def keep_parameters(self) -> "Replay":
-        """Return the same with copies of all parameters, which FSDP2 gives up.
+        """Return the same with copies of all parameters, which do not stay whole.
 
         Raises:
-            ValueError: the module holds a unit of FSDP2.
+            ValueError: modules within have given up theirs.
         """
-        module = self.rule.module
-        within = [part for part in module.modules() if part is not module]
-        if any(isinstance(part, FSDPModule) for part in within):
+        everything = dict(self.rule.module.named_parameters(remove_duplicate=False))
+        if any(isinstance(p, DTensor) or p.shape != whole_shape(p) for p in everything.values()):
             raise ValueError(
                 "fully_shard must not be called within a module that is run again "
                 f"for each example, got {self.rule}: call it on the module, or on one "
                 "around it, or pass per_example=False."
             )
-        everything = module.named_parameters(remove_duplicate=False)
-        others = {name: p.detach().clone() for name, p in everything}
+        others = {name: p.detach().clone() for name, p in everything.items()}
         parameters = {name: others.pop(name) for name in self.parameters}
         return replace(self, parameters=parameters, others=others)
 

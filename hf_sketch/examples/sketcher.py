@@ -176,6 +176,11 @@ class ExampleSketcher:
         return self._reading.unverified
 
     @property
+    def in_shards(self) -> bool:
+        """Whether parameters are whole only while their module runs."""
+        return self._reading.in_shards
+
+    @property
     def main_input(self) -> str:
         """The name of the model's first input."""
         return getattr(self.model, "main_input_name", "input_ids")

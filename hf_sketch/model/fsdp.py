@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from hf_sketch.model.zero import in_partitions
+
 
 def in_row_shards(parameters: Iterable[Tensor]) -> bool:
     """Whether all are split among the processes by their first dimension.
@@ -69,9 +71,10 @@ def call_with(
 ) -> Any:
     """Call a module with other parameters, those of its own that are given.
 
-    A unit of FSDP2 is called past its hooks, which would gather its own again.
+    Where hooks of FSDP2 or DeepSpeed would gather its own, it is called past them.
     """
-    if isinstance(module, FSDPModule):
+    own = module.parameters(recurse=False)
+    if isinstance(module, FSDPModule) or in_partitions(own):
         parameters = {f"module.{name}": p for name, p in parameters.items()}
         module = _Hookless(module)
     return torch.func.functional_call(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.names import named_parameters
+from hf_sketch.model.zero import whole_shape
 from hf_sketch.sketches import QK, Sketch
 from hf_sketch.sketches.by_name import OPERATORS, choose_operator
 from hf_sketch.sketches.choices import check_choice
@@ -113,7 +114,7 @@ class ModelSketch:
         frozen: list[str] = []
         for name, parameter in named_parameters(model).items():
             if parameter.requires_grad:
-                shapes.append((name, tuple(parameter.shape)))
+                shapes.append((name, whole_shape(parameter)))
             else:
                 frozen.append(name)
         return cls(tuple(shapes), out_size, layout, seed, operator, tuple(frozen))
@@ -237,7 +238,7 @@ class ModelSketch:
         trainable = {
             n: p for n, p in named_parameters(model).items() if p.requires_grad
         }
-        theirs = {name: tuple(p.shape) for name, p in trainable.items()}
+        theirs = {name: whole_shape(p) for name, p in trainable.items()}
         ours = dict(self.shapes)
         for name in [*ours, *theirs]:
             if ours.get(name) != theirs.get(name):

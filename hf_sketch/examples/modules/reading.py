@@ -25,6 +25,7 @@ from hf_sketch.examples.rules.base import NoRule, kind_of
 from hf_sketch.model.fsdp import in_row_shards
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.model.state import evaluation_mode
+from hf_sketch.model.zero import in_partitions
 from hf_sketch.sketches.transforms.lazy import is_lazy
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ class Reading:
         self.batch: Batch | None = None  # the one that is recorded, if any
         self.resting = False  # whether hooks do nothing
         self.parameters = model_sketch.parameters_of(model)
-        self.in_shards = in_row_shards(self.parameters.values())
+        some = self.parameters.values()
+        self.in_shards = in_row_shards(some) or in_partitions(some)
         self.copies = self.in_shards or weights_change
         first = next(iter(self.parameters.values()))
         # Why the rules are not compared with gradients of single examples, if not.

@@ -13,6 +13,7 @@ from hf_sketch.examples.rounding import agree
 from hf_sketch.examples.rules.base import Call, Contribution, Rule, over_tokens
 from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.fsdp import call_with
+from hf_sketch.model.zero import whole_shape
 from hf_sketch.sketches.transforms.lazy import is_lazy
 
 
@@ -90,7 +91,7 @@ class Elementwise(Rule):
         """Return what the module gives with another weight."""
         ((name, weight),) = self.module.named_parameters()
         assert self._like is not None
-        w = w if isinstance(w, Tensor) else self._like.new_full(weight.shape, w)
+        w = w if isinstance(w, Tensor) else self._like.new_full(whole_shape(weight), w)
         with torch.no_grad():
             return call_with(self.module, {name: w}, call.args, call.kwargs)
 
