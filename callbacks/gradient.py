@@ -64,8 +64,7 @@ class GradientSketchCallback(TrainerCallback):
 
     Under DDP each process records its own examples. Examples repeated to pad the last
     batch of an epoch are recorded once; their second copy is missing from the sum of
-    that step's rows. Under FSDP2 it is the same, and each process sketches its part of
-    each parameter for the rows of steps.
+    that step's rows. Under FSDP2 and DeepSpeed it is the same.
 
     Training is bit for bit what it is without the callback. Rows are written before
     each checkpoint; training that resumes from a checkpoint ends with the rows of

@@ -20,7 +20,6 @@ _SHARDED = (
     DistributedType.FSDP,
     DistributedType.MEGATRON_LM,
 )
-_STAGES = (1, 2, 3)
 
 
 def check_processes(
@@ -68,13 +67,10 @@ def check_processes(
 def _sharding(kind: DistributedType, in_shards: bool) -> str:
     """Return what is refused of this kind of processes; "" if nothing is.
 
-    DeepSpeed tells the gradient's norm where ZeRO needs it. From stage 3 on modules
-    have their parameters for as long as they run.
+    Under DeepSpeed modules have whole parameters for as long as they run.
     """
     if kind == DistributedType.DEEPSPEED and in_shards:
-        plugin = AcceleratorState().deepspeed_plugin
-        stage = None if plugin is None else plugin.zero_stage
-        return "" if stage in _STAGES else f"stage {stage} of DeepSpeed's ZeRO"
+        return ""
     version = " of version 1" if in_shards and kind == DistributedType.FSDP else ""
     return f"{kind.value}{version}"
 

@@ -18,6 +18,7 @@ from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.processes import reduced
 from hf_sketch.store.rows import row_columns
 
+from .clipping import ROUNDING, norm_of
 from .steps import LeftGradients, StepReader
 
 _LAYERWISE = ("lomo_optim",)  # packages whose optimizers step within the backward pass
@@ -34,6 +35,8 @@ class ArrivingGradients(StepReader):
         model_sketch: the map.
         parameters: what is trained, by name.
         engine: DeepSpeed's; None for a layer-wise optimizer, which clips nothing.
+        optimizer: the one that DeepSpeed calls with clipped gradients, where it tells
+            nobody their norm: without ZeRO and in float32.
     """
 
     def __init__(
@@ -41,14 +44,16 @@ class ArrivingGradients(StepReader):
         model_sketch: ModelSketch,
         parameters: Mapping[str, nn.Parameter],
         engine: Any,
+        optimizer: Optimizer | None = None,
     ) -> None:
         self._model_sketch, self._parameters = model_sketch, parameters
-        self._engine = engine
+        self._engine, self._optimizer = engine, optimizer
         self.start_step()
 
     def start_step(self) -> None:
         self._sum: Accumulator = self._model_sketch.sketch_sum()
         self._square, self._micro_batches = 0.0, 0
+        self._stepped: tuple[Tensor, Tensor] | None = None  # norm, and norm of sketch
 
     @contextmanager
     def watched(self, sketcher: ExampleSketcher | None) -> Generator[None]:
@@ -57,6 +62,9 @@ class ArrivingGradients(StepReader):
             for name, parameter in self._parameters.items():
                 hook = partial(self._add, name, sketcher)
                 hooks.callback(parameter.register_hook(hook).remove)
+            if self._optimizer is not None:
+                handle = self._optimizer.register_step_pre_hook(self._note_step)
+                hooks.callback(handle.remove)
             yield
 
     def columns(
@@ -68,8 +76,15 @@ class ArrivingGradients(StepReader):
             total = self._sum.result()
         share = loss_scale * processes.num_processes
         sketch = reduced(total, "sum") / share
-        norm = self._norm(sketch, share)
-        factor = self._clip_factor(norm)
+        if self._stepped is None:
+            norm = self._norm(sketch, share)
+            factor = self._clip_factor(norm)
+        else:
+            norm, size = self._stepped
+            before = torch.linalg.vector_norm(sketch)
+            factor = torch.where(before > 0, size / before, 1.0)
+            factor = torch.where((factor - 1).abs() < ROUNDING, 1.0, factor)
+            norm = norm / factor
         return row_columns(
             sketch * factor,
             **position,
@@ -86,6 +101,13 @@ class ArrivingGradients(StepReader):
             self._square = self._square + gradient.double().square().sum()
             # An optimizer may change it before the sum is taken.
             self._sum.add(name, gradient.reshape(1, -1).clone())
+
+    def _note_step(self, *_: Any) -> None:
+        """Note what the optimizer sees, which has been clipped."""
+        given = self._parameters.items()
+        gradients = {name: p.grad for name, p in given if p.grad is not None}
+        size = torch.linalg.vector_norm(self._model_sketch.sketch(gradients))
+        self._stepped = norm_of(gradients.values(), in_shards=False), size
 
     def _norm(self, sketch: Tensor, share: float) -> Tensor:
         """Return the gradient's norm; its sketch's where nobody knows that."""
@@ -112,7 +134,10 @@ def step_reader(
     """Return what reads the gradients of a model's steps."""
     parameters = model_sketch.parameters_of(model)
     if steps_early(optimizer, engine):
-        return ArrivingGradients(model_sketch, parameters, engine)
+        inner: Any = _inner(optimizer)  # one of DeepSpeed's own is no Optimizer
+        plain = engine is not None and isinstance(inner, Optimizer)
+        seen = inner if plain else None
+        return ArrivingGradients(model_sketch, parameters, engine, seen)
     return LeftGradients(model_sketch, parameters)
 
 

@@ -11,7 +11,7 @@ from hf_sketch.processes import reduced
 from hf_sketch.sketches.operator import accumulation_dtype
 
 _WITNESSES = 2**18
-_ROUNDING = 1e-6  # gradients may be scaled and scaled back before the optimizer steps
+ROUNDING = 1e-6  # gradients may be scaled and scaled back before the optimizer steps
 
 
 class ClipProbe:
@@ -50,7 +50,7 @@ class ClipProbe:
         assert before is not None
         norm = norm_of([before], self.in_shards)
         factor = norm_of([self._present()], self.in_shards) / norm
-        unchanged = (norm == 0) | ((factor - 1).abs() < _ROUNDING)
+        unchanged = (norm == 0) | ((factor - 1).abs() < ROUNDING)
         return torch.where(unchanged, 1.0, factor)
 
     def _present(self) -> Tensor:

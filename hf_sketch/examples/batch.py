@@ -116,12 +116,15 @@ class Batch:
 
     def watch_loss(self, loss: Tensor) -> None:
         """Note with which factor the loss enters the backward pass."""
+        place = loss.output_nr
 
-        def keep_scale(gradient: Tensor) -> None:
+        def keep_scale(gradients: tuple[Tensor, ...]) -> None:
             self.begin_backward()
-            self.scale = gradient.detach().clone()
+            self.scale = gradients[place].detach().clone()
 
-        loss.register_hook(keep_scale)
+        # After all hooks of the loss itself: DeepSpeed's may divide its gradient.
+        assert loss.grad_fn is not None
+        loss.grad_fn.register_prehook(keep_scale)
 
     def begin_backward(self) -> None:
         """Note that the backward pass runs, and when it ends without an error."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_sketch.examples.attempt import attempt
@@ -15,7 +15,7 @@ from hf_sketch.examples.rules.base import Rule
 from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.fsdp import call_with
 from hf_sketch.model.state import kept_random_state
-from hf_sketch.model.zero import whole_shape
+from hf_sketch.model.zero import in_partitions
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,24 @@ class Replay:
         """Return the same with copies of all parameters, which do not stay whole.
 
         Raises:
-            ValueError: modules within have given up theirs.
+            ValueError: modules within get and give up their own, by hooks.
         """
-        everything = dict(self.rule.module.named_parameters(remove_duplicate=False))
-        if any(isinstance(p, DTensor) or p.shape != whole_shape(p) for p in everything.values()):
+        module = self.rule.module
+        within = [part for part in module.modules() if part is not module]
+        if any(isinstance(part, FSDPModule) for part in within):
             raise ValueError(
                 "fully_shard must not be called within a module that is run again "
                 f"for each example, got {self.rule}: call it on the module, or on one "
                 "around it, or pass per_example=False."
             )
-        others = {name: p.detach().clone() for name, p in everything.items()}
+        if any(in_partitions(part.parameters(recurse=False)) for part in within):
+            raise ValueError(
+                "ZeRO-3 must not split parameters within a module that is run again "
+                f"for each example, got {self.rule}: train in stage 2, or pass "
+                "per_example=False."
+            )
+        everything = module.named_parameters(remove_duplicate=False)
+        others = {name: p.detach().clone() for name, p in everything}
         parameters = {name: others.pop(name) for name in self.parameters}
         return replace(self, parameters=parameters, others=others)
 

@@ -34,7 +34,7 @@ def _of_the_model(
     needed = plan.elements * (2 * element_bytes + _STATE_BYTES) / run.parts
     if run.sharded:
         yield (
-            "sharded models are recorded under FSDP2 only (fsdp_version 2), and "
+            "sharded models are recorded under FSDP2 (fsdp_version 2) or ZeRO-3, and "
             "HessianSpectrumCallback refuses them"
         )
     if needed > memory_bytes:

@@ -128,3 +128,24 @@ def test_rows_of_a_package_are_those_of_a_plain_optimizer(
         trainer.args.data_seed = 3  # a layer-wise optimizer draws a random number
         trainer.train()
     assert_same_rows(*(load_sketches(tmp_path / name) for name in (other, optim)))
+
+
+@pytest.mark.parametrize("most", [0.1, 100.0])
+def test_a_row_shows_the_clipping_of_an_optimizer_that_deepspeed_calls(most):
+    """Without ZeRO, DeepSpeed tells nobody the norm."""
+    model = tiny_bert().eval()
+    sketch = ModelSketch.from_model(model, SIZE)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    engine = SimpleNamespace(gradient_clipping=lambda: most)
+    parameters = sketch.parameters_of(model)
+    reader = ArrivingGradients(sketch, parameters, engine, optimizer)
+    with reader.watched(None):
+        model(**tiny_batch()).loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), most))
+        seen = sketch.sketch({n: p.grad.clone() for n, p in parameters.items()})
+        optimizer.step()
+        optimizer.zero_grad()
+    row = reader.columns({}, 1.0)
+    assert float(row["gradient_norm"]) == pytest.approx(norm, rel=1e-4)
+    assert float(row["clip_factor"]) == pytest.approx(min(1.0, most / norm), rel=1e-4)
+    torch.testing.assert_close(row["sketch"][0], seen, rtol=1e-4, atol=1e-6)

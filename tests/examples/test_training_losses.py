@@ -128,6 +128,21 @@ def test_the_scale_of_an_fp16_loss_is_undone():
     torch.testing.assert_close(rows[1].weights, rows[0].weights)
 
 
+def test_a_hook_of_the_loss_may_scale_its_gradient():
+    """As those do that DeepSpeed puts on what its engine returns."""
+    model = tiny_bert().eval()
+    sketch = ModelSketch.from_model(model, SIZE)
+    batches = []
+    for divisor in (1.0, 2.0):
+        with ExampleSketcher(model, sketch) as sketcher:
+            loss = model(**tiny_batch()).loss
+            loss.register_hook(lambda gradient, divisor=divisor: gradient / divisor)
+            loss.backward()
+            batches.append(sketcher.take())
+    torch.testing.assert_close(batches[1].rows, batches[0].rows)
+    torch.testing.assert_close(batches[1].weights, batches[0].weights / 2)
+
+
 def test_the_balance_of_routers_is_left_out(tmp_path):
     settings = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
     callback = GradientSketchCallback(SIZE)

@@ -25,6 +25,15 @@ def gradients_of(model):
     return {name: torch.randn_like(p) for name, p in model.named_parameters()}
 
 
+def test_a_parameter_that_is_empty_has_the_shape_that_deepspeed_notes():
+    whole, split = tiny_bert(), tiny_bert()
+    for parameter in split.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    sketch = ModelSketch.from_model(split, 64)
+    assert sketch == ModelSketch.from_model(whole, 64)
+    assert sketch.parameters_of(split).keys() == sketch.parameters_of(whole).keys()
+
+
 def test_it_is_the_sum_of_its_operators_sketches(layout):
     model = tiny_bert()
     sketch = ModelSketch.from_model(model, 64, layout)

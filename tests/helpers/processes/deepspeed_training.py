@@ -1,35 +1,60 @@
 """Training by DeepSpeed, and the same without it, in several processes."""
 
+import math
 from functools import partial
 
+import torch
+from accelerate.state import PartialState
+
 from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.model.zero import whole_shape
 from tests.helpers.processes.distributed_training import SIZE, even, train
 
-STAGES = (1, 2)
+STAGES = (0, 1, 2, 3)
 SETTINGS = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
     "zero_allow_untested_optimizer": True,
 }
+TRAINING = {"optim": "sgd", "learning_rate": 1e-2}
+MICRO_BATCHES = (1, 2)  # in a step
+
+
+def micro_batches_of(stage):
+    """Without ZeRO, DeepSpeed divides gradients by their number, unlike the others."""
+    return 2 if stage else 1
 
 
 def in_stage(stage, watched, directory):
-    """Steps of two micro-batches, clipped, while the learning rate falls."""
-    settings = {**SETTINGS, "zero_optimization": {"stage": stage}}
+    """Clipped steps while the learning rate falls; every parameter is split."""
+    split = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    settings = {**SETTINGS, "zero_optimization": split}
     callbacks = [GradientSketchCallback(SIZE)] if watched else []
-    training = {"optim": "sgd", "learning_rate": 1e-2}
-    train(directory, *callbacks, **even(), **training, deepspeed=settings)
+    training = {**even(), **TRAINING, "deepspeed": settings}
+    training["gradient_accumulation_steps"] = micro_batches_of(stage)
+    train(directory, *callbacks, **training)
+    rank = PartialState().process_index
+    weights = {n: own_part(p, rank) for n, p in training["model"].named_parameters()}
+    torch.save(weights, directory / f"parts-{rank}.pt")
 
 
-def without(directory):
+def own_part(parameter, rank):
+    """What a process holds of a parameter, less what fills up the last one's part."""
+    part = getattr(parameter, "ds_tensor", parameter).detach().flatten()
+    if part.numel() < math.prod(whole_shape(parameter)):
+        part = part[: max(0, math.prod(whole_shape(parameter)) - rank * part.numel())]
+    return part.clone()
+
+
+def without(micro_batches, directory):
     """The same by DDP."""
-    training = {"optim": "sgd", "learning_rate": 1e-2}
-    train(directory, GradientSketchCallback(SIZE), **even(), **training)
+    training = {**even(), **TRAINING, "gradient_accumulation_steps": micro_batches}
+    train(directory, GradientSketchCallback(SIZE), **training)
 
 
 SCENARIOS = {
-    "deepspeed/without": without,
-    **{f"deepspeed/{stage}": partial(in_stage, stage, True) for stage in (0, 1, 2, 3)},
+    **{f"deepspeed/without-{n}": partial(without, n) for n in MICRO_BATCHES},
+    **{f"deepspeed/{stage}": partial(in_stage, stage, True) for stage in STAGES},
     **{f"deepspeed/plain-{n}": partial(in_stage, n, False) for n in STAGES},
 }
