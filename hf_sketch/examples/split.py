@@ -172,9 +172,10 @@ def split_of(inputs: Mapping[str, Any], main_input: str) -> ExampleSplit:
     """Return how a batch that a model is called with divides into examples.
 
     A single row without an attention mask whose `position_ids` start again is packed.
+    Of several such rows, each is an example: it is a row of the dataset.
 
     Raises:
-        ValueError: no tensor among the inputs, or several packed rows.
+        ValueError: no tensor among the inputs.
     """
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     main = inputs.get(main_input)
@@ -187,14 +188,9 @@ def split_of(inputs: Mapping[str, Any], main_input: str) -> ExampleSplit:
     positions = inputs.get("position_ids")
     if not isinstance(positions, Tensor) or inputs.get("attention_mask") is not None:
         return Rows(len(leading))
-    starts = (positions == 0).reshape(-1, positions.shape[-1])
-    if int(starts.sum(1).max()) <= 1:
+    restarts = (positions == 0).reshape(-1, positions.shape[-1])
+    places = restarts[0, 1:].nonzero().flatten().tolist()
+    if len(restarts) > 1 or not places:
         return Rows(len(leading))
-    if len(starts) > 1:
-        raise ValueError(
-            f"Packed documents must lie in one row, got {len(starts)} rows whose "
-            "position_ids start again. Pack with DataCollatorWithFlattening, or pass "
-            "per_example=False."
-        )
-    places = starts[0].nonzero().flatten().tolist()
-    return Packed(len(places), (*places, positions.shape[-1]))
+    starts = (0, *(place + 1 for place in places))  # the first may go on from before
+    return Packed(len(starts), (*starts, positions.shape[-1]))

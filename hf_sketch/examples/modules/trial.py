@@ -21,7 +21,7 @@ from hf_sketch.examples.modules.probe import (
 from hf_sketch.examples.modules.reading import Reading
 from hf_sketch.examples.named_sums import NamedSums
 from hf_sketch.examples.rules.base import Rule, kind_of
-from hf_sketch.examples.split import Rows
+from hf_sketch.examples.split import Packed, Rows
 from hf_sketch.model.state import evaluation_mode
 
 logger = logging.getLogger(__name__)
@@ -217,9 +217,12 @@ def learn(reading: Reading, call: ModelCall) -> None:
         ValueError: examples see each other, or a parameter's gradients cannot be read.
     """
     reading.unwatch()
+    tried = call
+    if not isinstance(call.split, Packed):  # which see each other where one is kept
+        tried = call.without_cache(reading.model)
     try:
         with reading.rest(), evaluation_mode(reading.model), torch.enable_grad():
-            Trial(reading).run(call.without_cache(reading.model))
+            Trial(reading).run(tried)
     except (MemoryError, torch.OutOfMemoryError) as failure:
         reading.go_unverified(f"out of memory ({failure})")
     finally:
