@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.sketch import ModelSketch
-from hf_sketch.sketches.outer import form_outer
+from hf_sketch.sketches.outer import Routed, form_outer
 
 
 class NamedSums:
@@ -64,6 +64,16 @@ class NamedSums:
                 left = left.to(self._like)
             size = math.prod(self._shapes[name])
             self._hold(name)[:] += form_outer(left, right.to(self._like), 0, size)
+
+    def add_routed(self, name: str, left: Tensor, right: Routed) -> None:
+        """See `Accumulator.add_routed`."""
+        self.names.add(name)
+        if name in self._model_sketch.operators:
+            self._sum(name).add_routed(name, left, right)
+            return
+        right = right.of(right.sides.to(self._like))
+        for start, rows in right.formed(left.to(self._like)):
+            self.add_part(name, rows, start)
 
     def add_example(self, name: str, index: int, gradient: Tensor) -> None:
         """See `Accumulator.add_example`."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from hf_sketch.sketches import QK, Sketch
+from hf_sketch.sketches import QK, Grouped, Sketch
 from hf_sketch.sketches.blocked import BlockedSketch, WorkingMemory
 from hf_sketch.sketches.operator import accumulation_dtype
-from hf_sketch.sketches.outer import form_outer
+from hf_sketch.sketches.outer import Routed, form_outer
 
 
 @dataclass
@@ -107,6 +107,24 @@ class Accumulator:
             size = math.prod(self.shapes[name])
             self._hold(name, form_outer(left, right, 0, size))
 
+    def add_routed(self, name: str, left: Tensor, right: Routed) -> None:
+        """Add sum_t left_t (x) right_t of each example, in the expert's matrix.
+
+        Shapes:
+            left (t, m), the tokens of all examples
+        """
+        self.names.add(name)
+        operator, left = self.operators.get(name), self._converted(left)
+        right = right.of(self._converted(right.sides))
+        if isinstance(operator, Grouped):
+            assert self.total is not None
+            left, sides, expert = right.by_example(left)
+            folded = operator.fold(left, 0, expert), operator.fold(sides, 1, expert)
+            operator.add_folded_(self.total, *folded)
+            return
+        for start, rows in right.formed(left):
+            self.add_part(name, rows, start)
+
     def add_example(self, name: str, index: int, gradient: Tensor) -> None:
         """Add the gradient of one example, in the parameter's shape."""
         assert self.total is not None
@@ -179,12 +197,13 @@ class Accumulator:
             mixed += self._mixed[operator.block][1]
         self._mixed[operator.block] = operator, mixed
 
-    def _two_sided(self, name: str) -> QK | None:
+    def _two_sided(self, name: str) -> QK | Grouped | None:
         """Return the operator if it folds the sides of an outer product apart."""
         operator = self.operators.get(name)
+        matrix = len(self.shapes[name]) == 2
         if isinstance(operator, QK) and operator.sides == self.shapes[name]:
             return operator
-        return None
+        return operator if isinstance(operator, Grouped) and matrix else None
 
     def _converted(self, x: Tensor) -> Tensor:
         """Return numbers in the dtype that sums are kept in; integers as they are."""

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.names import named_parameters
 from hf_sketch.model.zero import whole_shape
-from hf_sketch.sketches import QK, Sketch
-from hf_sketch.sketches.by_name import OPERATORS, choose_operator
+from hf_sketch.sketches import Sketch
+from hf_sketch.sketches.by_name import OPERATORS, choose_factored, choose_operator
 from hf_sketch.sketches.choices import check_choice
 
-LAYOUTS = ("blocked", "factored", "flat")
+LAYOUTS = ("blocked", "factored", "flat", "grouped")
 _OWN_SIZE = 2**16
 _PROBED_ELEMENTS = 2**12
 
@@ -55,10 +55,12 @@ class ModelSketch:
         shapes: (name, shape) of every parameter that is sketched; see `from_model`.
         out_size: length of the sketch, in [1, number of elements].
         layout: "blocked" sketches each parameter by `operator`, in blocks where it has
-            them (2**16 elements, SRHT 2**10); "factored" sketches each matrix by QK
-            with one factor of signs on its outputs and one on its inputs, so that a
-            per-example gradient is never formed, and all else (vectors, and matrices
-            with a side too short for its factor) as "blocked"; "flat" is the paper's:
+            them (2**16 elements, SRHT 2**10); "grouped" sketches each matrix, and each
+            of a mixture's experts, by `Grouped`, which takes outputs and inputs apart,
+            so that a per-example gradient is never formed, and all else (vectors, and
+            matrices with a side shorter than about sqrt(out_size)) as "blocked";
+            "factored" does so by QK with a factor of signs for each side, and is less
+            accurate, and no faster for experts than "blocked"; "flat" is the paper's:
             all parameters end to end, one operator without blocks, which needs twice
             the memory of the gradient.
         seed: the only source of randomness; equal fields, equal map.
@@ -283,13 +285,11 @@ class ModelSketch:
         size = math.prod(shape)
         if self.layout == "flat":
             return None
-        if self.layout == "factored" and len(shape) == 2:
-            bits = (self.out_size - 1).bit_length()
-            sides = (2 ** (bits // 2), 2 ** (bits - bits // 2))
-            if shape[0] >= sides[0] and shape[1] >= sides[1]:
-                sizes = (size, self.out_size, self.seed)
-                return QK(*sizes, shape, sides, name, "signs")
-        return None if size < _OWN_SIZE else self._plain_operator(size, name)
+        settings = self.out_size, self.seed, name
+        factored = choose_factored(self.layout, shape, *settings)
+        if factored is None and size >= _OWN_SIZE:
+            return self._plain_operator(size, name)
+        return factored
 
     def _plain_operator(self, size: int, stream: str) -> Sketch:
         sizes = (size, self.out_size, self.seed)

@@ -5,6 +5,7 @@ from hf_sketch.sketches.afjl import AFJL
 from hf_sketch.sketches.dense import Dense
 from hf_sketch.sketches.ffd import FFD
 from hf_sketch.sketches.fjl import FJL
+from hf_sketch.sketches.grouped import Grouped
 from hf_sketch.sketches.operator import Composed, Sketch, Transposed
 from hf_sketch.sketches.qk import QK
 from hf_sketch.sketches.srht import SRHT
@@ -20,6 +21,7 @@ __all__ = [
     "Composed",
     "CounterRandom",
     "Dense",
+    "Grouped",
     "Sketch",
     "Transposed",
 ]

@@ -1,6 +1,7 @@
 """Sums of outer products, as the gradients of weights are."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +43,50 @@ def is_touched(left: Tensor, first: int, last: int) -> bool:
     return bool(((left >= first) & (left < last)).any())
 
 
+@dataclass(frozen=True)
+class Routed:
+    """Right sides of outer products, each in the matrix of one expert.
+
+    Args:
+        sides: (t, n), the tokens of all examples.
+        example: (t,), whose sum each product is of.
+        expert: (t,), in which matrix.
+        examples: number of examples.
+        experts: number of experts.
+    """
+
+    sides: Tensor
+    example: Tensor
+    expert: Tensor
+    examples: int
+    experts: int
+
+    def of(self, sides: Tensor) -> "Routed":
+        """The same with other numbers."""
+        return replace(self, sides=sides)
+
+    def by_example(self, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Left and right sides and experts, each (b, most tokens, ...).
+
+        Examples with fewer tokens have zeros on both sides.
+        """
+        order, row, counts = _sorted(self.example, self.examples)
+        shape = self.examples, max(1, int(counts.max()))
+        row = row + self.example[order] * shape[1]
+        left, right, expert = (
+            x.new_zeros(shape[0] * shape[1], *x.shape[1:])
+            .index_copy_(0, row, x[order])
+            .unflatten(0, shape)
+            for x in (left, self.sides, self.expert)
+        )
+        return left, right, expert
+
+    def formed(self, left: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield the examples' sums of outer products; see `form_grouped`."""
+        sizes = self.examples, self.experts
+        return form_grouped(left, self.sides, self.example, self.expert, sizes)
+
+
 def form_grouped(
     left: Tensor,
     right: Tensor,
@@ -67,9 +112,7 @@ def form_grouped(
     """
     examples, groups = sizes
     width = left.shape[1] * right.shape[1]
-    key, order = torch.sort(group * examples + example, stable=True)
-    counts = torch.bincount(key, minlength=examples * groups)
-    place = torch.arange(len(key), device=key.device) - (counts.cumsum(0) - counts)[key]
+    order, place, counts = _sorted(group * examples + example, examples * groups)
     counts = counts.view(groups, examples)
     summary = torch.stack([counts.sum(1).cumsum(0), counts.amax(1)])
     ends, longest = summary.tolist()  # of each group
@@ -92,3 +135,11 @@ def form_grouped(
         )
         product = torch.bmm(next(sides).transpose(1, 2), next(sides))
         yield first * width, product.view(examples, -1)
+
+
+def _sorted(key: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The order of keys below `size`, each one's place among its equals, the counts."""
+    key, order = torch.sort(key, stable=True)
+    counts = torch.bincount(key, minlength=size)
+    place = torch.arange(len(key), device=key.device) - (counts.cumsum(0) - counts)[key]
+    return order, place, counts

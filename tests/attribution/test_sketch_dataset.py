@@ -14,7 +14,7 @@ def model():
 
 @pytest.fixture
 def sketch(model):
-    return ModelSketch.from_model(model, 256, "factored")
+    return ModelSketch.from_model(model, 256, "grouped")
 
 
 def test_rows_are_those_of_the_sketcher_in_eval_mode(model, sketch):
@@ -124,7 +124,7 @@ def assert_rows_are(rows, sketch, gradients):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_loss_is_a_mean_or_a_sum_over_tokens(language_model, reduction):
-    sketch = ModelSketch.from_model(language_model, 256, "factored")
+    sketch = ModelSketch.from_model(language_model, 256, "grouped")
     rows = sketched(language_model, sketch, loss=reduction)
 
     def own(output, batch):
@@ -137,7 +137,7 @@ def test_a_loss_is_a_mean_or_a_sum_over_tokens(language_model, reduction):
 
 
 def test_a_target_of_ones_own(language_model):
-    sketch = ModelSketch.from_model(language_model, 256, "factored")
+    sketch = ModelSketch.from_model(language_model, 256, "grouped")
 
     def margin(output, batch):
         last = output.logits[:, -1]
@@ -154,7 +154,7 @@ def test_a_target_of_ones_own(language_model):
 
 
 def test_a_target_that_compares_examples_is_refused(language_model):
-    sketch = ModelSketch.from_model(language_model, 256, "factored")
+    sketch = ModelSketch.from_model(language_model, 256, "grouped")
 
     def contrast(output, batch):
         last = output.logits[:, -1, 5]

@@ -43,7 +43,7 @@ def assert_rows_are_right(model, inputs, layout):
         assert (row - wanted).norm() < 1e-9 * wanted.norm()
 
 
-@pytest.mark.parametrize("layout", ["factored", "blocked"])
+@pytest.mark.parametrize("layout", ["grouped", "blocked"])
 @pytest.mark.parametrize("name", [*FEW, *full(*MORE)])
 def test_rows_are_those_of_single_example_passes(name, layout):
     assert_rows_are_right(tiny_model(name), tiny_inputs(name), layout)
@@ -52,11 +52,11 @@ def test_rows_are_those_of_single_example_passes(name, layout):
 @pytest.mark.parametrize("name", [*FEW, *full(*MORE)])
 def test_rows_of_batches_whose_size_divides_their_lengths(name):
     inputs = {key: column[:3] for key, column in tiny_inputs(name).items()}
-    assert_rows_are_right(tiny_model(name), inputs, "factored")
+    assert_rows_are_right(tiny_model(name), inputs, "grouped")
 
 
 @pytest.mark.skipif(not PRETRAINED.exists(), reason="needs the pretrained weights")
-@pytest.mark.parametrize("layout", ["factored", "blocked"])
+@pytest.mark.parametrize("layout", ["grouped", "blocked"])
 def test_rows_of_a_pretrained_model(layout):
     model = AutoModelForCausalLM.from_pretrained(PRETRAINED, dtype=torch.float64)
     assert_rows_are_right(model.eval(), tiny_inputs("llama"), layout)

@@ -84,9 +84,9 @@ def run_again(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "layout"),
     [
-        ("mixtral", "factored"),
+        ("mixtral", "grouped"),
         ("llama4_text", "blocked"),
-        *full(*((kind, "factored") for kind in KINDS if kind != "mixtral")),
+        *full(*((kind, "grouped") for kind in KINDS if kind != "mixtral")),
     ],
 )
 def test_experts_have_exact_rows_without_being_run_again(kind, layout, run_again):
@@ -106,7 +106,7 @@ def test_experts_have_exact_rows_without_being_run_again(kind, layout, run_again
 )
 def test_experts_of_every_implementation_have_a_rule(kind, implementation, run_again):
     model = experts_model(kind, implementation, torch.float32)
-    assert_rows_are_right(model, "factored", 64, 1e-5)
+    assert_rows_are_right(model, "grouped", 64, 1e-5)
     assert all("attn" in path for path in run_again)  # gpt-oss has sinks there
 
 
@@ -117,7 +117,7 @@ def test_weights_with_an_operator_of_their_own_are_sketched_expert_by_expert(
     monkeypatch.setattr("hf_sketch.sketches.outer._ELEMENTS", 2**10)
     model = experts_model("mixtral", "eager", torch.float64)
     with DoublePrecision():
-        assert_rows_are_right(model, "factored", 64, 1e-9)
+        assert_rows_are_right(model, "grouped", 64, 1e-9)
     assert not run_again
 
 

@@ -106,7 +106,7 @@ def gradients_of(loss, parameters):
 def test_rows_are_those_of_single_examples(name):
     model = tuned(METHODS[name]())
     inputs = batch(name)
-    sketch = ModelSketch.from_model(model, SIZE, "factored")
+    sketch = ModelSketch.from_model(model, SIZE, "grouped")
     with ExampleSketcher(model, sketch) as sketcher:
         model(**inputs).loss.backward()
         got = sketcher.take()
@@ -127,7 +127,7 @@ def test_the_penalty_of_adalora_belongs_to_no_example():
         init_r=4, target_r=2, total_step=10, tinit=0, tfinal=0, **SOME
     )
     model, inputs = tuned(config), batch("adalora")
-    sketch = ModelSketch.from_model(model, SIZE, "factored")
+    sketch = ModelSketch.from_model(model, SIZE, "grouped")
     with ExampleSketcher(model, sketch) as sketcher:
         model(**inputs).loss.backward()
         got = sketcher.take()

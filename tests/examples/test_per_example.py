@@ -10,10 +10,12 @@ from hf_sketch.examples.calls import field_of
 from tests.helpers.tiers import full
 from tests.helpers.trained.training import tiny_batch, tiny_bert
 
-every_layout = pytest.mark.parametrize("layout", ["blocked", "factored", "flat"])
+every_layout = pytest.mark.parametrize(
+    "layout", ["grouped", "blocked", "flat", *full("factored")]
+)
 
 
-@pytest.fixture(params=["factored", *full("blocked", "flat")])
+@pytest.fixture(params=["grouped", *full("factored", "blocked", "flat")])
 def layout(request):
     return request.param
 

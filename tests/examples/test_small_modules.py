@@ -217,7 +217,7 @@ def test_rows_are_those_of_single_examples(name):
     if name == "spectral norm":  # whose training mode changes the model
         model.eval()
     x, labels = torch.randn(4, 5, WIDTH).double(), torch.tensor([0, 1, 2, 1])
-    sketch = ModelSketch.from_model(model, 32, "factored")
+    sketch = ModelSketch.from_model(model, 32, "grouped")
     with ExampleSketcher(model, sketch) as sketcher:
         model(x=x, labels=labels)["loss"].backward()
         rows = sketcher.take().rows

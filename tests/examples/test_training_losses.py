@@ -39,7 +39,7 @@ def train(tmp_path, name, *callbacks, **config):
     return curve, list(model.parameters())
 
 
-@pytest.mark.parametrize("layout", ["factored", *full("blocked")])
+@pytest.mark.parametrize("layout", ["grouped", *full("blocked")])
 @pytest.mark.parametrize("name", [*FEW, *full(*MORE)])
 def test_training_is_bit_equal_with_and_without(tmp_path, name, layout):
     plain, before = train(tmp_path / "plain", name)

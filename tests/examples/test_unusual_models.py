@@ -185,7 +185,7 @@ def assert_rows_are_parallel(model, layout="blocked", tolerance=1e-9):
 KINDS = [Overwritten, Repeated, Elsewhere, Sorted, TimeFirst, SumOfLosses, Within]
 
 
-@pytest.mark.parametrize("layout", ["blocked", "factored"])
+@pytest.mark.parametrize("layout", ["blocked", "grouped"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_those_of_single_examples(kind, layout):
     assert_rows_are_parallel(kind(), layout)
@@ -206,7 +206,7 @@ CONFIGS = [{}, {"final_logit_softcapping": 2.0}, {"logit_scale": 0.25}]
 @pytest.mark.parametrize("config", CONFIGS, ids=["plain", "softcap", "scale"])
 def test_a_head_that_is_never_called_has_a_rule(config, alone):
     model = Fused(config, alone=alone)
-    rules = assert_rows_are_parallel(model, "factored")
+    rules = assert_rows_are_parallel(model, "grouped")
     assert not rules.run_again, rules
 
 

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, Composed, Dense
+from hf_sketch.sketches import Grouped
+from hf_sketch.sketches.outer import Routed
 from tests.helpers.operators.dense import (
     dense_affd,
     dense_afjl,
     dense_dense,
     dense_ffd,
     dense_fjl,
+    dense_grouped,
     dense_qk,
     dense_srht,
 )
@@ -65,6 +68,10 @@ OPERATORS = [
         QK(60, 16, 0, in_factors=(10, 6), out_factors=(4, 4), stream="w"),
         lambda op: dense_qk(op, (10, 6), (4, 4)),
     ),
+    (Grouped(1, 1, 0, sides=(1, 1), widths=(1, 1)), dense_grouped),
+    (Grouped(360, 64, 3, sides=(60, 6), widths=(32, 8), stream="w"), dense_grouped),
+    (Grouped(114, 60, 1, sides=(19, 6), widths=(16, 16)), dense_grouped),
+    (Grouped(480, 64, 2, sides=(4, 5, 24), widths=(8, 16)), dense_grouped),
     (
         AFFD(100, 20, seed=1) @ QK(1000, 100, seed=2),
         lambda op: dense_affd(op.outer) @ dense_qk(op.inner, (1024,), (128,)),
@@ -125,6 +132,31 @@ def test_an_outer_product_is_sketched_as_if_it_were_formed(operator, dense):
     one_hot = torch.nn.functional.one_hot(ids, height).double()
     formed = torch.einsum("bti,btj->bij", one_hot, right).flatten(1)
     assert_close(operator.apply_outer(ids, right), formed @ matrix.T)
+
+
+@pytest.mark.parametrize("operator", [op for op, _ in OPERATORS if type(op) is Grouped])
+def test_a_part_of_the_coordinates_is_sketched_as_if_others_were_zero(operator):
+    matrix, size = dense_grouped(operator), operator.in_size
+    for start, stop in ((0, size), (size // 3, size), (size // 4, size // 2)):
+        part = random(2, stop - start)
+        got = operator.apply_part(part, start)
+        assert_close(got, part @ matrix[:, start:stop].T)
+
+
+def test_outer_products_of_experts_are_sketched_as_if_they_were_formed():
+    operator = Grouped(480, 60, 2, sides=(4, 5, 24), widths=(8, 16))
+    left, right = random(12, 5), random(12, 24)
+    example = torch.tensor([0, 2, 2, 0, 0, 2, 2, 2, 0, 2, 0, 2])  # and none of 1
+    expert = torch.tensor([3, 1, 1, 0, 3, 2, 2, 1, 0, 3, 3, 1])
+    formed = torch.zeros(3, 4, 5, 24, dtype=torch.float64)
+    for t in range(12):
+        formed[example[t], expert[t]] += torch.outer(left[t], right[t])
+    routed = Routed(right, example, expert, 3, 4)
+    left, right, expert = routed.by_example(left)
+    rows = torch.ones(3, 60, dtype=torch.float64)
+    folded = operator.fold(left, 0, expert), operator.fold(right, 1, expert)
+    operator.add_folded_(rows, *folded)
+    assert_close(rows, 1 + formed.flatten(1) @ dense_grouped(operator).T)
 
 
 @each_operator
@@ -220,3 +252,18 @@ def test_an_unknown_mix_is_named(kind):
 def test_operators_whose_sizes_do_not_meet_are_named():
     with pytest.raises(ValueError, match=r"must give 100 numbers.* got 50: build the"):
         AFFD(100, 20, seed=1) @ QK(1000, 50, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("sides", "widths", "message"),
+    [
+        ((10, 5), (8, 8), r"product of in_size=60, got \(10, 5\): pass the weight's"),
+        ((60,), (8, 8), r"sides must be .* got \(60,\)"),
+        ((10, 6), (8, 6), r"powers of two of at most 32 .* got \(8, 6\): leave"),
+        ((10, 6), (64, 8), r"at most 32 with a product .* got \(64, 8\)"),
+        ((10, 6), (4, 4), r"product of at least that, got \(4, 4\)"),
+    ],
+)
+def test_sides_and_widths_that_do_not_fit_are_named(sides, widths, message):
+    with pytest.raises(ValueError, match=message):
+        Grouped(60, 30, seed=0, sides=sides, widths=widths)

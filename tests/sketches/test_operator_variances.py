@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, CounterRandom, Dense
+from hf_sketch.sketches import Grouped
 from tests.helpers.operators import hartley_variances, variances
 from tests.helpers.operators.dense import hadamard
 
@@ -62,6 +63,17 @@ OPERATORS = [
     (
         QK(SIZE, 16, 0, (16, 16), (4, 4), rotation="signs"),
         lambda x, y, _: variances.qk_signs(x, y, (16, 16), (4, 4)),
+    ),
+    *(
+        (
+            Grouped(SIZE, out, 0, sides, widths),
+            partial(variances.grouped, sides=sides, widths=widths),
+        )
+        for out, sides, widths in (
+            (16, (10, 25), (16, 16)),
+            (32, (25, 10), (16, 16)),
+            (28, (25, 10), (32, 8)),
+        )
     ),
 ]
 

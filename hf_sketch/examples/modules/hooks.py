@@ -14,6 +14,7 @@ from hf_sketch.examples.replay import Replay
 from hf_sketch.examples.rules.base import Call, NoRule, Rule, tensors_of
 from hf_sketch.examples.split import ExampleSplit, Packed
 from hf_sketch.model.state import random_state
+from hf_sketch.sketches.outer import Routed
 
 
 def watch_module(
@@ -112,8 +113,8 @@ def _add(rule: Rule, batch: Batch, saved: Any, gradient: Tensor) -> None:
             continue
         if right is None:
             batch.sums.add(name, left.reshape(len(left), -1))
-        elif isinstance(right, int):
-            batch.sums.add_part(name, left, right)
+        elif isinstance(right, Routed):
+            batch.sums.add_routed(name, left, right)
         else:
             batch.sums.add_outer(name, left, right)
 

@@ -6,17 +6,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hf_sketch.examples.named_sums import Sums
 from hf_sketch.examples.split import ExampleSplit
+from hf_sketch.sketches.outer import Routed
 
 # A parameter's attribute in its module, and its per-example gradients. Without the
 # last, row i of the first tensor (b, elements) is example i's gradient. With a tensor,
 # sum_t left[i, t] (x) right[i, t] is, and integer left (b, t) stands for one-hot
-# vectors. With a number, rows are some of the coordinates, from that one on.
-Contribution = tuple[str, Tensor, Tensor | int | None]
+# vectors. With `Routed`, each product is in the matrix of an expert.
+Contribution = tuple[str, Tensor, Tensor | Routed | None]
 
 
 @dataclass(frozen=True)
@@ -172,3 +174,14 @@ def tokens(split: ExampleSplit, x: Tensor) -> Tensor:
 def over_tokens(split: ExampleSplit, x: Tensor, features: int = 1) -> Tensor:
     """Sum over each example's tokens: (b, elements of the last `features` axes)."""
     return tokens(split, x.flatten(x.dim() - features)).sum(1)
+
+
+def is_kept(x: Tensor, output: Tensor) -> bool:
+    """Return whether autograd keeps a layer's input as it is for the weight's gradient.
+
+    It keeps a copy in another dtype under autocast, and less where activations are
+    computed again or moved elsewhere.
+    """
+    autograd: Any = torch._C._autograd  # which has no public way to ask
+    hooks = autograd._top_saved_tensors_default_hooks(True)
+    return x.dtype == output.dtype and hooks is None

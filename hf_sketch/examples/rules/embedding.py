@@ -48,12 +48,12 @@ class Embedding(Rule):
         if ids is None or self.scale is None:
             return None
         ids = ids.flatten(1)
-        left = self.fold(call.sums, "weight", ids, 0)
         counted = self.scale * (ids != self._padding).unsqueeze(-1)
-        return call.split, call.sums, left, counted
+        return call.split, call.sums, ids, counted
 
     def backward(self, saved: Saved, gradient: Tensor) -> Iterator[Contribution]:
-        split, sums, left, counted = saved
+        split, sums, ids, counted = saved
+        left = self.fold(sums, "weight", ids, 0)
         right = tokens(split, gradient) * counted
         yield "weight", left, self.fold(sums, "weight", right, 1)
 

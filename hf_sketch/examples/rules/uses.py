@@ -16,7 +16,7 @@ from hf_sketch.examples.rules.base import (
 )
 from hf_sketch.examples.rules.use_trace import Use, UseTrace
 from hf_sketch.sketches.operator import accumulation_dtype
-from hf_sketch.sketches.outer import form_grouped
+from hf_sketch.sketches.outer import Routed
 
 
 class _Uses:
@@ -144,18 +144,15 @@ class Uses(Rule):
 def _contributions(uses: _Uses) -> Iterator[Contribution]:
     """Yield the gradients of all experts' slices of one parameter."""
     expert, example, right = uses.joined()
-    right = right.to(accumulation_dtype(right.dtype))
     first, examples = uses.uses[0], uses.split.size
     experts, attribute = first.experts, first.attribute
     if first.input is None:
+        right = right.to(accumulation_dtype(right.dtype))
         rows = right.new_zeros(examples * experts, right.shape[1])
         rows.index_add_(0, example * experts + expert, right)
         yield attribute, rows.view(examples, -1), None
         return
     left = torch.cat([use.input for use in uses.uses if use.input is not None])
-    left = left.to(right)
     if not first.input_first:
         left, right = right, left
-    sizes = examples, experts
-    for start, rows in form_grouped(left, right, example, expert, sizes):
-        yield attribute, rows, start
+    yield attribute, left, Routed(right, example, expert, examples, experts)

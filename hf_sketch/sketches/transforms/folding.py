@@ -37,12 +37,24 @@ def fold(x: Tensor, signs: Tensor, width: int) -> Tensor:
     """
     if len(signs) > _MOST_TERMS * width:
         return x @ folding_columns(signs, width)
-    if is_lazy(x):  # one sum: a program of many small ones takes long to compile
-        flipped = torch.nn.functional.pad(x * signs, (0, -len(signs) % width))
+    return add_up(x, signs, width)
+
+
+def add_up(x: Tensor, signs: Tensor, width: int) -> Tensor:
+    """`fold` by additions alone; an x that is shorter than `width` keeps its length.
+
+    Shapes:
+        x (..., height), signs (height,) or (..., height)
+        returns (..., at most width)
+    """
+    height = x.shape[-1]
+    if height > width and is_lazy(x):
+        # One sum: a program of many small ones takes long to compile.
+        flipped = torch.nn.functional.pad(x * signs, (0, -height % width))
         return flipped.unflatten(-1, (-1, width)).sum(-2)
-    folded = x[..., :width] * signs[:width]
-    for start in range(width, len(signs), width):
+    folded = x[..., :width] * signs[..., :width]
+    for start in range(width, height, width):
         part = x[..., start : start + width]
         place = folded[..., : part.shape[-1]]
-        place.addcmul_(part, signs[start : start + width])
+        place.addcmul_(part, signs[..., start : start + width])
     return folded

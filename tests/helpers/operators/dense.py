@@ -212,3 +212,27 @@ def dense_qk(operator, in_factors, out_factors):
     ]
     scale = math.sqrt(math.prod(in_factors) / math.prod(out_factors))
     return scale * kronecker(factors)[: operator.out_size, : operator.in_size]
+
+
+def dense_grouped(operator):
+    """From the definition, one coordinate of each side at a time."""
+    *experts, m, n = operator.sides
+    experts, out = (experts or [1])[0], operator.out_size
+    longest = 2 ** (out - 1).bit_length()
+    groups = operator.widths[0] * operator.widths[1] // longest
+    sizes = longest // operator.widths[1], longest // operator.widths[0]
+    kept = out // (sizes[0] * sizes[1])
+    turned = []
+    for side, (length, size) in enumerate(zip((m, n), sizes, strict=True)):
+        order = CounterRandom(operator.seed, f"groups/{side}").permutation(groups)
+        rows = hadamard(groups)[order][:kept] * math.sqrt(groups)
+        role = f"sides/{side}/{operator.stream}"
+        words = CounterRandom(operator.seed, role).words(0, experts * length)
+        signs = (1.0 - 2.0 * (words & 1)).view(experts, length)
+        turned.append(torch.zeros(experts, kept, size, length, dtype=torch.float64))
+        for j in range(length):
+            c, p = divmod(j % operator.widths[side], size)
+            turned[side][:, :, p, j] = signs[:, None, j] * rows[:, c]
+    matrix = torch.einsum("ekpi,ekqj->kpqeij", *turned).reshape(-1, operator.in_size)
+    empty = out - len(matrix)
+    return torch.nn.functional.pad(matrix / math.sqrt(kept), (0, 0, 0, empty))

@@ -125,6 +125,42 @@ def qk_signs(x, y, into, out):
     return inner, second - inner**2
 
 
+def grouped(x, y, out, sides, widths):
+    """Signs pair up the four indices of each side, as monomials that are uncorrelated.
+
+    Coordinates i, i' of one side that have one place within their groups meet, weighed
+    by the mean over the kept groups of H[k, u] H[pi k, v], u = c xor c' and v of the
+    other side. Two different groups have H of covariance -1 / (r - 1), unless u = 0.
+    """
+    longest = 2 ** (out - 1).bit_length()
+    r = widths[0] * widths[1] // longest
+    s = [longest // widths[1], longest // widths[0]]
+    kept, off = out // (s[0] * s[1]), 1 / max(1, r - 1)
+    square = [  # of the mean, where none, one or both of u, v are not 0
+        1 / kept + (1 - 1 / kept) * (-off) ** count for count in range(3)
+    ]
+    turned, together = [], []
+    for length, width, size in zip(sides, widths, s, strict=True):
+        place = torch.arange(length) % width
+        c, p = place.div(size, rounding_mode="floor"), place % size
+        turned.append((c[:, None] != c).long())
+        together.append((p[:, None] == p).double())
+    weight = torch.tensor(square, dtype=torch.float64)
+    both = weight[turned[0][:, :, None, None] + turned[1]]
+    both *= together[0][:, :, None, None] * together[1]
+    x, y = (z[: sides[0] * sides[1]].view(sides) for z in (x, y))
+    terms = torch.einsum("ij,kl->ikjl", x, y)
+    terms = terms + terms.transpose(0, 1)
+    terms = terms + terms.transpose(2, 3)
+    other = [1 - torch.eye(length, dtype=torch.float64) for length in sides]
+    # Each monomial comes once for both orders of i, i' and both of j, j'.
+    variance = (both * terms.square() * other[0][:, :, None, None] * other[1]).sum() / 4
+    for side, products in enumerate((x @ y.T, x.T @ y)):  # j = j', i = i': all of them
+        pairs = (products + products.T).square() * other[side] * together[side]
+        variance += (weight[turned[side]] * pairs).sum() / 2
+    return (x * y).sum(), variance
+
+
 def afjl_kronecker(x, y, out, sizes):
     """E g_r^2 g_s^2 is 1, and 2 more for r = s."""
     kept = _kept(sizes, out)
