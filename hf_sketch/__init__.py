@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         Composed,
         CounterRandom,
         Dense,
+        Grouped,
         Sketch,
     )
     from hf_sketch.spectra.density import (
@@ -91,6 +92,7 @@ __all__ = [
     "ExampleSketcher",
     "GaussNewtonOperator",
     "GradientRows",
+    "Grouped",
     "HessianOperator",
     "Influence",
     "LanczosResult",
@@ -145,6 +147,7 @@ _MODULES = {
     "ExampleSketcher": "examples.sketcher",
     "GaussNewtonOperator": "curvature.gauss_newton",
     "GradientRows": "attribution.collection",
+    "Grouped": "sketches",
     "HessianOperator": "curvature.hessian",
     "Influence": "attribution.methods",
     "LanczosResult": "spectra.lanczos_run",

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, TypeGuard
+from typing import Final
 
 import torch
 from torch import nn
 
 from hf_sketch.model.sketch import ModelSketch
-from hf_sketch.sketches import QK
+from hf_sketch.sketches import QK, Grouped, Sketch
 
 _SUM_BYTES: Final = 4  # rows are summed in float32
 
@@ -36,8 +36,10 @@ class BatchCost:
     Args:
         numbers: numbers that the map is applied to: each layer's inputs and output
             gradients where both are folded, else each example's gradient.
-        held_bytes: memory on top of training's when the backward pass begins: folded
-            inputs, rows and, in 16 bits, a float32 copy of the widest layer's gradient.
+        held_bytes: memory on top of training's when the backward pass begins: rows,
+            what folds an embedding's ids and, in 16 bits, a float32 copy of the widest
+            layer's gradient. Layers' inputs are those that training keeps; under
+            autocast they are folded instead, and are not counted.
         uncounted: paths of modules that are not in these figures.
     """
 
@@ -58,27 +60,26 @@ def batch_cost(model: nn.Module, sketch: ModelSketch, batch: BatchShape) -> Batc
         looked_up = isinstance(module, nn.Embedding)
         tokens = batch.examples * batch.tokens
         sides = shape[1:] if looked_up else shape
-        operator = sketch.operators.get(name)
+        folded = folded_sides(sketch.operators.get(name))
         if len(shape) == 2 and not looked_up:
             widest = max(widest, tokens * max(shape))
-        if len(shape) == 1 or is_factored(operator):
+        if len(shape) == 1 or folded:
             numbers += tokens * sum(sides)
         else:
             numbers += batch.examples * math.prod(shape)
-        if is_factored(operator):
-            inputs = 1 if isinstance(module, nn.Linear) else 0
-            folded = tokens * operator.out_factors[inputs]
-            if looked_up:  # each row of the table is folded, and the tokens' are taken
-                folded += shape[0] * operator.out_factors[0]
-            held += folded * _SUM_BYTES
+        if folded and looked_up:
+            factored = isinstance(sketch.operators[name], QK)  # else by signs alone
+            held += shape[0] * (folded[0] if factored else 1) * _SUM_BYTES
     if batch.element_bytes < _SUM_BYTES:
         held += widest * _SUM_BYTES
     return BatchCost(numbers, held, tuple(uncounted))
 
 
-def is_factored(operator: object) -> TypeGuard[QK]:
-    """Whether a matrix's two sides are folded apart, as in the factored layout."""
-    return isinstance(operator, QK) and bool(operator.in_factors)
+def folded_sides(operator: Sketch | None) -> tuple[int, ...]:
+    """To what length a matrix's sides are folded apart; empty if they are not."""
+    if isinstance(operator, Grouped):
+        return operator.widths
+    return operator.out_factors if isinstance(operator, QK) else ()
 
 
 def _parameters(

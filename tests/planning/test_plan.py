@@ -36,18 +36,16 @@ def small():
 def test_numbers_are_those_of_both_sides_or_of_each_examples_gradient():
     model = nn.Sequential(nn.Embedding(50, 1024), nn.Linear(1024, 2048))
     batch = BatchShape(examples=2, tokens=10, element_bytes=4)
-    factored, blocked = (
+    grouped, factored, blocked = (
         batch_cost(model, ModelSketch.from_model(model, 64, layout), batch)
-        for layout in ("factored", "blocked")
+        for layout in ("grouped", "factored", "blocked")
     )
     linear, bias = 20 * (1024 + 2048), 20 * 2048
-    assert factored.numbers == 20 * 1024 + linear + bias
+    assert grouped.numbers == factored.numbers == 20 * 1024 + linear + bias
     assert blocked.numbers == 2 * 50 * 1024 + 2 * 1024 * 2048 + bias
-    operators = ModelSketch.from_model(model, 64, "factored").operators
-    table, matrix = (operators[f"{i}.weight"].out_factors for i in (0, 1))
-    folded = (50 + 20) * table[0] + 20 * matrix[1]
-    assert factored.held_bytes - blocked.held_bytes == 4 * folded
     assert blocked.held_bytes == 4 * 2 * 64  # the rows
+    assert factored.held_bytes - blocked.held_bytes == 4 * 50 * 8  # factors of its ids
+    assert grouped.held_bytes - blocked.held_bytes == 4 * 50  # signs of its ids
 
 
 def test_a_frozen_layer_costs_nothing():

@@ -9,8 +9,7 @@ import sys
 import pytest
 import torch
 
-from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, Composed, Dense
-from hf_sketch.sketches import Grouped
+from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, Composed, Dense, Grouped
 from hf_sketch.sketches.outer import Routed
 from tests.helpers.operators.dense import (
     dense_affd,

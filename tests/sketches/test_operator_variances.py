@@ -8,8 +8,7 @@ from itertools import combinations_with_replacement
 import pytest
 import torch
 
-from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, CounterRandom, Dense
-from hf_sketch.sketches import Grouped
+from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, CounterRandom, Dense, Grouped
 from tests.helpers.operators import hartley_variances, variances
 from tests.helpers.operators.dense import hadamard
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 
 def test_trees_are_mapped_and_flattened():
@@ -74,3 +75,18 @@ def test_the_wrapper_of_processes_is_made_again_from_its_state(tmp_path):
         assert wrapper.module.weight.grad is not None
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_hooks_on_saved_tensors_can_be_seen():
+    def seen():
+        return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+    within = []
+    layer = nn.Linear(2, 2)
+    layer.register_forward_hook(lambda *_: within.append(seen()))
+    x = torch.ones(1, 2)
+    checkpoint(layer, x, use_reentrant=False)
+    with torch.autograd.graph.save_on_cpu():
+        layer(x)
+    layer(x)
+    assert within == [True, True, False]

@@ -182,6 +182,6 @@ def is_kept(x: Tensor, output: Tensor) -> bool:
     It keeps a copy in another dtype under autocast, and less where activations are
     computed again or moved elsewhere.
     """
-    autograd: Any = torch._C._autograd  # which has no public way to ask
-    hooks = autograd._top_saved_tensors_default_hooks(True)
+    library: Any = torch  # which has no public way to ask
+    hooks = library._C._autograd._top_saved_tensors_default_hooks(True)
     return x.dtype == output.dtype and hooks is None
