@@ -58,7 +58,8 @@ class Batch:
         scale: the gradient with which the loss entered the backward pass.
         failure: what went wrong in a hook, in words: the error itself would keep the
             graph alive. Nothing more is read then, and training goes on.
-        called: paths of the modules that were called.
+        called: paths of the modules whose calls gave something that trains.
+        seen: paths of all modules with trainable parameters that were called.
         reached: parameters that the backward pass came to.
         random_states: of modules that are run again, by path, before their last call.
         replays: calls to be run again, with the gradients of their outputs.
@@ -80,6 +81,7 @@ class Batch:
     scale: Tensor | None = None
     failure: str | None = None
     called: set[str] = field(default_factory=set[str])
+    seen: set[str] = field(default_factory=set[str])
     reached: set[str] = field(default_factory=set[str])
     random_states: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     replays: list[Replay] = field(default_factory=list[Replay])

@@ -204,7 +204,8 @@ class _Comparison:
         norms = torch.linalg.vector_norm(self.rows, dim=1)
         # A gradient that all but vanishes has no direction to compare.
         norm = torch.linalg.vector_norm(expected).clamp(min=1e-3 * norms.max())
-        self.row_error = max(self.row_error, float(distance / norm))
+        if distance > 0:  # and not zero in place of a gradient that is zero
+            self.row_error = max(self.row_error, float(distance / norm))
 
 
 def _product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -215,6 +216,8 @@ def _product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 def _errors(exact: Tensor, rows: Tensor, row_error: float) -> MeasuredError:
     """Return the figures, given exact inner products and sketches."""
+    some = exact.diagonal() > 0  # where no parameter was reached, nothing can be off
+    rows, exact = rows[some], exact[some][:, some]
     count = len(rows)
     pairs = torch.triu_indices(count, count, offset=1)
     got, wanted = (x[pairs[0], pairs[1]] for x in (rows @ rows.T, exact))

@@ -14,7 +14,8 @@ from hf_sketch.examples.rounding import agree, autocast_dtype
 from hf_sketch.examples.rules.base import Rule
 from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.fsdp import call_with
-from hf_sketch.model.state import kept_random_state
+from hf_sketch.model.gradient_hooks import hooks_of
+from hf_sketch.model.state import kept_random_state, random_state, same_state
 from hf_sketch.model.zero import in_partitions
 
 
@@ -144,8 +145,9 @@ class Replay:
             share, (self.args, self.kwargs, self.outputs, self.output_gradients)
         )
         with attempt():  # a module need not take a part of its inputs
-            outputs, parameters = self._call(args, kwargs)
-            if self._agrees(outputs, expected):
+            outputs, parameters, draws = self._call(args, kwargs)
+            # Other random numbers need not show: a factor that is zero hides them.
+            if not draws and self._agrees(outputs, expected):
                 return self._backward(outputs, parameters, gradients)
         return None
 
@@ -153,7 +155,7 @@ class Replay:
         self, split: ExampleSplit, start: int
     ) -> Iterator[list[tuple[str, Tensor]]]:
         """Yield the gradients of examples from a repetition of the whole call."""
-        outputs, parameters = self._call(self.args, self.kwargs)
+        outputs, parameters, _ = self._call(self.args, self.kwargs)
         unchanged = _versions(self.outputs) == self.versions[1]
         if unchanged and not self._agrees(outputs, self.outputs):
             raise RuntimeError(
@@ -168,11 +170,16 @@ class Replay:
             ]
             yield self._backward(outputs, parameters, masked, index + 1 < split.size)
 
-    def _call(self, args: Any, kwargs: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Call the module again; return its outputs and the parameters it used."""
+    def _call(
+        self, args: Any, kwargs: Any
+    ) -> tuple[list[Tensor], dict[str, Tensor], bool]:
+        """Call the module again.
+
+        Returns:
+            its outputs, the parameters it used, and whether it drew random numbers.
+        """
         parameters = {
-            attribute: parameter.detach().requires_grad_()
-            for attribute, parameter in self.parameters.items()
+            attribute: self._copy_of(attribute) for attribute in self.parameters
         }
         device = next(iter(parameters.values())).device
         with (
@@ -187,7 +194,15 @@ class Replay:
         ):
             everything = {**self.others, **parameters}
             got = call_with(self.rule.module, everything, args, kwargs)
-        return self.rule.outputs_of(got), parameters
+            draws = not same_state(random_state(device), self.random_state)
+        return self.rule.outputs_of(got), parameters, draws
+
+    def _copy_of(self, attribute: str) -> Tensor:
+        """Return a parameter to differentiate by, with the hooks on its gradient."""
+        copy = self.parameters[attribute].detach().requires_grad_()
+        for hook in hooks_of(self.rule.module.get_parameter(attribute)):
+            copy.register_hook(hook)
+        return copy
 
     def _agrees(self, outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
         """Return whether the outputs that have a gradient are as expected."""

@@ -1,7 +1,7 @@
 """Running a model without leaving a trace."""
 
 import importlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,11 +23,35 @@ def evaluation_mode(model: nn.Module) -> Generator[None]:
             module.training = mode
 
 
+@contextmanager
+def without_zeros(parameters: Iterable[Tensor]) -> Generator[None]:
+    """Give parameters that are all zero small numbers, and their zeros back.
+
+    What they are multiplied by, as LoRA's first factor, has no gradient otherwise.
+    """
+    zeros = [p.data for p in parameters if p.numel() and not p.any()]
+    before = [zero.clone() for zero in zeros]  # with their signs
+    try:
+        for zero in zeros:
+            count = torch.arange(zero.numel(), device=zero.device)
+            zero.copy_(0.1 * (1.7 * count).cos().view(zero.shape))
+        yield
+    finally:
+        for zero, kept in zip(zeros, before, strict=True):
+            zero.copy_(kept)
+
+
 def random_state(device: torch.device) -> tuple[Tensor, ...]:
     """The states of the generators that a module on this device draws from."""
     if device.type == "cpu":
         return (torch.get_rng_state(),)
     return torch.get_rng_state(), _accelerator(device).get_rng_state(device)
+
+
+def same_state(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
+    """Return whether no random number was drawn between these states."""
+    pairs = zip(left, right, strict=True)  # torch_xla's is a plain number
+    return all(torch.equal(*map(torch.as_tensor, pair)) for pair in pairs)
 
 
 @contextmanager

@@ -75,6 +75,21 @@ def test_examples_without_a_loss_are_passed_over(model):
     assert measure(model, batch).examples == 4
 
 
+def test_examples_that_reach_no_parameter_are_passed_over(model):
+    table = model.bert.embeddings.word_embeddings
+    model.requires_grad_(False)
+    table.weight.requires_grad_()
+    kept = torch.zeros(len(table.weight), 1)
+    kept[tiny_batch(5)["input_ids"][:4].unique()] = 1.0
+    table.weight.register_hook(lambda gradient: gradient * kept)
+    batch = tiny_batch(5)
+    batch["input_ids"][4] = (kept == 0).nonzero()[0, 0]
+    got = measure(model, batch)
+    assert got.examples == 4
+    assert got.row_error < 1e-9
+    assert got.relative_error < 1
+
+
 def test_without_an_example_that_has_a_loss_there_is_nothing_to_measure(model):
     batch = tiny_batch(3)
     batch["labels"][:] = -100

@@ -94,6 +94,51 @@ class TimeFirst(Model):
         return self.mix(self.words(input_ids.T)).tanh().cumsum(0).transpose(0, 1)
 
 
+class Masked(Model):
+    """Trains some rows of its table: a hook takes the gradients of the others."""
+
+    def __init__(self):
+        super().__init__()
+        kept = (torch.arange(WORDS) % 2).unsqueeze(1)
+        self.words.weight.register_hook(lambda gradient: gradient * kept)
+
+
+class Bypassed(Model):
+    """Calls a module in evaluation mode alone, and else takes its weight."""
+
+    def hidden(self, input_ids):
+        looked_up = self.words(input_ids)
+        if self.training:
+            mixed = functional.linear(looked_up, self.mix.weight, self.mix.bias)
+        else:
+            mixed = self.mix(looked_up)
+        return mixed.tanh().cumsum(1)
+
+
+class Gated(Sorted):
+    """Adds what is multiplied by a gate, which is closed at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def hidden(self, input_ids):
+        return self.words(input_ids) + self.gate * super().hidden(input_ids)
+
+
+class Noisy(nn.Module):
+    """Multiplies by a matrix and random numbers, of which a closed gate shows none."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.gate = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x):
+        noise = torch.rand_like(x) if self.training else 0.5
+        return x + (x @ self.mix) * noise * self.gate
+
+
 class LossAlone(Model):
     """Returns nothing but its loss."""
 
@@ -159,11 +204,11 @@ class Body(nn.Module):
         return {"last_hidden_state": hidden}
 
 
-def assert_rows_are_parallel(model, layout="blocked", tolerance=1e-9):
+def assert_rows_are_parallel(model, layout="blocked", tolerance=1e-9, inputs=None):
     """Rows are those of single examples, up to a factor where the loss is outside."""
     model = model.double()
     sketch = ModelSketch.from_model(model, 128, layout)
-    inputs = batch()
+    inputs = inputs or batch()
     with ExampleSketcher(model, sketch) as sketcher:
         loss_of(model(**inputs)).backward()
         got = sketcher.take()
@@ -182,13 +227,49 @@ def assert_rows_are_parallel(model, layout="blocked", tolerance=1e-9):
     return rules
 
 
-KINDS = [Overwritten, Repeated, Elsewhere, Sorted, TimeFirst, SumOfLosses, Within]
+ELSEWHERE = [Repeated, Elsewhere, Bypassed, Within]
+KINDS = [Overwritten, *ELSEWHERE, Sorted, TimeFirst, SumOfLosses, Masked]
 
 
 @pytest.mark.parametrize("layout", ["blocked", "grouped"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_those_of_single_examples(kind, layout):
     assert_rows_are_parallel(kind(), layout)
+
+
+def test_hooks_on_gradients_count_also_where_the_first_examples_do_not_show_them():
+    inputs = batch()
+    inputs["input_ids"][:2] |= 1  # rows of the table that train
+    assert_rows_are_parallel(Masked(), inputs=inputs)
+
+
+def test_what_is_multiplied_by_zero_at_first_is_verified():
+    model = Gated().double()
+    sketch = ModelSketch.from_model(model, 128)
+    with ExampleSketcher(model, sketch) as sketcher:
+        for gate in (0.0, 0.5):
+            model.gate.data.fill_(gate)
+            model.zero_grad()
+            loss_of(model(**batch())).backward()
+            assert model.gate.item() == gate
+            got = sketcher.take()
+    for index, row in enumerate(got.rows):
+        model.zero_grad()
+        alone = {name: value[index : index + 1] for name, value in batch().items()}
+        loss_of(model(**alone)).backward()
+        expected = sketch.sketch({n: p.grad for n, p in model.named_parameters()})
+        assert torch.cosine_similarity(row, expected, dim=0) > 1 - 1e-9
+
+
+def test_random_numbers_are_those_of_the_batch_also_where_they_do_not_show():
+    model = Model().double()
+    model.mix = Noisy().double()
+    sketch = ModelSketch.from_model(model, 128)
+    with ExampleSketcher(model, sketch) as sketcher:
+        loss_of(model(**batch())).backward()
+        got = sketcher.take()
+    whole = sketch.sketch({n: p.grad for n, p in model.named_parameters()})
+    torch.testing.assert_close(got.weights @ got.rows, whole, rtol=1e-9, atol=1e-12)
 
 
 def test_a_loss_alone_is_enough():

@@ -35,6 +35,17 @@ def test_hooks_after_accumulation_can_be_exchanged_and_put_back():
     assert (len(theirs), len(ours)) == (1, 1)
 
 
+def test_hooks_on_the_gradient_of_a_parameter_can_be_read():
+    parameter = nn.Parameter(torch.zeros(2))
+    assert not parameter._backward_hooks
+    parameter.register_hook(lambda gradient: 2 * gradient)
+    (hook,) = parameter._backward_hooks.values()
+    copy = parameter.detach().requires_grad_()
+    copy.register_hook(hook)
+    (got,) = torch.autograd.grad(copy.sum(), copy)
+    assert got.tolist() == [2.0, 2.0]
+
+
 def test_modules_keep_their_parameters_in_a_dictionary_that_may_be_changed():
     layer = nn.Linear(2, 2)
     plain = torch.ones(2, 2)

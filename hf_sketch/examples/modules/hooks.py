@@ -35,6 +35,7 @@ def watch_module(
         batch = current()
         if batch is None or batch.failure is not None:
             return None
+        batch.seen.add(rule.path)
         if not any(x.requires_grad for x in tensors_of(output)):
             return None
         batch.called.add(rule.path)

@@ -7,6 +7,7 @@ from torch import nn
 from hf_sketch.examples.rules.base import NoRule, Rule
 from hf_sketch.examples.rules.by_module import rule_for
 from hf_sketch.examples.rules.uses import Uses
+from hf_sketch.model.gradient_hooks import changes_gradient
 
 _CONTAINERS = (nn.ParameterDict, nn.ParameterList)
 
@@ -15,6 +16,7 @@ class Plan:
     """The rules by which the gradients of a model's parameters are read.
 
     A parameter belongs to the module that holds it, or that holds a container with it.
+    Modules whose parameters have hooks that change gradients are run again.
     Where a rule fails, `demote` gives the parameters of its kind (modules of one place
     in every layer, or expert) the next best: their module is run again for each
     example, then the module around it, and so on up to the model itself.
@@ -48,7 +50,8 @@ class Plan:
             inner = {n for a, n in within.items() if a not in own}
             own = {a: n for a, n in own.items() if n not in inner}
             if own:
-                rule = rule_for(module, path, own)
+                hooked = any(changes_gradient(parameters[n]) for n in own.values())
+                rule = (NoRule if hooked else rule_for)(module, path, own)
                 if isinstance(rule, (NoRule, Uses)):  # with modules that it uses
                     rule.borrowed = {a: n for a, n in within.items() if a not in own}
                 self.rules.append(rule)

@@ -21,7 +21,7 @@ from hf_sketch.examples.modules.probe import (
     answers_in,
     loss_form,
 )
-from hf_sketch.examples.rules.base import NoRule, kind_of
+from hf_sketch.examples.rules.base import NoRule, Rule, kind_of
 from hf_sketch.model.fsdp import in_row_shards
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.model.state import evaluation_mode
@@ -81,7 +81,8 @@ class Reading:
         self.dtype = first.dtype
         self._loss_form: LossForm | None = None
         self._undo: list[Callable[[], object]] = []
-        self._situations: set[object] = set()
+        # Kinds of modules, in verified calls of each kind.
+        self._situations: dict[object, set[str]] = {}
         self.called: set[str] = set()  # kinds of modules, in verified calls
         self.whole = False  # whether a few examples are too few to try with
 
@@ -107,11 +108,12 @@ class Reading:
         """Return whether nothing has to be learned before this call."""
         return not self.verifies or call.situation in self._situations
 
-    def note(self, call: ModelCall) -> None:
-        """Note that rules are known for calls like this."""
+    def note(self, call: ModelCall, called: set[str]) -> None:
+        """Note that rules are known for calls like this, and what is called then."""
         for rule in self.plan.rules:
             rule.forget()  # what holds in evaluation mode alone
-        self._situations.add(call.situation)
+        self._situations[call.situation] = called
+        self.called |= called
 
     def may_call(self, path: str) -> bool:
         """Return whether the model calls a module, as far as it is known."""
@@ -157,6 +159,9 @@ class Reading:
     def rescue(self, batch: Batch, call: ModelCall, output: Any) -> None:
         """Run the model again for modules that did what no call before has shown.
 
+        So do modules whose kind is called in verified calls, and not here: the weights
+        may be used without them.
+
         Raises:
             ValueError: the gradients of their parameters cannot be read.
         """
@@ -165,24 +170,40 @@ class Reading:
             for rule in self.plan.rules
             if rule.path in batch.called and kind_of(rule.path) not in self.called
         ]
+        skipped = self._skipped(batch, call) if self.verifies else []
         chosen = {*batch.unclear, *(strange if self.verifies else ())}
-        if not chosen:
+        if not (chosen or skipped):
             return
         answers = answers_in(output, batch.split)
-        if not self.verifies or not any(x.dim() for x in answers):
+        divided = self.verifies and any(x.dim() for x in answers)
+        if not (divided or chosen):
+            return
+        if not divided:
             shape = [tuple(answer.shape) for answer in answers]
             raise refusal(next(iter(chosen)), batch.split, shape)
         names = {
             joined(rule.path, attribute): name
-            for rule in chosen
+            for rule in {*chosen, *skipped}
             for attribute, name in rule.names.items()
         }
         batch.rescued = frozenset(names.values())
         rule = NoRule(self.model, "", names)
         state = batch.random_states[""]
         replay_later(rule, names, batch, call.args, call.kwargs, answers, state, True)
-        self._situations.clear()
-        self.whole = True
+        if chosen:
+            self._situations.clear()
+            self.whole = True
+
+    def _skipped(self, batch: Batch, call: ModelCall) -> list[Rule]:
+        """Return rules of kinds that verified calls show, and this call does not."""
+        kinds = {kind_of(path) for path in batch.seen}
+        missing = self._situations.get(call.situation, set()) - kinds
+        return [
+            rule
+            for rule in self.plan.rules
+            if kind_of(rule.path) in missing
+            and not any(reader.covers(rule.module) for reader in self.readers)
+        ]
 
     def _current(self) -> Batch | None:
         return self.batch

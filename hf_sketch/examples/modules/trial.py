@@ -22,7 +22,7 @@ from hf_sketch.examples.modules.reading import Reading
 from hf_sketch.examples.named_sums import NamedSums
 from hf_sketch.examples.rules.base import Rule, kind_of
 from hf_sketch.examples.split import Packed, Rows
-from hf_sketch.model.state import evaluation_mode
+from hf_sketch.model.state import evaluation_mode, without_zeros
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,11 @@ class Trial:
         self._reading = reading
         self._model_name = type(reading.model).__name__
 
-    def run(self, call: ModelCall) -> None:
+    def run(self, call: ModelCall) -> set[str]:
         """Replace rules until their gradients are those of the reference.
+
+        Returns:
+            the kinds of the modules that were called.
 
         Raises:
             ValueError: examples see each other, or a parameter's gradients cannot be
@@ -52,7 +55,7 @@ class Trial:
             reference = self._reference(call)
         if reference is None:
             self._reading.go_unverified(tried.error or "it gives nothing to compare")
-            return
+            return set()
         self._reading.dtype = reference.dtype
         self._check_independence(reference)
         self._find_fused_head(reference)
@@ -61,7 +64,7 @@ class Trial:
             if not failed:
                 break
             self._demote(failed, reference)
-        self._reading.called |= {kind_of(path) for path in reference.called}
+        return {kind_of(path) for path in reference.called}
 
     def _reference(self, call: ModelCall) -> Reference | None:
         """Return gradients to compare with: of a few examples, if they can be apart."""
@@ -217,15 +220,21 @@ def learn(reading: Reading, call: ModelCall) -> None:
         ValueError: examples see each other, or a parameter's gradients cannot be read.
     """
     reading.unwatch()
+    called: set[str] = set()
     tried = call
     if not isinstance(call.split, Packed):  # which see each other where one is kept
         tried = call.without_cache(reading.model)
     try:
-        with reading.rest(), evaluation_mode(reading.model), torch.enable_grad():
-            Trial(reading).run(tried)
+        with (
+            reading.rest(),
+            evaluation_mode(reading.model),
+            without_zeros(reading.parameters.values()),
+            torch.enable_grad(),
+        ):
+            called = Trial(reading).run(tried)
     except (MemoryError, torch.OutOfMemoryError) as failure:
         reading.go_unverified(f"out of memory ({failure})")
     finally:
         torch.clear_autocast_cache()  # of weights, with the graphs of these calls
         reading.watch()
-    reading.note(call)
+    reading.note(call, called)
