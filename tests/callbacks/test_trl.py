@@ -1,20 +1,29 @@
-"""Rows of TRL's trainers: one per example of the dataset, under its own id."""
+"""Rows of TRL's trainers, beside passes of each example alone."""
 
 import importlib.util
+from functools import partial
 
 import pytest
 import torch
-from datasets import Dataset
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-)
+from peft import LoraConfig, PromptTuningConfig
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.recipes.demo import embedded_model_path
+from tests.helpers.example_shares import ExampleShares, assert_rows_are_shares
+from tests.helpers.trained.trl_training import (
+    chats,
+    completions,
+    generating_trainer,
+    judged_answers,
+    number_of,
+    pairs,
+    ranked_texts,
+    reward_model,
+    texts,
+    tiny_llama,
+    tokenizer,
+    trl_trainer,
+)
 
 pytestmark = [
     pytest.mark.skipif(
@@ -22,268 +31,162 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("ignore"),  # TRL's own
 ]
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "to", "her"]
 SIZE = 256
+PADDING_FREE = {"padding_free": True, "max_length": None}
+full = partial(pytest.param, marks=pytest.mark.full)
 
 
-def sentence(index, shift=0):
-    """A few words that differ by index."""
-    count = 4 + index % 4
-    return " ".join(
-        WORDS[(5 * index + 3 * k + shift) % len(WORDS)] for k in range(count)
-    )
+def lora(**settings):
+    settings = {"target_modules": ["q_proj", "v_proj"], **settings}
+    settings = {"task_type": "CAUSAL_LM", "init_lora_weights": False, **settings}
+    return {"peft_config": LoraConfig(r=4, **settings)}
 
 
-def pairs(rows=6):
-    """A prompt with a chosen and a rejected answer."""
-    return Dataset.from_list(
-        [
-            {
-                "prompt": sentence(i),
-                "chosen": " " + sentence(i, 2),
-                "rejected": " " + sentence(i, 7),
-            }
-            for i in range(rows)
-        ]
-    )
+def assert_rows_of(tmp_path, make, row_of=None, together=True):
+    """The rows of a Trainer's examples are their shares of what it trains on.
 
+    `row_of` gives the dataset's row of a number in a text, given another such Trainer.
+    """
+    words = tokenizer()
+    plain = make(tmp_path / "plain", callback=None)
 
-def texts(rows=6):
-    return Dataset.from_list([{"text": sentence(i)} for i in range(rows)])
+    def example_of(tokens):
+        number = number_of(words.decode(tokens))
+        return number if row_of is None else row_of(plain, number)
 
-
-def answers(rows=6):
-    return Dataset.from_list(
-        [
-            {"prompt": sentence(i), "completion": sentence(i, 2), "label": bool(i % 2)}
-            for i in range(rows)
-        ]
-    )
-
-
-def tokenizer():
-    loaded = AutoTokenizer.from_pretrained(embedded_model_path())
-    loaded.eos_token = loaded.sep_token
-    return loaded
-
-
-def tiny_llama(kind=LlamaForCausalLM, **config):
-    torch.manual_seed(0)
-    settings = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 30522,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 101,
-        "eos_token_id": 102,
-    }
-    return kind(LlamaConfig(**{**settings, **config}))
-
-
-def trl_class(name):
-    """A class of TRL, also where it is an experimental one."""
-    places = ["trl", *(f"trl.experimental.{x}" for x in ("kto", "orpo", "cpo"))]
-    for place in places:
-        try:
-            return getattr(importlib.import_module(place), name)
-        except (ImportError, AttributeError):
-            continue
-    pytest.skip(f"this TRL has no {name}")
-
-
-def trl_trainer(directory, name, dataset, callback, model=None, more=None, **settings):
-    """A Trainer of TRL that leaves the weights as they are."""
-    arguments = {
-        "output_dir": str(directory),
-        "per_device_train_batch_size": 3,
-        "num_train_epochs": 1,
-        "learning_rate": 0.0,
-        "max_grad_norm": 0.0,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "seed": 3,
-        **settings,
-    }
-    return trl_class(f"{name}Trainer")(
-        tiny_llama() if model is None else model,
-        args=trl_class(f"{name}Config")(**arguments),
-        train_dataset=dataset,
-        processing_class=tokenizer(),
-        callbacks=[callback],
-        **(more or {}),
-    )
-
-
-def assert_rows_are_of_their_examples(trainer, items=None):
-    """Each row is parallel to the gradient of its example alone."""
-    trainer.train()
-    store = load_sketches(trainer.args.output_dir)
-    assert sorted(store.dataset["example_id"][:]) == [*range(len(items or [*range(6)]))]
-    for row in store.dataset:
-        model = trainer.model.train()
-        model.zero_grad()
-        example = trainer.train_dataset[row["example_id"]]
-        inputs = trainer._prepare_inputs(trainer.data_collator([example]))
-        trainer.compute_loss(model, inputs).backward()
-        gradients = {
-            name: parameter.grad
-            for name, parameter in model.named_parameters()
-            if parameter.grad is not None
-        }
-        expected = store.model_sketch.sketch(gradients).float()
-        cosine = torch.cosine_similarity(torch.tensor(row["sketch"]), expected, dim=0)
-        assert cosine > 0.999
+    shares = ExampleShares(plain, example_of, together)
+    plain.train()
+    make(tmp_path / "rows", callback=GradientSketchCallback(SIZE)).train()
+    store = load_sketches(tmp_path / "rows")
+    assert_rows_are_shares(store, shares)
     return store
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("dataset", "settings"),
     [
-        {},
-        pytest.param(
-            {"padding_free": True, "max_length": None}, marks=pytest.mark.full
-        ),
-        pytest.param({"loss_type": "dft"}, marks=pytest.mark.full),
+        (texts, {}),
+        (completions, PADDING_FREE),
+        full(completions, {}),
+        full(chats, {"assistant_only_loss": True}),
+        full(completions, {"loss_type": "nll"}),
+        full(completions, {"loss_type": "dft"}),
+        full(texts, {"pad_to_multiple_of": 16}),
+        full(texts, {"gradient_accumulation_steps": 2}),
+        full(texts, {"gradient_checkpointing": True}),
+        full(completions, {**PADDING_FREE, "loss_type": "dft"}),
+        full(texts, {**PADDING_FREE, "pad_to_multiple_of": 16}),
     ],
-    ids=str,
 )
-def test_fine_tuning_on_texts_has_a_row_per_text(tmp_path, arguments):
-    callback = GradientSketchCallback(SIZE)
-    trainer = trl_trainer(tmp_path, "SFT", texts(), callback, **arguments)
-    assert_rows_are_of_their_examples(trainer)
+def test_fine_tuning_on_texts(tmp_path, dataset, settings):
+    make = partial(trl_trainer, name="SFT", dataset=dataset(), **settings)
+    assert_rows_of(tmp_path, make)
 
 
-def test_a_pair_has_one_row(tmp_path):
-    """The chosen answers of a batch come first, then the rejected ones."""
-    more = {"ref_model": tiny_llama()}
-    callback = GradientSketchCallback(SIZE)
-    trainer = trl_trainer(tmp_path, "DPO", pairs(), callback, more=more)
-    store = assert_rows_are_of_their_examples(trainer)
-    weight = torch.tensor(store.dataset["weight"][:])
-    assert torch.allclose(weight, torch.tensor(1 / 3))
+@pytest.mark.parametrize(
+    "more",
+    [
+        # Used by a fused loss, and not called.
+        pytest.param(lora(modules_to_save=["lm_head"]), id="with a head"),
+        full(lora(), id="lora"),
+        full(
+            {"peft_config": PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=20)},
+            id="prompt tuning",
+        ),
+    ],
+)
+def test_fine_tuning_adapters_on_texts(tmp_path, more):
+    make = partial(trl_trainer, name="SFT", dataset=completions(), more=more)
+    assert_rows_of(tmp_path, make)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", ["Reward", "ORPO", "CPO"])
-def test_other_trainers_of_pairs_have_a_row_per_pair(tmp_path, name):
-    model, dataset, settings = None, pairs(), {"max_length": 32}
-    if name == "Reward":
-        model = tiny_llama(LlamaForSequenceClassification, num_labels=1)
-        dataset, settings = dataset.remove_columns("prompt"), {}
-    callback = GradientSketchCallback(SIZE)
-    trainer = trl_trainer(tmp_path, name, dataset, callback, model, **settings)
-    trainer.train()
-    ids = load_sketches(tmp_path).dataset["example_id"][:]
-    assert sorted(ids) == [*range(6)]
-
-
-@pytest.mark.full
-def test_judged_answers_have_a_row_each(tmp_path):
-    more = {"ref_model": tiny_llama()}
-    callback = GradientSketchCallback(SIZE)
-    trl_trainer(tmp_path, "KTO", answers(), callback, more=more).train()
-    ids = load_sketches(tmp_path).dataset["example_id"][:]
-    assert sorted(ids) == [*range(6)]
-
-
-@pytest.mark.full
-def test_the_rows_of_a_pair_can_be_kept_apart(tmp_path):
-    for folder, per_row in (("together", False), ("apart", True)):
-        more = {"ref_model": tiny_llama()}
-        callback = GradientSketchCallback(SIZE, per_row=per_row)
-        trl_trainer(tmp_path / folder, "DPO", pairs(), callback, more=more).train()
-    apart = load_sketches(tmp_path / "apart").dataset.with_format("torch")[:]
-    together = load_sketches(tmp_path / "together").dataset.with_format("torch")[:]
-    for example in range(6):
-        rows = apart["example_id"] == example
-        assert apart["part"][rows].tolist() == [0, 1]
-        weights = apart["weight"][rows].to(torch.float32)
-        total = (weights @ apart["sketch"][rows]) / weights.sum()
-        own = together["sketch"][together["example_id"] == example]
-        torch.testing.assert_close(total.unsqueeze(0), own)
+def row_of_packed(trainer, number):
+    """The packed example that a text lies in."""
+    words = tokenizer()
+    for row, tokens in enumerate(trainer.train_dataset["input_ids"]):
+        if str(number) in words.decode(tokens).split():
+            return row
+    return None
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("strategy", "per_row"), [("bfd", False), ("bfd", True), ("wrapped", False)]
+    "settings",
+    [{}, {"loss_type": "dft"}, {"pad_to_multiple_of": 64}, {"more": lora()}],
 )
-def test_packed_texts_have_a_row_per_packed_example(tmp_path, strategy, per_row):
-    callback = GradientSketchCallback(SIZE, per_row=per_row)
-    trainer = trl_trainer(
-        tmp_path,
-        "SFT",
-        texts(13),
-        callback,
-        packing=True,
-        packing_strategy=strategy,
-        max_length=32 if strategy == "bfd" else 16,
-    )
-    trainer.train()
-    packed, rows = trainer.train_dataset, load_sketches(tmp_path).dataset
-    expected = [*range(len(packed))]
-    if per_row:
-        expected = [i for i in expected for _ in packed[i]["seq_lengths"]]
-    assert sorted(rows["example_id"][:]) == expected
+def test_fine_tuning_on_packed_texts(tmp_path, settings):
+    settings = {"packing": True, "max_length": 32, **settings}
+    make = partial(trl_trainer, name="SFT", dataset=texts(13), **settings)
+    assert_rows_of(tmp_path, make, row_of_packed)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("conversational", [False, True])
-@pytest.mark.parametrize("steps_per_generation", [1, 2])
-def test_generated_answers_carry_the_id_of_their_prompt(
-    tmp_path, conversational, steps_per_generation
-):
-    """The generated batch is shuffled, and cut into the batches of several steps."""
-    prompts = [f"{sentence(i)} {i}" for i in range(8)]
-    words = tokenizer()
-    words.model_input_names = ["input_ids", "attention_mask"]
-    template = "{% for m in messages %}{{ m['content'] }} .{% endfor %}"
-    words.chat_template = template
-    dataset = Dataset.from_list(
-        [
-            {"prompt": [{"role": "user", "content": x}] if conversational else x}
-            for x in prompts
-        ]
-    )
-    trainer = trl_class("GRPOTrainer")(
-        tiny_llama(),
-        args=trl_class("GRPOConfig")(
-            str(tmp_path),
-            per_device_train_batch_size=4,
-            steps_per_generation=steps_per_generation,
-            num_train_epochs=1,
-            num_generations=2,
-            max_completion_length=4,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-        ),
-        train_dataset=dataset,
-        processing_class=words,
-        reward_funcs=lambda completions, **_: [
-            float(len(str(c)) % 7) for c in completions
-        ],
-        callbacks=[GradientSketchCallback(SIZE)],
-    )
-    seen = []
+@pytest.mark.parametrize(
+    ("name", "dataset", "settings"),
+    [
+        ("DPO", pairs, {}),
+        ("KTO", judged_answers, {}),  # which calls the model without gradients, too
+        ("ORPO", pairs, {"max_length": 32}),  # its batch has no input_ids
+        full("CPO", pairs, {"max_length": 32}),
+        full("DPO", pairs, {"gradient_accumulation_steps": 2}),
+        full("DPO", pairs, {"use_weighting": True}),
+        full("DPO", pairs, {"loss_type": "ipo"}),
+        full("DPO", pairs, {"loss_type": ["sigmoid", "sft"]}),
+        full("DPO", pairs, {"precompute_ref_log_probs": True}),
+    ],
+)
+def test_preferences(tmp_path, name, dataset, settings):
+    more = {"ref_model": tiny_llama()} if name in ("DPO", "KTO") else {}
+    make = partial(trl_trainer, name=name, dataset=dataset(), more=more, **settings)
+    store = assert_rows_of(tmp_path, make)
+    weights = torch.tensor(store.dataset["weight"][:])
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / 3))
 
-    def note(module, args, kwargs):
-        if torch.is_grad_enabled() and module.training:
-            seen.extend(words.decode(x) for x in kwargs["input_ids"])
 
-    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
-    trainer.train()
-    # Rules are tried on a batch before it is recorded, out of training mode.
-    ids = load_sketches(tmp_path).dataset["example_id"][:]
-    assert len(ids) == len(seen) > 0
-    assert all(prompts[i] in text for i, text in zip(ids, seen, strict=True))
+@pytest.mark.parametrize(
+    ("name", "dataset", "more"),
+    [
+        # Without a reference model, the adapters are switched off for one more pass.
+        ("DPO", pairs, lora(modules_to_save=["lm_head"])),
+        full("DPO", pairs, lora()),
+        full("KTO", judged_answers, lora()),
+    ],
+    ids=["DPO with a head", "DPO", "KTO"],
+)
+def test_preferences_of_adapters(tmp_path, name, dataset, more):
+    make = partial(trl_trainer, name=name, dataset=dataset(), more=more)
+    assert_rows_of(tmp_path, make)
+
+
+@pytest.mark.parametrize("more", [{}, full(lora(task_type="SEQ_CLS"))])
+def test_reward_models(tmp_path, more):
+    def make(directory, callback):
+        model, dataset = reward_model(), ranked_texts()
+        return trl_trainer(directory, "Reward", dataset, callback, model, more)
+
+    assert_rows_of(tmp_path, make)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        # At a temperature that the model's configuration does not know.
+        ("GRPO", {"temperature": 0.7, "entropy_coef": 0.1}),
+        full("RLOO", {}),
+        full("GRPO", {}),
+        full("GRPO", {"beta": 0.1, "num_iterations": 2}),
+        full("GRPO", {"gradient_accumulation_steps": 2}),
+        full("GRPO", {"temperature": 0.7, "steps_per_generation": 2}),
+        full("GRPO", {"top_entropy_quantile": 0.5}),
+        full("GRPO", {"loss_type": "grpo"}),
+        full("GRPO", {"loss_type": "bnpo"}),
+        full("GRPO", {"loss_type": "dr_grpo"}),
+        full("GRPO", {"more": lora()}),
+        full("RLOO", {"temperature": 0.7, "gradient_accumulation_steps": 2}),
+        full("RLOO", {"more": lora()}),
+    ],
+)
+def test_generated_answers(tmp_path, name, settings):
+    def make(directory, callback):
+        return generating_trainer(directory, name, callback, **settings)
+
+    assert_rows_of(tmp_path, make, together=False)

@@ -140,8 +140,8 @@ class FusedHead:
     ) -> None:
         """Read the coefficients, when they are there."""
         batch, hidden = current(), self._hidden
-        if batch is None or hidden is None:
-            return
+        if batch is None or hidden is None or not torch.is_grad_enabled():
+            return  # as of a reference model, which may be this one without adapters
         labels = batch.inputs.get("shift_labels")
         if labels is None:
             labels = batch.inputs["labels"][:, 1:]
@@ -251,7 +251,9 @@ def _laid_out(batch: Batch, x: Tensor) -> Tensor:
 def _head_of(model: nn.Module) -> tuple[Any, Any]:
     """Return the part of the model that has a head, and the head."""
     for module in model.modules():
-        get = getattr(module, "get_output_embeddings", None)
-        if callable(get) and (head := get()) is not None:
-            return module, head
+        # PEFT's wrappers pass the method on, but have no body of their own.
+        if callable(getattr(type(module), "get_output_embeddings", None)):
+            owner: Any = module
+            if (head := owner.get_output_embeddings()) is not None:
+                return owner, head
     return None, None
