@@ -35,6 +35,7 @@ from hf_sketch.store.rows import ROW_DTYPES
 from .placement import check_processes, step_examples
 from .recording.forecast import Forecast, forecast
 from .recording.ids import warn_of_restart
+from .recording.normalizing import normalized
 from .recording.rehearsal import DryRun, Rehearsal
 from .recording.run import Run
 from .recording.trainers import (
@@ -81,6 +82,9 @@ class GradientSketchCallback(TrainerCallback):
         per_example: record a row per example.
         every_steps: record the steps whose number is a multiple of this.
         loss: an example's own loss, the "mean" or the "sum" over its tokens.
+        normalize: "adam" divides each gradient element by the root of Adam's second
+            moment, as LESS does. The moments are those of the checkpoint from which
+            training resumes, and lie in the store; see `Normalizer`.
         row_dtype: type of the stored rows: "float32", or "float16" or "int8", each row
             with a scale.
         per_row: keep rows apart where a batch has several per example: the chosen and
@@ -110,6 +114,7 @@ class GradientSketchCallback(TrainerCallback):
     per_example: bool = True
     every_steps: int = 1
     loss: str = "mean"
+    normalize: Literal["adam"] | None = None
     row_dtype: str = "float32"
     per_row: bool = False
     measure_error: bool = True
@@ -119,14 +124,13 @@ class GradientSketchCallback(TrainerCallback):
         check_count("out_size", self.out_size)
         check_count("every_steps", self.every_steps)
         check_count("seed", self.seed, least=0, optional=True)
-        check_flag("per_step", self.per_step)
-        check_flag("per_example", self.per_example)
-        check_flag("per_row", self.per_row)
-        check_flag("measure_error", self.measure_error)
+        for flag in ("per_step", "per_example", "per_row", "measure_error"):
+            check_flag(flag, getattr(self, flag))
         check_choice("on_error", self.on_error, get_args(OnError))
         check_choice("layout", self.layout, LAYOUTS)
         check_choice("operator", self.operator, OPERATORS)
         check_choice("row_dtype", self.row_dtype, ROW_DTYPES)
+        check_choice("normalize", self.normalize or "adam", ("adam",))
         check_reduction(self.loss)
         if not (self.per_step or self.per_example):
             raise ValueError(
@@ -159,6 +163,8 @@ class GradientSketchCallback(TrainerCallback):
         self._do(Run.close)  # of training that an exception has ended
         self._run = None
         header = self._checked_header(args, state, model)
+        if self.normalize is not None:
+            header = normalized(header, args, state, model, optimizer)
         warn_of_restart(train_dataloader, state)
         self._run = Run(
             header,

@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from hf_sketch.examples.losses import ExampleLosses, example_losses
     from hf_sketch.examples.measured_error import MeasuredError
     from hf_sketch.examples.sketcher import ExampleSketcher
+    from hf_sketch.model.coverage import Coverage
     from hf_sketch.model.implicit import implicit_sketch
-    from hf_sketch.model.sketch import Coverage, ModelSketch
+    from hf_sketch.model.normalizer import Normalizer
+    from hf_sketch.model.sketch import ModelSketch
     from hf_sketch.sketches import (
         AFFD,
         AFJL,
@@ -99,6 +101,7 @@ __all__ = [
     "MeasuredError",
     "Method",
     "ModelSketch",
+    "Normalizer",
     "Preconditioned",
     "RowIndex",
     "Sketch",
@@ -136,7 +139,7 @@ _MODULES = {
     "Composed": "sketches",
     "Cosine": "attribution.methods",
     "CounterRandom": "sketches",
-    "Coverage": "model.sketch",
+    "Coverage": "model.coverage",
     "CurvatureCheck": "curvature.check",
     "Dense": "sketches",
     "DimensionSearch": "subspace.search",
@@ -154,6 +157,7 @@ _MODULES = {
     "MeasuredError": "examples.measured_error",
     "Method": "attribution.methods",
     "ModelSketch": "model.sketch",
+    "Normalizer": "model.normalizer",
     "Preconditioned": "attribution.methods",
     "RowIndex": "attribution.index",
     "Sketch": "sketches",

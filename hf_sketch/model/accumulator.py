@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from hf_sketch.model.normalizer import Normalizer
 from hf_sketch.sketches import QK, Grouped, Sketch
 from hf_sketch.sketches.blocked import BlockedSketch, WorkingMemory
 from hf_sketch.sketches.operator import accumulation_dtype
@@ -30,6 +31,7 @@ class Accumulator:
         total: (b, out_size), sketches to add to, in place. With it, each part of a
             batch's gradients is finished as it comes, since sums over blocks are larger
             than rows. Without it, operators with blocks of one size finish together.
+        normalizer: scales gradients before they are sketched.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -38,6 +40,7 @@ class Accumulator:
     packed_operator: Sketch | None
     whole: bool = False
     total: Tensor | None = None
+    normalizer: Normalizer | None = None
     names: set[str] = field(default_factory=set[str])
     _held: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     _mixed: dict[int, tuple[BlockedSketch, Tensor]] = field(default_factory=dict)
@@ -50,7 +53,7 @@ class Accumulator:
     def add(self, name: str, rows: Tensor) -> None:
         """Add rows of a parameter: (b, elements)."""
         self.names.add(name)
-        rows = self._converted(rows)
+        rows = self._scaled(name, self._converted(rows))
         operator = self.operators.get(name)
         if operator is None:
             self._hold(name, rows)
@@ -68,7 +71,7 @@ class Accumulator:
             part (b, length)
         """
         self.names.add(name)
-        part = self._converted(part)
+        part = self._scaled(name, self._converted(part), start)
         operator = self.operators.get(name)
         if operator is None:
             if name not in self._held or not self._by_example:
@@ -89,7 +92,13 @@ class Accumulator:
         operator = self._two_sided(name)
         if operator is None:
             return factor
-        return operator.fold(self._converted(factor), side)
+        factor = self._converted(factor)
+        if self.normalizer is None:
+            return operator.fold(factor, side)
+        scaled = self.normalizer.scale_side(name, factor, side)
+        if factor.is_floating_point():
+            return operator.fold(scaled, side)
+        return operator.fold(factor, side) * scaled
 
     def add_outer(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add sum_t left_t (x) right_t of each example, both sides folded."""
@@ -101,10 +110,16 @@ class Accumulator:
             factored.add_folded_(self.total, left, right)
             return
         right = self._converted(right)
+        size = math.prod(self.shapes[name])
+        if self.normalizer is not None:
+            scaled = self.normalizer.scale_outer(name, left, right)
+            if scaled is None:  # whose sides are not those of the moments
+                self.add(name, form_outer(left, right, 0, size))
+                return
+            left, right = scaled
         if operator is not None:
             self._join(operator.apply_outer(left, right))
         else:
-            size = math.prod(self.shapes[name])
             self._hold(name, form_outer(left, right, 0, size))
 
     def add_routed(self, name: str, left: Tensor, right: Routed) -> None:
@@ -119,6 +134,9 @@ class Accumulator:
         if isinstance(operator, Grouped):
             assert self.total is not None
             left, sides, expert = right.by_example(left)
+            if self.normalizer is not None:
+                left = self.normalizer.scale_side(name, left, 0, expert)
+                sides = self.normalizer.scale_side(name, sides, 1)
             folded = operator.fold(left, 0, expert), operator.fold(sides, 1, expert)
             operator.add_folded_(self.total, *folded)
             return
@@ -129,7 +147,7 @@ class Accumulator:
         """Add the gradient of one example, in the parameter's shape."""
         assert self.total is not None
         self.names.add(name)
-        row = self._converted(gradient.reshape(1, -1))
+        row = self._scaled(name, self._converted(gradient.reshape(1, -1)))
         operator = self.operators.get(name)
         if operator is not None:
             self.total[index : index + 1] += operator.apply_rows(row)
@@ -204,6 +222,12 @@ class Accumulator:
         if isinstance(operator, QK) and operator.sides == self.shapes[name]:
             return operator
         return operator if isinstance(operator, Grouped) and matrix else None
+
+    def _scaled(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
+        """Return rows, or their coordinates from `start` on, as they are sketched."""
+        if self.normalizer is None:
+            return rows
+        return self.normalizer.scale(name, rows, start)
 
     def _converted(self, x: Tensor) -> Tensor:
         """Return numbers in the dtype that sums are kept in; integers as they are."""

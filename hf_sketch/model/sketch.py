@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_sketch.model.accumulator import Accumulator
+from hf_sketch.model.coverage import Coverage
 from hf_sketch.model.names import named_parameters
+from hf_sketch.model.normalizer import Normalizer
 from hf_sketch.model.zero import whole_shape
 from hf_sketch.sketches import Sketch
 from hf_sketch.sketches.by_name import OPERATORS, choose_factored, choose_operator
@@ -20,21 +22,6 @@ from hf_sketch.sketches.choices import check_choice
 LAYOUTS = ("blocked", "factored", "flat", "grouped")
 _OWN_SIZE = 2**16
 _PROBED_ELEMENTS = 2**12
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What a ModelSketch covers.
-
-    Args:
-        parameters: names of the parameters that are sketched.
-        elements: how many numbers they hold.
-        frozen: names of the parameters left out because they do not train.
-    """
-
-    parameters: tuple[str, ...]
-    elements: int
-    frozen: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -66,10 +53,11 @@ class ModelSketch:
         seed: the only source of randomness; equal fields, equal map.
         operator: "srht", "affd", "afjl" or "fjl" (in blocks), "dense", "ffd" or "qk".
         frozen: names of the parameters left out, for `coverage`.
+        normalizer: scales each gradient before it is sketched; see `Normalizer`.
 
     Raises:
-        ValueError: no parameters, `out_size` out of range, or an unknown layout or
-            operator.
+        ValueError: no parameters, `out_size` out of range, an unknown layout or
+            operator, or a normalizer of other parameters.
 
     Reference:
         Schioppa 2024, arXiv:2402.03994, B.4 (independent sketches of the parts, summed)
@@ -82,6 +70,7 @@ class ModelSketch:
     seed: int = 0
     operator: str = "srht"
     frozen: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    normalizer: Normalizer | None = None
 
     def __post_init__(self) -> None:
         if not self.shapes:
@@ -97,6 +86,8 @@ class ModelSketch:
                 f"out_size must be in [1, {elements}], the model's number of trainable"
                 f" elements, got {self.out_size}: pass an out_size in that range."
             )
+        if self.normalizer is not None:
+            self.normalizer.check(dict(self.shapes))
 
     @classmethod
     def from_model(
@@ -106,6 +97,7 @@ class ModelSketch:
         layout: str = "blocked",
         seed: int = 0,
         operator: str = "srht",
+        normalizer: Normalizer | None = None,
     ) -> "ModelSketch":
         """The sketch of all trainable parameters of `model`.
 
@@ -119,7 +111,8 @@ class ModelSketch:
                 shapes.append((name, whole_shape(parameter)))
             else:
                 frozen.append(name)
-        return cls(tuple(shapes), out_size, layout, seed, operator, tuple(frozen))
+        fields = tuple(shapes), out_size, layout, seed, operator, tuple(frozen)
+        return cls(*fields, normalizer)
 
     @property
     def in_size(self) -> int:
@@ -211,6 +204,7 @@ class ModelSketch:
             self.packed_operator if self.packed else None,
             self.layout == "flat",
             total,
+            self.normalizer,
         )
 
     def adjoint(self, vector: Tensor) -> dict[str, Tensor]:
@@ -222,9 +216,12 @@ class ModelSketch:
         packed = self.packed_operator.T @ vector if self.packed else vector
         for name, shape in self.shapes:
             if name in self.packed:
-                yield name, packed[self.packed[name]].view(shape)
+                lifted = packed[self.packed[name]]
             else:
-                yield name, (self.operators[name].T @ vector).view(shape)
+                lifted = self.operators[name].T @ vector
+            if self.normalizer is not None:
+                lifted = lifted * self.normalizer.elements(name, 0, len(lifted), lifted)
+            yield name, lifted.view(shape)
 
     def coverage(self) -> Coverage:
         """Which parameters are sketched, how many elements, and what is left out."""
@@ -257,28 +254,34 @@ class ModelSketch:
         The probe is cos(0), cos(1), ... on the first elements of the first, the last,
         the largest and the smallest parameter, and zero elsewhere.
         """
-        return list(self._check_value)
-
-    @cached_property
-    def _check_value(self) -> tuple[float, ...]:
         by_size = sorted(self.shapes, key=lambda item: math.prod(item[1]))
         probed = {self.shapes[0], self.shapes[-1], by_size[0], by_size[-1]}
         probe = {
             name: (torch.arange(min(math.prod(shape), _PROBED_ELEMENTS)).cos(), 0)
             for name, shape in sorted(probed)
         }
-        return tuple(self.sketch_parts(probe)[:16].tolist())
+        return self.sketch_parts(probe)[:16].tolist()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
-        return dataclasses.asdict(self)
+        """The fields as JSON-ready values, with a description of the normalizer."""
+        fields = dataclasses.asdict(dataclasses.replace(self, normalizer=None))
+        fields["normalizer"] = self.normalizer and self.normalizer.to_dict()
+        return {name: x for name, x in fields.items() if x is not None}
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "ModelSketch":
+    def from_dict(
+        cls, fields: Mapping[str, Any], normalizer: Normalizer | None = None
+    ) -> "ModelSketch":
         """Rebuild from `to_dict`, also after a trip through JSON."""
+        described = fields.get("normalizer")
+        if described != (normalizer and normalizer.to_dict()):
+            raise ValueError(
+                f"the sketch was made with the normalizer {described}, got "
+                f"{normalizer and normalizer.to_dict()}: pass the store's own."
+            )
         shapes = tuple((name, tuple(shape)) for name, shape in fields["shapes"])
         changed: dict[str, Any] = {"shapes": shapes, "frozen": tuple(fields["frozen"])}
-        return cls(**{**fields, **changed})
+        return cls(**{**fields, **changed, "normalizer": normalizer})
 
     def _own_operator(self, name: str, shape: tuple[int, ...]) -> Sketch | None:
         """The operator of one parameter, or None if it shares one."""

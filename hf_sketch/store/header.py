@@ -1,16 +1,18 @@
 """What the rows of a store were made with; docs/format.md is the format."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isclose
 from pathlib import Path
 from typing import Any, Final
 
-from hf_sketch.durable import read_sealed, write_sealed
+from hf_sketch.durable import read_sealed, replace_file, write_sealed
 from hf_sketch.examples.measured_error import MeasuredError
+from hf_sketch.model.normalizer import Normalizer
 from hf_sketch.model.sketch import ModelSketch
 
 HEADER: Final = "header.json"
+NORMALIZER: Final = "normalizer.safetensors"
 _CHECK_TOLERANCE = 1e-4
 _UNITS = (
     "a row is the gradient of the example's own loss; the sum of weight * row over a "
@@ -49,8 +51,10 @@ class Header:
     def settings(self) -> str:
         """What must be equal for rows to be added, on one line."""
         sketch = self.model_sketch
+        moments = sketch.normalizer
+        normalized = "" if moments is None else f"normalizer={moments.to_dict()}, "
         return (
-            f"out_size={sketch.out_size}, layout={sketch.layout!r}, "
+            f"{normalized}out_size={sketch.out_size}, layout={sketch.layout!r}, "
             f"operator={sketch.operator!r}, seed={sketch.seed}, loss={self.loss!r}, "
             f"row_dtype={self.row_dtype!r}, per_row={self.per_row}, "
             f"{len(sketch.shapes)} parameters, {sketch.in_size} elements"
@@ -63,10 +67,12 @@ class Header:
         return mine == theirs
 
 
-def _read_version_1(content: Mapping[str, Any]) -> Header:
+def _read_version_1(
+    content: Mapping[str, Any], normalizer: Normalizer | None
+) -> Header:
     error: dict[str, Any] | None = content["measured_error"]
     return Header(
-        ModelSketch.from_dict(content["model_sketch"]),
+        ModelSketch.from_dict(content["model_sketch"], normalizer),
         content["loss"],
         content["row_dtype"],
         None if error is None else MeasuredError(**error),
@@ -84,12 +90,17 @@ FORMAT_VERSION: Final = max(READERS)
 
 
 def write_header(directory: Path, header: Header) -> None:
-    """Replace the header in one step."""
+    """Replace the header in one step, after the normalizer that it describes."""
+    sketch = header.model_sketch
+    if sketch.normalizer is not None:
+        _write_normalizer(directory / NORMALIZER, sketch.normalizer)
+    plain = replace(header, model_sketch=replace(sketch, normalizer=None))
     content = {
         "format_version": FORMAT_VERSION,
         "units": _UNITS,
-        **asdict(header),
-        "check_value": header.model_sketch.check_value(),
+        **asdict(plain),
+        "model_sketch": sketch.to_dict(),
+        "check_value": sketch.check_value(),
     }
     write_sealed(directory / HEADER, content)
 
@@ -115,9 +126,30 @@ def read_header(directory: Path) -> Header:
             f"{path} has format_version {version!r}, and this hf-sketch reads versions "
             f"up to {FORMAT_VERSION}. Upgrade it: pip install --upgrade hf-sketch."
         )
-    header = READERS[version](content)
+    header = READERS[version](content, _read_normalizer(directory, content))
     _verify(path, header.model_sketch.check_value(), content["check_value"])
     return header
+
+
+def _write_normalizer(path: Path, normalizer: Normalizer) -> None:
+    """Write the numbers unless they are there."""
+    content = normalizer.to_bytes()
+    if not path.is_file() or path.read_bytes() != content:
+        replace_file(path, content)
+
+
+def _read_normalizer(directory: Path, content: Mapping[str, Any]) -> Normalizer | None:
+    """Return the normalizer of a store's map, if it has one."""
+    described = content["model_sketch"].get("normalizer")
+    if described is None:
+        return None
+    path = directory / NORMALIZER
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing, which the rows' gradients were divided by. Restore it "
+            "from a copy of the store."
+        )
+    return Normalizer.from_bytes(path.read_bytes(), described["step"])
 
 
 def _verify(path: Path, ours: list[float], theirs: list[float]) -> None:

@@ -11,7 +11,7 @@ from fsspec.core import url_to_fs
 from fsspec.spec import AbstractFileSystem
 from huggingface_hub import HfApi, constants, snapshot_download
 
-from hf_sketch.store.header import HEADER
+from hf_sketch.store.header import HEADER, NORMALIZER
 from hf_sketch.store.manifest import read_manifests
 from hf_sketch.store.shards import Shard
 
@@ -101,7 +101,8 @@ def _update(files: AbstractFileSystem, root: str, directory: Path) -> None:
     manifests = [str(path) for path in files.glob(f"{root}/manifest-*.json")]
     for old in directory.glob("manifest-*.json"):
         old.unlink()
-    _fetch(files, [f"{root}/{HEADER}", *manifests], directory)
+    normalizers = [str(path) for path in files.glob(f"{root}/{NORMALIZER}")]
+    _fetch(files, [f"{root}/{HEADER}", *normalizers, *manifests], directory)
     lacking: list[str] = []
     for shard in _shards(directory):
         path = directory / shard.file
