@@ -280,8 +280,10 @@ class ModelSketch:
                 f"{normalizer and normalizer.to_dict()}: pass the store's own."
             )
         shapes = tuple((name, tuple(shape)) for name, shape in fields["shapes"])
-        changed: dict[str, Any] = {"shapes": shapes, "frozen": tuple(fields["frozen"])}
-        return cls(**{**fields, **changed, "normalizer": normalizer})
+        frozen = tuple(fields["frozen"])
+        changed: dict[str, Any] = {"shapes": shapes, "frozen": frozen}
+        changed["normalizer"] = normalizer
+        return cls(**{**fields, **changed})
 
     def _own_operator(self, name: str, shape: tuple[int, ...]) -> Sketch | None:
         """The operator of one parameter, or None if it shares one."""
