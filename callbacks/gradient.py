@@ -42,7 +42,7 @@ from .recording.trainers import (
     calling_trainers,
     free_trainer,
     only_callback,
-    wrap_training_step,
+    wrap_method,
 )
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,8 @@ class GradientSketchCallback(TrainerCallback):
             measure_error=self.measure_error,
             raises=self.on_error == "raise",
         )
-        self._run.closing.callback(wrap_training_step(trainer, self._training_step))
+        undo = wrap_method(trainer, "training_step", self._training_step)
+        self._run.closing.callback(undo)
         if state.is_world_process_zero:
             modules = self._run.coverage
             known = self._forecast(header, args, state, train_dataloader, modules)

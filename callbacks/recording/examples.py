@@ -17,7 +17,7 @@ MEASURED_EXAMPLES = 3
 
 
 def example_columns(
-    position: Mapping[str, float],
+    position: Mapping[str, Tensor | float],
     origins: Origins,
     batch: ExampleBatch,
     loss: str,
@@ -26,7 +26,7 @@ def example_columns(
     """Return the columns of a batch's rows, without examples whose id is None.
 
     Args:
-        position: columns that are the same for all rows.
+        position: columns known beforehand; numbers are the same for all rows.
         origins: which examples the rows belong to.
         batch: the rows.
         loss: an example's own loss, the "mean" or the "sum" over its tokens.
@@ -39,6 +39,10 @@ def example_columns(
         columns["part"] = torch.tensor(origins.parts)
     elif not origins.one_each:
         rows, losses, weights = _added_up(batch, origins, loss)
+        columns = {
+            name: _means(value, origins) if isinstance(value, Tensor) else value
+            for name, value in position.items()
+        }
     kept = [row for row, example in enumerate(ids) if example is not None]
     if len(kept) < len(ids):
         rows, losses, weights = rows[kept], losses[kept], weights[kept]
@@ -49,6 +53,13 @@ def example_columns(
     own = torch.tensor([ids[row] for row in kept], dtype=torch.int64)
     columns = {"example_id": own, **columns}
     return row_columns(rows, **columns, loss=losses, weight=weights)
+
+
+def _means(column: Tensor, origins: Origins) -> Tensor:
+    """Return the mean of each example's rows."""
+    places = [-1 if place is None else place for place in origins.places]
+    own = torch.tensor(places, device=column.device)
+    return torch.stack([column[own == i].mean() for i in range(len(origins.ids))])
 
 
 def _added_up(

@@ -18,6 +18,7 @@ from hf_sketch.processes import OtherProcessFailedError, check_others, reduced
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 
+from .answers import Answers, generates_answers
 from .arriving import learning_rate, loss_scale, step_reader, steps_early
 from .compiled import uncompiled, warn_of_cost
 from .examples import MEASURED_EXAMPLES, example_columns, measured_error
@@ -76,6 +77,7 @@ class Run:
         self._sketcher: ExampleSketcher | None = None
         self._ids: ExampleIds | None = None
         self._origins: OriginFinder | None = None
+        self._answers: Answers | None = None
         self._collated: Any = None  # the batch, as the loader gave it
         self._per_row = header.per_row
         self._steps: StepReader | None = None
@@ -201,12 +203,16 @@ class Run:
                 self._origins = OriginFinder(trainer, loader, self._sketcher)
                 if self._ids is not None:
                     opened.callback(self._ids.close)
+                header = replace(header, answers=generates_answers(trainer))
             if per_step:
                 self._steps = step_reader(
                     header.model_sketch, model, self._optimizer, self._engine
                 )
             self._sink = RowSink.open(header, self._args, step)
             opened.callback(self._sink.close)
+            if per_example and self._sink.writer.has_answers:
+                self._answers = Answers(trainer)
+                opened.callback(self._answers.watch())
             self.closing = opened.pop_all()
 
     @property
@@ -238,8 +244,11 @@ class Run:
         weighted = batch.weights.to(batch.rows) @ batch.rows
         self._total = weighted if self._total is None else self._total + weighted
         place = {"micro_step": self._micro_step, "rank": self._args.process_index}
+        position: dict[str, Tensor | float] = {**self._position, **place}
+        if self._answers is not None:
+            position |= self._answers.columns(batch.examples.size)
         columns = example_columns(
-            {**self._position, **place}, origins, batch, sketcher.loss, self._per_row
+            position, origins, batch, sketcher.loss, self._per_row
         )
         if len(columns["example_id"]):
             self._sink.append(PER_EXAMPLE, columns)

@@ -76,24 +76,32 @@ def free_trainer(kind: type[TrainerCallback], busy: TrainerState | None) -> Trai
     return trainers[0]
 
 
-def wrap_training_step(
-    trainer: Trainer, wrapper: Callable[..., Any]
+def wrap_method(
+    trainer: Trainer, name: str, wrapper: Callable[..., Any]
 ) -> Callable[[], None]:
-    """Make `trainer.training_step(...)` call `wrapper(training_step, ...)`.
+    """Make a Trainer's method, `method(...)`, call `wrapper(method, ...)`.
+
+    Args:
+        trainer: the Trainer.
+        name: of the method.
+        wrapper: a bound method.
 
     Returns:
         what undoes it.
     """
-    _unwrap(trainer, wrapper)  # a copy of a Trainer whose training was interrupted
+    _unwrap(trainer, name, wrapper)  # a copy whose training was interrupted
     # A partial of bound methods: in a copy of the Trainer they are the copy's own.
-    trainer.training_step = partial(wrapper, trainer.training_step)
-    return partial(_unwrap, trainer, wrapper)
+    setattr(trainer, name, partial(wrapper, getattr(trainer, name)))
+    return partial(_unwrap, trainer, name, wrapper)
 
 
-def _unwrap(trainer: Trainer, wrapper: Callable[..., Any]) -> None:
-    """Undo `wrap_training_step`, unless others have wrapped what that made."""
-    wrapped = vars(trainer).get("training_step")
-    if isinstance(wrapped, partial) and wrapped.func == wrapper:
-        delattr(trainer, "training_step")
-        if trainer.training_step != wrapped.args[0]:  # it was replaced before, too
-            trainer.training_step = wrapped.args[0]
+def _unwrap(trainer: Trainer, name: str, wrapper: Any) -> None:
+    """Undo `wrap_method`, unless others have wrapped what that made."""
+    wrapped = vars(trainer).get(name)
+    if not isinstance(wrapped, partial):
+        return
+    function: Any = getattr(wrapped.func, "__func__", None)
+    if function is wrapper.__func__:
+        delattr(trainer, name)
+        if getattr(trainer, name) != wrapped.args[0]:  # it was replaced before, too
+            setattr(trainer, name, wrapped.args[0])

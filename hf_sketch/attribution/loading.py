@@ -67,7 +67,10 @@ def load_sketches(
             directory,
             [s for s in shards_of(manifests, kind) if s.file not in damaged],
             features(
-                kind, header.model_sketch.out_size, header.row_dtype, header.per_row
+                kind,
+                header.model_sketch.out_size,
+                header.row_dtype,
+                header.optional_columns,
             ),
         )
         for kind in (PER_EXAMPLE, PER_STEP)

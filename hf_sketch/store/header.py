@@ -10,6 +10,7 @@ from hf_sketch.durable import read_sealed, replace_file, write_sealed
 from hf_sketch.examples.measured_error import MeasuredError
 from hf_sketch.model.normalizer import Normalizer
 from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.store.rows import ANSWER_COLUMNS
 
 HEADER: Final = "header.json"
 NORMALIZER: Final = "normalizer.safetensors"
@@ -36,6 +37,7 @@ class Header:
             those of single examples before rows were recorded; None if they were, or if
             the store is older than that comparison.
         per_row: rows of one example are kept apart, with a column `part`.
+        answers: rows are of generated answers, with columns `reward` and `advantage`.
     """
 
     model_sketch: ModelSketch
@@ -46,6 +48,13 @@ class Header:
     processes: int | None = None
     unverified: str | None = None
     per_row: bool = False
+    answers: bool = False
+
+    @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """The names of the columns that not all rows of examples have."""
+        part = ("part",) if self.per_row else ()
+        return (*part, *ANSWER_COLUMNS) if self.answers else part
 
     @property
     def settings(self) -> str:
@@ -57,14 +66,19 @@ class Header:
             f"{normalized}out_size={sketch.out_size}, layout={sketch.layout!r}, "
             f"operator={sketch.operator!r}, seed={sketch.seed}, loss={self.loss!r}, "
             f"row_dtype={self.row_dtype!r}, per_row={self.per_row}, "
+            f"answers={self.answers}, "
             f"{len(sketch.shapes)} parameters, {sketch.in_size} elements"
         )
 
     def fits(self, other: "Header") -> bool:
         """Return whether rows of one may be added to rows of the other."""
-        mine = self.model_sketch, self.loss, self.row_dtype, self.per_row
-        theirs = other.model_sketch, other.loss, other.row_dtype, other.per_row
-        return mine == theirs
+        mine = self.model_sketch, self.loss, self.row_dtype, self.optional_columns
+        return mine == (
+            other.model_sketch,
+            other.loss,
+            other.row_dtype,
+            other.optional_columns,
+        )
 
 
 def _read_version_1(
@@ -81,6 +95,7 @@ def _read_version_1(
         content.get("processes"),
         content.get("unverified"),
         content.get("per_row", False),
+        content.get("answers", False),
     )
 
 

@@ -1,6 +1,6 @@
 """The kinds of rows in a store, their columns, and the dtypes of their sketches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final
 
 import pyarrow as pa
@@ -45,15 +45,31 @@ _COLUMNS = {
         "finite": "bool",
     },
 }
-_PART = {"part": "int32"}  # where rows of one example are kept apart
+ANSWER_COLUMNS: Final = ("reward", "advantage")
+_OPTIONAL = {
+    "part": "int32",  # where rows of one example are kept apart
+    **dict.fromkeys(ANSWER_COLUMNS, "float32"),  # where they are of generated answers
+}
 
 
 def features(
-    kind: str, out_size: int, row_dtype: str = "float32", per_row: bool = False
+    kind: str,
+    out_size: int,
+    row_dtype: str = "float32",
+    optional: Collection[str] = (),
 ) -> Features:
-    """Return the columns of a kind of rows, with the sketch as a fixed-size list."""
-    names = {**_COLUMNS[kind], **(_PART if per_row and kind == PER_EXAMPLE else {})}
-    columns = {name: Value(dtype) for name, dtype in names.items()}
+    """Return the columns of a kind of rows, with the sketch as a fixed-size list.
+
+    Args:
+        kind: the kind.
+        out_size: numbers per sketch.
+        row_dtype: dtype of the sketches.
+        optional: names, with those of columns that not all rows of examples have.
+    """
+    columns = {name: Value(dtype) for name, dtype in _COLUMNS[kind].items()}
+    if kind == PER_EXAMPLE:
+        some = {name: Value(_OPTIONAL[name]) for name in _OPTIONAL if name in optional}
+        columns |= some
     if row_dtype != "float32":
         columns["scale"] = Value("float32")
     return Features(**columns, sketch=List(Value(row_dtype), length=out_size))
@@ -88,8 +104,7 @@ def arrow_table(kind: str, columns: Mapping[str, Tensor]) -> pa.Table:
     if "scale" not in columns:
         sketches = sketches.to(torch.float32)
     row_dtype = str(sketches.dtype).removeprefix("torch.")
-    per_row = "part" in columns
-    schema = features(kind, sketches.shape[1], row_dtype, per_row).arrow_schema
+    schema = features(kind, sketches.shape[1], row_dtype, columns).arrow_schema
     arrays = [
         pa.array(columns[name].cpu().numpy()).cast(schema.field(name).type)
         for name in schema.names[:-1]

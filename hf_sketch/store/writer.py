@@ -80,6 +80,11 @@ class SketchWriter:
         return self._header.measured_error
 
     @property
+    def has_answers(self) -> bool:
+        """Whether rows have the columns of generated answers."""
+        return self._header.answers
+
+    @property
     def last_step(self) -> int:
         """The greatest step that has a row in the store; 0 for none."""
         return self._manifest.last_step

@@ -1,7 +1,9 @@
 """Which examples the batches of TRL's trainers are made of."""
 
 import importlib.util
+import zlib
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -93,3 +95,94 @@ def test_answers_to_conversations_carry_the_id_of_their_prompt(
     ids = load_sketches(tmp_path).dataset["example_id"][:]
     assert len(ids) == len(seen) > 0
     assert all(prompt(i) in text for i, text in zip(ids, seen, strict=True))
+
+
+def plain_text(text):
+    """A text without what depends on where it was cut."""
+    return text.lower().replace("##", "").replace(" ", "")
+
+
+def checksum_reward(prompts, completions, **_):
+    texts = [plain_text(a + b) for a, b in zip(prompts, completions, strict=True)]
+    return [zlib.crc32(text.encode()) % 100 / 10 for text in texts]
+
+
+def length_reward(prompts, completions, **_):
+    lengths = [
+        len(plain_text(a + b)) for a, b in zip(prompts, completions, strict=True)
+    ]
+    return [float(length) if length % 2 else None for length in lengths]
+
+
+def group_advantage(own, other):
+    """GRPO's: the distance from the mean, in standard deviations of the group."""
+    spread = abs(own - other) / 2**0.5
+    return (own - other) / 2 / (spread + 1e-4)
+
+
+def leave_one_out_advantage(own, other):
+    return own - other
+
+
+@pytest.mark.parametrize(
+    ("name", "advantage_of"),
+    [
+        ("GRPO", group_advantage),
+        pytest.param("RLOO", leave_one_out_advantage, marks=pytest.mark.full),
+    ],
+)
+def test_answers_have_their_rewards_and_advantages(tmp_path, name, advantage_of):
+    trainer = generating_trainer(
+        tmp_path,
+        name,
+        GradientSketchCallback(SIZE),
+        steps_per_generation=2,
+        reward_weights=[1.0, 0.5],
+        more={"reward_funcs": [checksum_reward, length_reward]},
+    )
+    words, seen = trainer.processing_class, []
+
+    def note(module, args, kwargs):
+        if torch.is_grad_enabled() and module.training:
+            ids = kwargs["input_ids"]
+            seen.extend(words.decode(x, skip_special_tokens=True) for x in ids)
+
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    store = load_sketches(tmp_path)
+    rows = [*store.dataset]
+    rewards = [
+        a + 0.5 * (b or 0.0)
+        for a, b in zip(
+            checksum_reward([""] * len(seen), seen),
+            length_reward([""] * len(seen), seen),
+            strict=True,
+        )
+    ]
+    assert [row["reward"] for row in rows] == pytest.approx(rewards)
+    for own in rows:
+        (other,) = [
+            row["reward"]
+            for row in rows
+            if row is not own and row["example_id"] == own["example_id"]
+        ]
+        expected = advantage_of(own["reward"], other)
+        assert own["advantage"] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    first = store.where(example_id=rows[0]["example_id"])
+    found = store.attribute(first, top_k=1)
+    assert {"reward", "advantage"} < {*found.column_names}
+
+
+def test_resumed_training_keeps_the_columns_of_answers(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    callback = GradientSketchCallback(SIZE)
+    generating_trainer(tmp_path, "GRPO", callback, **settings).train()
+    callback = GradientSketchCallback(SIZE)
+    resumed = generating_trainer(tmp_path, "GRPO", callback, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    rows = load_sketches(tmp_path).dataset.with_format("numpy")
+    assert set(rows["step"][:]) == {1, 2, 3, 4}
+    for name in ("reward", "advantage"):
+        assert np.isfinite(rows[name][:]).all()
+        assert np.abs(rows[name][:]).max() > 0
+    assert "compute_loss" not in vars(resumed)  # nothing is followed any more

@@ -66,6 +66,13 @@ def test_resuming_keeps_what_the_store_knows():
     assert decide_opening(unknown, theirs, [ROWS], 4).header.step_examples == 4
 
 
+def test_a_store_without_columns_of_answers_goes_on_without_them():
+    ours = replace(OURS, answers=True)
+    assert decide_opening(ours, OURS, [ROWS], 4).header == OURS
+    assert decide_opening(OURS, ours, [ROWS], 4).header == ours
+    assert decide_opening(ours, OURS, [ROWS], 0).header == ours  # of a store of its own
+
+
 @pytest.mark.parametrize(
     ("processes", "step_examples", "world_size", "action"),
     [

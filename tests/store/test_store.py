@@ -129,6 +129,7 @@ def test_the_header_is_pinned(store):
         "processes": 1,
         "unverified": None,
         "per_row": False,
+        "answers": False,
     }
     assert check_value == pytest.approx(SKETCH.check_value())
 
