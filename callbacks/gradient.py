@@ -38,6 +38,7 @@ from .recording.ids import warn_of_restart
 from .recording.normalizing import normalized
 from .recording.rehearsal import DryRun, Rehearsal
 from .recording.run import Run
+from .recording.sink import stored_layout
 from .recording.trainers import (
     calling_trainers,
     free_trainer,
@@ -73,10 +74,11 @@ class GradientSketchCallback(TrainerCallback):
 
     Args:
         out_size: numbers per sketch.
-        layout: "factored" (cheap per-example rows) or "blocked" (more accurate, but
-            forms each example's weight gradients); see `ModelSketch`.
-        operator: sketch of each parameter, or of those that "factored" does not
-            factor; see `ModelSketch`.
+        layout: "grouped" (cheap per-example rows), "blocked" (forms each example's
+            weight gradients) or "factored" (of earlier releases); see `ModelSketch`. By
+            default that of the store that training resumes, and else "grouped".
+        operator: sketch of each parameter, or of those that "grouped" does not take;
+            see `ModelSketch`.
         seed: seed of the sketch; by default the Trainer's own.
         per_step: record a row per step.
         per_example: record a row per example.
@@ -107,7 +109,7 @@ class GradientSketchCallback(TrainerCallback):
 
     out_size: int = 4096
     _: KW_ONLY
-    layout: str = "factored"
+    layout: str | None = None
     operator: str = "srht"
     seed: int | None = None
     per_step: bool = True
@@ -127,7 +129,8 @@ class GradientSketchCallback(TrainerCallback):
         for flag in ("per_step", "per_example", "per_row", "measure_error"):
             check_flag(flag, getattr(self, flag))
         check_choice("on_error", self.on_error, get_args(OnError))
-        check_choice("layout", self.layout, LAYOUTS)
+        if self.layout is not None:
+            check_choice("layout", self.layout, LAYOUTS)
         check_choice("operator", self.operator, OPERATORS)
         check_choice("row_dtype", self.row_dtype, ROW_DTYPES)
         check_choice("normalize", self.normalize or "adam", ("adam",))
@@ -273,8 +276,9 @@ class GradientSketchCallback(TrainerCallback):
             "every_steps", self.every_steps <= last, allowed, self.every_steps
         )
         seed = args.seed if self.seed is None else self.seed
+        layout = self.layout or stored_layout(args, state.global_step) or "grouped"
         sketch = ModelSketch.from_model(
-            model, self.out_size, self.layout, seed, self.operator
+            model, self.out_size, layout, seed, self.operator
         )
         header = Header(sketch, self.loss, self.row_dtype, per_row=self.per_row)
         return replace(header, step_examples=step_examples(args, state))

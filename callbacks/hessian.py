@@ -77,7 +77,7 @@ class HessianSpectrumCallback(TrainerCallback):
         krylov_dim: Lanczos steps, each a Hessian-vector product.
         out_size: length of the sketch; krylov_dim * out_size numbers stay in memory.
         operator: see `ModelSketch`, as for `layout`.
-        layout: "blocked" | "factored" | "flat".
+        layout: "blocked" | "grouped" | "factored" | "flat".
         seed: seed of the sketch, the batches and the start vector; by default the
             Trainer's.
         loss_fn: see `HessianOperator`, as for `mode` and `unit`.

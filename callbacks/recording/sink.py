@@ -10,7 +10,7 @@ from accelerate.state import PartialState
 from torch import Tensor
 from transformers import TrainingArguments
 
-from hf_sketch.store.header import Header
+from hf_sketch.store.header import Header, read_header
 from hf_sketch.store.rows import PER_EXAMPLE
 from hf_sketch.store.writer import SketchWriter
 
@@ -19,6 +19,16 @@ _MOST_PARTS = 256  # each one more argument of the program that joins them
 
 Columns = Mapping[str, Tensor]
 Rows = tuple[str, Columns]
+
+
+def stored_layout(args: TrainingArguments, resume_step: int) -> str | None:
+    """Return the layout of the store that training resumes; None if none is known."""
+    if not resume_step:
+        return None
+    try:
+        return read_header(_store(args)).model_sketch.layout
+    except (FileNotFoundError, ValueError):  # as it is opened, its rows decide
+        return None
 
 
 class RowSink:
@@ -48,8 +58,7 @@ class RowSink:
 
         One process makes the files, and one per machine where they share no disk.
         """
-        # Also where it is a link to another disk, or the working directory changes.
-        directory = (Path(args.output_dir or ".") / "sketches").resolve()
+        directory = _store(args)
         processes = PartialState()
         rank, world_size = args.process_index, args.world_size
         with processes.main_process_first(), processes.local_main_process_first():
@@ -154,3 +163,8 @@ def _transfer(held: Sequence[Rows]) -> Callable[[], Iterator[Rows]]:
 def _away(columns: Columns) -> list[Tensor]:
     """The columns that are not on the CPU."""
     return [column for column in columns.values() if not column.is_cpu]
+
+
+def _store(args: TrainingArguments) -> Path:
+    """Where a run's rows go, also if that is a link or the directory changes later."""
+    return (Path(args.output_dir or ".") / "sketches").resolve()

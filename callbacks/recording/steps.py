@@ -72,7 +72,7 @@ def check_layout_of_shards(model_sketch: ModelSketch, probe: ClipProbe) -> None:
     if model_sketch.layout == "flat" and probe.in_shards:
         raise ValueError(
             "layout='flat' needs the whole gradient in one place, but FSDP has split "
-            "the parameters. Pass layout='factored' or 'blocked'."
+            "the parameters. Pass layout='grouped' or 'blocked'."
         )
 
 

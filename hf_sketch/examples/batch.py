@@ -159,7 +159,7 @@ class Batch:
         if self.failure is not None:
             raise MemoryError(
                 "the gradients of the examples did not fit into memory "
-                f"({self.failure}): pass layout='factored', a smaller out_size or "
+                f"({self.failure}): pass layout='grouped', a smaller out_size or "
                 "per_device_train_batch_size, or per_example=False."
             )
         assert isinstance(self.sums, Accumulator)

@@ -60,8 +60,8 @@ class RowSettings:
 
     Args:
         out_size: numbers per sketch.
-        layout: "factored" or "blocked".
-        operator: operator of parameters that are not factored.
+        layout: "grouped", "blocked" or "factored".
+        operator: operator of parameters that are not grouped.
         row_dtype: how rows are stored.
         every_steps: record the steps whose number is a multiple of this.
         per_step: record a row per step as well.
@@ -71,7 +71,7 @@ class RowSettings:
     """
 
     out_size: int = 4096
-    layout: str = "factored"
+    layout: str = "grouped"
     operator: str = "srht"
     row_dtype: str = "float32"
     every_steps: int = 1

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_sketch.sketches.operator import SeededSketch, next_power_of_two
+from hf_sketch.sketches.operator import SeededSketch, fitting, next_power_of_two
 from hf_sketch.sketches.transforms.folding import add_up, folding_signs
 from hf_sketch.sketches.transforms.hadamard import hadamard_matrix
 from hf_sketch.sketches.transforms.random import CounterRandom
@@ -162,18 +162,23 @@ class Grouped(SeededSketch):
 
         Both sides are folded.
         """
-        turned = [
-            self._turn(side, x.to(rows.dtype)) for side, x in enumerate((left, right))
-        ]
+        some = len(left)
+        if left.device.type == "cpu":  # 1 MiB at a time stays in the cache
+            some = fitting(4 * left.shape[1] * max(self.widths))
+        parts = (x.split(some) for x in (rows, left, right))
+        for total, first, second in zip(*parts, strict=True):
+            turned = self._turn(0, first.to(rows)), self._turn(1, second.to(rows))
+            self._add_turned_(total, *turned)
+
+    def _add_turned_(self, rows: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add the products of the groups of both sides to rows, in place."""
         shape = (self.kept, *self.group_sizes)
         if math.prod(shape) == self.out_size:
             total = rows.view(-1, *self.group_sizes)
-            total.baddbmm_(turned[0].mT, turned[1], alpha=self._scale)
+            total.baddbmm_(left.mT, right, alpha=self._scale)
         else:  # some numbers are in no group
-            product = torch.bmm(turned[0].mT, turned[1])
-            rows[:, : math.prod(shape)].add_(
-                product.view(len(rows), -1), alpha=self._scale
-            )
+            product = torch.bmm(left.mT, right).view(len(rows), -1)
+            rows[:, : math.prod(shape)].add_(product, alpha=self._scale)
 
     def _turn(self, side: int, folded: Tensor) -> Tensor:
         """The groups of a folded side: (b, t, places) -> (b * kept, t, s)."""

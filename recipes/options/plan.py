@@ -40,10 +40,10 @@ class PlanArguments:
         default="bfloat16", metadata={"help": "Dtype that the model computes in."}
     )
     out_size: int = field(default=4096, metadata={"help": "Numbers per row."})
-    layout: str = field(default="factored", metadata={"help": "factored or blocked."})
+    layout: str = field(default="grouped", metadata={"help": "grouped or blocked."})
     operator: str = field(
         default="srht",
-        metadata={"help": "Operator of the parameters that are not factored."},
+        metadata={"help": "Operator of the parameters that are not grouped."},
     )
     row_dtype: str = field(
         default="float32",

@@ -1,6 +1,6 @@
 """A release computes the rows of the release before.
 
-Eight tiny runs are compared with rows that an earlier release recorded of them. What is
+Nine tiny runs are compared with rows that an earlier release recorded of them. What is
 counted and not computed must be equal; other numbers may differ by the rounding of
 another processor's matrix products.
 """

@@ -5,12 +5,13 @@ from transformers import TrainerCallback
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.callbacks.recording import run
+from tests.helpers.tiers import full
 from tests.helpers.trained.training import tiny_bert, tiny_dataset, tiny_trainer
 
 SIZE = 256
 
 
-@pytest.fixture(params=[pytest.param("blocked", marks=pytest.mark.full), "factored"])
+@pytest.fixture(params=["grouped", *full("blocked", "factored")])
 def layout(request):
     return request.param
 

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.store.header import read_header
+from tests.helpers.rows import rows_of
 from tests.helpers.trained.training import Interrupt, tiny_dataset, tiny_trainer
 
 SIZE = 64
@@ -163,3 +164,19 @@ def test_from_a_checkpoint_after_the_store_was_lost(tmp_path, uninterrupted):
     later = expected["step"] > 4
     assert torch.equal(rows["example_id"], expected["example_id"][later])
     assert torch.equal(rows["sketch"], expected["sketch"][later])
+
+
+def test_with_the_map_of_a_store_of_an_earlier_default(tmp_path):
+    """Without a layout the store's own is used, and a new store gets the default."""
+    whole = tmp_path / "whole"
+    tiny_trainer(whole, GradientSketchCallback(SIZE, layout="factored")).train()
+    callbacks = GradientSketchCallback(SIZE, layout="factored"), Interrupt(4)
+    directory = tmp_path / "resumed"
+    with pytest.raises(KeyboardInterrupt):
+        tiny_trainer(directory, *callbacks).train()
+    trainer = tiny_trainer(directory, GradientSketchCallback(SIZE))
+    trainer.train(resume_from_checkpoint=True)
+    assert rows_of(directory) == rows_of(whole)
+    new = tmp_path / "new"
+    tiny_trainer(new, GradientSketchCallback(SIZE), max_steps=1).train()
+    assert read_header(new / "sketches").model_sketch.layout == "grouped"

@@ -14,6 +14,7 @@ from hf_sketch import (
     QK,
     SRHT,
     Dense,
+    Grouped,
     HessianOperator,
     ModelSketch,
     SketchedHessian,
@@ -50,6 +51,8 @@ OPERATORS = [
     *(AFFD(2**20, 2**10, 3, 2**10), FFD(1000, 60, 2), Dense(1000, 60, 2)),
     *(QK(1000, 60, 2), QK(2**12 + 1, 64, 3)),
     QK(60, 16, 0, in_factors=(10, 6), out_factors=(4, 4), rotation="signs"),
+    Grouped(360, 64, 3, (60, 6), (32, 8)),
+    Grouped(480, 60, 2, (4, 5, 24), (8, 16)),
 ]
 each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=repr)
 ON_CUDA = {
@@ -81,7 +84,7 @@ def test_signs_are_flipped_bit_for_bit_as_on_the_cpu():
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("layout", ["blocked", "factored", "flat"])
+@pytest.mark.parametrize("layout", ["grouped", "blocked", "factored", "flat"])
 def test_a_sketched_gradient_is_that_of_the_cpu(layout):
     shapes = (("table", (300, 64)), ("weight", (300, 260)), ("bias", (260,)))
     sketch = ModelSketch(shapes, 256, layout)

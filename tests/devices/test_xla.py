@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, Dense, ModelSketch
+from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, Dense, Grouped, ModelSketch
 from hf_sketch.sketches.transforms.random import CounterRandom
 from hf_sketch.sketches.transforms.signs import flip, sign_masks
 from tests.helpers.operators.device_oracles import assert_same_operator_on, random
@@ -27,6 +27,8 @@ WITHOUT_LOOK_UPS = [
     QK(1000, 60, 2),
     QK(2**12 + 1, 64, 3),
     QK(60, 16, 0, in_factors=(10, 6), out_factors=(4, 4), rotation="signs"),
+    Grouped(360, 64, 3, (60, 6), (32, 8)),
+    Grouped(480, 60, 2, (4, 5, 24), (8, 16)),
 ]
 OPERATORS = [
     *WITHOUT_LOOK_UPS,
@@ -86,7 +88,7 @@ def operations(result):
     return set(re.findall(r"stablehlo\.(\w+)", text.decode()))
 
 
-@pytest.mark.parametrize("layout", ["blocked", "factored", "flat"])
+@pytest.mark.parametrize("layout", ["grouped", "blocked", "factored", "flat"])
 def test_a_sketched_gradient_is_that_of_the_cpu_and_no_number_is_read(layout):
     shapes = (("table", (300, 64)), ("weight", (300, 260)), ("bias", (260,)))
     sketch = ModelSketch(shapes, 256, layout)

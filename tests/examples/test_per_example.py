@@ -1,12 +1,17 @@
+import contextlib
+import functools
 import gc
 import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_sketch import ExampleSketcher, ModelSketch
 from hf_sketch.examples.calls import field_of
+from hf_sketch.examples.rules import linear
+from hf_sketch.examples.rules.base import is_kept
 from tests.helpers.tiers import full
 from tests.helpers.trained.training import tiny_batch, tiny_bert
 
@@ -299,3 +304,35 @@ def test_taking_without_a_backward_pass_is_named():
             sketcher.take()
     with pytest.raises(RuntimeError, match="inside `with ExampleSketcher"):
         sketcher.sketch(tiny_batch())
+
+
+@pytest.mark.parametrize("how", ["plain", "recomputed", "offloaded", "autocast"])
+def test_inputs_that_autograd_does_not_keep_are_folded_at_once(how, monkeypatch):
+    model, batch, kept = tiny_bert().eval(), tiny_batch(), set()
+    sketch = ModelSketch.from_model(model, 64, "grouped")
+
+    def note(*args):
+        kept.add(is_kept(*args))
+        return is_kept(*args)
+
+    monkeypatch.setattr(linear, "is_kept", note)
+    with ExampleSketcher(model, sketch) as sketcher:
+        expected = sketcher.sketch(batch).rows
+    assert kept == {True}
+    kept.clear()
+    around, tolerance = contextlib.nullcontext(), 1e-5
+    if how == "recomputed":
+        layer = model.bert.encoder.layer[0]
+        again = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        monkeypatch.setattr(layer, "forward", again)
+    elif how == "offloaded":
+        around = torch.autograd.graph.save_on_cpu()
+    elif how == "autocast":
+        around, tolerance = torch.autocast("cpu", dtype=torch.bfloat16), 5e-2
+    with ExampleSketcher(model, sketch) as sketcher:
+        with around:
+            loss = model(**batch).loss
+        loss.backward()
+        got = sketcher.take().rows
+    assert (got - expected).norm() < tolerance * expected.norm()
+    assert (False in kept) == (how != "plain")

@@ -51,9 +51,9 @@ def test_numbers_are_those_of_both_sides_or_of_each_examples_gradient():
 def test_a_frozen_layer_costs_nothing():
     model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 512))
     batch = BatchShape(examples=2, tokens=10, element_bytes=4)
-    both = batch_cost(model, ModelSketch.from_model(model, 64, "factored"), batch)
+    both = batch_cost(model, ModelSketch.from_model(model, 64, "grouped"), batch)
     model[0].requires_grad_(False)
-    one = batch_cost(model, ModelSketch.from_model(model, 64, "factored"), batch)
+    one = batch_cost(model, ModelSketch.from_model(model, 64, "grouped"), batch)
     assert both.numbers - one.numbers == 20 * 1024
 
 
@@ -97,12 +97,12 @@ def test_without_a_rate_no_seconds_are_told(small):
 
 
 def test_the_blocked_layout_reads_more_and_holds_less(small):
-    factored, blocked = (
+    grouped, blocked = (
         plan_recording(small, RUN, RowSettings(layout=layout))
-        for layout in ("factored", "blocked")
+        for layout in ("grouped", "blocked")
     )
-    assert blocked.step_numbers > factored.step_numbers
-    assert blocked.held_bytes < factored.held_bytes
+    assert blocked.step_numbers > grouped.step_numbers
+    assert blocked.held_bytes < grouped.held_bytes
 
 
 def test_a_steps_row_reads_each_gradient_once_split_over_shards(small):

@@ -106,7 +106,7 @@ def test_a_sketch_and_some_norms_alone_are_exchanged(launched):
 
 @pytest.mark.full
 @pytest.mark.in_processes(2, "fsdp/memory")
-@pytest.mark.parametrize("layout", ["factored", "blocked"])
+@pytest.mark.parametrize("layout", ["grouped", "blocked"])
 def test_the_row_of_a_step_needs_less_memory_than_a_shard(launched, layout):
     """Of the greatest parameter, in the first step too, which draws what is random."""
     shard_bytes = math.prod(GREATEST) * 4 / 2

@@ -1,10 +1,10 @@
-"""Nothing is looked up by index in AFFD, AFJL and QK: the paper's point on TPUs."""
+"""AFFD, AFJL, QK and Grouped look nothing up by index: the paper's point on TPUs."""
 
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hf_sketch import AFFD, AFJL, FFD, FJL, QK
+from hf_sketch import AFFD, AFJL, FFD, FJL, QK, Grouped
 
 LOOK_UPS = ("gather", "scatter", "index", "take", "embedding")
 MIXES = ("hadamard", "fft", "kronecker")
@@ -26,6 +26,8 @@ def look_ups(function, size):
         *(AFFD(1000, 64, 0, 128, mix=mix) for mix in MIXES),
         *(AFJL(1000, 64, 0, 128, mix=mix) for mix in MIXES),
         QK(1000, 64, 0),
+        Grouped(1000, 64, 0, (40, 25), (32, 16)),
+        Grouped(1000, 64, 0, (4, 10, 25), (16, 16)),
     ],
     ids=repr,
 )

@@ -39,7 +39,7 @@ def test_the_gradient_is_the_sketch_of_the_full_gradient(name):
     assert [p for p in model.parameters() if p.requires_grad] == [tuner.omega]
 
 
-@pytest.mark.parametrize("layout", ["blocked", "factored", "flat"])
+@pytest.mark.parametrize("layout", ["grouped", "blocked", "factored", "flat"])
 @pytest.mark.parametrize("operator", ["affd", "afjl", "qk", "ffd", "srht", "dense"])
 def test_gradients_are_slopes_of_the_loss(operator, layout):
     batch = tiny_inputs("gpt2")

@@ -21,7 +21,7 @@ def test_the_cost_of_rows_is_measured_beside_plain_training(
     arguments = PerExampleCostArguments(
         output_dir=str(tmp_path),
         shape=shape,
-        runs="factored,blocked",
+        runs="grouped,factored,blocked",
         out_size=64,
         steps=2,
         tiny=True,
@@ -29,10 +29,10 @@ def test_the_cost_of_rows_is_measured_beside_plain_training(
     results = run_per_example_cost(arguments)
     path = tmp_path / f"per_example_cost_{shape}.json"
     assert json.loads(path.read_text())["results"] == json.loads(json.dumps(results))
-    assert set(results["runs"]) == {PLAIN, "factored", "blocked"}
+    assert set(results["runs"]) == {PLAIN, "grouped", "factored", "blocked"}
     plain = results["runs"][PLAIN]
     assert plain["ratio_to_plain"] == 1
-    for name in ("factored", "blocked"):
+    for name in ("grouped", "factored", "blocked"):
         run = results["runs"][name]
         ratio = run["median_seconds"] / plain["median_seconds"]
         assert run["ratio_to_plain"] == pytest.approx(ratio)  # of one round
@@ -43,7 +43,7 @@ def test_the_cost_of_rows_is_measured_beside_plain_training(
         assert run["numbers_in_a_row"] == 64
         assert run["row_bytes"] > 4 * 64
     printed = capsys.readouterr().out
-    assert "the floor of 'factored'" in printed
+    assert "the floor of 'grouped'" in printed
     assert "100.0%  r 0." in printed or "100.0%  r 1." in printed
 
 
@@ -73,7 +73,7 @@ def test_the_floor_counts_what_the_layers_hold():
     ("bad", "match"),
     [
         ({"shape": "gpt5"}, "shape must be one of .*, got 'gpt5'"),
-        ({"runs": "factored,logix"}, r"runs must be among .*, got \['logix'\]"),
+        ({"runs": "grouped,logix"}, r"runs must be among .*, got \['logix'\]"),
         ({"steps": 1}, "steps must be at least 2.*got 1: pass --steps 4"),
     ],
 )

@@ -10,13 +10,13 @@ def test_plans_are_put_beside_measured_runs(tmp_path, capsys, model_type):
         output_dir=str(tmp_path), model_type=model_type, steps=4, tiny=True
     )
     results = run_plan_check(arguments)
-    assert set(results) == {"tiny factored", "tiny blocked"}
+    assert set(results) == {"tiny grouped", "tiny blocked"}
     for result in results.values():
         planned, measured = result["planned"], result["measured"]
         assert set(planned) == set(measured)
         for exact in ("row_bytes", "store_bytes"):
             assert planned[exact] == pytest.approx(measured[exact], rel=0.05)
         assert planned["sketch_seconds"] > 0
-    held = (results["tiny factored"][x]["extra_bytes"] for x in ("planned", "measured"))
+    held = (results["tiny grouped"][x]["extra_bytes"] for x in ("planned", "measured"))
     assert next(held) == pytest.approx(next(held), rel=0.25)
     assert "sketch_seconds" in capsys.readouterr().out

@@ -111,7 +111,7 @@ def sections_of(arguments: GpuArguments) -> dict[str, Callable[[], Any]]:
         "rounds": arguments.rounds,
         "tiny": arguments.tiny,
     }
-    examples = partial(PerExampleCostArguments, runs="factored", steps=12, **shared)
+    examples = partial(PerExampleCostArguments, runs="grouped", steps=12, **shared)
     hvp = HvpCostArguments(examples=2, tokens=16, bits=8, **shared)
     if not arguments.tiny:
         hvp = dataclasses.replace(hvp, examples=8, tokens=128, bits=14)

@@ -29,10 +29,10 @@ from hf_sketch.recipes.tables.quality.recorded_runs import (
     record,
 )
 from hf_sketch.recipes.tables.recorders import Ours, PostHocRecorder, Recorder
-from hf_sketch.sketches import QK
+from hf_sketch.sketches import Grouped
 
 PLAIN = "plain"
-_LAYOUTS = ("factored", "blocked")
+_LAYOUTS = ("grouped", "factored", "blocked")
 _INSPECTED_BATCHES = 2  # the second is the first with all of AdamW's memory
 
 Make = Callable[[], Recorder | None]
@@ -144,19 +144,19 @@ def alternate(
 
 
 def fast_path_floor(model: nn.Module, out_size: int, tokens: int) -> dict[str, int]:
-    """What the factored layout has to do in a step at the least, and the layers do.
+    """What the grouped layout has to do in a step at the least, and the layers do.
 
     Returns:
         folded: numbers in the layers' inputs and output gradients, each added once.
-        outer: multiply-adds of the outer products of the folded sides.
+        outer: multiply-adds of the rotations and of the products of groups.
         layers: multiply-adds of the layers' own products, forward and backward.
     """
-    sketch = ModelSketch.from_model(model, out_size, "factored")
+    sketch = ModelSketch.from_model(model, out_size, "grouped")
     parameters = sketch.parameters_of(model)
-    factored = {
-        id(parameters[name])
+    grouped = {
+        id(parameters[name]): operator
         for name, operator in sketch.operators.items()
-        if isinstance(operator, QK)
+        if isinstance(operator, Grouped)
     }
     counts = dict.fromkeys(("folded", "outer", "layers"), 0)
     for module in model.modules():
@@ -165,10 +165,11 @@ def fast_path_floor(model: nn.Module, out_size: int, tokens: int) -> dict[str, i
         looked_up = isinstance(module, nn.Embedding)
         if not looked_up:
             counts["layers"] += 3 * tokens * module.weight.numel()
-        if id(module.weight) in factored:
+        if operator := grouped.get(id(module.weight)):
             sides = module.weight.shape
             counts["folded"] += tokens * (sides[1] if looked_up else sum(sides))
-            counts["outer"] += tokens * out_size
+            rotated = sum(operator.widths) * operator.groups
+            counts["outer"] += tokens * (rotated + out_size)
     return counts
 
 
@@ -178,10 +179,10 @@ def print_report(results: Mapping[str, Any]) -> None:
     read = 4 * counts["folded"]
     share = (counts["folded"] + counts["outer"]) / counts["layers"]
     print(
-        "the floor of 'factored': one addition for each of the "
+        "the floor of 'grouped': one addition for each of the "
         f"{counts['folded']:,} numbers a step in the inputs and output gradients of "
         f"its layers,\n  i.e. one read of {read / 1e6:.1f} MB, and {counts['outer']:,} "
-        f"multiply-adds of the folded sides: {share:.2%} of the\n"
+        f"multiply-adds of rotations and groups: {share:.2%} of the\n"
         f"  {counts['layers']:,} multiply-adds of the layers' own products"
     )
     print(

@@ -35,7 +35,7 @@ class PlanCheckArguments(ReportArguments):
 
     model_type: str = field(default="gpt2", metadata={"help": "gpt2 or llama."})
     layouts: str = field(
-        default="factored,blocked", metadata={"help": "Layouts, comma-separated."}
+        default="grouped,blocked", metadata={"help": "Layouts, comma-separated."}
     )
     out_size: int = field(default=4096, metadata={"help": "Numbers per row."})
     steps: int = field(default=8, metadata={"help": "Recorded steps of the store."})

@@ -128,7 +128,7 @@ def _work(arguments: ProcessCostArguments, directory: Path) -> None:
         setting.restore()
         recorder = None
         if name == "recorded":
-            recorder = Ours(arguments.out_size, "factored", per_step=True)
+            recorder = Ours(arguments.out_size, "grouped", per_step=True)
         each = train(setting, recorder, directory / name, steps * count)
         # The first process measures the rows' error in the first step: the others wait
         # for it in the second.

@@ -23,7 +23,7 @@ class StepCostArguments(ReportArguments):
         default="gpt2", metadata={"help": "Default configuration with random weights."}
     )
     sketches: str = field(
-        default="blocked/srht,blocked/affd,blocked/afjl,factored/srht,flat/srht:12,"
+        default="blocked/srht,blocked/affd,blocked/afjl,grouped/srht,flat/srht:12,"
         "flat/affd:12",
         metadata={
             "help": "Pairs of layout/operator, comma-separated; with :12 behind, of "

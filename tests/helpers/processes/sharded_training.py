@@ -129,7 +129,7 @@ def mixed(directory):
 
 def memory(directory):
     """The most bytes that the row of a step takes, in each layout."""
-    for layout in ("factored", "blocked"):
+    for layout in ("grouped", "blocked"):
         peaks = []
 
         def measuring(*args, peaks=peaks):
@@ -266,7 +266,7 @@ def refused_by_sketch_dataset(directory, model):
 
 def rows_of(model, inputs):
     """The rows of a batch."""
-    sketch = ModelSketch.from_model(model, SIZE, "factored")
+    sketch = ModelSketch.from_model(model, SIZE, "grouped")
     with ExampleSketcher(model, sketch) as sketcher:
         model(**inputs).loss.backward()
         return sketcher.take().rows

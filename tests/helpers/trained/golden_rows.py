@@ -1,4 +1,4 @@
-"""Eight tiny training runs, and the rows that they record.
+"""Nine tiny training runs, and the rows that they record.
 
 `python -m tests.helpers.trained.golden_rows tests/golden/rows.safetensors` writes the
 file that later releases are compared with. Do so only where other rows are meant: where
@@ -29,13 +29,14 @@ from tests.helpers.trained.training import tiny_bert, tiny_trainer
 GOLDEN = Path(__file__).parents[2] / "golden" / "rows.safetensors"
 VOCABULARY = 64
 RUNS = {
-    "gpt2-factored": ("gpt2", {}),
+    "gpt2-factored": ("gpt2", {"layout": "factored"}),
     "gpt2-blocked-affd": ("gpt2", {"layout": "blocked", "operator": "affd"}),
-    "llama-factored": ("llama", {"operator": "afjl"}),
+    "gpt2-grouped": ("gpt2", {}),
+    "llama-factored": ("llama", {"layout": "factored", "operator": "afjl"}),
     "llama-flat-fjl": ("llama", {"layout": "flat", "operator": "fjl"}),
-    "t5-factored-sum": ("t5", {"loss": "sum"}),
+    "t5-factored-sum": ("t5", {"layout": "factored", "loss": "sum"}),
     "t5-blocked-srht": ("t5", {"layout": "blocked"}),
-    "bert-factored-int8": ("bert", {"row_dtype": "int8"}),
+    "bert-factored-int8": ("bert", {"layout": "factored", "row_dtype": "int8"}),
     "bert-blocked-qk-float16": (
         "bert",
         {"layout": "blocked", "operator": "qk", "row_dtype": "float16"},
