@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from hf_sketch.sketches.operator import SeededSketch, fitting, next_power_of_two
 from hf_sketch.sketches.transforms.folding import add_up, folding_signs
 from hf_sketch.sketches.transforms.hadamard import hadamard_matrix
 from hf_sketch.sketches.transforms.random import CounterRandom
+
+Drawn = Literal["signs", "rows"]
 
 
 @dataclass(frozen=True)
@@ -236,44 +239,36 @@ class Grouped(SeededSketch):
 
     def _rows(self, side: int, like: Tensor) -> Tensor:
         """Rows of the Hadamard matrix, for each group that is kept: (kept, c)."""
-        rows = self._matrices[side].to(like)
-        return rows[:, : self._places(side) // self.group_sizes[side]]
-
-    @cached_property
-    def _matrices(self) -> tuple[Tensor, Tensor]:
-        """H_1 and H_2, with rows in independent orders: (kept, r), on the CPU."""
-        matrix = hadamard_matrix(self.groups)
-        first, second = (
-            matrix[CounterRandom(self.seed, f"groups/{side}").permutation(len(matrix))]
-            for side in (0, 1)
-        )
-        return first[: self.kept], second[: self.kept]
+        return self._there("rows", side, like)
 
     def _signs_at(self, side: int, like: Tensor) -> Tensor:
-        """Signs where `like` is, kept: (experts or 1, length of the side).
+        """The signs of a side's coordinates: (experts or 1, length)."""
+        return self._there("signs", side, like)
 
-        Their type is that of `like`, or float32 beside integers.
+    def _there(self, what: Drawn, side: int, like: Tensor) -> Tensor:
+        """What was drawn for a side, where `like` is, and kept there.
+
+        Its type is that of `like`, or float32 beside integers.
         """
         dtype = like.dtype if like.is_floating_point() else torch.float32
-        key = side, like.device, dtype
+        key = what, side, like.device, dtype
         if key not in self._placed:
-            self._placed[key] = self._signs[side].to(like.device, dtype)
+            drawn = self._draw_signs if what == "signs" else self._draw_rows
+            self._placed[key] = drawn(side).to(like.device, dtype)
         return self._placed[key]
 
     @cached_property
-    def _placed(self) -> dict[tuple[int, torch.device, torch.dtype], Tensor]:
-        """Signs by side, device and type."""
+    def _placed(self) -> dict[tuple[Drawn, int, torch.device, torch.dtype], Tensor]:
+        """What was drawn, by side, device and type."""
         return {}
 
-    @cached_property
-    def _signs(self) -> tuple[Tensor, Tensor]:
-        """The signs of each side's coordinates: (experts or 1, length)."""
-        experts = self.sides[0] if len(self.sides) == 3 else 1
-        first, second = (
-            folding_signs(experts * length, self._generator(side)).view(experts, length)
-            for side, length in enumerate(self.sides[-2:])
-        )
-        return first, second
+    def _draw_rows(self, side: int) -> Tensor:
+        rng = CounterRandom(self.seed, f"groups/{side}/{self.stream}")
+        order = rng.permutation(self.groups)[: self.kept]
+        columns = self._places(side) // self.group_sizes[side]
+        return hadamard_matrix(self.groups)[order, :columns]
 
-    def _generator(self, side: int) -> CounterRandom:
-        return CounterRandom(self.seed, f"sides/{side}/{self.stream}")
+    def _draw_signs(self, side: int) -> Tensor:
+        experts = self.sides[0] if len(self.sides) == 3 else 1
+        rng = CounterRandom(self.seed, f"sides/{side}/{self.stream}")
+        return folding_signs(experts * self.sides[side - 2], rng).view(experts, -1)

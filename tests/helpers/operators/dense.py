@@ -224,7 +224,8 @@ def dense_grouped(operator):
     kept = out // (sizes[0] * sizes[1])
     turned = []
     for side, (length, size) in enumerate(zip((m, n), sizes, strict=True)):
-        order = CounterRandom(operator.seed, f"groups/{side}").permutation(groups)
+        role = f"groups/{side}/{operator.stream}"
+        order = CounterRandom(operator.seed, role).permutation(groups)
         rows = hadamard(groups)[order][:kept] * math.sqrt(groups)
         role = f"sides/{side}/{operator.stream}"
         words = CounterRandom(operator.seed, role).words(0, experts * length)
