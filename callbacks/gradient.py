@@ -75,10 +75,9 @@ class GradientSketchCallback(TrainerCallback):
     Args:
         out_size: numbers per sketch.
         layout: "grouped" (cheap per-example rows), "blocked" (forms each example's
-            weight gradients) or "factored" (of earlier releases); see `ModelSketch`. By
-            default that of the store that training resumes, and else "grouped".
-        operator: sketch of each parameter, or of those that "grouped" does not take;
-            see `ModelSketch`.
+            weight gradients) or "factored" (of earlier releases); see `ModelSketch`.
+            By default that of the store that training resumes, or else "grouped".
+        operator: sketch of the parameters that the layout leaves; see `ModelSketch`.
         seed: seed of the sketch; by default the Trainer's own.
         per_step: record a row per step.
         per_example: record a row per example.
@@ -268,18 +267,15 @@ class GradientSketchCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, model: nn.Module
     ) -> Header:
         """Return the header of the store, unless this training cannot be recorded."""
-        name, last = type(self).__name__, state.max_steps
+        name, every, last = type(self).__name__, self.every_steps, state.max_steps
         check_processes(args, model, name, compiled=True, in_shards=True)
         check_same(name, vars(self))
         allowed = f"at most {last}, the steps of this run"
-        check_setting(
-            "every_steps", self.every_steps <= last, allowed, self.every_steps
-        )
+        check_setting("every_steps", every <= last, allowed, every)
         seed = args.seed if self.seed is None else self.seed
         layout = self.layout or stored_layout(args, state.global_step) or "grouped"
-        sketch = ModelSketch.from_model(
-            model, self.out_size, layout, seed, self.operator
-        )
+        map_settings = self.out_size, layout, seed, self.operator
+        sketch = ModelSketch.from_model(model, *map_settings)
         header = Header(sketch, self.loss, self.row_dtype, per_row=self.per_row)
         return replace(header, step_examples=step_examples(args, state))
 

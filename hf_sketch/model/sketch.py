@@ -46,10 +46,9 @@ class ModelSketch:
             of a mixture's experts, by `Grouped`, which takes outputs and inputs apart,
             so that a per-example gradient is never formed, and all else (vectors, and
             matrices with a side shorter than about sqrt(out_size)) as "blocked";
-            "factored" does so by QK with a factor of signs for each side, and is less
-            accurate, and no faster for experts than "blocked"; "flat" is the paper's:
-            all parameters end to end, one operator without blocks, which needs twice
-            the memory of the gradient.
+            "factored", of earlier releases, takes matrices alone, by QK of signs, with
+            larger errors; "flat" is the paper's: all parameters end to end, one
+            operator without blocks, which needs twice the memory of the gradient.
         seed: the only source of randomness; equal fields, equal map.
         operator: "srht", "affd", "afjl" or "fjl" (in blocks), "dense", "ffd" or "qk".
         frozen: names of the parameters left out, for `coverage`.
