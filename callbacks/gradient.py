@@ -93,8 +93,8 @@ class GradientSketchCallback(TrainerCallback):
             column `part` counts them. By default they add up to one.
         measure_error: before the first rows, compare each parameter's gradients of two
             examples with those of a backward pass per example, and read them another
-            way where they differ; after them, compare rows of a new store with the
-            exact gradients of three examples. The results are in the store's header.
+            way where they differ; after them, compare rows of a new store with exact
+            gradients of three (or this many) examples of that step, for its header.
         on_error: what to do where the disk is full or memory runs out while recording:
             "raise" an error that stops training, or "warn", stop recording in all
             processes and continue training.
@@ -118,7 +118,7 @@ class GradientSketchCallback(TrainerCallback):
     normalize: Literal["adam"] | None = None
     row_dtype: str = "float32"
     per_row: bool = False
-    measure_error: bool = True
+    measure_error: bool | int = True
     on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class GradientSketchCallback(TrainerCallback):
         check_count("every_steps", self.every_steps)
         check_count("seed", self.seed, least=0, optional=True)
         for flag in ("per_step", "per_example", "per_row", "measure_error"):
-            check_flag(flag, getattr(self, flag))
+            check_flag(flag, getattr(self, flag), or_count=flag == "measure_error")
         check_choice("on_error", self.on_error, get_args(OnError))
         if self.layout is not None:
             check_choice("layout", self.layout, LAYOUTS)

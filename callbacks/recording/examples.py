@@ -87,7 +87,10 @@ def _added_up(
 
 
 def measured_error(
-    sketcher: ExampleSketcher, batches: Sequence[ExampleBatch], low_precision: bool
+    sketcher: ExampleSketcher,
+    batches: Sequence[ExampleBatch],
+    examples: int,
+    low_precision: bool,
 ) -> MeasuredError | None:
     """Compare the rows of a few examples with exact gradients.
 
@@ -99,6 +102,4 @@ def measured_error(
     if is_lazy(losses) or sketcher.in_shards or bool(losses.isnan().all()):
         return None
     inputs = [batch.inputs for batch in batches]
-    return measure_error(
-        sketcher, inputs, examples=MEASURED_EXAMPLES, low_precision=low_precision
-    )
+    return measure_error(sketcher, inputs, examples, low_precision=low_precision)

@@ -45,7 +45,7 @@ class Run:
         per_example: record a row per example.
         every_steps: record the steps whose number is a multiple of this.
         measure_error: compare gradients with exact ones, before the first rows and
-            after.
+            after; a number says of how many examples after, True stands for three.
         raises: raise an error where memory or disk run out, rather than warn.
     """
 
@@ -60,7 +60,7 @@ class Run:
         per_step: bool,
         per_example: bool,
         every_steps: int,
-        measure_error: bool,
+        measure_error: bool | int,
         raises: bool,
     ) -> None:
         args, state = trainer.args, trainer.state
@@ -81,7 +81,8 @@ class Run:
         self._collated: Any = None  # the batch, as the loader gave it
         self._per_row = header.per_row
         self._steps: StepReader | None = None
-        self._engine, self._measures = trainer.deepspeed, measure_error
+        measured = MEASURED_EXAMPLES if measure_error is True else int(measure_error)
+        self._engine, self._measured = trainer.deepspeed, measured
         self._rate, self._loss_scale = 0.0, 1.0
         self._open(header, trainer, model, loader, per_step, per_example)
         self._to_measure: list[ExampleBatch] | None = None
@@ -197,7 +198,7 @@ class Run:
                 warn_of_cost(self._args)
                 early = steps_early(self._optimizer, self._engine)
                 self._sketcher = ExampleSketcher(
-                    model, header.model_sketch, header.loss, self._measures, early
+                    model, header.model_sketch, header.loss, bool(self._measured), early
                 )
                 self._ids = followed_ids(loader, self._args, step)
                 self._origins = OriginFinder(trainer, loader, self._sketcher)
@@ -252,7 +253,7 @@ class Run:
         )
         if len(columns["example_id"]):
             self._sink.append(PER_EXAMPLE, columns)
-        if self._to_measure is not None and len(self._to_measure) < MEASURED_EXAMPLES:
+        if self._to_measure is not None and len(self._to_measure) < self._measured:
             self._to_measure.append(batch)
 
     @unless_stopped
@@ -276,7 +277,9 @@ class Run:
         if self._sketcher is not None and self._to_measure:
             batches, self._to_measure = self._to_measure, None
             with self._sketcher:
-                error = measured_error(self._sketcher, batches, self._low_precision)
+                error = measured_error(
+                    self._sketcher, batches, self._measured, self._low_precision
+                )
             if error is not None:
                 self._sink.writer.note_measured_error(error)
 

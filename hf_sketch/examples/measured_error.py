@@ -18,6 +18,8 @@ from hf_sketch.model.state import evaluation_mode
 
 _HELD_BYTES = 2**28
 _EXAMPLES_AT_ONCE = 2  # so that errors of batching still show
+_TOP = 10
+_LEAST_FOR_TOP = 2 * _TOP + 1  # of fewer, more than half would be found by chance
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,25 @@ class MeasuredError:
             product of the two exact norms; None without a pair.
         row_error: greatest relative distance of a row from the sketch of the gradient
             of its example alone, as batching and rounding cause.
+        top_found: share of each example's exact top 10 others, by inner product, that
+            is in its sketched top 10; None for fewer than 21 examples, of which chance
+            would find more than half.
     """
 
     examples: int
     pearson_r: float | None
     relative_error: float | None
     row_error: float
+    top_found: float | None = None
 
     def __str__(self) -> str:
         r = "-" if self.pearson_r is None else f"{self.pearson_r:.4f}"
         relative = "-" if self.relative_error is None else f"{self.relative_error:.2e}"
+        share = self.top_found
+        top = "" if share is None else f", {share:.0%} of the exact top {_TOP} found"
         return (
             f"Pearson r {r}, median relative error {relative} of inner products of "
-            f"{self.examples} examples; rows are off by {self.row_error:.1e}"
+            f"{self.examples} examples{top}; rows are off by {self.row_error:.1e}"
         )
 
 
@@ -102,6 +110,20 @@ def measure_error(
             f"{type(sketcher.model).__name__}."
         )
     return error
+
+
+def top_found(exact: Tensor, products: Tensor, count: int) -> float:
+    """Return the share of each row's exact top `count` others in its sketched top.
+
+    Shapes:
+        exact, products (n, n), of each with each
+    """
+    own = torch.eye(len(exact), dtype=torch.bool)
+    wanted, got = (
+        x.masked_fill(own, -torch.inf).topk(count).indices for x in (exact, products)
+    )
+    found = wanted.unsqueeze(2) == got.unsqueeze(1)
+    return float(found.sum() / wanted.numel())
 
 
 def _measure(
@@ -220,7 +242,8 @@ def _errors(exact: Tensor, rows: Tensor, row_error: float) -> MeasuredError:
     rows, exact = rows[some], exact[some][:, some]
     count = len(rows)
     pairs = torch.triu_indices(count, count, offset=1)
-    got, wanted = (x[pairs[0], pairs[1]] for x in (rows @ rows.T, exact))
+    products = rows @ rows.T
+    got, wanted = (x[pairs[0], pairs[1]] for x in (products, exact))
     norms = exact.diagonal().sqrt()
     scale = torch.outer(norms, norms)[pairs[0], pairs[1]]
     relative = ((got - wanted) / scale).abs()
@@ -230,4 +253,5 @@ def _errors(exact: Tensor, rows: Tensor, row_error: float) -> MeasuredError:
         pearson_r=r,
         relative_error=float(relative.median()) if count > 1 else None,
         row_error=row_error,
+        top_found=top_found(exact, products, _TOP) if count >= _LEAST_FOR_TOP else None,
     )

@@ -30,13 +30,15 @@ def check_choice(setting: str, value: object, choices: Collection[str]) -> None:
     check_setting(setting, isinstance(value, str) and value in choices, known, value)
 
 
-def check_flag(setting: str, value: object) -> None:
-    """Raise unless a setting is True or False.
+def check_flag(setting: str, value: object, *, or_count: bool = False) -> None:
+    """Raise unless a setting is True or False, or a count where that is allowed.
 
     Raises:
         ValueError: it is neither.
     """
-    check_setting(setting, isinstance(value, bool), "True or False", value)
+    fits = isinstance(value, bool) or (or_count and _is_count(value, 1))
+    allowed = "True, False or an integer of at least 1" if or_count else "True or False"
+    check_setting(setting, fits, allowed, value)
 
 
 def check_text(setting: str, value: object) -> None:

@@ -61,7 +61,14 @@ def test_counts_that_are_no_positive_integers_are_refused_at_once(name, count):
         GradientSketchCallback(**{name: count})
 
 
-@pytest.mark.parametrize("name", ["per_step", "per_example", "measure_error"])
+@pytest.mark.parametrize("count", [0, -3, 2.0, "no", None], ids=repr)
+def test_a_number_of_measured_examples_below_one_is_refused_at_once(count):
+    message = "measure_error must be True, False or an integer of at least 1, got "
+    with pytest.raises(ValueError, match=f"{message}{count!r}"):
+        GradientSketchCallback(measure_error=count)
+
+
+@pytest.mark.parametrize("name", ["per_step", "per_example"])
 def test_flags_that_are_no_booleans_are_refused_at_once(name):
     with pytest.raises(ValueError, match=f"{name} must be True or False, got 'no'"):
         GradientSketchCallback(**{name: "no"})

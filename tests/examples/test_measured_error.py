@@ -7,6 +7,7 @@ from torch import nn
 from hf_sketch import ExampleSketcher, ModelSketch, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.examples import measured_error
+from hf_sketch.store.maintenance import describe
 from tests.helpers.trained.training import tiny_batch, tiny_bert, tiny_trainer
 
 SIZE = 64
@@ -54,6 +55,29 @@ def test_the_figures_are_those_of_the_definitions(model, held_bytes, monkeypatch
     relative = ((sketched - wanted) / norms).abs().median()
     assert got.relative_error == pytest.approx(float(relative), rel=1e-9)
     assert got.row_error < 1e-9
+
+
+def test_the_share_of_the_exact_top_10_is_measured_from_21_examples_on(model):
+    batch = tiny_batch(21)
+    got = measure(model, batch, examples=21)
+    exact = gradients_of(model, batch)
+    sketch = ModelSketch.from_model(model, SIZE)
+    sizes = [p.numel() for p in model.parameters()]
+    names = [name for name, _ in model.named_parameters()]
+    rows = sketch.sketch_rows(dict(zip(names, exact.split(sizes, 1), strict=True)))
+
+    def top_10(vectors, place):
+        products = (vectors @ vectors[place]).tolist()
+        others = [other for other in range(21) if other != place]
+        return set(sorted(others, key=products.__getitem__)[-10:])
+
+    found = [len(top_10(exact, i) & top_10(rows, i)) for i in range(21)]
+    assert got.top_found == pytest.approx(sum(found) / 210)
+    assert 0.5 < got.top_found < 1
+    assert f"{got.top_found:.0%} of the exact top 10 found" in str(got)
+    fewer = measure(model, batch, examples=20)
+    assert fewer.top_found is None
+    assert "top 10" not in str(fewer)
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
@@ -158,6 +182,18 @@ def test_the_store_says_how_far_its_inner_products_are_off(tmp_path):
     assert 0.9 < error.pearson_r <= 1
     assert 0 < error.relative_error < 0.1
     assert error.row_error < 1e-4
+
+
+def test_a_store_compares_the_number_of_examples_that_it_is_given(tmp_path):
+    callback = GradientSketchCallback(256, measure_error=21)
+    tiny_trainer(
+        tmp_path, callback, per_device_train_batch_size=11, num_train_epochs=1
+    ).train()
+    error = load_sketches(tmp_path).measured_error
+    assert error.examples == 21
+    assert f"{error.top_found:.0%} of the exact top 10" in describe(
+        tmp_path / "sketches"
+    )
 
 
 def test_the_error_is_measured_once_for_a_store(tmp_path):

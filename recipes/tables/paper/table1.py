@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 
 from hf_sketch import ModelSketch, sketch_dataset
 from hf_sketch.attribution.evaluation import score_correlation
 from hf_sketch.recipes.demo import embedded_model_path
 from hf_sketch.recipes.saved_report import ReportArguments, save_report
-from hf_sketch.recipes.tables.models.gradients import fine_tuned_minilm
+from hf_sketch.recipes.tables.models.gradients import (
+    BATCH_SIZE,
+    fine_tune,
+    fine_tuned_minilm,
+)
 from hf_sketch.recipes.tables.paper.exact_products import exact_products
 from hf_sketch.recipes.tables.paper.table1_eigenvalues import layers_of
 from hf_sketch.recipes.texts.data_files import read_data_file
@@ -29,7 +32,6 @@ from hf_sketch.recipes.training_defaults import with_small
 
 # Least and greatest r of a layer (Schioppa 2024, Tables 1 and 5).
 PAPER = {"GPT-2": (0.16, 0.90), "BART": (0.41, 0.91)}
-_BATCH_SIZE = 16
 _TINY = {"rows": 4, "queries": 2, "steps": 1, "seeds": 2, "bits": 6, "max_length": 16}
 
 
@@ -108,28 +110,19 @@ def text_study(arguments: Table1Arguments) -> Study:
     if text_model.kind == "causal":
         whole = [len(ids) == arguments.max_length for ids in data["input_ids"]]
         data = data.select([place for place, is_whole in enumerate(whole) if is_whole])
-    last = max(arguments.rows, _BATCH_SIZE * arguments.steps) + arguments.queries
+    last = max(arguments.rows, BATCH_SIZE * arguments.steps) + arguments.queries
     if len(data) < last:
         raise ValueError(
             f"{arguments.train_file} must have at least {last} rows that fill "
             f"max_length={arguments.max_length}, got {len(data)}: pass fewer --steps, "
             "or a smaller --max_length."
         )
-    fine_tune(text_model, data.select(range(_BATCH_SIZE * arguments.steps)))
+    trained = data.select(range(BATCH_SIZE * arguments.steps)).to_list()
+    lows = range(0, len(trained), BATCH_SIZE)
+    batches = (text_model.collator(trained[p : p + BATCH_SIZE]) for p in lows)
+    fine_tune(text_model.model, batches)  # in evaluation mode
     queries = data.select(range(last - arguments.queries, last))
     return Study(text_model, data.select(range(arguments.rows)), queries)
-
-
-def fine_tune(text_model: TextModel, rows: Dataset) -> None:
-    """One pass with AdamW, in evaluation mode."""
-    optimizer = torch.optim.AdamW(text_model.model.parameters(), lr=1e-4)
-    examples = rows.to_list()
-    lows = range(0, len(rows), _BATCH_SIZE)
-    for low in tqdm(lows, desc="Fine-tuning", unit="step"):
-        batch = text_model.collator(examples[low : low + _BATCH_SIZE])
-        text_model.model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def sketched_scores(study: Study, sketch: ModelSketch) -> Tensor:

@@ -2,21 +2,23 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import mean, median
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 from transformers import HfArgumentParser
 
 from hf_sketch import ModelSketch
+from hf_sketch.examples.measured_error import top_found
 from hf_sketch.recipes.saved_report import ReportArguments, save_report
-from hf_sketch.recipes.tables.models.gradients import (
-    as_mapping,
-    fine_tuned_minilm,
-    per_example_gradients,
+from hf_sketch.recipes.tables.models.gradient_tasks import (
+    GradientTask,
+    language_task,
+    snli_task,
 )
 from hf_sketch.sketches.by_name import choose_operator
+from hf_sketch.sketches.choices import check_choice
 
 # Least log2 of the size for r > 0.95, 0.98, 0.99 (Schioppa 2024, Table 6).
 PAPER = {
@@ -27,28 +29,49 @@ PAPER = {
     "ffd": (10, 12, 14),
 }
 LEVELS = (0.95, 0.98, 0.99)
-_ROWS_AT_ONCE = 16  # the random numbers of an operator serve all of them
+TASKS = ("snli", "masked", "causal")
+TOP = 10
+_ROWS_AT_ONCE = 8  # the random numbers of an operator serve all of them
 _WIDER = 4
+
+Cell = dict[str, list[float]]
 
 
 @dataclass
 class Table6Arguments(ReportArguments):
-    """Pearson r of sketched inner products by sketch size, on MiniLM and SNLI."""
+    """Error of sketched inner products of gradients, by layout, operator and size."""
 
+    task: str = field(
+        default="masked",
+        metadata={
+            "help": "snli (MiniLM classifies pairs), masked (MiniLM predicts masked "
+            "tokens) or causal (the next token; needs --model_name_or_path)."
+        },
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Language model of masked or causal."}
+    )
+    text_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Passages for masked and causal: .txt, or .jsonl or .csv with a "
+            "column text, optionally with .gz; by default premises of SNLI."
+        },
+    )
+    max_length: int = field(default=128, metadata={"help": "Tokens kept per passage."})
     sketches: str = field(
-        default="blocked/srht,factored/srht,affd@factored/srht,blocked/affd,"
-        "blocked/afjl,blocked/qk,flat/qk,blocked/fjl,blocked/ffd",
+        default="factored/srht,affd@factored/srht,blocked/srht,blocked/affd,"
+        "blocked/afjl,blocked/qk,blocked/fjl,blocked/ffd,flat/srht,flat/qk",
         metadata={
             "help": "Layouts and operators, as layout/operator, comma-separated; with "
             "affd@ in front, AFFD of a sketch four times as long."
         },
     )
     bits: str = field(
-        default="8,10,11,12,13,14,15,16,17",
-        metadata={"help": "log2 of the sketch sizes."},
+        default="10,12,14", metadata={"help": "log2 of the sketch sizes."}
     )
-    examples: int = field(default=80, metadata={"help": "Gradients to compare."})
-    seeds: int = field(default=5, metadata={"help": "Seeds; the median is taken."})
+    examples: int = field(default=48, metadata={"help": "Gradients to compare."})
+    seeds: int = field(default=3, metadata={"help": "Seeds per sketch and size."})
     steps: int = field(default=60, metadata={"help": "Fine-tuning steps beforehand."})
 
 
@@ -64,14 +87,35 @@ def pearson_r(exact: Tensor, rows: Tensor) -> float:
     return float(torch.corrcoef(both)[0, 1])
 
 
+def accuracy(exact: Tensor, rows: Tensor) -> dict[str, float]:
+    """Return the figures of merit of sketched inner products.
+
+    Shapes:
+        exact (n, n), rows (n, out_size)
+
+    Returns:
+        pearson_r of different rows; rms_error, the root mean square of their error
+        divided by the product of the exact norms; top_found, the share of each row's
+        exact top 10 others that is in its sketched top 10.
+    """
+    got, count = rows.double() @ rows.double().T, len(exact)
+    norms = exact.diagonal().sqrt()
+    errors = ((got - exact) / torch.outer(norms, norms)).fill_diagonal_(0)
+    return {
+        "pearson_r": pearson_r(exact, rows),
+        "rms_error": float(errors.square().sum() / (count * (count - 1))) ** 0.5,
+        "top_found": top_found(exact, got, min(TOP, count - 1)),
+    }
+
+
 def sketcher(
-    name: str, model: nn.Module, out_size: int, seed: int
+    name: str, task: GradientTask, out_size: int, seed: int
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """What sketches rows of gradients of a model, by the name that the flag takes."""
     stages = name.split("@")
     layout, operator = stages[-1].split("/")
     inner_size = out_size * _WIDER ** (len(stages) - 1)
-    inner = ModelSketch.from_model(model, inner_size, layout, seed, operator)
+    inner = ModelSketch.from_model(task.model, inner_size, layout, seed, operator)
     if len(stages) == 1:
         return inner.sketch_rows
     outer = choose_operator(stages[0], inner_size, out_size, seed, "", flat=True)
@@ -79,55 +123,81 @@ def sketcher(
 
 
 def measure(
-    model: nn.Module, gradients: Tensor, arguments: Table6Arguments
-) -> dict[str, dict[int, list[float]]]:
-    """R for each sketch, size and seed."""
-    exact = gradients @ gradients.T
-    results: dict[str, dict[int, list[float]]] = {}
-    for name in arguments.sketches.split(","):
-        results[name] = {}
-        for bits in map(int, arguments.bits.split(",")):
-            results[name][bits] = []
-            for seed in tqdm(range(arguments.seeds), desc=f"{name} 2^{bits}"):
-                sketch = sketcher(name, model, 2**bits, seed)
-                rows = torch.cat(
-                    [
-                        sketch(as_mapping(model, some))
-                        for some in gradients.split(_ROWS_AT_ONCE)
-                    ]
-                )
-                results[name][bits].append(pearson_r(exact, rows))
+    task: GradientTask, arguments: Table6Arguments
+) -> dict[str, dict[int, Cell]]:
+    """The figures of each sketch and size, one per seed."""
+    bits = [int(b) for b in arguments.bits.split(",")]
+    sketches = {
+        (name, b, seed): sketcher(name, task, 2**b, seed)
+        for name in arguments.sketches.split(",")
+        for b in bits
+        for seed in range(arguments.seeds)
+    }
+    rows: dict[tuple[str, int, int], list[Tensor]] = {key: [] for key in sketches}
+    for gradients in task.gradients(_ROWS_AT_ONCE):
+        for key, sketch in sketches.items():
+            rows[key].append(sketch(gradients))
+    exact = task.exact_products()
+    results: dict[str, dict[int, Cell]] = {}
+    for (name, b, _), parts in rows.items():
+        cell = results.setdefault(name, {}).setdefault(b, {})
+        for figure, value in accuracy(exact, torch.cat(parts)).items():
+            cell.setdefault(figure, []).append(value)
     return results
 
 
-def least_bits(by_bits: dict[int, list[float]], level: float) -> int | None:
+def least_bits(by_bits: Mapping[int, Cell], level: float) -> int | None:
     """The least size from which on the median r stays above a level, if any."""
     enough = None
     for bits in sorted(by_bits, reverse=True):
-        if median(by_bits[bits]) <= level:
+        if median(by_bits[bits]["pearson_r"]) <= level:
             break
         enough = bits
     return enough
 
 
-def run_table6(arguments: Table6Arguments) -> dict[str, dict[int, list[float]]]:
-    """Measure, print beside the paper's figures, and save."""
-    model = fine_tuned_minilm(arguments.steps, seed=0)
-    gradients = per_example_gradients(model, arguments.examples)
-    results = measure(model, gradients, arguments)
-    print("median r (least..greatest over the seeds) by log2 of the sketch size")
+def run_table6(arguments: Table6Arguments) -> dict[str, Any]:
+    """Measure, print beside the paper's figures, and save.
+
+    Raises:
+        ValueError: the task is unknown, lacks its model, or lacks passages.
+    """
+    check_choice("task", arguments.task, TASKS)
+    if arguments.task == "snli":
+        task = snli_task(arguments.examples, arguments.steps)
+    else:
+        task = language_task(
+            arguments.task == "masked",
+            arguments.model_name_or_path,
+            arguments.text_file,
+            arguments.max_length,
+            arguments.examples,
+            arguments.steps,
+        )
+    results = measure(task, arguments)
+    _print(results)
+    name = f"table6_{arguments.task}"
+    print("saved", save_report(arguments.output_dir, name, arguments, results))
+    return results
+
+
+def _print(results: Mapping[str, Mapping[int, Cell]]) -> None:
+    """Every cell, then the least sizes."""
+    print(
+        "mean (least..greatest over the seeds) of r, of the root mean square error "
+        f"over the product of the norms, and of the share of the exact top {TOP} found"
+    )
     for name, by_bits in results.items():
-        cells = [
-            f"2^{bits} {median(r):.3f} ({min(r):.3f}..{max(r):.3f})"
-            for bits, r in by_bits.items()
-        ]
-        print(f"  {name:18s} {'  '.join(cells)}")
+        for bits, cell in by_bits.items():
+            parts = (
+                f"{mean(values):.4f} ({min(values):.4f}..{max(values):.4f})"
+                for values in cell.values()
+            )
+            print(f"  {name:18s} 2^{bits:<3d} {'  '.join(parts)}")
     print("least log2 of the size for r > 0.95 / 0.98 / 0.99, and the paper's")
     for name, by_bits in results.items():
         ours = [least_bits(by_bits, level) for level in LEVELS]
         print(f"  {name:18s} {ours}  paper {PAPER.get(name.split('/')[1])}")
-    print("saved", save_report(arguments.output_dir, "table6", arguments, results))
-    return results
 
 
 if __name__ == "__main__":
