@@ -45,7 +45,7 @@ def test_table_6_runs_and_saves(task, language_model, tmp_path, capsys):
         output_dir=str(tmp_path),
         task=task,
         model_name_or_path=language_model if task == "causal" else None,
-        sketches="factored/srht,affd@factored/srht,blocked/fjl,blocked/ffd,flat/qk",
+        sketches="factored/srht,blocked/fjl,blocked/ffd,flat/qk",
         max_length=16,
         bits="6,10",
         examples=9,
