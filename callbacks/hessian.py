@@ -96,7 +96,7 @@ class HessianSpectrumCallback(TrainerCallback):
     batch_size: int | None = None
     krylov_dim: int = 100
     out_size: int = 2**14
-    operator: str = "affd"
+    operator: str = "srht"
     layout: str = "blocked"
     seed: int | None = None
     loss_fn: LossFunction | None = None

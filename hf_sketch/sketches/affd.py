@@ -6,6 +6,7 @@ from functools import cached_property
 from torch import Tensor
 
 from hf_sketch.sketches.blocked import MixedSketch
+from hf_sketch.sketches.moments import collisions
 from hf_sketch.sketches.transforms.magnitudes import weigh_
 from hf_sketch.sketches.transforms.mixing import Mixing, mix_adjoint, mix_rows, mixing
 
@@ -55,6 +56,25 @@ class AFFD(MixedSketch):
     def finish_adjoint(self, rows: Tensor) -> Tensor:
         mixed = mix_adjoint(rows, self._second, self.block)
         return weigh_(mixed.contiguous(), self.seed, self._scale)
+
+    @property
+    def spread_variance(self) -> float:
+        """That of a Gaussian matrix, and 6 / n for the magnitudes in G."""
+        return 2 / self.out_size + 6 / self.block
+
+    @property
+    def cross_variance(self) -> float:
+        """That of a Gaussian matrix, and G's share: all blocks have it in common."""
+        own = 1 if self.in_size <= self.block else 2
+        return 1 / self.out_size + own / self.block
+
+    def square_variance(self, rows: Tensor) -> Tensor:
+        x = self.moments(rows)
+        repeated = collisions(self.block, self.out_size).to(x.transformed)
+        once = 2 * x.between + 6 * x.whole - 4 * x.fourth
+        each = 2 * x.whole - 4 * x.fourth
+        twice = each * repeated.sum() + 4 * x.transformed @ repeated
+        return (once + twice) / self.block
 
     @property
     def _scale(self) -> float:

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_sketch.sketches.blocked import MixedSketch
+from hf_sketch.sketches.moments import of_kept_rows
 from hf_sketch.sketches.transforms.magnitudes import weigh_
 
 
@@ -38,6 +39,22 @@ class AFJL(MixedSketch):
     def finish(self, mixed: Tensor) -> Tensor:
         """|G| and the scale: sqrt(n / D) and 1 / sqrt(n) cancel to 1 / sqrt(D)."""
         return weigh_(mixed, self.seed, self.out_size**-0.5)
+
+    @property
+    def spread_variance(self) -> float:
+        """A kept number is g^2 z^2, whose second moment is 9, not 3."""
+        return 8 / self.out_size
+
+    @property
+    def cross_variance(self) -> float:
+        """A kept number is g^2 z z', and E g^4 is 3."""
+        own = 1 if self.in_size <= self.block else 0
+        return 3 / self.out_size - own / self.block
+
+    def square_variance(self, rows: Tensor) -> Tensor:
+        x = self.moments(rows)
+        weights = (6 * x.whole - 4 * x.fourth) / self.out_size
+        return of_kept_rows(x, self.block, self.out_size) + weights
 
     def finish_adjoint(self, rows: Tensor) -> Tensor:
         return self.finish(rows.clone())

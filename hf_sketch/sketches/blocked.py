@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.choices import check_choice
+from hf_sketch.sketches.moments import Moments, moments
 from hf_sketch.sketches.operator import SeededSketch, fitting, next_power_of_two, spans
 from hf_sketch.sketches.outer import form_outer, is_touched
 from hf_sketch.sketches.pieces import BlockSigns, Piece, WorkingMemory
@@ -270,3 +271,16 @@ class MixedSketch(BlockedSketch):
     def kind(self) -> Mix:
         """As chosen."""
         return self.mix
+
+    def moments(self, rows: Tensor) -> Moments:
+        """Return what the variances of the sketches of rows are made of.
+
+        Raises:
+            ValueError: `mix` is not "hadamard": there is no formula.
+        """
+        if self.mix != "hadamard":
+            raise ValueError(
+                f"square_variance has no formula for mix={self.mix!r}. Pass "
+                "mix='hadamard'."
+            )
+        return moments(rows, self.block)

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hf_sketch.sketches.moments import moments
 from hf_sketch.sketches.operator import SeededSketch, fitting, next_power_of_two, spans
 from hf_sketch.sketches.transforms.hadamard import (
     apply_kronecker,
@@ -66,6 +67,14 @@ class FFD(SeededSketch):
             y = torch.empty_like(y).index_copy_(1, order, y).mul_(gaussian)
             result[:, first * block : last * block] = self._transform(y)
         return result[:, : self.in_size] * self._scale
+
+    def square_variance(self, rows: Tensor) -> Tensor:
+        x = moments(rows, self._block)
+        padded = self._blocks * self._block - self.in_size
+        whole = torch.nn.functional.pad(rows, (0, padded))
+        spread = self._transform(whole).double() / self._block**0.5
+        kept = 2 * spread.square().square().sum(1)
+        return 2 * x.between / self.out_size + kept
 
     @property
     def _block(self) -> int:

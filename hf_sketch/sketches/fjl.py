@@ -55,6 +55,19 @@ class FJL(MixedSketch):
         mixed.index_add_(1, index.flatten().to(rows.device), spread)
         return mixed * (self.out_size * self.samples) ** -0.5
 
+    @property
+    def cross_variance(self) -> float:
+        """Numbers of few samples have heavier tails than Gaussian ones."""
+        return (1 + 2 / self.samples) / self.out_size
+
+    def square_variance(self, rows: Tensor) -> Tensor:
+        x = self.moments(rows)
+        shared = 2 * x.between / self.block
+        repeated = 9 * x.whole - 6 * x.fourth
+        other = (self.samples - 1) * (3 * x.whole + 3 * shared)
+        second = (repeated + other) / self.samples
+        return (second - x.whole - shared) / self.out_size + shared
+
     @cached_property
     def _sparse(self) -> tuple[Tensor, Tensor]:
         """Places and unscaled weights of G_s: (out_size, samples), on the CPU."""

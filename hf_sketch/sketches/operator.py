@@ -93,6 +93,34 @@ class Sketch(ABC):
         """
         return self.apply_rows(form_outer(left, right, 0, self.shape[1]))
 
+    @property
+    def spread_variance(self) -> float:
+        """The variance of |S x|^2 for a unit x that is spread over many blocks.
+
+        It also holds between parts of a vector that operators of different streams
+        sketch. By default that of a dense Gaussian matrix, 2 / out_size.
+        """
+        return 2 / self.shape[0]
+
+    @property
+    def cross_variance(self) -> float:
+        """The variance of <S x, S y> for orthogonal unit x and y, on average over y.
+
+        By default that of a dense Gaussian matrix, 1 / out_size.
+        """
+        return 1 / self.shape[0]
+
+    def square_variance(self, rows: Tensor) -> Tensor:
+        """Return the variance of |S x|^2 over the seeds, for each row x.
+
+        By default that of a dense Gaussian matrix, 2 |x|^4 / out_size; docs/sketches.md
+        derives each operator's.
+
+        Shapes:
+            rows (b, in_size) -> (b,), float64
+        """
+        return self.spread_variance * rows.double().square().sum(1).square()
+
 
 @dataclass(frozen=True)
 class SeededSketch(Sketch):

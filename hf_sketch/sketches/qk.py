@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.choices import check_choice
+from hf_sketch.sketches.crossed import variance_of_mean
 from hf_sketch.sketches.operator import SeededSketch
 from hf_sketch.sketches.transforms.folding import fold, folding_columns, folding_signs
 from hf_sketch.sketches.transforms.hadamard import apply_kronecker
@@ -18,6 +19,7 @@ from hf_sketch.sketches.transforms.random import CounterRandom
 
 Rotation = Literal["haar", "signs"]
 _LARGEST_FACTOR_BITS = 10
+_DRAWS = 8
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,28 @@ class QK(SeededSketch):
             return
         left = left.transpose(1, 2).to(right.dtype)
         rows.view(len(rows), *out).baddbmm_(left, right, alpha=self._scale)
+
+    def square_variance(self, rows: Tensor) -> Tensor:
+        """Estimate it from the sketches of a few seeds.
+
+        The squares of a sketch are an array of D_1 x ... x D_k, drawn without
+        replacement from that of the whole rotations (B_1 x ... x B_k), whose sum is
+        known. With `rotation="signs"`, whose sums vary less, it is an upper estimate.
+        """
+        into, out = self._sizes
+        rest = math.prod(out[1:])
+        kept = (self.out_size // rest, *out[1:])  # the whole rows of the first factor
+        if not kept[0]:
+            return super().square_variance(rows)
+        used = kept[0] * rest
+        left = [
+            1.0 if self.rotation == "signs" else 1 - d / b
+            for b, d in zip(into, kept, strict=True)
+        ]
+        draws = [replace(self, seed=self.seed + 1 + k) for k in range(_DRAWS)]
+        squares = [(rows @ draw.T)[:, :used].double().square() for draw in draws]
+        found = [variance_of_mean(x.view(-1, *kept), left) for x in squares]
+        return torch.stack(found).mean(0) * self.out_size**2
 
     def _fold_all(self, rows: Tensor) -> Tensor:
         """Every factor of signs in turn, the last first: (b, N) -> (b, D)."""

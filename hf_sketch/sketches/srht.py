@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.blocked import BlockedSketch
+from hf_sketch.sketches.moments import moments, of_kept_rows
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class SRHT(BlockedSketch):
         segments, width = self.mixed_shape
         missing = segments * width - self.out_size
         return torch.nn.functional.pad(rows * self._scale, (0, missing))
+
+    def square_variance(self, rows: Tensor) -> Tensor:
+        return of_kept_rows(moments(rows, self.block), self.block, self.out_size)
 
     @property
     def largest_out_size(self) -> int:

@@ -15,7 +15,7 @@ from hf_sketch.durable import read_sealed, replace_file, set_aside, write_sealed
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.spectra.spectrum import Spectrum
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2  # since when `scatter` is stored
 DIRECTORY: Final = "curvature"
 
 
@@ -72,7 +72,13 @@ def load_spectra(path: str | Path) -> list[Spectrum]:
 
 
 def _read_spectrum(path: Path) -> Spectrum:
-    content = read_sealed(path, version=FORMAT_VERSION)
+    content = read_sealed(path)
+    version = content.pop("format_version")
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise ValueError(
+            f"{path} has format_version {version!r}, and this hf-sketch reads up to "
+            f"{FORMAT_VERSION}. Open it with the hf-sketch that wrote it."
+        )
     file = path.with_suffix(".safetensors")
     data = file.read_bytes() if file.is_file() else b""
     expected, digest = content.pop("tensors_xxh3_128"), xxhash.xxh3_128_hexdigest(data)

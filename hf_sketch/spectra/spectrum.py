@@ -20,10 +20,12 @@ from hf_sketch.spectra.density import (
     quadrature_density,
 )
 from hf_sketch.spectra.lanczos_run import LanczosResult, lanczos
+from hf_sketch.spectra.scatter import cross_variance, scatter_of
 from hf_sketch.spectra.sketched_hessian import SketchedHessian
 
 _OUTLIER_RATIO = 0.2
 _CONVERGED = 1e-2
+_MEASURED = 5  # as many eigenvalues as the callback logs
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +33,12 @@ class Spectrum:
     """Eigenvalues of S @ H @ S.T, and what they say about H.
 
     A sketch moves all eigenvalues up by about `shift` = tr(H) / out_size, pushes the
-    large ones further out and scatters each of them by a relative sqrt(2 / out_size).
-    `eigenvalues` undo the first two; all statistics use them.
+    large ones further out and scatters each of them, a Gaussian one by a relative
+    sqrt(2 / out_size). `eigenvalues` undo the first two; all statistics use them.
 
     Shapes:
-        sketched, residuals, weights, gradient_along (krylov_dim,), float64, ascending
+        sketched, residuals, weights, gradient_along, scatter (krylov_dim,), float64, in
+            ascending order of `sketched`
         vectors (kept, out_size), float32; vector_places (kept,), int64
 
     Args:
@@ -53,6 +56,9 @@ class Spectrum:
         mode: how products were computed, "autograd" or "finite_difference".
         unit: the loss is the mean over "tokens" or "examples".
         check: how well the products agreed; None if they were not compared.
+        scatter: the variance of |S u|^2 for the unit eigenvectors u of H, those of the
+            five largest eigenvalues by size and for the others their mean; None, in
+            files of earlier versions, stands for a Gaussian matrix's 2 / out_size.
 
     Reference:
         Schioppa 2024, arXiv:2402.03994, Sec. 5.5: RNEG, R(n), outliers, alignment. The
@@ -73,6 +79,7 @@ class Spectrum:
     mode: str
     unit: str
     check: CurvatureCheck | None = None
+    scatter: Tensor | None = None
 
     @cached_property
     def _multiplicities(self) -> tuple[Tensor, Tensor]:
@@ -101,13 +108,24 @@ class Spectrum:
 
     @property
     def shift(self) -> float:
-        """The amount that the sketch adds to every eigenvalue: tr(H) / out_size."""
-        return self.trace.value / self.model_sketch.out_size
+        """The amount that the sketch adds to every eigenvalue: tr(H) / out_size.
+
+        Of AFFD and AFJL it is more; see `Sketch.cross_variance`.
+        """
+        return self.trace.value * self._push
+
+    @cached_property
+    def _push(self) -> float:
+        return cross_variance(self.model_sketch)
 
     @cached_property
     def _unbiased(self) -> tuple[Tensor, Tensor]:
-        size = self.model_sketch.out_size
-        return unbiased_eigenvalues(self.sketched, *self._multiplicities, size)
+        scatter = self.scatter
+        if scatter is None:
+            scatter = torch.full_like(self.sketched, 2 / self.model_sketch.out_size)
+        return unbiased_eigenvalues(
+            self.sketched, *self._multiplicities, scatter, self._push
+        )
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -188,7 +206,9 @@ def hessian_spectrum(
 ) -> Spectrum:
     """Compute the spectrum of a sketched Hessian by Lanczos steps.
 
-    Memory is krylov_dim * out_size numbers, plus that of one product.
+    Memory is krylov_dim * out_size numbers, plus that of one product. Five more
+    products, whose results have the model's size, measure how far the sketch scatters
+    the eigenvalues.
 
     Args:
         operator: the sketched Hessian, at the model's present parameters.
@@ -226,7 +246,18 @@ def hessian_spectrum(
         mode=curvature.mode,
         unit=curvature.mean_loss.unit,
         check=curvature.check,
+        scatter=_scatter(operator, found),
     )
+
+
+def _scatter(operator: SketchedHessian, found: LanczosResult) -> Tensor:
+    """Return the variance of |S u|^2 for each Ritz value: (krylov_dim,)."""
+    places = _largest(found, _MEASURED)
+    vectors = found.ritz_vectors(places.tolist())
+    measured = [scatter_of(operator, vector) for vector in vectors]
+    scatter = torch.full_like(found.eigenvalues, sum(measured) / len(measured))
+    scatter[places] = torch.tensor(measured, dtype=scatter.dtype)
+    return scatter
 
 
 def _largest(found: LanczosResult, count: int) -> Tensor:

@@ -117,7 +117,7 @@ def test_spectra_are_of_the_model_at_their_step_on_batches_of_the_training_set(w
     model = tiny_bert()
     for spectrum in load_spectra(directory):
         model.load_state_dict(weights[spectrum.step])
-        sketch = ModelSketch.from_model(model, 64, "blocked", 7, "affd")
+        sketch = ModelSketch.from_model(model, 64, "blocked", 7, "srht")
         operator = SketchedHessian(HessianOperator(model, batches), sketch)
         wanted = hessian_spectrum(
             operator, 6, step=spectrum.step, keep_vectors=4, seed=7, progress=False

@@ -122,7 +122,7 @@ def two_steps(tmp_path):
             {"out_size": 32},
             r"holds spectra of .*out_size=64.*this run has .*out_size=32.*Pass the",
         ),
-        ({"operator": "srht"}, "operator='affd'.*this run has .*operator='srht'"),
+        ({"operator": "affd"}, "operator='srht'.*this run has .*operator='affd'"),
         (
             {"seed": 8},
             r"seed=7, but .*seed=8\. Pass the settings of the run that you res",

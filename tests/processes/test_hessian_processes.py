@@ -29,7 +29,7 @@ pytestmark = pytest.mark.xdist_group("processes")
 def one_process(directory, model, step, mode):
     """The spectrum of all stored batches, at the weights that training had."""
     model.load_state_dict(torch.load(directory / f"at-{step}"))
-    sketch = ModelSketch.from_model(model, 64, "blocked", 7, "affd")
+    sketch = ModelSketch.from_model(model, 64, "blocked", 7, "srht")
     hessian = HessianOperator(model, stored_batches(directory), mode=mode)
     return hessian_spectrum(
         SketchedHessian(hessian, sketch), 6, keep_vectors=4, seed=7, progress=False

@@ -133,6 +133,65 @@ def test_inner_products_have_the_mean_and_variance_of_the_formula(operator, form
         assert_draws_have(float(mean), float(variance), draws[:, i, j], what)
 
 
+WITH_A_FORMULA = [
+    (operator, formula)
+    for operator, formula in OPERATORS
+    if not isinstance(operator, QK) and getattr(operator, "mix", "") in ("", "hadamard")
+]
+
+
+@pytest.mark.parametrize(
+    ("operator", "formula"),
+    WITH_A_FORMULA,
+    ids=[repr(operator) for operator, _ in WITH_A_FORMULA],
+)
+def test_operators_know_the_variance_of_the_squared_norm(operator, formula):
+    rows = torch.stack(list(inputs(SIZE).values()))
+    padded = torch.nn.functional.pad(rows, (0, PADDED - SIZE))
+    wanted = [float(formula(x, x, operator.out_size)[1]) for x in padded]
+    assert operator.square_variance(rows).tolist() == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize("mix", ["fft", "kronecker"])
+def test_other_transforms_have_no_formula_for_the_variance(mix):
+    operator = AFFD(SIZE, 16, 0, mix=mix)
+    with pytest.raises(ValueError, match=f"mix='{mix}'. Pass mix='hadamard'"):
+        operator.square_variance(torch.ones(1, SIZE))
+
+
+QK_INPUTS, QK_SEEDS = (32, 64), 25
+
+
+@pytest.mark.parametrize("rotation", ["haar", "signs"])
+@pytest.mark.parametrize("out", [(8, 16), (4, 64)])
+def test_qk_reads_its_variance_off_its_sketches(rotation, out):
+    """The mean of the estimates is the variance, within five of its errors.
+
+    Of random signs, which scatter less than their sums over a bucket show, it is an
+    upper bound.
+    """
+    left, right = (
+        CounterRandom(k, "side").normals(0, n) for k, n in enumerate((32, 64))
+    )
+    dense = CounterRandom(2, "dense").normals(0, 32 * 64)
+    rank_one = torch.outer(left, right).flatten()
+    rows = torch.stack([rank_one / rank_one.norm(), dense / dense.norm()]).double()
+    size = math.prod(out)
+    operators = [
+        QK(32 * 64, size, 100 * seed, QK_INPUTS, out, rotation=rotation)
+        for seed in range(QK_SEEDS)
+    ]
+    found = torch.stack([operator.square_variance(rows) for operator in operators])
+    formula = variances.qk if rotation == "haar" else variances.qk_signs
+    error = found.std(0) / math.sqrt(QK_SEEDS)
+    for row, mean, its_error in zip(rows, found.mean(0), error, strict=True):
+        wanted = float(formula(row, row, QK_INPUTS, out)[1])
+        assert mean > wanted - 5 * its_error
+        if rotation == "haar":
+            assert mean < wanted + 5 * its_error
+            assert its_error < 0.1 * wanted
+
+
 # D Var <S x, S y> measured with another implementation at 2**12 to D = 2**8, factors of
 # 16, by 1500 draws (300 of the dense matrix), with standard errors of 4% to 10%: of two
 # orthonormal dense vectors, and of x = y: dense, one-sparse, in one block of D, and the

@@ -3,9 +3,7 @@ import math
 import pytest
 import torch
 
-from hf_sketch import (
-    hessian_spectrum,
-)
+from hf_sketch import ModelSketch, hessian_spectrum
 from tests.helpers.curvature_oracles import relative
 from tests.helpers.spectra import (
     SIZE,
@@ -40,17 +38,18 @@ def test_statistics_are_of_the_eigenvalues_without_the_shift():
     assert moved.outliers == 2
 
 
-def undone(sketched, counts, size):
+def undone(sketched, counts, size, scatter=None):
     """Each eigenvalue and the slope, by loops; see `unbiased_eigenvalues`."""
-    found = []
+    scatter, found = scatter or 2 / size, []
     for i, s in enumerate(sketched):
-        reciprocal = slope = 0.0
+        pushes = slope = 0.0
         for j, other in enumerate(sketched):
             if i != j:
-                square = (s - other) ** 2 + 2 / size * s**2
-                reciprocal += counts[j] * (s - other) / square / size
-                slope += counts[j] / square / size
-        found.append((1 / reciprocal, slope / reciprocal**2))
+                square = (s - other) ** 2 + scatter * s**2
+                pushes += counts[j] * other * (s - other) / square / size
+                slope += counts[j] * other / square / size
+        value = s / (1 + pushes)
+        found.append((value, value / s + slope * value**2 / s if s else math.nan))
     return found
 
 
@@ -100,10 +99,34 @@ def test_standard_errors_are_scatter_residual_and_what_one_probe_leaves():
     residuals = torch.zeros(3, dtype=torch.float64)
     spectrum = made_of(sketched, weights, (), residuals=residuals)
     value, gain = undone(sketched, [50, 50, 0], SIZE)[2]
-    terms = [(10 - s) / ((10 - s) ** 2 + 2 / SIZE * 100) for s in (0, 1)]
+    terms = [(1 + s * (10 - s) / ((10 - s) ** 2 + 2 / SIZE * 100)) / 10 for s in (0, 1)]
     probe = 2 * SIZE * ((terms[0] - terms[1]) / 2) ** 2 / SIZE**2
     variance = 2 / SIZE * value**2 * gain + value**4 * probe
     assert float(spectrum.standard_errors[2]) == pytest.approx(math.sqrt(variance))
+
+
+def test_the_operators_own_scatter_widens_the_errors():
+    sketched, weights = (0.0, 1.0, 25.0, 40.0), (1.0, 0.0, 0.0, 0.0)
+    residuals = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    scatter = torch.tensor([0.02, 0.02, 0.08, 0.01], dtype=torch.float64)
+    spectrum = made_of(sketched, weights, (2, 3), residuals=residuals, scatter=scatter)
+    for place in (2, 3):
+        variance = float(scatter[place])
+        value, gain = undone(sketched, [98, 0, 1, 1], SIZE, variance)[place]
+        assert float(spectrum.eigenvalues[place]) == pytest.approx(value)
+        error = float(spectrum.standard_errors[place])
+        assert error == pytest.approx(math.sqrt(variance * gain) * value)
+
+
+@pytest.mark.parametrize(
+    ("operator", "strength"),
+    [("srht", 1), ("affd", 1 + 256 / 2048), ("afjl", 3 - 0.125)],
+)
+def test_an_operator_moves_eigenvalues_by_its_own_amount(operator, strength):
+    """On one block of n: AFFD by (1 + D / n) tr(H) / D, AFJL by (3 - D / n) of that."""
+    sketch = ModelSketch((("x", (2048,)),), 256, operator=operator)
+    moved = made_of([value + 7 for value in VALUES], model_sketch=sketch)
+    assert moved.shift == pytest.approx(7 * strength)
 
 
 def test_the_density_is_bumps_at_the_ritz_values():

@@ -8,7 +8,14 @@ import torch
 from hf_sketch import CurvatureCheck, hessian_spectrum, load_spectra
 from hf_sketch.durable import read_sealed, write_sealed
 from hf_sketch.spectra.files import save_spectrum
-from tests.helpers.spectra import Quadratic, assert_equal, made_of, sketched
+from tests.helpers.spectra import (
+    SIZE,
+    VALUES,
+    Quadratic,
+    assert_equal,
+    made_of,
+    sketched,
+)
 
 
 @pytest.mark.parametrize("check", [CurvatureCheck(None, 1 / 3), None])
@@ -83,12 +90,32 @@ def test_a_missing_half_is_told(tmp_path):
 def test_another_version_is_told(tmp_path):
     path = save_spectrum(tmp_path / "curvature", made_of())
     content = read_sealed(path)
-    write_sealed(path, {"format_version": 2, "other": content["step"]})
+    write_sealed(path, {"format_version": 3, "other": content["step"]})
     message = (
-        "has format_version 2, and this hf-sketch reads 1. Open it with the hf-sketch"
+        "has format_version 3, and this hf-sketch reads up to 2. Open it with the "
+        "hf-sketch"
     )
     with pytest.raises(ValueError, match=message):
         load_spectra(tmp_path)
+
+
+def test_spectra_of_version_1_take_the_scatter_of_a_gaussian_matrix(tmp_path):
+    path = save_spectrum(tmp_path / "curvature", made_of())
+    content = read_sealed(path)
+    del content["scatter"]
+    write_sealed(path, {**content, "format_version": 1})
+    (spectrum,) = load_spectra(tmp_path)
+    assert_equal(spectrum, made_of())
+    gaussian = torch.full((len(VALUES),), 2 / SIZE, dtype=torch.float64)
+    same = made_of(scatter=gaussian).standard_errors
+    assert spectrum.standard_errors.tolist() == same.tolist()
+
+
+def test_the_scatter_is_kept(tmp_path):
+    scatter = torch.linspace(0.01, 0.06, len(VALUES), dtype=torch.float64)
+    save_spectrum(tmp_path / "curvature", made_of(scatter=scatter))
+    (spectrum,) = load_spectra(tmp_path)
+    assert_equal(spectrum, made_of(scatter=scatter))
 
 
 def test_files_half_written_are_no_spectra(tmp_path):
