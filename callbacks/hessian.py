@@ -74,7 +74,8 @@ class HessianSpectrumCallback(TrainerCallback):
         batches: inputs of the model with labels, or the number of batches to draw from
             the training set, once.
         batch_size: examples per drawn batch; by default the Trainer's per device.
-        krylov_dim: Lanczos steps, each a Hessian-vector product.
+        krylov_dim: Lanczos steps, each a Hessian-vector product; five more measure the
+            error bars.
         out_size: length of the sketch; krylov_dim * out_size numbers stay in memory.
         operator: see `ModelSketch`, as for `layout`.
         layout: "blocked" | "grouped" | "factored" | "flat".

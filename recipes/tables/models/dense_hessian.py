@@ -33,7 +33,7 @@ class DenseHessian(CurvatureOperator):
         super().__init__(model, batches, mode="autograd")
         parameters = list(self.parameters.values())
         gradient = torch.autograd.grad(
-            sum(model(**batch).loss for batch in batches) / len(batches),
+            torch.stack([model(**batch).loss for batch in batches]).mean(),
             parameters,
             create_graph=True,
         )
