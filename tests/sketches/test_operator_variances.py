@@ -189,7 +189,7 @@ def test_qk_reads_its_variance_off_its_sketches(rotation, out):
         assert mean > wanted - 5 * its_error
         if rotation == "haar":
             assert mean < wanted + 5 * its_error
-            assert its_error < 0.1 * wanted
+            assert its_error < 0.15 * wanted
 
 
 # D Var <S x, S y> measured with another implementation at 2**12 to D = 2**8, factors of
