@@ -183,9 +183,8 @@ class GradientSketchCallback(TrainerCallback):
         undo = wrap_method(trainer, "training_step", self._training_step)
         self._run.closing.callback(undo)
         if state.is_world_process_zero:
-            modules = self._run.coverage
-            known = self._forecast(header, args, state, train_dataloader, modules)
-            logger.info("Recording %s", known)
+            run = header, args, state, train_dataloader, self._run.coverage
+            logger.info("Recording %s", self._forecast(*run))
 
     # Every event comes with (args, state, control), which the run has from the start.
 
@@ -274,8 +273,8 @@ class GradientSketchCallback(TrainerCallback):
         check_setting("every_steps", every <= last, allowed, every)
         seed = args.seed if self.seed is None else self.seed
         layout = self.layout or stored_layout(args, state.global_step) or "grouped"
-        map_settings = self.out_size, layout, seed, self.operator
-        sketch = ModelSketch.from_model(model, *map_settings)
+        settings = self.out_size, layout, seed, self.operator
+        sketch = ModelSketch.from_model(model, *settings)
         header = Header(sketch, self.loss, self.row_dtype, per_row=self.per_row)
         return replace(header, step_examples=step_examples(args, state))
 
