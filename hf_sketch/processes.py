@@ -33,7 +33,7 @@ def check_same(user: str, settings: Mapping[str, Any]) -> None:
     if PartialState().num_processes == 1:
         return
     own = {name: x for name, x in settings.items() if isinstance(x, _COMPARED)}
-    everyone: list[dict[str, Any]] = gather_object([own])
+    everyone = of_each(own)
     for name in own:
         values = [other.get(name) for other in everyone]
         if any(value != values[0] for value in values):
@@ -59,11 +59,21 @@ def gathered(value: int) -> list[int]:
     return values.tolist()
 
 
+def of_process(rank: int, value: Value) -> Value:
+    """Return the value of a process, picklable; all of them must call together."""
+    values = [value]
+    broadcast_object_list(values, from_process=rank)
+    return values[0]
+
+
 def of_first(value: Value) -> Value:
     """Return the first process's value; all of them must call together."""
-    values = [value]
-    broadcast_object_list(values)
-    return values[0]
+    return of_process(0, value)
+
+
+def of_each(value: Value) -> list[Value]:
+    """Return each process's value, by rank; all of them must call together."""
+    return gather_object([value])
 
 
 def end_group() -> None:
@@ -75,8 +85,12 @@ def end_group() -> None:
     (https://github.com/pytorch/pytorch/issues/190489).
     """
     if distributed.is_available() and distributed.is_initialized():
+        group = distributed.group.WORLD
         distributed.destroy_process_group()
         gc.collect()
+        # Whoever lets go of the group last waits for those threads, which may wait for
+        # the interpreter: DDP does not let go of that meanwhile, but Python does.
+        del group
 
 
 class OtherProcessFailedError(RuntimeError):
