@@ -8,6 +8,7 @@ from torch import Tensor
 from hf_sketch.examples.batch import ExampleBatch
 from hf_sketch.examples.measured_error import MeasuredError, measure_error
 from hf_sketch.examples.sketcher import ExampleSketcher
+from hf_sketch.model.fsdp import in_shards
 from hf_sketch.sketches.transforms.lazy import is_lazy
 from hf_sketch.store.rows import row_columns
 
@@ -99,7 +100,8 @@ def measured_error(
     computed outside the model.
     """
     losses = batches[-1].losses
-    if is_lazy(losses) or sketcher.in_shards or bool(losses.isnan().all()):
+    sharded = in_shards(sketcher.parameters.values())
+    if is_lazy(losses) or sharded or bool(losses.isnan().all()):
         return None
     inputs = [batch.inputs for batch in batches]
     return measure_error(sketcher, inputs, examples, low_precision=low_precision)

@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from hf_sketch.examples.coverage import ModuleCoverage
 from hf_sketch.examples.sketcher import ExampleBatch, ExampleSketcher
+from hf_sketch.model.fsdp import in_shards
 from hf_sketch.processes import OtherProcessFailedError, check_others, reduced
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
@@ -85,6 +86,7 @@ class Run:
         self._engine, self._measured = trainer.deepspeed, measured
         self._rate, self._loss_scale = 0.0, 1.0
         self._open(header, trainer, model, loader, per_step, per_example)
+        self._compares_jointly = per_example and in_shards(model.parameters())
         self._to_measure: list[ExampleBatch] | None = None
         if measure_error and self._sink.writer.measured_error is None:
             self._to_measure = [] if args.process_index == 0 else None
@@ -107,6 +109,8 @@ class Run:
     def micro_batch(self, collated: Any) -> Generator[None]:
         """Hold hooks on the model for a pass over a loader's batch."""
         self._collated = copy.copy(collated)  # the Trainer may take parts out
+        if self._compares_jointly and self._is_recorded and not self._micro_step:
+            self._agree()  # or others would wait for one that has stopped
         with ExitStack() as hooks:
             if self._is_recorded and not self.stopped:
                 self._rate = learning_rate(self._optimizer)  # before it steps
@@ -272,8 +276,9 @@ class Run:
             if not self._verified and total is not None:
                 check_sum(total, row, self._low_precision, self._complete)
                 self._verified = True
-        if self._sketcher is not None and self._sketcher.unverified is not None:
-            self._note_unverified(self._sketcher.unverified)
+        reason = None if self._sketcher is None else self._sketcher.unverified
+        if reason is not None and self._args.process_index == 0:
+            self._sink.writer.note_unverified(reason)
         if self._sketcher is not None and self._to_measure:
             batches, self._to_measure = self._to_measure, None
             with self._sketcher:
@@ -282,11 +287,6 @@ class Run:
                 )
             if error is not None:
                 self._sink.writer.note_measured_error(error)
-
-    def _note_unverified(self, reason: str) -> None:
-        """Say in the store that rows were not compared with single examples'."""
-        if self._args.process_index == 0:
-            self._sink.writer.note_unverified(reason)
 
     def _agree(self) -> None:
         """Stop recording in all processes if it has stopped in one."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hf_sketch.examples.attempt import attempt
+from hf_sketch.examples.attempt import RefusalError, attempt
 from hf_sketch.examples.rounding import agree, autocast_dtype
 from hf_sketch.examples.rules.base import Rule
 from hf_sketch.examples.split import ExampleSplit
@@ -87,18 +87,18 @@ class Replay:
         """Return the same with copies of all parameters, which do not stay whole.
 
         Raises:
-            ValueError: modules within get and give up their own, by hooks.
+            RefusalError: modules within get and give up their own, by hooks.
         """
         module = self.rule.module
         within = [part for part in module.modules() if part is not module]
         if any(isinstance(part, FSDPModule) for part in within):
-            raise ValueError(
+            raise RefusalError(
                 "fully_shard must not be called within a module that is run again "
                 f"for each example, got {self.rule}: call it on the module, or on one "
                 "around it, or pass per_example=False."
             )
         if any(in_partitions(part.parameters(recurse=False)) for part in within):
-            raise ValueError(
+            raise RefusalError(
                 "ZeRO-3 must not split parameters within a module that is run again "
                 f"for each example, got {self.rule}: train in stage 2, or pass "
                 "per_example=False."

@@ -49,7 +49,7 @@ class ExampleSketcher:
         loss: an example's own loss is the "mean" or the "sum" over its tokens.
         verify: compare each parameter's gradients of two examples with those of a
             backward pass per example before the first batch of its kind is recorded,
-            and read them another way where they differ.
+            and read them another way where they differ (in shards, by all processes).
         weights_change: the optimizer may step before `take`.
 
     Raises:
@@ -174,11 +174,6 @@ class ExampleSketcher:
     def unverified(self) -> str | None:
         """Why rows are not compared with gradients of single examples, if not."""
         return self._reading.unverified
-
-    @property
-    def in_shards(self) -> bool:
-        """Whether parameters are whole only while their module runs."""
-        return self._reading.in_shards
 
     @property
     def main_input(self) -> str:

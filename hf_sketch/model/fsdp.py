@@ -1,7 +1,8 @@
 """Parameters that FSDP2 splits: a process's part, and calls of modules past it."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,12 @@ def in_row_shards(parameters: Iterable[Tensor]) -> bool:
     So FSDP2 (`fully_shard`) splits them, with or without replicas of the shards.
     """
     return all(isinstance(p, DTensor) and _is_in_rows(p) for p in parameters)
+
+
+def in_shards(parameters: Iterable[Tensor]) -> bool:
+    """Return whether all are whole only while their module runs."""
+    parameters = list(parameters)
+    return in_row_shards(parameters) or in_partitions(parameters)
 
 
 def check_whole(user: str, parameters: Iterable[Tensor]) -> None:
@@ -61,6 +68,54 @@ def own_part(x: Tensor) -> tuple[Tensor, int]:
         elif rank > 0:
             return torch.empty(0, dtype=x.dtype, device=x.device), 0
     return x.to_local().reshape(-1), first * math.prod(x.shape[1:])
+
+
+def begin_again(model: nn.Module) -> None:
+    """Make whole the parameters of a unit of FSDP2 that has begun a forward pass.
+
+    Calls within that pass may have given them up.
+    """
+    if isinstance(model, FSDPModule):
+        model.unshard()
+
+
+class WholeParameters:
+    """The tensors that stand for a model's parameters in the graphs of its calls.
+
+    They are the parameters themselves but under FSDP2, which puts whole ones in their
+    places while a module runs.
+
+    Args:
+        model: the model, not within a call.
+        parameters: some of its parameters, by name.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+        split = {id(p): n for n, p in parameters.items() if isinstance(p, DTensor)}
+        self._fixed = {n: p for n, p in parameters.items() if id(p) not in split}
+        # Of each unit, where it has them, and their names.
+        self._places: dict[nn.Module, list[tuple[str, str]]] = {}
+        for unit in model.modules() if split else ():
+            if isinstance(unit, FSDPModule):
+                own = unit.named_parameters(remove_duplicate=False)
+                named = [(path, split[id(p)]) for path, p in own if id(p) in split]
+                self._places[unit] = named
+
+    @contextmanager
+    def noted(self) -> Generator[dict[str, Tensor]]:
+        """Give them by name; those under FSDP2 come while the model is called."""
+        whole = dict(self._fixed)
+
+        def note(unit: nn.Module, *_: object) -> None:
+            for path, name in self._places[unit]:
+                x = unit.get_parameter(path)
+                if not isinstance(x, DTensor):
+                    whole.setdefault(name, x)
+
+        with ExitStack() as hooks:
+            for unit in self._places:  # before it gives them up again
+                hooks.callback(unit.register_forward_hook(note, prepend=True).remove)
+            yield whole
 
 
 def call_with(

@@ -1,5 +1,6 @@
 """DeepSpeed steps within the backward pass; its rows are those of DDP."""
 
+import json
 import os
 from unittest.mock import patch
 
@@ -43,6 +44,8 @@ def test_rows_are_those_of_ddp_and_training_is_what_it_was(stage, without, tmp_p
     wanted = without[micro_batches_of(stage)]
     assert min(columns(wanted.steps)["clip_factor"]) < 0.7  # it is clipped
     assert_same_rows(load_sketches(watched), wanted)
+    header = json.loads((watched / "sketches" / "header.json").read_text())
+    assert header["unverified"] is None
     assert results(watched, "curve") == results(plain, "curve")
     for rank in (0, 1):
         got, expected = (torch.load(p / f"parts-{rank}.pt") for p in (watched, plain))

@@ -1,6 +1,5 @@
 """Finding out, before rows are recorded, how the gradients of each module are read."""
 
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_sketch.examples.attempt import RefusalError
 from hf_sketch.examples.calls import ModelCall, loss_of
+from hf_sketch.examples.modules.passes import Passes
 from hf_sketch.examples.named_sums import NamedSums
 from hf_sketch.examples.rounding import agree, autocast_dtype, tolerance
 from hf_sketch.examples.rules.base import answers_of
@@ -76,10 +76,7 @@ def _relative(distance: Tensor, norm: Tensor, largest: Tensor) -> Tensor:
 
 
 def reference_of(
-    model: nn.Module,
-    call: ModelCall,
-    parameters: Mapping[str, Tensor],
-    model_sketch: ModelSketch,
+    passes: Passes, call: ModelCall, model_sketch: ModelSketch
 ) -> Reference | None:
     """Compute the gradients, with a backward pass per example.
 
@@ -90,18 +87,18 @@ def reference_of(
         ValueError: it answers with a loss alone, which is no sum over the examples.
     """
     called: set[str] = set()
-    first = next(iter(parameters.values()))
-    computed = [first.dtype]
+    first = next(iter(passes.parameters.values()))
+    computed: list[torch.dtype] = []
     with ExitStack() as hooks:
-        for path, module in model.named_modules():
+        for path, module in passes.model.named_modules():
             note = partial(_note, called, path, computed, first.device)
             hooks.callback(module.register_forward_pre_hook(note).remove)
-        answers = answers_in(call.run(model), call.split)
+        answers = answers_in(passes.forward(call), call.split)
     if not answers:
         return None
     if not answers[0].dim() and call.split.size > EXAMPLES:
         few = call.part(0, EXAMPLES)
-        return reference_of(model, few, parameters, model_sketch)
+        return reference_of(passes, few, model_sketch)
     like = torch.empty(
         call.split.size,
         model_sketch.out_size,
@@ -112,22 +109,32 @@ def reference_of(
     probes = [_probe_of(answer) for answer in answers]
     examples = min(EXAMPLES, call.split.size)
     kept = [answer.detach() for answer in answers]
-    reference = Reference(
-        call, kept, probes, sums, frozenset(called), examples, *computed
-    )
+    dtype = next(iter(computed), passes.dtype)
+    reference = Reference(call, kept, probes, sums, frozenset(called), examples, dtype)
     weights = torch.ones(call.split.size)
     if reference.is_of_loss:
-        weights = _loss_weights(model, call, parameters, model_sketch, *computed)
-    for index in range(examples):
-        if reference.is_of_loss:
-            alone = call.part(index, 1)
-            gradients = _loss_gradient(model, alone, parameters)
-        else:
-            masked = [call.split.mask(probe, index) for probe in probes]
-            gradients = _gradient(answers, parameters, masked)
-        for name, gradient in gradients.items():
-            sums.add_example(name, index, float(weights[index]) * gradient)
+        weights = _loss_weights(passes, call, model_sketch, dtype)
+    _read_examples(passes, reference, answers, weights)
     return reference
+
+
+def _read_examples(
+    passes: Passes, reference: Reference, answers: list[Tensor], weights: Tensor
+) -> None:
+    """Add the gradients of each example."""
+    call, sums = reference.call, reference.gradients
+    for index in range(reference.examples):
+
+        def add(name: str, gradient: Tensor, index: int = index) -> None:
+            sums.add_example(name, index, float(weights[index]) * gradient)
+
+        if reference.is_of_loss:
+            passes.of_loss(call.part(index, 1), add)
+            continue
+        if index and passes.graphs_serve_once:
+            answers = answers_in(passes.forward(call), call.split)
+        masked = [call.split.mask(probe, index) for probe in reference.probes]
+        passes.backward(answers, add, masked)
 
 
 def answers_in(output: Any, split: ExampleSplit) -> list[Tensor]:
@@ -148,29 +155,6 @@ def same_answers(
     )
 
 
-def _loss_gradient(
-    model: nn.Module, call: ModelCall, parameters: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the gradient of the model's own loss."""
-    loss = loss_of(call.run(model))
-    assert loss is not None
-    return _gradient([loss], parameters)
-
-
-def _gradient(
-    outputs: Sequence[Tensor],
-    parameters: Mapping[str, Tensor],
-    output_gradients: Sequence[Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """Return the gradients of the parameters that are reached, and keep the graph."""
-    some = list(parameters.values())
-    gradients: Any = torch.autograd.grad(
-        outputs, some, output_gradients, retain_graph=True, allow_unused=True
-    )
-    named = zip(parameters, gradients, strict=True)
-    return {name: gradient for name, gradient in named if gradient is not None}
-
-
 def _probe_of(answer: Tensor) -> Tensor:
     """Return fixed numbers of the answer's shape that differ for each example."""
     count = torch.arange(answer.numel(), device=answer.device, dtype=torch.float32)
@@ -181,11 +165,7 @@ def _probe_of(answer: Tensor) -> Tensor:
 
 
 def loss_form(
-    model: nn.Module,
-    call: ModelCall,
-    parameters: Mapping[str, Tensor],
-    model_sketch: ModelSketch,
-    dtype: torch.dtype,
+    passes: Passes, call: ModelCall, model_sketch: ModelSketch, dtype: torch.dtype
 ) -> LossForm:
     """Return how the loss that a model computes adds up over examples.
 
@@ -195,7 +175,7 @@ def loss_form(
     if call.split.size == 1:
         return "shares"
     call = call.part(0, EXAMPLES)
-    weights = _loss_weights(model, call, parameters, model_sketch, dtype)
+    weights = _loss_weights(passes, call, model_sketch, dtype)
     forms: dict[LossForm, float] = {"mean": 1 / EXAMPLES, "sum": 1.0}
     for form, weight in forms.items():
         if bool(((weights - weight).abs() < 10 * tolerance(dtype, "row")).all()):
@@ -204,31 +184,23 @@ def loss_form(
 
 
 def _loss_weights(
-    model: nn.Module,
-    call: ModelCall,
-    parameters: Mapping[str, Tensor],
-    model_sketch: ModelSketch,
-    dtype: torch.dtype,
+    passes: Passes, call: ModelCall, model_sketch: ModelSketch, dtype: torch.dtype
 ) -> Tensor:
     """Return the weights with which examples' own losses add up to their batch's.
 
     The gradient of the batch's loss is compared with those of the examples alone.
     """
-
-    def gradient(call: ModelCall) -> Tensor:
-        named = _loss_gradient(model, call, parameters)
-        return model_sketch.sketch(named).to("cpu", torch.float64)
-
-    together = gradient(call)
-    each = [gradient(call.part(index, 1)) for index in range(call.split.size)]
+    together = passes.loss_sketch(call, model_sketch)
+    parts = [call.part(index, 1) for index in range(call.split.size)]
+    each = [passes.loss_sketch(part, model_sketch) for part in parts]
     alone = torch.stack(each, dim=1)
     weights = torch.linalg.lstsq(alone, together.unsqueeze(1)).solution.squeeze(1)
     rest = torch.linalg.vector_norm(together - alone @ weights)
     if rest > tolerance(dtype, "row") * torch.linalg.vector_norm(together):
         raise RefusalError(
             "per-example gradients need a loss that is a weighted sum of the examples' "
-            f"own losses, but {type(model).__name__} computes one that compares them, "
-            "or has a term of the whole batch: leave that out, or pass "
+            f"own losses, but {type(passes.model).__name__} computes one that compares "
+            "them, or has a term of the whole batch: leave that out, or pass "
             "per_example=False."
         )
     return weights

@@ -14,6 +14,7 @@ from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.calls import ModelCall
 from hf_sketch.examples.modules.fused_head import FusedHead
 from hf_sketch.examples.modules.hooks import refusal, replay_later, watch_module
+from hf_sketch.examples.modules.passes import Passes
 from hf_sketch.examples.modules.plan import Plan, joined
 from hf_sketch.examples.modules.position_biases import PositionBiases
 from hf_sketch.examples.modules.probe import (
@@ -22,10 +23,9 @@ from hf_sketch.examples.modules.probe import (
     loss_form,
 )
 from hf_sketch.examples.rules.base import NoRule, Rule, kind_of
-from hf_sketch.model.fsdp import in_row_shards
+from hf_sketch.model.fsdp import in_shards
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.model.state import evaluation_mode
-from hf_sketch.model.zero import in_partitions
 from hf_sketch.sketches.transforms.lazy import is_lazy
 
 logger = logging.getLogger(__name__)
@@ -57,21 +57,19 @@ class Reading:
         self.batch: Batch | None = None  # the one that is recorded, if any
         self.resting = False  # whether hooks do nothing
         self.parameters = model_sketch.parameters_of(model)
-        some = self.parameters.values()
-        self.in_shards = in_row_shards(some) or in_partitions(some)
+        self.in_shards = in_shards(self.parameters.values())
         self.copies = self.in_shards or weights_change
         first = next(iter(self.parameters.values()))
         # Why the rules are not compared with gradients of single examples, if not.
         self.unverified: str | None = None
         if not verify:
             self.unverified = "it was switched off"
-        elif self.in_shards:
-            self.unverified = "no process has the whole gradient"
         elif is_lazy(first):
             self.unverified = "the device would compile each backward pass"
         self.verifies = self.unverified is None
         self.plan = Plan(model, self.parameters)
         self.model, self.model_sketch = model, model_sketch
+        self.passes = Passes(model, self.parameters)
         biases = PositionBiases(model, self.parameters, self.in_shards)
         # What reads the parameters of modules by other means than their calls.
         self.readers: list[PositionBiases | FusedHead] = (
@@ -106,7 +104,12 @@ class Reading:
 
     def knows(self, call: ModelCall) -> bool:
         """Return whether nothing has to be learned before this call."""
-        return not self.verifies or call.situation in self._situations
+        if not self.verifies or call.situation in self._situations:
+            return True
+        if self.in_shards and self._situations:  # other processes do not learn now
+            self._note_difference()
+            return True
+        return False
 
     def note(self, call: ModelCall, called: set[str]) -> None:
         """Note that rules are known for calls like this, and what is called then."""
@@ -140,7 +143,7 @@ class Reading:
 
     def loss_form(self, call: ModelCall) -> LossForm:
         """Return how a loss of unknown form adds up over examples; see `loss_form`."""
-        if not self.verifies:
+        if not self.verifies or self.in_shards:  # of one process, which others miss
             return "shares"
         if self._loss_form is None:
             self._loss_form = "shares"
@@ -151,9 +154,7 @@ class Reading:
                 evaluation_mode(self.model),
                 torch.enable_grad(),
             ):
-                self._loss_form = loss_form(
-                    self.model, call, self.parameters, sketch, self.dtype
-                )
+                self._loss_form = loss_form(self.passes, call, sketch, self.dtype)
         return self._loss_form
 
     def rescue(self, batch: Batch, call: ModelCall, output: Any) -> None:
@@ -171,11 +172,15 @@ class Reading:
             if rule.path in batch.called and kind_of(rule.path) not in self.called
         ]
         skipped = self._skipped(batch, call) if self.verifies else []
+        if self.in_shards and self.verifies and (strange or skipped):
+            self._note_difference()
+            strange, skipped = [], []
         chosen = {*batch.unclear, *(strange if self.verifies else ())}
         if not (chosen or skipped):
             return
         answers = answers_in(output, batch.split)
-        divided = self.verifies and any(x.dim() for x in answers)
+        whole = self.verifies and not self.in_shards
+        divided = whole and any(x.dim() for x in answers)
         if not (divided or chosen):
             return
         if not divided:
@@ -193,6 +198,11 @@ class Reading:
         if chosen:
             self._situations.clear()
             self.whole = True
+
+    def _note_difference(self) -> None:
+        """Note what was not tried before the first batch of all processes."""
+        if self.unverified is None:
+            self.go_unverified("later batches are of another kind than the first")
 
     def _skipped(self, batch: Batch, call: ModelCall) -> list[Rule]:
         """Return rules of kinds that verified calls show, and this call does not."""

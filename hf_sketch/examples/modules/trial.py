@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Collection
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from hf_sketch.examples.attempt import RefusalError, attempt
 from hf_sketch.examples.batch import Batch
@@ -22,8 +24,11 @@ from hf_sketch.examples.modules.reading import Reading
 from hf_sketch.examples.named_sums import NamedSums
 from hf_sketch.examples.rules.base import Rule, kind_of
 from hf_sketch.examples.split import Packed, Rows
+from hf_sketch.model.fsdp import begin_again
 from hf_sketch.model.state import evaluation_mode, without_zeros
+from hf_sketch.processes import of_each, of_first, of_process
 
+Value = TypeVar("Value")
 logger = logging.getLogger(__name__)
 
 _ROUNDS = 12
@@ -40,11 +45,15 @@ class Trial:
         self._reading = reading
         self._model_name = type(reading.model).__name__
 
-    def run(self, call: ModelCall) -> set[str]:
+    def run(self, call: ModelCall, needed: bool = True) -> set[str] | None:
         """Replace rules until their gradients are those of the reference.
 
+        Args:
+            call: the call.
+            needed: go unverified if nothing can be compared.
+
         Returns:
-            the kinds of the modules that were called.
+            the kinds of the modules that were called; None if nothing was compared.
 
         Raises:
             ValueError: examples see each other, or a parameter's gradients cannot be
@@ -54,8 +63,10 @@ class Trial:
         with attempt() as tried:  # some models have no gradients in evaluation mode
             reference = self._reference(call)
         if reference is None:
-            self._reading.go_unverified(tried.error or "it gives nothing to compare")
-            return set()
+            if needed:
+                reason = tried.error or "it gives nothing to compare"
+                self._reading.go_unverified(reason)
+            return None
         self._reading.dtype = reference.dtype
         self._check_independence(reference)
         self._find_fused_head(reference)
@@ -68,14 +79,10 @@ class Trial:
 
     def _reference(self, call: ModelCall) -> Reference | None:
         """Return gradients to compare with: of a few examples, if they can be apart."""
+        passes = self._reading.passes
 
         def reference(call: ModelCall) -> Reference | None:
-            return reference_of(
-                self._reading.model,
-                call,
-                self._reading.parameters,
-                self._reading.model_sketch,
-            )
+            return reference_of(passes, call, self._reading.model_sketch)
 
         few = isinstance(call.split, Rows) and call.split.size > EXAMPLES
         if few and not self._reading.whole:
@@ -97,14 +104,15 @@ class Trial:
                 logger.info("Examples cannot leave their batch: %s", tried.error)
                 return
             expected = [split.part(answer, index) for answer in reference.answers]
-            if len(alone) == len(expected) and not same_answers(
-                alone, expected, "rule"
+            if len(alone) == len(expected) and not self._agreed(
+                same_answers(alone, expected, "rule")
             ):
                 self._check_repetition(reference)
 
     def _check_repetition(self, reference: Reference) -> None:
         """Raise if the answers, which differ alone, are the same in the batch."""
-        if same_answers(self._answers(reference.call), reference.answers):
+        again = self._answers(reference.call)
+        if self._agreed(same_answers(again, reference.answers)):
             raise RefusalError(
                 "per-example gradients need examples that do not see each other, but "
                 f"{self._model_name} gives an example other outputs without its "
@@ -126,6 +134,10 @@ class Trial:
             self._reading.tried_head = True
             self._reading.readers.append(head)
 
+    def _agreed(self, value: Value) -> Value:
+        """Return the first process's value where all try together."""
+        return of_first(value) if self._reading.in_shards else value
+
     def _answers(self, call: ModelCall) -> list[Tensor]:
         """Return what the model answers to a call."""
         return answers_in(call.run(self._reading.model), call.split)
@@ -138,7 +150,7 @@ class Trial:
         if batch.failure is not None:
             raise MemoryError(batch.failure)
         assert isinstance(batch.sums, NamedSums)
-        errors = reference.differing(batch.sums)
+        errors = self._agreed(reference.differing(batch.sums))
         blamed = batch.blamed or {}
         failed = {*blamed, *batch.unclear, *self._reading.plan.of(errors)}
         for rule in failed:
@@ -164,7 +176,7 @@ class Trial:
             answers: list[Tensor] = []
             with attempt():  # what hooks have given to each example may not fit
                 answers = self._answers(call)
-            if not same_answers(answers, reference.answers):
+            if not self._agreed(same_answers(answers, reference.answers)):
                 self._stop_expanding(batch)
                 return None
             batch.phase = "loss"
@@ -216,25 +228,65 @@ class Trial:
 def learn(reading: Reading, call: ModelCall) -> None:
     """Find out by which rules the gradients of a batch like this are read.
 
+    Where parameters are in shards, all processes call together, once. They try the same
+    examples, so that all make the same calls.
+
     Raises:
         ValueError: examples see each other, or a parameter's gradients cannot be read.
     """
     reading.unwatch()
-    called: set[str] = set()
-    tried = call
-    if not isinstance(call.split, Packed):  # which see each other where one is kept
-        tried = call.without_cache(reading.model)
+    found: list[tuple[ModelCall, set[str]]] = []
     try:
+        zeros = () if reading.in_shards else reading.parameters.values()
         with (
             reading.rest(),
             evaluation_mode(reading.model),
-            without_zeros(reading.parameters.values()),
+            without_zeros(zeros),
             torch.enable_grad(),
         ):
-            called = Trial(reading).run(tried)
+            for tried, needed in _calls_to_try(reading, call):
+                called = Trial(reading).run(_plain(tried, reading.model), needed)
+                if needed or called is not None:
+                    found.append((tried, called or set()))
     except (MemoryError, torch.OutOfMemoryError) as failure:
         reading.go_unverified(f"out of memory ({failure})")
     finally:
+        begin_again(reading.model)
         torch.clear_autocast_cache()  # of weights, with the graphs of these calls
         reading.watch()
-    reading.note(call, called)
+    for tried, kinds in found or [(call, set[str]())]:
+        reading.note(tried, kinds)
+
+
+def _calls_to_try(reading: Reading, call: ModelCall) -> list[tuple[ModelCall, bool]]:
+    """Return calls, and whether they are needed.
+
+    In shards there is one of each kind that some process makes, the same in all of
+    them, and one with a single example, as an epoch's last batch may be.
+    """
+    if not reading.in_shards:
+        return [(call, True)]
+    device = next(iter(reading.parameters.values())).device
+    kinds = of_each(call.situation)
+    calls: list[ModelCall] = []
+    for rank in sorted({kinds.index(kind) for kind in kinds}):
+        given = _moved((call.args, call.kwargs), torch.device("cpu"))
+        args, kwargs = _moved(of_process(rank, given), device)
+        calls.append(ModelCall.of(reading.model, args, kwargs))
+    several = [c for c in calls if isinstance(c.split, Rows) and c.split.size > 1]
+    alone = [c.part(0, 1) for c in several]
+    return [(c, True) for c in calls] + [(c, False) for c in alone]
+
+
+def _plain(call: ModelCall, model: nn.Module) -> ModelCall:
+    """Return the call without a cache, but of documents: they would see each other."""
+    return call if isinstance(call.split, Packed) else call.without_cache(model)
+
+
+def _moved(given: Any, device: torch.device) -> Any:
+    """Return the same with all tensors on a device."""
+
+    def moved(x: Any) -> Any:
+        return x.to(device) if isinstance(x, Tensor) else x
+
+    return tree_map(moved, given)

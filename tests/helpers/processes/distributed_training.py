@@ -1,6 +1,5 @@
 """Training in several processes: scenarios of tests/processes."""
 
-import faulthandler
 import gc
 import json
 import os
@@ -236,14 +235,11 @@ def ended(directory):
     trainer = trainer_of(directory, max_steps=1)
     trainer.train()
     trainer.model_wrapped.owner = trainer
-    del trainer
-    sums = [distributed.all_reduce(torch.ones(9), async_op=True) for _ in range(20)]
-    for work in sums:  # the group's threads ask for the interpreter as they end
+    for _ in range(20):  # the group's threads ask for the interpreter as they end
+        work = distributed.all_reduce(torch.ones(9), async_op=True)
         work.get_future().then(lambda _: sum(range(2000)))
-    del sums, work
-    faulthandler.dump_traceback_later(120, exit=True)
+    del trainer, work
     end_group()
-    faulthandler.cancel_dump_traceback_later()
     gc.enable()
     tasks = Path("/proc/self/task").glob("*/comm")  # none where the system has no such
     leave(directory, threads=[path.read_text().strip() for path in tasks])

@@ -269,6 +269,7 @@ def rows_of(model, inputs):
     sketch = ModelSketch.from_model(model, SIZE, "grouped")
     with ExampleSketcher(model, sketch) as sketcher:
         model(**inputs).loss.backward()
+        assert sketcher.unverified is None
         return sketcher.take().rows
 
 
