@@ -28,6 +28,7 @@ from .origins import OriginFinder
 from .sink import RowSink
 from .steps import StepReader, check_sum, computes_in_16_bits
 from .stopping import unless_stopped
+from .trainers import note_losses
 
 
 class Run:
@@ -64,6 +65,7 @@ class Run:
         measure_error: bool | int,
         raises: bool,
     ) -> None:
+        self._trainer = trainer
         args, state = trainer.args, trainer.state
         self.stopped, self.raises = False, raises
         self._since = 0  # the first step that lacks rows, once recording has stopped
@@ -118,6 +120,8 @@ class Run:
                 if self._sketcher is not None:
                     hooks.enter_context(uncompiled(self._args))
                     hooks.enter_context(self._sketcher)
+                    if not self._verified:
+                        hooks.callback(note_losses(self._trainer, self._sketcher))
                 if self._steps is not None:
                     hooks.enter_context(self._steps.watched(self._sketcher))
             yield
@@ -274,11 +278,11 @@ class Run:
             if self._args.process_index == 0:
                 self._sink.append(PER_STEP, row)
             if not self._verified and total is not None:
-                check_sum(total, row, self._low_precision, self._complete)
+                share = check_sum(total, row, self._low_precision, self._complete)
                 self._verified = True
-        reason = None if self._sketcher is None else self._sketcher.unverified
-        if reason is not None and self._args.process_index == 0:
-            self._sink.writer.note_unverified(reason)
+                self._sink.writer.note(unowned=share)
+        if self._sketcher is not None and self._sketcher.unverified is not None:
+            self._sink.writer.note(unverified=self._sketcher.unverified)
         if self._sketcher is not None and self._to_measure:
             batches, self._to_measure = self._to_measure, None
             with self._sketcher:
@@ -286,7 +290,7 @@ class Run:
                     self._sketcher, batches, self._measured, self._low_precision
                 )
             if error is not None:
-                self._sink.writer.note_measured_error(error)
+                self._sink.writer.note(measured_error=error)
 
     def _agree(self) -> None:
         """Stop recording in all processes if it has stopped in one."""

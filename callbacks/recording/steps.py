@@ -109,17 +109,20 @@ def step_columns(
 
 def check_sum(
     total: Tensor, row: Mapping[str, Tensor], low_precision: bool, complete: bool
-) -> None:
+) -> float:
     """Raise unless `total`, of all processes' rows, is the step's own gradient.
 
     Where the loss may have a term that no example owns, a difference is a warning.
+
+    Returns:
+        the norm of that term's gradient, divided by that of the step's.
     """
     sketch = row["sketch"][0] / row["clip_factor"]
     distance = float(torch.linalg.vector_norm(total - sketch))
     norm = float(torch.linalg.vector_norm(sketch))
     tolerance = _LOW_PRECISION_SUM_TOLERANCE if low_precision else _SUM_TOLERANCE
     if distance <= tolerance * norm:
-        return
+        return 0.0
     if not complete:
         warnings.warn(
             f"A part of the first recorded step's gradient, {distance / norm:.2g} of "
@@ -127,7 +130,7 @@ def check_sum(
             "balancing loss. The rows of examples do not hold it, those of steps do.",
             stacklevel=2,
         )
-        return
+        return distance / norm
     raise RuntimeError(
         "The per-example gradients do not add up to the step's gradient: they are "
         f"off by {distance / norm:.3g} of its norm, more than {tolerance:g}. Some "

@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState
+
+from hf_sketch.examples.sketcher import ExampleSketcher
 
 Kind = TypeVar("Kind", bound=TrainerCallback)
 
@@ -84,7 +87,7 @@ def wrap_method(
     Args:
         trainer: the Trainer.
         name: of the method.
-        wrapper: a bound method.
+        wrapper: a function, or a bound method.
 
     Returns:
         what undoes it.
@@ -95,13 +98,30 @@ def wrap_method(
     return partial(_unwrap, trainer, name, wrapper)
 
 
+def note_losses(trainer: Trainer, sketcher: ExampleSketcher) -> Callable[[], None]:
+    """Look at the losses that a Trainer computes for what they add to the model's.
+
+    Returns:
+        what ends that.
+    """
+
+    def compute(compute_loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = compute_loss(*args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if isinstance(loss, Tensor):
+            sketcher.note_loss(loss)
+        return result
+
+    return wrap_method(trainer, "compute_loss", compute)
+
+
 def _unwrap(trainer: Trainer, name: str, wrapper: Any) -> None:
     """Undo `wrap_method`, unless others have wrapped what that made."""
     wrapped = vars(trainer).get(name)
     if not isinstance(wrapped, partial):
         return
-    function: Any = getattr(wrapped.func, "__func__", None)
-    if function is wrapper.__func__:
+    function: Any = getattr(wrapped.func, "__func__", wrapped.func)
+    if function is getattr(wrapper, "__func__", wrapper):
         delattr(trainer, name)
         if getattr(trainer, name) != wrapped.args[0]:  # it was replaced before, too
             setattr(trainer, name, wrapped.args[0])

@@ -66,6 +66,8 @@ class Batch:
         unclear: rules of calls whose outputs do not divide into the examples.
         expanded: rules of calls whose output was given to each example.
         blamed: rules that failed, and how; None to raise their errors.
+        ends: the nodes of autograd at which the model's outputs were made.
+        penalised: the loss has a penalty on weights.
         apart: gradients were read in a backward pass of the examples' losses alone.
         rescued: parameters whose gradients come from running the model again, and not
             from their rules.
@@ -88,6 +90,8 @@ class Batch:
     unclear: list[Rule] = field(default_factory=list[Rule])
     expanded: list[Rule] = field(default_factory=list[Rule])
     blamed: dict[Rule, str] | None = None
+    ends: list[Any] = field(default_factory=list[Any])
+    penalised: bool = False
     apart: bool = False
     rescued: frozenset[str] = frozenset()
 
@@ -132,6 +136,7 @@ class Batch:
         """Note that the backward pass runs, and when it ends without an error."""
         if self.phase == "loss":
             self.phase = "backward"
+            self.ends.clear()  # which would keep the graph
             # There is no public way to hear of the end of a backward pass.
             variable: Any = torch.autograd.Variable
             variable._execution_engine.queue_callback(self._end_backward)
@@ -176,7 +181,8 @@ class Batch:
             scaled = rows / read.to(rows).unsqueeze(1)
             rows = torch.where(weights.unsqueeze(1) == 0, rows, scaled)
             weights = weights / loss_scale
-        complete = not (self.apart or bool(losses.isnan().all()))
+        unknown = bool(losses.isnan().all())
+        complete = not (self.apart or self.penalised or unknown)
         return ExampleBatch(self.split, self.inputs, rows, losses, weights, complete)
 
     def read_apart(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:

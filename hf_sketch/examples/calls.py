@@ -56,6 +56,11 @@ class ModelCall:
         kwargs = {**self.kwargs, "use_cache": False}
         return ModelCall(self.args, kwargs, self.inputs, self.split)
 
+    def without(self, name: str) -> "ModelCall":
+        """Return the call without a named argument."""
+        kwargs = {key: value for key, value in self.kwargs.items() if key != name}
+        return ModelCall(self.args, kwargs, self.inputs, self.split)
+
     def part(self, first: int, count: int) -> "ModelCall":
         """Return the call with some of its examples; one alone has rows of its own."""
         split = self.split.some(first, count)

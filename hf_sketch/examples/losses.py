@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hf_sketch.examples.rounding import tolerance
+from hf_sketch.examples.rounding import agree, tolerance
 from hf_sketch.examples.rules.base import answers_of
 from hf_sketch.examples.split import ExampleSplit, Rows
 
@@ -79,16 +79,12 @@ def example_losses(
     check_reduction(reduction)
     split = split or Rows(len(labels))
     found: list[tuple[float, float, ExampleLosses]] = []
-    for losses, counted in _own_losses(logits.detach(), labels, problem_type, causal):
-        sums, counts = (_per_example(x, split) for x in (losses, counted))
-        for items in (items_in_batch, counts.sum()):
-            if items is None:
-                continue
-            total = float(sums.sum() / items)
-            reduced = _reduced(sums, counts, torch.as_tensor(items), reduction)
-            found.append((_distance(loss, total), total, reduced))
-            if found[-1][0] <= _CERTAIN:
-                return reduced
+    rules = _own_losses(logits.detach(), labels, problem_type, causal)
+    for summed, reduced in _candidates(rules, split, reduction, items_in_batch):
+        total = float(summed)
+        found.append((_distance(loss, total), total, reduced))
+        if found[-1][0] <= _CERTAIN:
+            return reduced
     if not found:
         raise UnknownLossError(
             "per-example gradients need logits (batch, classes) with one label a row, "
@@ -114,6 +110,7 @@ def own_losses_of(
     inputs: Mapping[str, Any],
     split: ExampleSplit,
     reduction: str,
+    penalised: bool = False,
 ) -> ExampleLosses | None:
     """Split the loss in a model's output; None if its form is not known.
 
@@ -124,24 +121,37 @@ def own_losses_of(
         inputs: what it was called with, by name.
         split: the batch's examples.
         reduction: "mean" or "sum" over the tokens of an example.
+        penalised: the loss has a penalty on weights. Its gradient by the scores, then,
+            shows what the rest is.
     """
     labels = inputs.get("labels")
     scores = [x for x in answers_of(output) if split.within(x) is not None]
     if not isinstance(labels, Tensor) or len(scores) != 1:
         return None
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    items, causal = inputs.get("num_items_in_batch"), is_causal(model)
     try:
-        return example_losses(
-            loss.detach(),
-            scores[0],
-            labels,
-            getattr(getattr(model, "config", None), "problem_type", None),
-            reduction=reduction,
-            items_in_batch=inputs.get("num_items_in_batch"),
-            causal=is_causal(model),
-            split=split,
-        )
+        if not penalised:
+            return example_losses(
+                loss.detach(),
+                scores[0],
+                labels,
+                problem,
+                reduction=reduction,
+                items_in_batch=items,
+                causal=causal,
+                split=split,
+            )
+        logits = scores[0].detach().requires_grad_()
+        (wanted,) = torch.autograd.grad(loss, scores[0], retain_graph=True)
+        rules = _own_losses(logits, labels, problem, causal)
+        for total, reduced in _candidates(rules, split, reduction, items):
+            (got,) = torch.autograd.grad(total, logits, retain_graph=True)
+            if agree(got, wanted, "rule"):
+                return reduced
     except UnknownLossError:
-        return None
+        pass
+    return None
 
 
 def penalty_of(model: nn.Module, output: Any) -> Tensor | None:
@@ -166,6 +176,21 @@ def check_reduction(reduction: str) -> None:
     """Raise unless `reduction` is the name of one."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"loss must be one of {REDUCTIONS}, got {reduction!r}.")
+
+
+def _candidates(
+    rules: Iterator[tuple[Tensor, Tensor]],
+    split: ExampleSplit,
+    reduction: str,
+    items_in_batch: Tensor | int | None,
+) -> Iterator[tuple[Tensor, ExampleLosses]]:
+    """Yield each loss that a batch may have, with what its examples' own are then."""
+    for losses, counted in rules:
+        sums, counts = (_per_example(x, split) for x in (losses, counted))
+        for items in (items_in_batch, counts.sum()):
+            if items is not None:
+                own = _reduced(sums.detach(), counts, torch.as_tensor(items), reduction)
+                yield sums.sum() / items, own
 
 
 def _reduced(

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.examples.attempt import attempt
-from hf_sketch.examples.calls import field_of
-from hf_sketch.examples.losses import penalty_of
+from hf_sketch.examples.own_loss import own_part
 from hf_sketch.examples.rounding import tolerance
 from hf_sketch.examples.sketcher import ExampleLossFunction, ExampleSketcher
 from hf_sketch.model.state import evaluation_mode
@@ -177,9 +176,7 @@ def _alone(
         with torch.enable_grad():
             output = sketcher.model(**own)
             if loss_fn is None:
-                loss = field_of(output, "loss", 0)
-                if (penalty := penalty_of(sketcher.model, output)) is not None:
-                    loss = loss - penalty
+                loss = own_part(sketcher.model, output, sketcher.penalised)
             else:
                 loss = loss_fn(output, own).sum()
         parameters = list(sketcher.parameters.values())

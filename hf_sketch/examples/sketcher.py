@@ -13,14 +13,11 @@ from torch.utils.hooks import RemovableHandle
 from hf_sketch.examples.batch import Batch, ExampleBatch
 from hf_sketch.examples.calls import ModelCall, field_of, loss_of, second_call
 from hf_sketch.examples.coverage import ModuleCoverage
-from hf_sketch.examples.losses import (
-    ExampleLosses,
-    check_reduction,
-    own_losses_of,
-    penalty_of,
-)
+from hf_sketch.examples.losses import ExampleLosses, check_reduction
 from hf_sketch.examples.modules.reading import Reading
 from hf_sketch.examples.modules.trial import learn
+from hf_sketch.examples.own_loss import adds_penalty, split_loss
+from hf_sketch.examples.rules.base import tensors_of
 from hf_sketch.examples.split import ExampleSplit, split_of
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.model.state import random_state
@@ -185,6 +182,22 @@ class ExampleSketcher:
         """Whether a batch awaits its backward pass, or is within it."""
         return self._reading.batch is not None
 
+    def note_loss(self, loss: Tensor) -> None:
+        """Look for a term of the loss, such as one of weights, that no example owns.
+
+        Args:
+            loss: what is differentiated, made of the model's outputs by others.
+        """
+        batch = self._reading.batch
+        if batch is not None and batch.phase == "loss" and loss.requires_grad:
+            parameters = self.parameters.values()
+            batch.penalised |= adds_penalty(loss, batch.ends, parameters)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the model's own loss has a penalty on weights, as far as known."""
+        return self._reading.penalised
+
     @contextmanager
     def paused(self) -> Generator[None]:
         """Within, record nothing but what `sketch` is called for.
@@ -251,39 +264,15 @@ class ExampleSketcher:
         call = ModelCall(args, kwargs, batch.inputs, batch.split)
         loss = loss_of(output)
         with batch.holding_failures():
-            own = self._split_loss(batch, call, output)
+            own = split_loss(self._reading, batch, call, output, self.loss)
             self._reading.rescue(batch, call, output)
             if own is not loss and own is not None:
                 batch.read_apart(own, list(self.parameters.values()))
         if loss is not None and loss.requires_grad:
             batch.watch_loss(loss)
         batch.phase = "loss"
+        batch.ends = [x.grad_fn for x in tensors_of(output)]
         self._reading.batch = batch
-
-    def _split_loss(self, batch: Batch, call: ModelCall, output: Any) -> Tensor | None:
-        """Find the examples' own losses; return the part of the loss that they are."""
-        loss = loss_of(output)
-        if loss is None or not loss.requires_grad:
-            return None
-        penalty = penalty_of(self.model, output)
-        for own in [loss] if penalty is None else [loss, loss - penalty]:
-            batch.losses = own_losses_of(
-                self.model, own, output, batch.inputs, batch.split, self.loss
-            )
-            if batch.losses is not None:
-                return loss if penalty is None else loss - penalty
-        batch.losses = self._shares(call, loss)
-        return loss
-
-    def _shares(self, call: ModelCall, loss: Tensor) -> ExampleLosses | None:
-        """Return the weights of losses that are not known, if they are."""
-        form, size = self._reading.loss_form(call), call.split.size
-        if form == "shares":
-            return None
-        weight = 1.0 if form == "sum" else 1 / size
-        dtype = accumulation_dtype(loss.dtype)
-        weights = loss.new_full((size,), weight, dtype=dtype)
-        return ExampleLosses(weights * torch.nan, weights)
 
     def _note_reached(self, name: str, parameter: Tensor) -> None:
         if self._reading.batch is not None:

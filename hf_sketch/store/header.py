@@ -38,6 +38,8 @@ class Header:
             the store is older than that comparison.
         per_row: rows of one example are kept apart, with a column `part`.
         answers: rows are of generated answers, with columns `reward` and `advantage`.
+        unowned: part of the norm of a first step's gradient that belongs to no example,
+            as that of a router's balancing loss; None if it was not compared.
     """
 
     model_sketch: ModelSketch
@@ -49,6 +51,7 @@ class Header:
     unverified: str | None = None
     per_row: bool = False
     answers: bool = False
+    unowned: float | None = None
 
     @property
     def optional_columns(self) -> tuple[str, ...]:
@@ -96,6 +99,7 @@ def _read_version_1(
         content.get("unverified"),
         content.get("per_row", False),
         content.get("answers", False),
+        content.get("unowned"),
     )
 
 

@@ -56,6 +56,11 @@ def describe(directory: Path) -> str:
     lines.append(f"  measured error: {header.measured_error or 'not measured'}")
     if header.unverified is not None:
         lines.append(f"  not compared with single examples: {header.unverified}")
+    if header.unowned:
+        lines.append(
+            f"  left out of rows of examples: {header.unowned:.2g} of the norm of the "
+            "first step's gradient, which no example owns"
+        )
     for manifest in manifests:
         lines.append(
             f"  process {manifest.rank} of {manifest.world_size}: "

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,15 +123,11 @@ class SketchWriter:
         self._threads.shutdown()
         self._buffer, self._buffered_bytes = {}, 0
 
-    def note_measured_error(self, error: MeasuredError) -> None:
-        """Put the error of the rows, measured on examples, into the header."""
-        self._header = replace(self._header, measured_error=error)
-        write_header(self.directory, self._header)
-
-    def note_unverified(self, reason: str) -> None:
-        """Put into the header why rows were not compared with single examples'."""
-        if self._header.unverified != reason:
-            self._header = replace(self._header, unverified=reason)
+    def note(self, **fields: Any) -> None:
+        """Put into the header, in one process, what was found out about the rows."""
+        known = all(getattr(self._header, name) == x for name, x in fields.items())
+        if self._manifest.rank == 0 and not known:
+            self._header = replace(self._header, **fields)
             write_header(self.directory, self._header)
 
     def note_gap(self, reason: str, last_step: int | None = None) -> None:

@@ -1,5 +1,7 @@
 """Losses outside of the model, loss scaling, and curves that stay as they were."""
 
+import functools
+
 import pytest
 import torch
 from datasets import Dataset
@@ -9,6 +11,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_sketch import ExampleSketcher, ModelSketch, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.examples.losses import example_losses
+from hf_sketch.store.header import read_header
+from hf_sketch.store.maintenance import describe
 from tests.helpers.tiers import full
 from tests.helpers.trained.tiny_models import FEW, MORE, tiny_inputs, tiny_model
 from tests.helpers.trained.training import tiny_batch, tiny_bert, tiny_trainer
@@ -151,6 +155,92 @@ def test_the_balance_of_routers_is_left_out(tmp_path):
     store = load_sketches(tmp_path)
     assert store.measured_error.row_error < 1e-3
     assert not store.dataset.with_format("torch")[:]["loss"].isnan().any()
+    assert "of the norm of the first step's gradient" in describe(tmp_path / "sketches")
+
+
+def penalised(model, where):
+    """A loss with a penalty on weights, which the model or the Trainer adds."""
+
+    def penalty():
+        return 0.01 * sum(p.square().sum() for p in model.parameters())
+
+    plain = model.forward
+
+    @functools.wraps(plain)
+    def forward(*args, **kwargs):
+        output = plain(*args, **kwargs)
+        if where == "model" and output.loss is not None:
+            output.loss = output.loss + penalty()
+        return output
+
+    def compute_loss(compute, *args, **kwargs):
+        if where == "head":  # what a head does that lies outside the model
+            loss, output = compute(*args, **{**kwargs, "return_outputs": True})
+            return loss + 100 * (output.logits @ model.classifier.weight).square().sum()
+        return compute(*args, **kwargs) + (penalty() if where == "Trainer" else 0)
+
+    model.forward = forward
+    return compute_loss
+
+
+def train_penalised(tmp_path, where, model, *callbacks):
+    settings = {"learning_rate": 0.0, "max_grad_norm": 0.0, "max_steps": 1}
+    settings["gradient_accumulation_steps"] = 1
+    trainer = tiny_trainer(
+        tmp_path, GradientSketchCallback(SIZE), *callbacks, model=model, **settings
+    )
+    compute_loss = penalised(model, where)
+    trainer.compute_loss = functools.partial(compute_loss, trainer.compute_loss)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("where", ["model", "Trainer"])
+def test_a_penalty_on_weights_is_left_out_and_its_share_noted(tmp_path, where):
+    notes, model = GradientNotes(), undropped_bert()
+    with pytest.warns(UserWarning, match="belongs to no example"):
+        trainer = train_penalised(tmp_path, where, model, notes)
+    del model.forward
+    model.eval()
+    store = load_sketches(tmp_path)
+    rows = store.dataset.with_format("torch")[:]
+    data = trainer.train_dataset
+    for index, row, loss in zip(
+        rows["example_id"].tolist(), rows["sketch"], rows["loss"], strict=True
+    ):
+        example = data[index]
+        inputs = {
+            n: torch.tensor([example[n]]) for n in ("input_ids", "attention_mask")
+        }
+        inputs["labels"] = torch.tensor([example["label"]])
+        assert_row_is_own(store, model, inputs, row, loss)
+    (gradient,) = notes.gradients
+    step = store.model_sketch.sketch(gradient)
+    names = [name for name, _ in model.named_parameters()]
+    penalty = store.model_sketch.sketch(
+        {n: 0.02 * p.detach() for n, p in zip(names, model.parameters(), strict=True)}
+    )
+    header = read_header(tmp_path / "sketches")
+    assert header.unowned == pytest.approx(
+        float(penalty.norm() / step.norm()), rel=1e-3
+    )
+    assert store.measured_error.row_error < 1e-3
+
+
+def assert_row_is_own(store, model, inputs, row, loss):
+    model.zero_grad()
+    own = model(**inputs).loss
+    own.backward()
+    torch.testing.assert_close(loss, own.detach(), rtol=1e-5, atol=1e-6)
+    expected = store.model_sketch.sketch(
+        {name: p.grad for name, p in model.named_parameters()}
+    )
+    assert (row - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_weights_that_multiply_outputs_are_no_penalty(tmp_path):
+    with pytest.raises(RuntimeError, match="do not add up to the step's gradient"):
+        train_penalised(tmp_path, "head", undropped_bert())
 
 
 def test_batch_normalisation_is_refused(tmp_path):

@@ -159,7 +159,7 @@ def test_the_check_value_is_computed_once(tmp_path, monkeypatch, resume_step):
     monkeypatch.setattr(ModelSketch, "sketch_parts", counted)
     header = Header(replace(SKETCH), step_examples=4)
     writer = SketchWriter(tmp_path, header, resume_step)
-    writer.note_measured_error(MeasuredError(2, None, 0.1, 1e-6))
+    writer.note(measured_error=MeasuredError(2, None, 0.1, 1e-6))
     writer.close()
     assert len(computed) == 1 + (resume_step == 0)  # the header that is replaced, too
 

@@ -128,6 +128,7 @@ def test_the_header_is_pinned(store):
         "step_examples": None,
         "processes": 1,
         "unverified": None,
+        "unowned": None,
         "per_row": False,
         "answers": False,
     }

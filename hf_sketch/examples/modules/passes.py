@@ -79,8 +79,23 @@ class Passes:
 
     def loss_sketch(self, call: ModelCall, model_sketch: ModelSketch) -> Tensor:
         """Return the sketch of the gradient of the model's own loss, on the CPU."""
+        loss = loss_of(self.forward(call))
+        assert loss is not None
+        return self.sketch([loss], model_sketch)
+
+    def sketch(
+        self,
+        outputs: Sequence[Tensor],
+        model_sketch: ModelSketch,
+        output_gradients: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Return the sketch of what `backward` reads, on the CPU."""
         total = model_sketch.sketch_sum()
-        self.of_loss(call, lambda name, x: total.add(name, x.reshape(1, -1)))
+
+        def add(name: str, gradient: Tensor) -> None:
+            total.add(name, gradient.reshape(1, -1))
+
+        self.backward(outputs, add, output_gradients)
         if not total.names:
             return torch.zeros(model_sketch.out_size, dtype=torch.float64)
         return total.result().squeeze(0).to("cpu", torch.float64)

@@ -18,7 +18,7 @@ from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.sketches.operator import accumulation_dtype
 
-LossForm = Literal["mean", "sum", "shares"]
+LossForm = Literal["mean", "sum", "shares", "penalty"]
 EXAMPLES = 2
 _SMALL = 1e-3  # of the largest norm: less has no direction to compare
 
@@ -169,18 +169,53 @@ def loss_form(
 ) -> LossForm:
     """Return how the loss that a model computes adds up over examples.
 
+    Returns:
+        "mean" or "sum" of the examples' own; "penalty" where a penalty on weights comes
+        on top of what the model's scores give; "shares" for all others.
+
     Raises:
         RefusalError: it is no weighted sum of the examples' own losses.
     """
     if call.split.size == 1:
         return "shares"
     call = call.part(0, EXAMPLES)
-    weights = _loss_weights(passes, call, model_sketch, dtype)
+    if _has_penalty(passes, call, model_sketch, dtype):
+        return "penalty"
+    try:
+        weights = _loss_weights(passes, call, model_sketch, dtype)
+    except RefusalError:  # one of several terms may be divided by the tokens of a batch
+        call = call.without("num_items_in_batch")
+        _loss_weights(passes, call, model_sketch, dtype)
+        return "shares"
     forms: dict[LossForm, float] = {"mean": 1 / EXAMPLES, "sum": 1.0}
     for form, weight in forms.items():
         if bool(((weights - weight).abs() < 10 * tolerance(dtype, "row")).all()):
             return form
     return "shares"
+
+
+def _has_penalty(
+    passes: Passes, call: ModelCall, model_sketch: ModelSketch, dtype: torch.dtype
+) -> bool:
+    """Return whether the loss has a gradient past the scores, equal for all batches."""
+    if passes.graphs_serve_once:
+        return False
+    past: list[Tensor] = []
+    norm = 0.0
+    for some in (call, *(call.part(i, 1) for i in range(EXAMPLES))):
+        output = passes.forward(some)
+        loss, scores = loss_of(output), answers_in(output, some.split)
+        if loss is None or len(scores) != 1 or not scores[0].dim():
+            return False
+        (by_scores,) = torch.autograd.grad(
+            loss, scores, retain_graph=True, materialize_grads=True
+        )
+        whole = passes.sketch([loss], model_sketch)
+        past.append(whole - passes.sketch(scores, model_sketch, [by_scores]))
+        norm = max(norm, float(torch.linalg.vector_norm(whole)))
+    least = tolerance(dtype, "row") * norm
+    apart = [float(torch.linalg.vector_norm(x - past[0])) for x in past]
+    return max(apart) <= least < float(torch.linalg.vector_norm(past[0]))
 
 
 def _loss_weights(

@@ -141,6 +141,11 @@ class Reading:
         finally:
             self.resting = before
 
+    @property
+    def penalised(self) -> bool:
+        """Whether the model's loss is known to have a penalty on weights."""
+        return self._loss_form == "penalty"
+
     def loss_form(self, call: ModelCall) -> LossForm:
         """Return how a loss of unknown form adds up over examples; see `loss_form`."""
         if not self.verifies or self.in_shards:  # of one process, which others miss
