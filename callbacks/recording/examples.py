@@ -1,6 +1,6 @@
 """The rows of a batch's examples, and their error on the first batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -87,21 +87,45 @@ def _added_up(
     return sums / divisor.to(sums).unsqueeze(1), losses / divisor, weights
 
 
-def measured_error(
-    sketcher: ExampleSketcher,
-    batches: Sequence[ExampleBatch],
-    examples: int,
-    low_precision: bool,
-) -> MeasuredError | None:
-    """Compare the rows of a few examples with exact gradients.
+class FirstBatches:
+    """The first batches, whose rows are compared with exact gradients once.
 
-    None on a lazy device, which would compile each backward pass and product, for
-    parameters in shards, which no process could gather alone, and for losses that are
-    computed outside the model.
+    Args:
+        examples: number of rows that are compared; 0 for none.
     """
-    losses = batches[-1].losses
-    sharded = in_shards(sketcher.parameters.values())
-    if is_lazy(losses) or sharded or bool(losses.isnan().all()):
-        return None
-    inputs = [batch.inputs for batch in batches]
-    return measure_error(sketcher, inputs, examples, low_precision=low_precision)
+
+    def __init__(self, examples: int) -> None:
+        self._examples, self._batches = examples, list[ExampleBatch]()
+
+    def add(self, batch: ExampleBatch) -> None:
+        """Keep a batch, while its rows may be needed."""
+        if len(self._batches) < self._examples:
+            self._batches.append(batch)
+
+    def forget(self) -> list[ExampleBatch]:
+        """Return the batches; no more are kept from now on."""
+        batches, self._batches, self._examples = self._batches, [], 0
+        return batches
+
+    def measure(
+        self, sketcher: ExampleSketcher, low_precision: bool
+    ) -> MeasuredError | None:
+        """Compare rows of the batches that are kept.
+
+        None if there are none, on a lazy device, which would compile each backward pass
+        and product, for parameters in shards, which no process could gather alone, and
+        for losses that are computed outside the model.
+        """
+        examples = self._examples
+        if not self._batches:
+            return None
+        batches = self.forget()
+        losses = batches[-1].losses
+        sharded = in_shards(sketcher.parameters.values())
+        if is_lazy(losses) or sharded or bool(losses.isnan().all()):
+            return None
+        inputs = [batch.inputs for batch in batches]
+        with sketcher:
+            return measure_error(
+                sketcher, inputs, examples, low_precision=low_precision
+            )

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from hf_sketch.examples.coverage import ModuleCoverage
-from hf_sketch.examples.sketcher import ExampleBatch, ExampleSketcher
+from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.model.fsdp import in_shards
 from hf_sketch.processes import OtherProcessFailedError, check_others, reduced
 from hf_sketch.store.header import Header
@@ -22,7 +22,7 @@ from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 from .answers import Answers, generates_answers
 from .arriving import learning_rate, loss_scale, step_reader, steps_early
 from .compiled import uncompiled, warn_of_cost
-from .examples import MEASURED_EXAMPLES, example_columns, measured_error
+from .examples import MEASURED_EXAMPLES, FirstBatches, example_columns
 from .ids import ExampleIds, followed_ids
 from .origins import OriginFinder
 from .sink import RowSink
@@ -65,8 +65,7 @@ class Run:
         measure_error: bool | int,
         raises: bool,
     ) -> None:
-        self._trainer = trainer
-        args, state = trainer.args, trainer.state
+        self._trainer, args, state = trainer, trainer.args, trainer.state
         self.stopped, self.raises = False, raises
         self._since = 0  # the first step that lacks rows, once recording has stopped
         self._agrees = args.world_size > 1 and not raises
@@ -89,9 +88,8 @@ class Run:
         self._rate, self._loss_scale = 0.0, 1.0
         self._open(header, trainer, model, loader, per_step, per_example)
         self._compares_jointly = per_example and in_shards(model.parameters())
-        self._to_measure: list[ExampleBatch] | None = None
-        if measure_error and self._sink.writer.measured_error is None:
-            self._to_measure = [] if args.process_index == 0 else None
+        known = self._sink.writer.measured_error is not None or args.process_index > 0
+        self._first = FirstBatches(0 if known else self._measured)
 
     @unless_stopped
     def start_epoch(self) -> None:
@@ -168,7 +166,8 @@ class Run:
 
     def close(self) -> None:
         """Close the store; rows that are not written are dropped."""
-        self._total = self._to_measure = self._collated = None
+        self._total = self._collated = None
+        self._first.forget()
         self.closing.close()
 
     def stop(self, reason: str, since: int | None = None) -> None:
@@ -261,8 +260,7 @@ class Run:
         )
         if len(columns["example_id"]):
             self._sink.append(PER_EXAMPLE, columns)
-        if self._to_measure is not None and len(self._to_measure) < self._measured:
-            self._to_measure.append(batch)
+        self._first.add(batch)
 
     @unless_stopped
     def _record_step(self) -> None:
@@ -281,16 +279,10 @@ class Run:
                 share = check_sum(total, row, self._low_precision, self._complete)
                 self._verified = True
                 self._sink.writer.note(unowned=share)
-        if self._sketcher is not None and self._sketcher.unverified is not None:
+        if self._sketcher is not None:
             self._sink.writer.note(unverified=self._sketcher.unverified)
-        if self._sketcher is not None and self._to_measure:
-            batches, self._to_measure = self._to_measure, None
-            with self._sketcher:
-                error = measured_error(
-                    self._sketcher, batches, self._measured, self._low_precision
-                )
-            if error is not None:
-                self._sink.writer.note(measured_error=error)
+            error = self._first.measure(self._sketcher, self._low_precision)
+            self._sink.writer.note(measured_error=error)
 
     def _agree(self) -> None:
         """Stop recording in all processes if it has stopped in one."""

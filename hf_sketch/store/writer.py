@@ -124,10 +124,14 @@ class SketchWriter:
         self._buffer, self._buffered_bytes = {}, 0
 
     def note(self, **fields: Any) -> None:
-        """Put into the header, in one process, what was found out about the rows."""
-        known = all(getattr(self._header, name) == x for name, x in fields.items())
+        """Put into the header, in one process, what was found out about the rows.
+
+        What is None was not found out.
+        """
+        found = {name: x for name, x in fields.items() if x is not None}
+        known = all(getattr(self._header, name) == x for name, x in found.items())
         if self._manifest.rank == 0 and not known:
-            self._header = replace(self._header, **fields)
+            self._header = replace(self._header, **found)
             write_header(self.directory, self._header)
 
     def note_gap(self, reason: str, last_step: int | None = None) -> None:

@@ -4,7 +4,7 @@ from transformers import TrainerCallback
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.callbacks.recording import run
+from hf_sketch.callbacks.recording import examples
 from tests.helpers.tiers import full
 from tests.helpers.trained.training import tiny_bert, tiny_dataset, tiny_trainer
 
@@ -196,12 +196,12 @@ def test_the_model_and_the_loader_are_left_as_they_were(tmp_path):
 
 
 def test_the_comparison_with_exact_gradients_can_be_left_out(tmp_path, monkeypatch):
-    def never(*args):
+    def never(*args, **kwargs):
         raise AssertionError
 
     trained(tmp_path / "measured", GradientSketchCallback(SIZE), max_steps=1)
     assert load_sketches(tmp_path / "measured").measured_error.examples == 3
-    monkeypatch.setattr(run, "measured_error", never)
+    monkeypatch.setattr(examples, "measure_error", never)
     callback = GradientSketchCallback(SIZE, measure_error=False)
     trained(tmp_path / "skipped", callback, max_steps=1)
     store = load_sketches(tmp_path / "skipped")
