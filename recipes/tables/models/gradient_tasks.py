@@ -38,10 +38,12 @@ class GradientTask:
     Args:
         model: in evaluation mode, every parameter trainable.
         examples: the model's inputs for each example, with labels: batches of one.
+        optimizer: the one that fine-tuned it, if it is of use.
     """
 
     model: nn.Module
     examples: Sequence[Batch]
+    optimizer: torch.optim.AdamW | None = None
 
     @property
     def elements(self) -> int:
@@ -101,6 +103,7 @@ def language_task(
     max_length: int,
     examples: int,
     steps: int,
+    adapt: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> GradientTask:
     """A language model, fine-tuned on passages, and the first few of them left out.
 
@@ -113,6 +116,7 @@ def language_task(
         max_length: tokens kept per passage.
         examples: passages to compare.
         steps: AdamW steps beforehand, of 16 passages each.
+        adapt: makes what is fine-tuned of the model, such as one with adapters.
 
     Raises:
         ValueError: no model is given where there is no default, or there are too few
@@ -139,8 +143,11 @@ def language_task(
         encoded = tokenizer(texts, truncation=True, max_length=max_length)
         return dict(collate([{"input_ids": ids} for ids in encoded["input_ids"]]))
 
-    fine_tune(model.train(), _batches(passages[examples:], steps, batch))
-    return GradientTask(model.eval(), [batch([text]) for text in passages[:examples]])
+    model = adapt(model)
+    batches = _batches(passages[examples:], steps, batch)
+    optimizer = fine_tune(model.train(), batches)
+    own = [batch([text]) for text in passages[:examples]]
+    return GradientTask(model.eval(), own, optimizer)
 
 
 def _batches(

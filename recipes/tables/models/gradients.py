@@ -14,13 +14,16 @@ from hf_sketch.recipes.texts.snli_sample import load_snli_sample, tokenize
 BATCH_SIZE = 16
 
 
-def fine_tune(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
-    """Take an AdamW step per batch of inputs with labels."""
+def fine_tune(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]]
+) -> torch.optim.AdamW:
+    """Take an AdamW step per batch of inputs with labels; return the optimizer."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for batch in tqdm(batches, desc="Fine-tuning", unit="step"):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    return optimizer
 
 
 def fine_tuned_minilm(steps: int, seed: int) -> nn.Module:
