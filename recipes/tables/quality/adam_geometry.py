@@ -165,6 +165,7 @@ def _figures(exact: Tensor, products: list[Tensor]) -> dict[str, list[float]]:
 
 def _cosines(products: Tensor) -> Tensor:
     norms = products.diagonal().sqrt()
+    norms = norms.where(norms > 0, 1)  # a passage without a masked token
     return products / torch.outer(norms, norms)
 
 
