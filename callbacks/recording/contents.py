@@ -191,11 +191,34 @@ def in_place(
     ):
         return True
     ours, theirs = seen.get(main_input), collated.get(main_input)
-    if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
+    if not isinstance(ours, Tensor) or not ours.dim():
         return None
-    if ours.shape != theirs.shape or not ours.dim():
+    if theirs is None:  # as one of several columns, on another device
+        columns = [x for n, x in collated.items() if n.endswith(main_input)]
+        return any(_are_equal(ours, x) for x in columns) or None
+    if not isinstance(theirs, Tensor) or ours.shape != theirs.shape:
         return None
     return _in_order(ours.detach(), theirs.to(ours.device))
+
+
+def rows_of(collated: Any, main_input: str) -> int | None:
+    """Return the number of examples in a batch; None if that is not known."""
+    if not isinstance(collated, Mapping):
+        return None
+    columns: Mapping[str, Any] = collated
+    sizes = {
+        len(x)
+        for name, x in columns.items()
+        if name.endswith(main_input) and isinstance(x, Tensor) and x.dim()
+    }
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _are_equal(ours: Tensor, theirs: Any) -> bool:
+    """Return whether a column of a batch is what the model got."""
+    if not isinstance(theirs, Tensor) or ours.shape != theirs.shape:
+        return False
+    return torch.equal(ours, theirs.to(ours.device))
 
 
 def _in_order(ours: Tensor, theirs: Tensor) -> bool:

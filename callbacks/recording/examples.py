@@ -124,7 +124,7 @@ class FirstBatches:
         sharded = in_shards(sketcher.parameters.values())
         if is_lazy(losses) or sharded or bool(losses.isnan().all()):
             return None
-        inputs = [batch.inputs for batch in batches]
+        inputs = [call.inputs for batch in batches for call in batch.calls]
         with sketcher:
             return measure_error(
                 sketcher, inputs, examples, low_precision=low_precision

@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from accelerate.data_loader import (
@@ -15,9 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from hf_sketch.examples.split import ExampleSplit
-
-from .contents import contents_of
+from .contents import Content
 
 _OWN_BATCHES = 'accelerator_config={"dispatch_batches": False}'
 
@@ -166,16 +164,15 @@ def warn_of_restart(loader: DataLoader[Any], state: TrainerState) -> None:
         )
 
 
-def content_ids(
-    inputs: Mapping[str, Any], split: ExampleSplit, main_input: str
-) -> list[int | None]:
+def content_ids(contents: Sequence[Sequence[Content]]) -> list[int | None]:
     """Return ids of a stream's examples: hashes of their own inputs and labels.
 
     Padding is left out, so that an example keeps its id in every batch.
     """
     ids: list[int | None] = []
-    for content in contents_of(inputs, split, main_input):
+    for parts in contents:
         digest = hashlib.blake2b(digest_size=8)
-        digest.update(content.main + (content.labels or b""))
+        for part in parts:
+            digest.update(part.main + (part.labels or b""))
         ids.append(int.from_bytes(digest.digest(), "little") >> 1)
     return ids

@@ -1,6 +1,6 @@
 """Which of the examples that the sampler drew the rows of a batch belong to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from hf_sketch.examples.batch import ExampleBatch
+from hf_sketch.examples.calls import ModelCall
 from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.examples.split import Packed
 
-from .contents import Items, contents_of, in_place
+from .contents import Content, Items, contents_of, in_place, rows_of
 from .ids import content_ids
 from .prompts import Prompts
 
@@ -46,6 +46,9 @@ class Origins:
         return [places[:row].count(place) for row, place in enumerate(places)]
 
 
+FindOrigins = Callable[[Sequence[ModelCall]], Origins]
+
+
 class OriginFinder:
     """Finds out which rows are whose, by what they are made of.
 
@@ -76,12 +79,15 @@ class OriginFinder:
         self._to_check = _CHECKED_BATCHES
 
     def find(
-        self, batch: ExampleBatch, drawn: Sequence[int | None] | None, collated: Any
+        self,
+        calls: Sequence[ModelCall],
+        drawn: Sequence[int | None] | None,
+        collated: Any,
     ) -> Origins:
-        """Return the origins of a batch's rows.
+        """Return the origins of a batch's rows, those of one call after another's.
 
         Args:
-            batch: what the model was called with.
+            calls: of the model.
             drawn: what the sampler has drawn for it, or for the batches that the
                 Trainer makes of it; None for a stream, whose rows are known by their
                 contents alone.
@@ -90,31 +96,56 @@ class OriginFinder:
         Raises:
             RuntimeError: it cannot be told.
         """
-        rows = batch.examples.size
+        sizes = [call.split.size for call in calls]
         if drawn is None:
-            ids = content_ids(batch.inputs, batch.examples, self._main_input)
-            return Origins(range(rows), ids)
-        if isinstance(batch.examples, Packed) and rows > len(drawn):
-            return self._documents(batch.examples, drawn)
-        kept: bool | None = None
+            return self._of_stream(calls, collated)
+        splits = [call.split for call in calls if isinstance(call.split, Packed)]
+        if len(splits) == len(calls) and max(sizes) > len(drawn):
+            places = [p for split in splits for p in self._documents(split, drawn)]
+            return Origins(places, drawn)
+        kept: set[bool | None] = {None}
         if isinstance(collated, Mapping):
-            kept = in_place(batch.inputs, collated, self._main_input)
-        orders = _orders(rows, len(drawn))
-        if kept and not self._to_check and self._order in orders:
+            kept = {in_place(call.inputs, collated, self._main_input) for call in calls}
+        orders = _orders(sizes, len(drawn))
+        if kept == {True} and not self._to_check and self._order in orders:
             return Origins(orders[self._order], drawn)
         batches = isinstance(collated, Mapping) and not self._prepares
-        doubtful = kept is False or (kept is None and not batches)
-        return self._compare(batch, drawn, orders, doubtful)
+        doubtful = False in kept or (None in kept and not batches)
+        return self._compare(calls, drawn, orders, doubtful)
+
+    def _of_stream(self, calls: Sequence[ModelCall], collated: Any) -> Origins:
+        """Return the origins of rows whose examples have no numbers."""
+        origins = in_turn(calls, collated, self._main_input)
+        if origins is None:
+            sizes = [call.split.size for call in calls]
+            raise self._unknown(sum(sizes), rows_of(collated, self._main_input))
+        parts: list[list[Content]] = [[] for _ in origins.ids]
+        for place, content in zip(origins.places, self._contents(calls), strict=True):
+            assert place is not None
+            parts[place].append(content)
+        return Origins(origins.places, content_ids(parts))
+
+    def _contents(
+        self, calls: Sequence[ModelCall], padding: int | None = None
+    ) -> list[Content]:
+        """Return what the rows of all calls are made of."""
+        return [
+            content
+            for call in calls
+            for content in contents_of(
+                call.inputs, call.split, self._main_input, padding
+            )
+        ]
 
     def _compare(
         self,
-        batch: ExampleBatch,
+        calls: Sequence[ModelCall],
         drawn: Sequence[int | None],
         orders: Mapping[str, Sequence[int]],
         doubtful: bool,
     ) -> Origins:
         """Compare rows with items; `doubtful` if their order is no evidence."""
-        fits, ids = self._fits(batch, drawn)
+        fits, ids = self._fits(calls, drawn)
         fitting = [
             name
             for name, places in orders.items()
@@ -124,7 +155,10 @@ class OriginFinder:
             if len(fitting) == 1:
                 self._note(fitting[0])
             return Origins(orders[fitting[0]], drawn)
-        moved = any(own and row not in own for row, own in enumerate(fits))
+        moved = any(
+            own and place not in own
+            for own, place in zip(fits, orders.get("in turn", ()), strict=False)
+        )
         in_turn = "in turn" in orders and not doubtful
         known = [i for i in drawn if i is not None]
         if in_turn and (not moved or self._items.vary(known)):
@@ -139,7 +173,7 @@ class OriginFinder:
         return Origins(range(len(places)), [ids[place] for place in places])
 
     def _fits(
-        self, batch: ExampleBatch, drawn: Sequence[int | None]
+        self, calls: Sequence[ModelCall], drawn: Sequence[int | None]
     ) -> tuple[list[list[int]], list[int | None]]:
         """Return the places of the items that each row may be of, and their ids.
 
@@ -147,36 +181,41 @@ class OriginFinder:
         """
         items = {i: self._items.read(i) for i in sorted({*drawn} - {None})}  # type: ignore[type-var]
         contents = {i: self._items.contents(item) for i, item in items.items()}
-        main = batch.inputs.get(self._main_input)
-        if isinstance(main, Tensor) and any(contents.values()):
-            own = contents_of(
-                batch.inputs, batch.examples, self._main_input, self._padding
-            )
+        mains = [call.inputs.get(self._main_input) for call in calls]
+        named = all(isinstance(main, Tensor) for main in mains)
+        if named and any(contents.values()):
             fits = [
                 [
                     place
                     for place, i in enumerate(drawn)
                     if i is None or any(row.matches(item) for item in contents[i])
                 ]
-                for row in own
+                for row in self._contents(calls, self._padding)
             ]
             return fits, list(drawn)
         prompts = {i: self._prompts.of_item(item) for i, item in items.items()}
-        own_prompts = self._prompts.of_rows(batch.inputs, self._main_input)
-        if own_prompts is None:
-            return [[] for _ in range(batch.examples.size)], list(drawn)
+        own_prompts: list[str | None] = []
+        for call in calls:
+            found = self._prompts.of_rows(call.inputs, self._main_input)
+            own_prompts += found or [None] * call.split.size
         first: dict[str | None, int] = {}
         for i, prompt in prompts.items():
             first.setdefault(prompt, i)
         ids = [None if i is None else first[prompts[i]] for i in drawn]
         fits = [
-            [p for p, i in enumerate(drawn) if i is not None and prompts[i] == prompt]
+            [
+                place
+                for place, i in enumerate(drawn)
+                if i is not None and prompt is not None and prompts[i] == prompt
+            ]
             for prompt in own_prompts
         ]
         return fits, ids
 
-    def _documents(self, split: Packed, drawn: Sequence[int | None]) -> Origins:
-        """Return the origins of documents, by the lengths of the items they are in."""
+    def _documents(
+        self, split: Packed, drawn: Sequence[int | None]
+    ) -> list[int | None]:
+        """Return the places of documents, by the lengths of the items they are in."""
         items = [None if i is None else self._items.read(i) for i in drawn]
         lengths = [_length(item, self._main_input) for item in items]
         known = [length for length in lengths if length is not None]
@@ -191,7 +230,7 @@ class OriginFinder:
         padding = split.starts[-1] - ends[-1]
         if not whole or places.count(None) != padding:
             raise self._unknown(split.size, len(drawn))
-        return Origins(places, drawn)
+        return places
 
     def _note(self, order: str) -> None:
         """Keep the order that a batch was found in."""
@@ -199,7 +238,7 @@ class OriginFinder:
         self._to_check = max(0, self._to_check - 1) if same else _CHECKED_BATCHES
         self._order = order
 
-    def _unknown(self, rows: int, drawn: int) -> RuntimeError:
+    def _unknown(self, rows: int, drawn: int | None) -> RuntimeError:
         return RuntimeError(
             f"Cannot tell which examples the {rows} rows of a batch belong to: the "
             f"sampler drew {drawn}, {self._name} or its collator gave the model rows "
@@ -209,10 +248,31 @@ class OriginFinder:
         )
 
 
-def _orders(rows: int, drawn: int) -> dict[str, Sequence[int]]:
-    """Return the orders in which rows may lie: each row's place among the drawn."""
+def in_turn(
+    calls: Sequence[ModelCall], collated: Any, main_input: str
+) -> Origins | None:
+    """Return the origins of rows that lie in the order of a batch, numbered in it.
+
+    None if the calls have other numbers of rows than the batch.
+    """
+    sizes = [call.split.size for call in calls]
+    size = sizes[0] if len(calls) == 1 else rows_of(collated, main_input) or 0
+    orders = _orders(sizes, size)
+    return Origins(next(iter(orders.values())), range(size)) if orders else None
+
+
+def _orders(sizes: Sequence[int], drawn: int) -> dict[str, Sequence[int]]:
+    """Return the orders in which rows may lie: each row's place among the drawn.
+
+    Args:
+        sizes: number of rows of each call of the model.
+        drawn: number of examples.
+    """
+    rows = sum(sizes)
     if rows == drawn:
         return {"in turn": range(rows)}
+    if set(sizes) == {drawn}:
+        return {"in turn": [*range(drawn)] * len(sizes)}
     if not drawn or rows % drawn:
         return {}
     each = rows // drawn

@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +13,16 @@ from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import has_length
 
+from hf_sketch.examples.calls import ModelCall
 from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.planning.units import as_seconds
 
+from ..loss_check import LossCheck
 from ..spectra.batches import draw_batches, own_randomness
 from .clipping import ClipProbe
 from .forecast import Forecast
+from .origins import Origins, in_turn
 from .steps import step_columns
 
 _ROUNDS = 3
@@ -104,13 +107,16 @@ class Rehearsal:
     ) -> tuple[float, float]:
         """Return the seconds of a plain batch and of a recorded one, the least of 3."""
         probe = ClipProbe(sketch.parameters_of(self.model))
+        losses = None if sketcher is None else LossCheck(self._trainer, sketcher)
 
         def recorded() -> None:
-            if sketcher is None:
+            with ExitStack() as hooks:
+                if sketcher is not None:
+                    hooks.enter_context(sketcher)
+                if losses is not None:
+                    hooks.enter_context(losses.watching(self._origins_of))
                 self._run()
-            else:
-                with sketcher:
-                    self._run()
+                if sketcher is not None:
                     sketcher.take()
             if per_step:
                 probe.note()
@@ -122,6 +128,11 @@ class Rehearsal:
         ]
         plain, rows = zip(*rounds, strict=True)
         return min(plain), min(rows)
+
+    def _origins_of(self, calls: Sequence[ModelCall]) -> Origins | None:
+        """Return whose the rows of the model's calls are, if they lie in order."""
+        main_input = getattr(self.model, "main_input_name", "input_ids")
+        return in_turn(calls, self._batches[0], main_input)
 
     def _run(self) -> None:
         """Run the forward and the backward pass."""

@@ -1,10 +1,10 @@
 """One run of a Trainer: where training is, and which rows it gives."""
 
 import copy
-import warnings
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,16 +19,16 @@ from hf_sketch.processes import OtherProcessFailedError, check_others, reduced
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 
+from ..loss_check import LossCheck
 from .answers import Answers, generates_answers
 from .arriving import learning_rate, loss_scale, step_reader, steps_early
 from .compiled import uncompiled, warn_of_cost
 from .examples import MEASURED_EXAMPLES, FirstBatches, example_columns
 from .ids import ExampleIds, followed_ids
-from .origins import OriginFinder
+from .origins import FindOrigins, OriginFinder
 from .sink import RowSink
 from .steps import StepReader, check_sum, computes_in_16_bits
-from .stopping import unless_stopped
-from .trainers import note_losses
+from .stopping import unless_stopped, warn_of_stop
 
 
 class Run:
@@ -65,11 +65,11 @@ class Run:
         measure_error: bool | int,
         raises: bool,
     ) -> None:
-        self._trainer, args, state = trainer, trainer.args, trainer.state
+        args, state = trainer.args, trainer.state
         self.stopped, self.raises = False, raises
         self._since = 0  # the first step that lacks rows, once recording has stopped
         self._agrees = args.world_size > 1 and not raises
-        self._every_steps = every_steps
+        self._every_steps, self._per_row = every_steps, header.per_row
         self._args, self.state, self._optimizer = args, state, optimizer
         self._epoch, self._micro_step = int(state.epoch or 0) - 1, 0
         self._low_precision = computes_in_16_bits(args, model)
@@ -80,8 +80,8 @@ class Run:
         self._ids: ExampleIds | None = None
         self._origins: OriginFinder | None = None
         self._answers: Answers | None = None
-        self._collated: Any = None  # the batch, as the loader gave it
-        self._per_row = header.per_row
+        self._find: FindOrigins | None = None  # whose rows calls' batches are
+        self._losses: LossCheck | None = None
         self._steps: StepReader | None = None
         measured = MEASURED_EXAMPLES if measure_error is True else int(measure_error)
         self._engine, self._measured = trainer.deepspeed, measured
@@ -108,9 +108,12 @@ class Run:
     @contextmanager
     def micro_batch(self, collated: Any) -> Generator[None]:
         """Hold hooks on the model for a pass over a loader's batch."""
-        self._collated = copy.copy(collated)  # the Trainer may take parts out
         if self._compares_jointly and self._is_recorded and not self._micro_step:
             self._agree()  # or others would wait for one that has stopped
+        if self._origins is not None and not self.stopped:
+            drawn = None if self._ids is None else self._ids.next_batch()
+            kept = copy.copy(collated)  # the Trainer may take parts out
+            self._find = partial(self._origins.find, drawn=drawn, collated=kept)
         with ExitStack() as hooks:
             if self._is_recorded and not self.stopped:
                 self._rate = learning_rate(self._optimizer)  # before it steps
@@ -118,8 +121,9 @@ class Run:
                 if self._sketcher is not None:
                     hooks.enter_context(uncompiled(self._args))
                     hooks.enter_context(self._sketcher)
-                    if not self._verified:
-                        hooks.callback(note_losses(self._trainer, self._sketcher))
+                if self._losses is not None and self._find is not None:
+                    watch = self._losses.watching(self._find, not self._verified)
+                    hooks.enter_context(watch)
                 if self._steps is not None:
                     hooks.enter_context(self._steps.watched(self._sketcher))
             yield
@@ -127,13 +131,11 @@ class Run:
     @unless_stopped
     def end_micro_batch(self) -> None:
         """Record the examples of a backward pass that has run, before hooks go."""
-        ids = None if self._ids is None else self._ids.next_batch()
         if self._is_recorded:
             if self._steps is not None:
                 self._steps.note()
             if self._sketcher is not None:
-                self._record_examples(self._sketcher, ids)
-        self._collated = None
+                self._record_examples(self._sketcher)
         self._micro_step += 1
 
     def end_gradient(self) -> None:
@@ -166,7 +168,7 @@ class Run:
 
     def close(self) -> None:
         """Close the store; rows that are not written are dropped."""
-        self._total = self._collated = None
+        self._total = self._find = None
         self._first.forget()
         self.closing.close()
 
@@ -183,11 +185,7 @@ class Run:
         with suppress(OSError):  # the error that matters is known already
             self._sink.writer.note_gap(reason, None if since is None else since - 1)
         if not self.raises:
-            warnings.warn(
-                f"Recording stopped: {reason}. Training continues (on_error='warn'). "
-                "Resume from a checkpoint to record again.",
-                stacklevel=2,
-            )
+            warn_of_stop(reason)
 
     def _open(
         self,
@@ -209,6 +207,7 @@ class Run:
                 )
                 self._ids = followed_ids(loader, self._args, step)
                 self._origins = OriginFinder(trainer, loader, self._sketcher)
+                self._losses = LossCheck(trainer, self._sketcher)
                 if self._ids is not None:
                     opened.callback(self._ids.close)
                 header = replace(header, answers=generates_answers(trainer))
@@ -239,13 +238,11 @@ class Run:
         step = self.state.global_step + 1
         return {"epoch": self._epoch, "step": step, "learning_rate": self._rate}
 
-    def _record_examples(
-        self, sketcher: ExampleSketcher, ids: list[int | None] | None
-    ) -> None:
+    def _record_examples(self, sketcher: ExampleSketcher) -> None:
         """Hand on the rows of a batch, and add them up."""
         batch = sketcher.take(self._loss_scale)
-        assert self._origins is not None
-        origins = self._origins.find(batch, ids, self._collated)
+        assert self._find is not None
+        origins = self._find(batch.calls)
         # A step's gradient is the mean over the processes'.
         batch = replace(batch, weights=batch.weights / self._args.world_size)
         self._complete = self._complete and batch.complete
@@ -254,7 +251,7 @@ class Run:
         place = {"micro_step": self._micro_step, "rank": self._args.process_index}
         position: dict[str, Tensor | float] = {**self._position, **place}
         if self._answers is not None:
-            position |= self._answers.columns(batch.examples.size)
+            position |= self._answers.columns(len(batch.rows))
         columns = example_columns(
             position, origins, batch, sketcher.loss, self._per_row
         )

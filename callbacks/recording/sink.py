@@ -128,7 +128,8 @@ class RowSink:
                 "The loss is computed outside the model (label smoothing, or "
                 "compute_loss_func). A row is the gradient of its example's share of "
                 "the batch's loss, times the batch size, and the loss column is NaN. "
-                "Losses that compare examples cannot be detected.",
+                "A loss of one call of the model that compares examples is not "
+                "detected.",
                 stacklevel=2,
             )
 

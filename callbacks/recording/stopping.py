@@ -1,6 +1,7 @@
 """Recording that stops where memory or disk run out, while training continues."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -37,3 +38,12 @@ def unless_stopped(method: Callable[[R], None]) -> Callable[[R], None]:
                     raise
 
     return guarded
+
+
+def warn_of_stop(reason: str) -> None:
+    """Warn that recording stops, and training does not."""
+    warnings.warn(
+        f"Recording stopped: {reason}. Training continues (on_error='warn'). Resume "
+        "from a checkpoint to record again.",
+        stacklevel=3,
+    )

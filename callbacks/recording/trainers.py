@@ -5,10 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState
-
-from hf_sketch.examples.sketcher import ExampleSketcher
 
 Kind = TypeVar("Kind", bound=TrainerCallback)
 
@@ -96,23 +93,6 @@ def wrap_method(
     # A partial of bound methods: in a copy of the Trainer they are the copy's own.
     setattr(trainer, name, partial(wrapper, getattr(trainer, name)))
     return partial(_unwrap, trainer, name, wrapper)
-
-
-def note_losses(trainer: Trainer, sketcher: ExampleSketcher) -> Callable[[], None]:
-    """Look at the losses that a Trainer computes for what they add to the model's.
-
-    Returns:
-        what ends that.
-    """
-
-    def compute(compute_loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = compute_loss(*args, **kwargs)
-        loss = result[0] if isinstance(result, tuple) else result
-        if isinstance(loss, Tensor):
-            sketcher.note_loss(loss)
-        return result
-
-    return wrap_method(trainer, "compute_loss", compute)
 
 
 def _unwrap(trainer: Trainer, name: str, wrapper: Any) -> None:

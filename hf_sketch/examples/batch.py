@@ -1,6 +1,6 @@
 """A batch, from its forward pass until its rows are taken."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.examples.attempt import attempt
+from hf_sketch.examples.calls import ModelCall
 from hf_sketch.examples.losses import ExampleLosses
 from hf_sketch.examples.named_sums import Sums
 from hf_sketch.examples.replay import Replay
@@ -21,9 +22,11 @@ from hf_sketch.model.accumulator import Accumulator
 class ExampleBatch:
     """A batch, with the sketched gradients of its examples.
 
+    If the model was called several times for one backward pass, the rows of all calls
+    follow one another.
+
     Args:
-        examples: how the batch divides into examples.
-        inputs: what the model was called with.
+        calls: the model's calls, with their inputs and how these divide into examples.
         rows: (b, out_size), row i the sketch of the gradient of losses[i].
         losses: (b,), each example's own loss; NaN where the loss is computed outside of
             the model, and a row is b times the gradient of the example's share of it.
@@ -33,27 +36,39 @@ class ExampleBatch:
             balance of a router's experts.
     """
 
-    examples: ExampleSplit
-    inputs: Mapping[str, Any]
+    calls: tuple[ModelCall, ...]
     rows: Tensor
     losses: Tensor
     weights: Tensor
     complete: bool = True
 
+    @property
+    def examples(self) -> ExampleSplit:
+        """How the first call's batch divides into examples."""
+        return self.calls[0].split
 
-@dataclass
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """What the model was called with first."""
+        return self.calls[0].inputs
+
+
+@dataclass(eq=False)
 class Batch:
-    """All that is known of a batch between its forward pass and `take`.
+    """All that is known of a call's batch between its forward pass and `take`.
 
     Args:
-        inputs: what the model was called with.
-        split: its examples.
+        call: the call.
         sums: where contributions go.
         copies_parameters: as they are when their module runs. Later they are in shards
             (FSDP2), or an optimizer has stepped.
         outputs: collects the tensors that are watched; None if nobody wants them.
         phase: how far the batch has come. One that is left in "forward" or "backward"
             was interrupted by an error.
+        follows: it is not the first call before its backward pass.
+        answers: the model's, if a loss of several calls is to be checked.
+        on_gradient: called with the batch as a gradient of its tensors arrives.
+        muted: nothing is read of a backward pass that is not training's.
         losses: each example's own loss; None if the model computes no loss.
         scale: the gradient with which the loss entered the backward pass.
         failure: what went wrong in a hook, in words: the error itself would keep the
@@ -73,12 +88,15 @@ class Batch:
             from their rules.
     """
 
-    inputs: Mapping[str, Any]
-    split: ExampleSplit
+    call: ModelCall
     sums: Sums
     copies_parameters: bool = False
     outputs: list[Tensor] | None = None
     phase: Literal["new", "forward", "loss", "backward", "done"] = "new"
+    follows: bool = False
+    answers: list[Tensor] = field(default_factory=list[Tensor])
+    on_gradient: Callable[["Batch"], None] | None = None
+    muted: bool = False
     losses: ExampleLosses | None = None
     scale: Tensor | None = None
     failure: str | None = None
@@ -96,11 +114,26 @@ class Batch:
     rescued: frozenset[str] = frozenset()
 
     @property
+    def inputs(self) -> Mapping[str, Any]:
+        """What the model was called with."""
+        return self.call.inputs
+
+    @property
+    def split(self) -> ExampleSplit:
+        """The examples."""
+        return self.call.split
+
+    @property
+    def has_own_losses(self) -> bool:
+        """Whether the loss is one of the examples' own, which the model computed."""
+        return self.losses is not None and self.scale is not None
+
+    @property
     def is_complete(self) -> bool:
         """Whether its forward and backward pass have run."""
         if self.phase == "loss":  # nothing that is watched got a gradient
             return self.losses is None or self.scale is not None
-        return self.phase == "done"
+        return self.phase == "done" and (self.scale is not None or not self.apart)
 
     def watch(
         self, tensor: Tensor, read: Callable[[Tensor], None], rule: Rule | None = None
@@ -110,7 +143,7 @@ class Batch:
 
         def hook(gradient: Tensor) -> None:
             self.begin_backward()
-            while readers:
+            while readers and not self.muted:
                 reader = readers.pop()
                 with self.holding_failures(rule), torch.no_grad():
                     if self.failure is None:
@@ -120,13 +153,26 @@ class Batch:
         if self.outputs is not None:
             self.outputs.append(tensor)
 
-    def watch_loss(self, loss: Tensor) -> None:
+    def watch_outputs(self, outputs: Iterable[Tensor], loss: Tensor | None) -> None:
+        """Note that gradients arrive at a model's outputs, and with which factor."""
+
+        def arrive(_: Tensor) -> None:
+            self.begin_backward()
+
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(arrive)
+        if loss is not None and loss.requires_grad:
+            self._watch_scale(loss)
+
+    def _watch_scale(self, loss: Tensor) -> None:
         """Note with which factor the loss enters the backward pass."""
         place = loss.output_nr
 
         def keep_scale(gradients: tuple[Tensor, ...]) -> None:
-            self.begin_backward()
-            self.scale = gradients[place].detach().clone()
+            if not self.muted:
+                self.begin_backward()
+                self.scale = gradients[place].detach().clone()
 
         # After all hooks of the loss itself: DeepSpeed's may divide its gradient.
         assert loss.grad_fn is not None
@@ -134,6 +180,10 @@ class Batch:
 
     def begin_backward(self) -> None:
         """Note that the backward pass runs, and when it ends without an error."""
+        if self.muted:
+            return
+        if self.on_gradient is not None:
+            self.on_gradient(self)
         if self.phase == "loss":
             self.phase = "backward"
             self.ends.clear()  # which would keep the graph
@@ -155,8 +205,11 @@ class Batch:
         except (MemoryError, torch.OutOfMemoryError) as error:
             self.failure = str(error)
 
-    def taken(self, loss_scale: float) -> ExampleBatch:
-        """Return the batch's rows, with what is computed after the backward pass.
+    def gradients(self) -> Tensor:
+        """Return sketches of the gradients that the backward pass has brought.
+
+        Shapes:
+            returns (b, out_size)
 
         Raises:
             MemoryError: memory ran out in a hook.
@@ -169,21 +222,7 @@ class Batch:
             )
         assert isinstance(self.sums, Accumulator)
         self.run_again()
-        rows, size = self.sums.result(), self.split.size
-        if self.losses is None or self.scale is None:
-            weights = rows.new_full((size,), 1 / size)
-            rows, losses = rows * (size / loss_scale), weights * torch.nan
-        else:
-            losses = self.losses.losses
-            scale = self.scale.to(self.losses.weights)
-            weights = self.losses.weights * scale
-            read = self.losses.weights if self.apart else weights
-            scaled = rows / read.to(rows).unsqueeze(1)
-            rows = torch.where(weights.unsqueeze(1) == 0, rows, scaled)
-            weights = weights / loss_scale
-        unknown = bool(losses.isnan().all())
-        complete = not (self.apart or self.penalised or unknown)
-        return ExampleBatch(self.split, self.inputs, rows, losses, weights, complete)
+        return self.sums.result()
 
     def read_apart(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
         """Read the gradients of a part of the loss, before the backward pass."""
@@ -200,26 +239,6 @@ class Batch:
                     for name, gradient in gradients:
                         if name not in self.rescued or replay.rescues:
                             self.sums.add_example(name, index, gradient)
-
-    def check_explained(self, parameters: Mapping[str, Tensor]) -> None:
-        """Raise if the batch gave a parameter a gradient, and no contributions.
-
-        Gradients of other micro-batches, and under DDP of other processes, may be there
-        already.
-        """
-        missing = [
-            name
-            for name in parameters
-            if name in self.reached - self.sums.names
-            and (gradient := parameters[name].grad) is not None
-            and bool(gradient.any())
-        ]
-        if missing:
-            raise RuntimeError(
-                "per-example gradients need parameters that are used by the modules "
-                f"that hold them, got others for {missing}: freeze them with "
-                "requires_grad_(False), or pass per_example=False."
-            )
 
     def _end_backward(self) -> None:
         self.phase = "done"

@@ -104,11 +104,3 @@ def loss_of(output: Any) -> Tensor | None:
     else:
         loss = output[0] if isinstance(output, tuple) and output else None
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
-
-
-def second_call() -> RuntimeError:
-    """Return the error of a model that is called twice for one backward pass."""
-    return RuntimeError(
-        "the model must be called once for each backward pass, got a second call: pass "
-        "per_example=False for a loss of several forward passes."
-    )

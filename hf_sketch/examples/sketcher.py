@@ -7,20 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 from torch.utils.hooks import RemovableHandle
 
+from hf_sketch.examples.backward_pass import BackwardPass, late_call
 from hf_sketch.examples.batch import Batch, ExampleBatch
-from hf_sketch.examples.calls import ModelCall, field_of, loss_of, second_call
+from hf_sketch.examples.calls import ModelCall, field_of, loss_of
 from hf_sketch.examples.coverage import ModuleCoverage
 from hf_sketch.examples.losses import ExampleLosses, check_reduction
+from hf_sketch.examples.modules.probe import answers_in
 from hf_sketch.examples.modules.reading import Reading
 from hf_sketch.examples.modules.trial import learn
 from hf_sketch.examples.own_loss import adds_penalty, split_loss
 from hf_sketch.examples.rules.base import tensors_of
 from hf_sketch.examples.split import ExampleSplit, split_of
 from hf_sketch.model.sketch import ModelSketch
-from hf_sketch.model.state import random_state
+from hf_sketch.model.state import own_forward, random_state
 from hf_sketch.sketches.operator import accumulation_dtype
 
 ExampleLossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
@@ -31,8 +32,8 @@ class ExampleSketcher:
 
     Used as a context manager: inside it, modules with trainable parameters carry hooks
     that read their input and their output's gradient. While `recording` is true, each
-    forward and backward pass of the model is followed by one `take`. Neither the loss
-    nor any gradient nor any random number changes.
+    backward pass is followed by one `take`; before it, the model may be called several
+    times. Neither the loss nor any gradient nor any random number changes.
 
     Every trainable parameter is covered: by a rule of its module (Linear, Conv1D,
     Embedding, LayerNorm, every RMSNorm, convolutions, experts and their routers, heads
@@ -67,15 +68,16 @@ class ExampleSketcher:
         self.model_sketch = model_sketch
         self.loss = loss
         self.recording = True
+        self.keeps_answers = False  # of the model's calls, until their loss is checked
         self._reading = Reading(model, model_sketch, verify, weights_change)
         self.parameters = self._reading.parameters
-        self._batch_norms = {
-            path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)
-        }
         self._handles: list[RemovableHandle] = []
+        self.backward_pass = BackwardPass()  # that the model's calls await
+        self._forward: Any = None  # of the model, if it is not its class's
 
     def __enter__(self) -> "ExampleSketcher":
         model = self.model
+        self._forward = vars(model).get("forward")
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
@@ -89,7 +91,7 @@ class ExampleSketcher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._reading.batch = None
+        self._reading.batch, self.backward_pass.calls = None, []
         self._reading.unwatch()
         while self._handles:
             self._handles.pop().remove()
@@ -106,17 +108,10 @@ class ExampleSketcher:
                 parameter has a gradient that no module's call explains.
             MemoryError: memory ran out while gradients were read.
         """
-        batch, self._reading.batch = self._reading.batch, None
+        self._reading.batch = None
         try:
-            if batch is None or not batch.is_complete:
-                raise RuntimeError(
-                    "a forward and a backward pass must come before each take(): call "
-                    "loss.backward() on the model's loss."
-                )
             with self._reading.rest():
-                taken = batch.taken(loss_scale)
-            batch.check_explained(self.parameters)
-            return taken
+                return self.backward_pass.take(self.parameters, loss_scale)
         finally:
             self._reading.clear()
 
@@ -155,7 +150,7 @@ class ExampleSketcher:
             torch.autograd.grad(total, outputs, allow_unused=True)
             return self.take()
         finally:
-            self._reading.batch = None
+            self._reading.batch, self.backward_pass.calls = None, []
             outputs.clear()  # their hooks hold the batch, and the batch holds them
 
     def split_of(self, inputs: Mapping[str, Any]) -> ExampleSplit:
@@ -178,6 +173,14 @@ class ExampleSketcher:
         return getattr(self.model, "main_input_name", "input_ids")
 
     @property
+    def checks_losses(self) -> bool:
+        """Whether losses of several calls are to be checked before their backward pass.
+
+        In shards, parameters would be gathered for it.
+        """
+        return self._reading.verifies and not self._reading.in_shards
+
+    @property
     def in_flight(self) -> bool:
         """Whether a batch awaits its backward pass, or is within it."""
         return self._reading.batch is not None
@@ -191,7 +194,8 @@ class ExampleSketcher:
         batch = self._reading.batch
         if batch is not None and batch.phase == "loss" and loss.requires_grad:
             parameters = self.parameters.values()
-            batch.penalised |= adds_penalty(loss, batch.ends, parameters)
+            ends = [end for call in self.backward_pass.calls for end in call.ends]
+            batch.penalised |= adds_penalty(loss, ends, parameters)
 
     @property
     def penalised(self) -> bool:
@@ -213,13 +217,13 @@ class ExampleSketcher:
 
     def _start(self, call: ModelCall, outputs: list[Tensor] | None = None) -> Batch:
         """Return a new batch; one that an error interrupted is forgotten."""
-        before, self._reading.batch = self._reading.batch, None
+        self._reading.batch = None
         self._reading.clear()
-        if before is not None and before.phase in ("loss", "done"):
-            raise second_call()
+        self.backward_pass.begin_call()
         if not self._reading.knows(call):
-            learn(self._reading, call)
-        self._check_independence()
+            with self.backward_pass.muted(), own_forward(self.model, self._forward):
+                learn(self._reading, call)
+        self._reading.check_independence()
         like = next(iter(self.parameters.values()))
         total = torch.zeros(
             call.split.size,
@@ -228,9 +232,17 @@ class ExampleSketcher:
             device=like.device,
         )
         sums = self.model_sketch.sketch_sum(total)
-        batch = Batch(call.inputs, call.split, sums, self._reading.copies, outputs)
+        batch = Batch(call, sums, self._reading.copies, outputs)
         batch.random_states[""] = random_state(like.device)
+        batch.on_gradient = self._resume
+        batch.follows = bool(self.backward_pass.calls)
+        self.backward_pass.calls.append(batch)
         return batch
+
+    def _resume(self, batch: Batch) -> None:
+        """Go on with a batch, whose layers may run again in the backward pass."""
+        if batch in self.backward_pass.calls:
+            self._reading.batch = batch
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -260,16 +272,20 @@ class ExampleSketcher:
             return
         self._reading.batch = None  # until nothing can fail any more
         if batch.phase != "forward":  # the model called itself
-            raise second_call()
+            self.backward_pass.calls = []
+            raise late_call()
         call = ModelCall(args, kwargs, batch.inputs, batch.split)
         loss = loss_of(output)
         with batch.holding_failures():
-            own = split_loss(self._reading, batch, call, output, self.loss)
-            self._reading.rescue(batch, call, output)
-            if own is not loss and own is not None:
-                batch.read_apart(own, list(self.parameters.values()))
-        if loss is not None and loss.requires_grad:
-            batch.watch_loss(loss)
+            with self.backward_pass.muted():
+                own = split_loss(self._reading, batch, call, output, self.loss)
+            with self.backward_pass.muted(but=batch):
+                self._reading.rescue(batch, call, output)
+                if own is not loss and own is not None:
+                    batch.read_apart(own, list(self.parameters.values()))
+        batch.watch_outputs(tensors_of(output), loss)
+        if self.keeps_answers:
+            batch.answers = [x for x in answers_in(output, batch.split) if x.dim()]
         batch.phase = "loss"
         batch.ends = [x.grad_fn for x in tensors_of(output)]
         self._reading.batch = batch
@@ -277,13 +293,3 @@ class ExampleSketcher:
     def _note_reached(self, name: str, parameter: Tensor) -> None:
         if self._reading.batch is not None:
             self._reading.batch.reached.add(name)
-
-    def _check_independence(self) -> None:
-        """Raise if examples see each other."""
-        for path, module in self._batch_norms.items():
-            if module.training and self._reading.may_call(path):
-                raise ValueError(
-                    "per-example gradients need examples that do not see each other, "
-                    f"got {type(module).__name__} in training mode: call .eval() on it,"
-                    " replace it by GroupNorm, or pass per_example=False."
-                )

@@ -41,6 +41,25 @@ def without_zeros(parameters: Iterable[Tensor]) -> Generator[None]:
             zero.copy_(kept)
 
 
+@contextmanager
+def own_forward(model: nn.Module, forward: Any) -> Generator[None]:
+    """Within, the model's forward pass is `forward`, or its class's if that is None.
+
+    Losses may put another in its place that keeps what it returns, as
+    sentence-transformers' MatryoshkaLoss does.
+    """
+    attributes = vars(model)
+    before = attributes.pop("forward", None)
+    if forward is not None:
+        attributes["forward"] = forward
+    try:
+        yield
+    finally:
+        attributes.pop("forward", None)
+        if before is not None:
+            attributes["forward"] = before
+
+
 def random_state(device: torch.device) -> tuple[Tensor, ...]:
     """The states of the generators that a module on this device draws from."""
     if device.type == "cpu":

@@ -288,14 +288,6 @@ def test_a_loss_of_its_own_kind_is_split(layout):
         assert (row - expected).norm() < 1e-9 * expected.norm()
 
 
-def test_two_forward_passes_for_one_backward_are_named():
-    model = tiny_bert()
-    with sketcher_for(model):
-        model(**tiny_batch())
-        with pytest.raises(RuntimeError, match="once for each backward pass"):
-            model(**tiny_batch())
-
-
 def test_taking_without_a_backward_pass_is_named():
     model = tiny_bert()
     with sketcher_for(model) as sketcher:

@@ -126,7 +126,7 @@ class FusedHead:
         self, current: Callable[[], Batch | None], module: Any, args: Any, output: Any
     ) -> None:
         """Keep the last hidden states."""
-        if current() is not None:
+        if current() is not None and torch.is_grad_enabled():
             hidden = output[0] if isinstance(output, tuple) else output[_HIDDEN]
             self._hidden = hidden.detach()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from hf_sketch.examples.attempt import attempt
 from hf_sketch.examples.batch import Batch
@@ -70,6 +71,9 @@ class Reading:
         self.plan = Plan(model, self.parameters)
         self.model, self.model_sketch = model, model_sketch
         self.passes = Passes(model, self.parameters)
+        self._batch_norms = {
+            path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)
+        }
         biases = PositionBiases(model, self.parameters, self.in_shards)
         # What reads the parameters of modules by other means than their calls.
         self.readers: list[PositionBiases | FusedHead] = (
@@ -118,9 +122,16 @@ class Reading:
         self._situations[call.situation] = called
         self.called |= called
 
-    def may_call(self, path: str) -> bool:
-        """Return whether the model calls a module, as far as it is known."""
-        return self.unverified is not None or kind_of(path) in self.called
+    def check_independence(self) -> None:
+        """Raise if a module that the model calls lets examples see each other."""
+        for path, module in self._batch_norms.items():
+            called = self.unverified is not None or kind_of(path) in self.called
+            if module.training and called:
+                raise ValueError(
+                    "per-example gradients need examples that do not see each other, "
+                    f"got {type(module).__name__} in training mode: call .eval() on it,"
+                    " replace it by GroupNorm, or pass per_example=False."
+                )
 
     def go_unverified(self, reason: str) -> None:
         """Take the rules as they are, since they could not be compared."""
@@ -211,6 +222,8 @@ class Reading:
 
     def _skipped(self, batch: Batch, call: ModelCall) -> list[Rule]:
         """Return rules of kinds that verified calls show, and this call does not."""
+        if batch.follows and not batch.seen:  # it returns what an earlier one made
+            return []
         kinds = {kind_of(path) for path in batch.seen}
         missing = self._situations.get(call.situation, set()) - kinds
         return [

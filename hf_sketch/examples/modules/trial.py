@@ -166,9 +166,7 @@ class Trial:
         """
         call, outputs = reference.call, list[Tensor]()
         sums = reference.gradients.empty()
-        batch = Batch(
-            call.inputs, call.split, sums, self._reading.in_shards, outputs, "forward"
-        )
+        batch = Batch(call, sums, self._reading.in_shards, outputs, "forward")
         batch.blamed = {}
         self._reading.watch()
         self._reading.batch = batch

@@ -34,6 +34,19 @@ class LayerNorm(Rule):
             yield name, over_tokens(split, part, len(shape)), None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Slope:
+    """How a call's output changes with w; the rule may forget, as a later call comes.
+
+    Args:
+        call: the call, without its output.
+        factors: of the outputs at constant w, whose sum is n.
+    """
+
+    call: Call
+    factors: dict[float, float]
+
+
 class Elementwise(Rule):
     """One vector w and y = (w + c) * n or y = offset + w * n, as RMSNorms compute.
 
@@ -50,7 +63,9 @@ class Elementwise(Rule):
     def forget(self) -> None:
         self.slope = None
 
-    def forward(self, call: Call) -> Call | tuple[ExampleSplit, Tensor, Tensor] | None:
+    def forward(
+        self, call: Call
+    ) -> _Slope | tuple[ExampleSplit, Tensor, Tensor] | None:
         ((_, weight),) = self.module.named_parameters()
         if self.slope is None:
             self._like = weight.detach().new_empty(0)
@@ -60,16 +75,17 @@ class Elementwise(Rule):
         whole = not isinstance(self.module, FSDPModule)  # also in the backward pass
         if self.slope == {1.0: 1.0} and whole and _divides_well(weight):
             return call.split, call.output, weight.detach()
-        return dataclasses.replace(call, output=self._like)
+        return _Slope(dataclasses.replace(call, output=self._like), self.slope)
 
     def backward(
-        self, saved: Call | tuple[ExampleSplit, Tensor, Tensor], gradient: Tensor
+        self, saved: _Slope | tuple[ExampleSplit, Tensor, Tensor], gradient: Tensor
     ) -> Iterator[Contribution]:
         ((name, _),) = self.module.named_parameters()
-        if isinstance(saved, Call):
-            assert self.slope
-            n = sum(f * self._output_at(saved, w) for w, f in self.slope.items())
-            yield name, over_tokens(saved.split, gradient * n), None
+        if isinstance(saved, _Slope):
+            n = sum(
+                f * self._output_at(saved.call, w) for w, f in saved.factors.items()
+            )
+            yield name, over_tokens(saved.call.split, gradient * n), None
         else:
             split, y, w = saved
             yield name, over_tokens(split, gradient * y) / w, None

@@ -88,7 +88,7 @@ class Uses(Rule):
             return output
 
         def close() -> None:
-            del module.forward
+            module.__dict__.pop("forward", None)
             if before is not None:
                 module.forward = before
 
