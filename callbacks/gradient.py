@@ -95,9 +95,8 @@ class GradientSketchCallback(TrainerCallback):
             examples with those of a backward pass per example, and read them another
             way where they differ; after them, compare rows of a new store with exact
             gradients of three (or this many) examples of that step, for its header.
-        on_error: what to do where the disk is full or memory runs out while recording:
-            "raise" an error that stops training, or "warn", stop recording in all
-            processes and continue training.
+        on_error: what to do where disk or memory run out while recording: "raise" an
+            error that stops training, or "warn", stop recording in all processes.
 
     Raises:
         ValueError: a bad argument; before any training time is spent, a model, a
