@@ -34,8 +34,8 @@ from hf_sketch.store.rows import ROW_DTYPES
 
 from .placement import check_processes, step_examples
 from .recording.forecast import Forecast, forecast
-from .recording.ids import warn_of_restart
 from .recording.normalizing import normalized
+from .recording.origins.ids import warn_of_restart
 from .recording.rehearsal import DryRun, Rehearsal
 from .recording.run import Run
 from .recording.sink import stored_layout

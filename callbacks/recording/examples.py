@@ -12,7 +12,7 @@ from hf_sketch.model.fsdp import in_shards
 from hf_sketch.sketches.transforms.lazy import is_lazy
 from hf_sketch.store.rows import row_columns
 
-from .origins import Origins
+from .origins.finder import Origins
 
 MEASURED_EXAMPLES = 3
 

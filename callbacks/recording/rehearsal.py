@@ -18,11 +18,11 @@ from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.planning.units import as_seconds
 
-from ..loss_check import LossCheck
 from ..spectra.batches import draw_batches, own_randomness
 from .clipping import ClipProbe
 from .forecast import Forecast
-from .origins import Origins, in_turn
+from .loss_check import LossCheck
+from .origins.finder import Origins, in_turn
 from .steps import step_columns
 
 _ROUNDS = 3

@@ -19,13 +19,13 @@ from hf_sketch.processes import OtherProcessFailedError, check_others, reduced
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 
-from ..loss_check import LossCheck
-from .answers import Answers, generates_answers
 from .arriving import learning_rate, loss_scale, step_reader, steps_early
 from .compiled import uncompiled, warn_of_cost
 from .examples import MEASURED_EXAMPLES, FirstBatches, example_columns
-from .ids import ExampleIds, followed_ids
-from .origins import FindOrigins, OriginFinder
+from .loss_check import LossCheck
+from .origins.answers import Answers, generates_answers
+from .origins.finder import FindOrigins, OriginFinder
+from .origins.ids import ExampleIds, followed_ids
 from .sink import RowSink
 from .steps import StepReader, check_sum, computes_in_16_bits
 from .stopping import unless_stopped, warn_of_stop

@@ -46,9 +46,8 @@ class ModelSketch:
             of a mixture's experts, by `Grouped`, which takes outputs and inputs apart,
             so that a per-example gradient is never formed, and all else (vectors, and
             matrices with a side shorter than about sqrt(out_size)) as "blocked";
-            "factored", of earlier releases, takes matrices alone, by QK of signs, with
-            larger errors; "flat" is the paper's: all parameters end to end, one
-            operator without blocks, which needs twice the memory of the gradient.
+            "factored", of earlier releases, takes matrices alone, with larger errors;
+            "flat" is the paper's: one operator for all, without blocks.
         seed: the only source of randomness; equal fields, equal map.
         operator: "srht", "affd", "afjl" or "fjl" (in blocks), "dense", "ffd" or "qk".
         frozen: names of the parameters left out, for `coverage`.
@@ -59,8 +58,7 @@ class ModelSketch:
             operator, or a normalizer of other parameters.
 
     Reference:
-        Schioppa 2024, arXiv:2402.03994, B.4 (independent sketches of the parts, summed)
-        and eq. (6), (8) for the parts.
+        Schioppa 2024, arXiv:2402.03994, B.4 (sums of sketches of parts), eq. (6), (8).
     """
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
@@ -253,13 +251,17 @@ class ModelSketch:
         The probe is cos(0), cos(1), ... on the first elements of the first, the last,
         the largest and the smallest parameter, and zero elsewhere.
         """
+        return list(self._check_value)
+
+    @cached_property
+    def _check_value(self) -> tuple[float, ...]:
         by_size = sorted(self.shapes, key=lambda item: math.prod(item[1]))
         probed = {self.shapes[0], self.shapes[-1], by_size[0], by_size[-1]}
         probe = {
             name: (torch.arange(min(math.prod(shape), _PROBED_ELEMENTS)).cos(), 0)
             for name, shape in sorted(probed)
         }
-        return self.sketch_parts(probe)[:16].tolist()
+        return tuple(self.sketch_parts(probe)[:16].tolist())
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values, with a description of the normalizer."""
@@ -279,8 +281,7 @@ class ModelSketch:
                 f"{normalizer and normalizer.to_dict()}: pass the store's own."
             )
         shapes = tuple((name, tuple(shape)) for name, shape in fields["shapes"])
-        frozen = tuple(fields["frozen"])
-        changed: dict[str, Any] = {"shapes": shapes, "frozen": frozen}
+        changed: dict[str, Any] = {"shapes": shapes, "frozen": tuple(fields["frozen"])}
         changed["normalizer"] = normalizer
         return cls(**{**fields, **changed})
 
@@ -289,8 +290,7 @@ class ModelSketch:
         size = math.prod(shape)
         if self.layout == "flat":
             return None
-        settings = self.out_size, self.seed, name
-        factored = choose_factored(self.layout, shape, *settings)
+        factored = choose_factored(self.layout, shape, self.out_size, self.seed, name)
         if factored is None and size >= _OWN_SIZE:
             return self._plain_operator(size, name)
         return factored

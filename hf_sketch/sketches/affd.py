@@ -6,9 +6,9 @@ from functools import cached_property
 from torch import Tensor
 
 from hf_sketch.sketches.blocked import MixedSketch
-from hf_sketch.sketches.moments import collisions
 from hf_sketch.sketches.transforms.magnitudes import weigh_
 from hf_sketch.sketches.transforms.mixing import Mixing, mix_adjoint, mix_rows, mixing
+from hf_sketch.sketches.variances.moments import collisions
 
 
 @dataclass(frozen=True)

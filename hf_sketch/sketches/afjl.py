@@ -6,8 +6,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_sketch.sketches.blocked import MixedSketch
-from hf_sketch.sketches.moments import of_kept_rows
 from hf_sketch.sketches.transforms.magnitudes import weigh_
+from hf_sketch.sketches.variances.moments import of_kept_rows
 
 
 @dataclass(frozen=True)

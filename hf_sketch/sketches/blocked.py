@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.choices import check_choice
-from hf_sketch.sketches.moments import Moments, moments
 from hf_sketch.sketches.operator import SeededSketch, fitting, next_power_of_two, spans
 from hf_sketch.sketches.outer import form_outer, is_touched
 from hf_sketch.sketches.pieces import BlockSigns, Piece, WorkingMemory
@@ -33,6 +32,7 @@ from hf_sketch.sketches.transforms.signs import (
     flip,
     sign_masks,
 )
+from hf_sketch.sketches.variances.moments import Moments, moments
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_sketch.sketches.moments import moments
 from hf_sketch.sketches.operator import SeededSketch, fitting, next_power_of_two, spans
 from hf_sketch.sketches.transforms.hadamard import (
     apply_kronecker,
@@ -15,6 +14,7 @@ from hf_sketch.sketches.transforms.hadamard import (
 )
 from hf_sketch.sketches.transforms.random import CounterRandom, ascending_order
 from hf_sketch.sketches.transforms.signs import flip, sign_masks
+from hf_sketch.sketches.variances.moments import moments
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,14 @@ class Grouped(SeededSketch):
         x = x.unsqueeze(1) * self._signs_at(0, x).unsqueeze(2)
         return x.mul_(self._signs_at(1, x).unsqueeze(1)).flatten(1)
 
+    def square_variance(self, rows: Tensor) -> Tensor:
+        """Return an upper estimate: the formula above, which is of sides at random."""
+        *_, height, width = self.sides
+        x = rows.double().view(len(rows), -1, height, width)
+        x = x.mT if width > height else x
+        products = (x.mT @ x).square().sum((1, 2, 3))
+        return 2 * (x.square().sum((1, 2, 3)).square() + products) / self.out_size
+
     def apply_outer(self, left: Tensor, right: Tensor) -> Tensor:
         """Sketch sum_t left_t (x) right_t; the product is never formed."""
         if len(self.sides) == 3 or right.shape[-1] != self.sides[1]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.choices import check_choice
-from hf_sketch.sketches.crossed import variance_of_mean
 from hf_sketch.sketches.operator import SeededSketch
 from hf_sketch.sketches.transforms.folding import fold, folding_columns, folding_signs
 from hf_sketch.sketches.transforms.hadamard import apply_kronecker
 from hf_sketch.sketches.transforms.mixing import haar_columns
 from hf_sketch.sketches.transforms.random import CounterRandom
+from hf_sketch.sketches.variances.crossed import variance_of_mean
 
 Rotation = Literal["haar", "signs"]
 _LARGEST_FACTOR_BITS = 10

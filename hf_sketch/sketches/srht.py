@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.blocked import BlockedSketch
-from hf_sketch.sketches.moments import moments, of_kept_rows
+from hf_sketch.sketches.variances.moments import moments, of_kept_rows
 
 
 @dataclass(frozen=True)

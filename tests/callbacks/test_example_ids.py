@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.callbacks.recording.ids import ExampleIds, check_stream
+from hf_sketch.callbacks.recording.origins.ids import ExampleIds, check_stream
 from tests.helpers.trained.training import tiny_dataset, tiny_trainer
 
 SIZE = 64
@@ -187,7 +187,7 @@ def test_example_ids_are_row_numbers(tmp_path, arguments, remove_unused_columns)
     rows = load_sketches(tmp_path).dataset.with_format("torch")[:]
     assert rows["example_id"].tolist() == notes.rows
     sampler = trainer.get_train_dataloader().batch_sampler.sampler
-    assert type(sampler).__module__ != "hf_sketch.callbacks.recording.ids"
+    assert type(sampler).__module__ != "hf_sketch.callbacks.recording.origins.ids"
     first_epoch = rows["example_id"][rows["epoch"] == 0]
     assert len(first_epoch.unique()) == len(first_epoch)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, CounterRandom, Dense, Grouped
+from hf_sketch.sketches.by_name import choose_factored
 from tests.helpers.operators import hartley_variances, variances
 from tests.helpers.operators.dense import hadamard
 
@@ -136,7 +137,8 @@ def test_inner_products_have_the_mean_and_variance_of_the_formula(operator, form
 WITH_A_FORMULA = [
     (operator, formula)
     for operator, formula in OPERATORS
-    if not isinstance(operator, QK) and getattr(operator, "mix", "") in ("", "hadamard")
+    if not isinstance(operator, (QK, Grouped))
+    and getattr(operator, "mix", "") in ("", "hadamard")
 ]
 
 
@@ -150,6 +152,20 @@ def test_operators_know_the_variance_of_the_squared_norm(operator, formula):
     padded = torch.nn.functional.pad(rows, (0, PADDED - SIZE))
     wanted = [float(formula(x, x, operator.out_size)[1]) for x in padded]
     assert operator.square_variance(rows).tolist() == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize("sides", [(24, 40), (40, 24), (60, 60)])
+def test_grouped_estimates_its_variance_from_above(sides):
+    operator = choose_factored("grouped", sides, 64, 0, "")
+    left, right = (CounterRandom(k, "side").normals(0, n) for k, n in enumerate(sides))
+    dense = CounterRandom(2, "dense").normals(0, math.prod(sides)).double()
+    one_row = dense.view(sides) * (torch.arange(sides[0]) == 3).unsqueeze(1)
+    for x, most in ((dense, 1.3), (torch.outer(left, right), 1.4), (one_row, math.inf)):
+        row = (x / x.norm()).flatten().double()
+        exact = variances.grouped(row, row, 64, sides, operator.widths)[1]
+        estimate = operator.square_variance(row.unsqueeze(0))
+        assert exact <= 1.02 * float(estimate)
+        assert math.isinf(most) or float(estimate) <= most * exact
 
 
 @pytest.mark.parametrize("mix", ["fft", "kronecker"])

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_sketch.attribution.evaluation import random_subsets, retrain_on_subsets
-from hf_sketch.recipes.tables.paper.exact_products import REST, exact_products
+from hf_sketch.recipes.tables.models.exact_products import REST, exact_products
 from hf_sketch.recipes.tables.paper.saved_losses import SavedLosses
 from hf_sketch.recipes.tables.quality.lds import (
     LdsArguments,

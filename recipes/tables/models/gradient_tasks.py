@@ -14,12 +14,12 @@ from transformers import (
 )
 
 from hf_sketch.recipes.demo import embedded_model_path
+from hf_sketch.recipes.tables.models.exact_products import exact_products, gradients
 from hf_sketch.recipes.tables.models.gradients import (
     BATCH_SIZE,
     fine_tune,
     fine_tuned_minilm,
 )
-from hf_sketch.recipes.tables.paper.exact_products import exact_products, gradients
 from hf_sketch.recipes.texts.data_files import check_columns, read_data_file
 from hf_sketch.recipes.texts.snli_sample import load_snli_sample, tokenize
 from hf_sketch.recipes.texts.text_rows import with_padding

@@ -13,12 +13,12 @@ from hf_sketch import ModelSketch, sketch_dataset
 from hf_sketch.attribution.evaluation import score_correlation
 from hf_sketch.recipes.demo import embedded_model_path
 from hf_sketch.recipes.saved_report import ReportArguments, save_report
+from hf_sketch.recipes.tables.models.exact_products import exact_products
 from hf_sketch.recipes.tables.models.gradients import (
     BATCH_SIZE,
     fine_tune,
     fine_tuned_minilm,
 )
-from hf_sketch.recipes.tables.paper.exact_products import exact_products
 from hf_sketch.recipes.tables.paper.table1_eigenvalues import layers_of
 from hf_sketch.recipes.texts.data_files import read_data_file
 from hf_sketch.recipes.texts.snli_sample import load_snli_sample

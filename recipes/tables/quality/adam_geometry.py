@@ -65,6 +65,20 @@ def run(arguments: AdamGeometryArguments) -> dict[str, dict[str, list[float]]]:
         arguments.steps,
         partial(_with_adapters, rank=arguments.lora_rank),
     )
+    results = measure(task, arguments)
+    for kind, figures in results.items():
+        told = (f"{k} {', '.join(f'{x:.4f}' for x in v)}" for k, v in figures.items())
+        print(f"{kind:18s} {'; '.join(told)}")
+    rank = f"_lora{arguments.lora_rank}" if arguments.lora_rank else ""
+    name = f"adam_geometry_{arguments.task}{rank}"
+    print("saved", save_report(arguments.output_dir, name, arguments, results))
+    return results
+
+
+def measure(
+    task: GradientTask, arguments: AdamGeometryArguments
+) -> dict[str, dict[str, list[float]]]:
+    """Return what `run` saves, for a fine-tuned model."""
     assert task.optimizer is not None
     trained = {n: p for n, p in task.model.named_parameters() if p.requires_grad}
     normalizer = Normalizer.from_optimizer(task.model, task.optimizer)
@@ -74,32 +88,24 @@ def run(arguments: AdamGeometryArguments) -> dict[str, dict[str, list[float]]]:
         "plain gradients": lambda name, rows: rows,
         "rank-one moments": normalizer.scale,
     }
+    size, layout = arguments.out_size, arguments.layout
     sketches = [
-        ModelSketch.from_model(
-            task.model, arguments.out_size, arguments.layout, seed, "srht", normalizer
-        )
+        ModelSketch.from_model(task.model, size, layout, seed, "srht", normalizer)
         for seed in range(arguments.seeds)
     ]
-    products = {kind: torch.zeros(0) for kind in scales}
-    sketched = [torch.zeros(arguments.examples, arguments.out_size) for _ in sketches]
+    products: dict[str, Tensor | float] = dict.fromkeys(scales, 0.0)
+    sketched = [torch.zeros(len(task.examples), size) for _ in sketches]
     for rows in _gradients(task, trained):
-        for name, part in rows.items():
-            for kind, scale in scales.items():
+        for kind, scale in scales.items():
+            for name, part in rows.items():
                 scaled = scale(name, part)
-                product = (scaled @ scaled.T).double()
-                found = products[kind]
-                products[kind] = found + product if len(found) else product
+                products[kind] = products[kind] + (scaled @ scaled.T).double()
         for total, sketch in zip(sketched, sketches, strict=True):
             total += sketch.sketch_rows(rows)
-    exact = products.pop("exact")
-    results = {kind: _figures(exact, [found]) for kind, found in products.items()}
+    exact, *others = (torch.as_tensor(x) for x in products.values())
+    kinds = list(scales)[1:]
+    results = {k: _figures(exact, [x]) for k, x in zip(kinds, others, strict=True)}
     results["sketches"] = _figures(exact, [(x @ x.T).double() for x in sketched])
-    for kind, figures in results.items():
-        told = (f"{k} {', '.join(f'{x:.4f}' for x in v)}" for k, v in figures.items())
-        print(f"{kind:18s} {'; '.join(told)}")
-    rank = f"_lora{arguments.lora_rank}" if arguments.lora_rank else ""
-    name = f"adam_geometry_{arguments.task}{rank}"
-    print("saved", save_report(arguments.output_dir, name, arguments, results))
     return results
 
 

@@ -18,7 +18,7 @@ from hf_sketch import (
     hessian_spectrum,
     sketch_dataset,
 )
-from hf_sketch.recipes.tables.paper.exact_products import REST, exact_products
+from hf_sketch.recipes.tables.models.exact_products import REST, exact_products
 from hf_sketch.recipes.tables.quality.lds_tasks import Snapshot, Task, example_losses
 
 

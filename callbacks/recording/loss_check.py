@@ -15,8 +15,8 @@ from hf_sketch.examples.calls import ModelCall
 from hf_sketch.examples.comparison import check_comparison, comparison_error
 from hf_sketch.examples.sketcher import ExampleSketcher
 
-from .recording.origins import Origins
-from .recording.trainers import wrap_method
+from .origins.finder import Origins
+from .trainers import wrap_method
 
 _CHECKED_BATCHES = 3
 # Of sentence-transformers 6.2: what it picks depends on all pairs of the batch, but not

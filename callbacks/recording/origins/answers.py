@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from .trainers import wrap_method
+from ..trainers import wrap_method
 
 # Of GRPOTrainer and RLOOTrainer, as read in TRL 1.0 to 1.16.
 _JUDGING, _SCORING = "_calculate_rewards", "_generate_and_score_completions"

@@ -1,0 +1,1 @@
+"""Variances of squared norms of sketches."""
