@@ -48,7 +48,7 @@ def judged(cases: Iterable[Case], workers: int, limit: float) -> Iterator[Verdic
             process.start()
             theirs.close()
             running.append(_Running(case, process, ours, time.monotonic() + limit))
-        wait([one.results for one in running], timeout=1.0)
+        wait([one.results for one in running], timeout=min(1.0, limit))
         for one in [one for one in running if one.has_ended]:
             running.remove(one)
             yield _verdict(one)
