@@ -71,6 +71,32 @@ def test_padding_that_is_attended_to_gets_no_embedding_gradient(layout):
     assert_rows_match(tiny_bert().double().eval(), batch, layout, 1e-9)
 
 
+def test_gradients_of_padding_that_are_not_finite_are_left_out():
+    """The length of a padding row, which is zero, has no derivative."""
+
+    class Lengths(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(10, 4, padding_idx=0)
+
+        def forward(self, input_ids, labels):
+            lengths = self.words(input_ids).square().sum(-1).sqrt()
+            loss = (lengths.sum(1) - labels).square().mean()
+            return {"loss": loss, "logits": lengths}
+
+    torch.manual_seed(0)
+    ids = torch.tensor([[3, 4, 0], [5, 0, 0]])
+    batch = {"input_ids": ids, "labels": torch.tensor([1.0, 2.0]).double()}
+    model = Lengths().double()
+    sketch = ModelSketch.from_model(model, 16)
+    with ExampleSketcher(model, sketch) as sketcher:
+        rows = sketcher.sketch(batch).rows
+    for index, row in enumerate(rows):
+        expected, _ = oracle(model, batch, sketch, index)
+        torch.testing.assert_close(row, expected)
+        assert expected.isfinite().all()
+
+
 def test_rows_do_not_depend_on_batch_mates(layout):
     model = tiny_bert().double().eval()
     sketch = ModelSketch.from_model(model, 256, layout)

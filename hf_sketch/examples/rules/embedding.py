@@ -10,7 +10,7 @@ from hf_sketch.examples.rounding import agree
 from hf_sketch.examples.rules.base import Call, Contribution, Rule, tokens
 from hf_sketch.examples.split import ExampleSplit
 
-Saved = tuple[ExampleSplit, Sums, Tensor, Tensor]
+Saved = tuple[ExampleSplit, Sums, Tensor, Tensor]  # ids, and which are padding
 
 
 class Embedding(Rule):
@@ -48,13 +48,14 @@ class Embedding(Rule):
         if ids is None or self.scale is None:
             return None
         ids = ids.flatten(1)
-        counted = self.scale * (ids != self._padding).unsqueeze(-1)
-        return call.split, call.sums, ids, counted
+        return call.split, call.sums, ids, (ids == self._padding).unsqueeze(-1)
 
     def backward(self, saved: Saved, gradient: Tensor) -> Iterator[Contribution]:
-        split, sums, ids, counted = saved
+        split, sums, ids, padding = saved
+        assert self.scale is not None
         left = self.fold(sums, "weight", ids, 0)
-        right = tokens(split, gradient) * counted
+        # Gemma 3n's gradients there are not finite; training leaves them out, too.
+        right = (self.scale * tokens(split, gradient)).masked_fill(padding, 0)
         yield "weight", left, self.fold(sums, "weight", right, 1)
 
 
