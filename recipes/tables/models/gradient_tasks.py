@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,8 +147,15 @@ def language_task(
     model = adapt(model)
     batches = _batches(passages[examples:], steps, batch)
     optimizer = fine_tune(model.train(), batches)
-    own = [batch([text]) for text in passages[:examples]]
+    own = [_scored(partial(batch, [text])) for text in passages[:examples]]
     return GradientTask(model.eval(), own, optimizer)
+
+
+def _scored(draw: Callable[[], Batch]) -> Batch:
+    """Draw masks until there is one: without, there is no loss."""
+    while not bool(((found := draw())["labels"] >= 0).any()):
+        pass
+    return found
 
 
 def _batches(
