@@ -25,13 +25,16 @@ from hf_sketch.recipes.tables.census.pool import judged
 from hf_sketch.recipes.tables.census.tasks import TASKS, Case, cases
 
 # Between them: a class per task, attention of several sorts, experts, a state space,
-# convolutions, windows, a decoder with cross-attention, patches of images end to end.
+# convolutions, windows, a decoder with cross-attention, patches of images end to end,
+# embeddings that are changed in place or have no gradient for padding.
 RIGHT = [
     "BartForConditionalGeneration",
     "BertForMultipleChoice",
     "BertForTokenClassification",
+    "CTRLLMHeadModel",
     "DebertaV2ForSequenceClassification",
     "GPT2ForQuestionAnswering",
+    "Gemma3nForCausalLM",
     "HubertForSequenceClassification",
     "MixtralForCausalLM",
     "Qwen2VLForConditionalGeneration",

@@ -224,7 +224,8 @@ class Reading:
         """Return rules of kinds that verified calls show, and this call does not."""
         if batch.follows and not batch.seen:  # it returns what an earlier one made
             return []
-        kinds = {kind_of(path) for path in batch.seen}
+        # The model's own call has not ended yet.
+        kinds = {"", *(kind_of(path) for path in batch.seen)}
         missing = self._situations.get(call.situation, set()) - kinds
         return [
             rule
