@@ -1,5 +1,7 @@
 """Gradients divided by the roots of Adam's second moments, before they are sketched."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -64,13 +66,15 @@ def divided(model, optimizer, steps=3):
 
 
 @pytest.mark.parametrize("layout", ["grouped", "factored", "blocked", "flat"])
-def test_rows_are_sketches_of_divided_gradients(layout):
+def test_rows_are_sketches_of_divided_gradients(layout, caplog):
+    caplog.set_level(logging.INFO, "hf_sketch.examples")
     model, optimizer, batch = trained()
     plain = ModelSketch.from_model(model, SIZE, layout)
     normalizer = Normalizer.from_optimizer(model, optimizer)
     sketch = ModelSketch.from_model(model, SIZE, layout, normalizer=normalizer)
     with ExampleSketcher(model, sketch) as sketcher:
         rows = sketcher.sketch(batch).rows
+    assert not caplog.messages  # no rule failed, and none was replaced
     for index in range(4):
         model.zero_grad()
         part = slice(index, index + 1)
