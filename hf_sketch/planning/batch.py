@@ -36,10 +36,11 @@ class BatchCost:
     Args:
         numbers: numbers that the map is applied to: each layer's inputs and output
             gradients where both are folded, else each example's gradient.
-        held_bytes: memory on top of training's when the backward pass begins: rows,
-            what folds an embedding's ids and, in 16 bits, a float32 copy of the widest
-            layer's gradient. Layers' inputs are those that training keeps; under
-            autocast they are folded instead, and are not counted.
+        held_bytes: memory on top of training's when the backward pass begins, at most:
+            rows, what folds an embedding's ids, the folded and rotated sides of one
+            layer and, in 16 bits, a float32 copy of the widest layer's gradient.
+            Layers' inputs are those that training keeps; under autocast they are
+            folded instead, and are not counted.
         uncounted: paths of modules that are not in these figures.
     """
 
@@ -50,7 +51,7 @@ class BatchCost:
 
 def batch_cost(model: nn.Module, sketch: ModelSketch, batch: BatchShape) -> BatchCost:
     """Count numbers and bytes; each module is taken to be called once."""
-    numbers = widest = 0
+    numbers = widest = folding = 0
     held = batch.examples * sketch.out_size * _SUM_BYTES
     uncounted: list[str] = []
     for path, module, name, shape in _parameters(model, sketch):
@@ -60,7 +61,8 @@ def batch_cost(model: nn.Module, sketch: ModelSketch, batch: BatchShape) -> Batc
         looked_up = isinstance(module, nn.Embedding)
         tokens = batch.examples * batch.tokens
         sides = shape[1:] if looked_up else shape
-        folded = folded_sides(sketch.operators.get(name))
+        operator = sketch.operators.get(name)
+        folded = folded_sides(operator)
         if len(shape) == 2 and not looked_up:
             widest = max(widest, tokens * max(shape))
         if len(shape) == 1 or folded:
@@ -68,8 +70,11 @@ def batch_cost(model: nn.Module, sketch: ModelSketch, batch: BatchShape) -> Batc
         else:
             numbers += batch.examples * math.prod(shape)
         if folded and looked_up:
-            factored = isinstance(sketch.operators[name], QK)  # else by signs alone
+            factored = isinstance(operator, QK)  # else by signs alone
             held += shape[0] * (folded[0] if factored else 1) * _SUM_BYTES
+        if isinstance(operator, Grouped):
+            folding = max(folding, tokens * operator.numbers_per_product)
+    held += folding * _SUM_BYTES
     if batch.element_bytes < _SUM_BYTES:
         held += widest * _SUM_BYTES
     return BatchCost(numbers, held, tuple(uncounted))

@@ -99,6 +99,14 @@ class Grouped(SeededSketch):
         first, second = self.group_sizes
         return self.out_size // (first * second)
 
+    @property
+    def numbers_per_product(self) -> int:
+        """The most numbers held per outer product while a batch of them is sketched.
+
+        Both sides are held folded, and again rotated; of the second also a copy.
+        """
+        return 2 * self._places(0) + 3 * self._places(1)
+
     def apply_rows(self, rows: Tensor) -> Tensor:
         return self.apply_part(rows, 0)
 

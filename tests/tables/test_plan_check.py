@@ -17,6 +17,7 @@ def test_plans_are_put_beside_measured_runs(tmp_path, capsys, model_type):
         for exact in ("row_bytes", "store_bytes"):
             assert planned[exact] == pytest.approx(measured[exact], rel=0.05)
         assert planned["sketch_seconds"] > 0
-    held = (results["tiny grouped"][x]["extra_bytes"] for x in ("planned", "measured"))
-    assert next(held) == pytest.approx(next(held), rel=0.25)
+    grouped = results["tiny grouped"]
+    planned, measured = (grouped[x]["extra_bytes"] for x in ("planned", "measured"))
+    assert measured <= planned <= 4 * measured  # sides are folded below the peak, too
     assert "sketch_seconds" in capsys.readouterr().out
