@@ -53,6 +53,8 @@ def example_columns(
         }
     own = torch.tensor([ids[row] for row in kept], dtype=torch.int64)
     columns = {"example_id": own, **columns}
+    # Of a loss outside the model, all have the same but those that are not in it.
+    weights = weights.where(~losses.isnan() | rows.any(1), 0)
     return row_columns(rows, **columns, loss=losses, weight=weights)
 
 
@@ -112,12 +114,13 @@ class FirstBatches:
     ) -> MeasuredError | None:
         """Compare rows of the batches that are kept.
 
-        None if there are none, on a lazy device, which would compile each backward pass
-        and product, for parameters in shards, which no process could gather alone, and
-        for losses that are computed outside the model.
+        None if none has a loss yet, on a lazy device, which would compile each backward
+        pass and product, for parameters in shards, which no process could gather alone,
+        and for losses that are computed outside the model.
         """
         examples = self._examples
-        if not self._batches:
+        if not any(bool(batch.weights.any()) for batch in self._batches):
+            self._batches.clear()  # they have no labels
             return None
         batches = self.forget()
         losses = batches[-1].losses

@@ -274,7 +274,7 @@ class Run:
                 self._sink.append(PER_STEP, row)
             if not self._verified and total is not None:
                 share = check_sum(total, row, self._low_precision, self._complete)
-                self._verified = True
+                self._verified = bool(total.any())  # and not a step without labels
                 self._sink.writer.note(unowned=share)
         if self._sketcher is not None:
             self._sink.writer.note(unverified=self._sketcher.unverified)

@@ -1,5 +1,6 @@
 """The row of a step: the gradient that the optimizer sees."""
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -123,17 +124,18 @@ def check_sum(
     tolerance = _LOW_PRECISION_SUM_TOLERANCE if low_precision else _SUM_TOLERANCE
     if distance <= tolerance * norm:
         return 0.0
+    share = distance / norm if norm > 0 else math.inf
     if not complete:
         warnings.warn(
-            f"A part of the first recorded step's gradient, {distance / norm:.2g} of "
+            f"A part of the first recorded step's gradient, {share:.2g} of "
             "its norm, belongs to no example: that of a penalty, or of a router's "
             "balancing loss. The rows of examples do not hold it, those of steps do.",
             stacklevel=2,
         )
-        return distance / norm
+        return share
     raise RuntimeError(
         "The per-example gradients do not add up to the step's gradient: they are "
-        f"off by {distance / norm:.3g} of its norm, more than {tolerance:g}. Some "
+        f"off by {share:.3g} of its norm, more than {tolerance:g}. Some "
         "part of the model is not covered. Pass per_example=False and report the "
         "model's class."
     )

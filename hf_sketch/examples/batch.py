@@ -16,6 +16,7 @@ from hf_sketch.examples.replay import Replay
 from hf_sketch.examples.rules.base import Rule
 from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.accumulator import Accumulator
+from hf_sketch.model.state import RandomState
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Batch:
     called: set[str] = field(default_factory=set[str])
     seen: set[str] = field(default_factory=set[str])
     reached: set[str] = field(default_factory=set[str])
-    random_states: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    random_states: dict[str, RandomState] = field(default_factory=dict)
     replays: list[Replay] = field(default_factory=list[Replay])
     unclear: list[Rule] = field(default_factory=list[Rule])
     expanded: list[Rule] = field(default_factory=list[Rule])

@@ -1,13 +1,15 @@
 """How a model is called with a batch, and what it returns."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from hf_sketch.examples.media import placeholders_of
 from hf_sketch.examples.split import ExampleSplit, split_of
 
 
@@ -43,7 +45,8 @@ class ModelCall:
             names = list(inspect.signature(model.forward).parameters)
             inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         main = getattr(model, "main_input_name", "input_ids")
-        return cls(_copied(args), kwargs, inputs, split_of(inputs, main))
+        split = split_of(inputs, main, placeholders_of(model))
+        return cls(_copied(args), kwargs, inputs, split)
 
     def run(self, model: nn.Module) -> Any:
         """Return what the model gives."""
@@ -63,25 +66,48 @@ class ModelCall:
 
     def part(self, first: int, count: int) -> "ModelCall":
         """Return the call with some of its examples; one alone has rows of its own."""
+
+        def share(name: str, given: Any) -> Any:
+            own = partial(self.split.share, name, first=first, count=count)
+            return tree_map(own, given)
+
+        def named(given: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: share(name, value) for name, value in given.items()}
+
+        args = tuple(
+            named(x) if isinstance(x, Mapping) else share("", x) for x in self.args
+        )
         split = self.split.some(first, count)
+        return ModelCall(args, named(self.kwargs), named(self.inputs), split)
 
-        def share(x: Any) -> Any:
-            if not isinstance(x, Tensor) or self.split.within(x) is None:
-                return x
-            return self.split.some_of(x, first, count)
+    def without_padding(self, answers: Sequence[Tensor]) -> list[Tensor]:
+        """Return answers with zeros where they are of padding, which has no loss.
 
-        args, kwargs, inputs = tree_map(share, (self.args, self.kwargs, self.inputs))
-        return ModelCall(args, kwargs, inputs, split)
+        Without images, Qwen2-VL gives padding other positions.
+        """
+        mask = self.inputs.get("attention_mask")
+        if not isinstance(mask, Tensor):
+            return list(answers)
+        return [
+            x.where(mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())) != 0, 0)
+            if x.shape[: mask.dim()] == mask.shape
+            else x
+            for x in answers
+        ]
 
     @property
     def situation(self) -> object:
-        """What decides how modules are called, as far as the inputs tell."""
+        """What decides how modules are called, as far as the inputs tell.
+
+        Also whether there is one row per example, of which several images have more.
+        """
+        size = self.split.size
         tensors = frozenset(
-            name
+            (name, len(value) == size)
             for name, value in self.inputs.items()
             if isinstance(value, Tensor) and value.dim()
         )
-        return type(self.split), self.split.size > 1, tensors
+        return type(self.split), size > 1, tensors, self.split.is_uneven
 
 
 def _copied(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,22 +1,21 @@
 """Each example's own loss, out of the logits of a batch."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from hf_sketch.examples.loss_rules import span_losses, token_losses
 from hf_sketch.examples.rounding import agree, tolerance
 from hf_sketch.examples.rules.base import answers_of
 from hf_sketch.examples.split import ExampleSplit, Rows
 
 REDUCTIONS = ("mean", "sum")
-_IGNORED = -100
 _CAUSAL = ("CausalLM", "LMHead")
-_ELEMENTS_AT_ONCE = 2**18
+_SPAN = ("start_positions", "end_positions")
 _LOOKED_AT = 2**10  # logits, to tell their precision
 _CERTAIN = 0.1  # of the tolerance: the first rule that comes so near is taken
 
@@ -79,7 +78,7 @@ def example_losses(
     check_reduction(reduction)
     split = split or Rows(len(labels))
     found: list[tuple[float, float, ExampleLosses]] = []
-    rules = _own_losses(logits.detach(), labels, problem_type, causal)
+    rules = token_losses(logits.detach(), labels, problem_type, causal)
     for summed, reduced in _candidates(rules, split, reduction, items_in_batch):
         total = float(summed)
         found.append((_distance(loss, total), total, reduced))
@@ -126,6 +125,9 @@ def own_losses_of(
     """
     labels = inputs.get("labels")
     scores = [x for x in answers_of(output) if split.within(x) is not None]
+    if not penalised and [*map(len, scores)] == [split.size] * len(_SPAN):
+        places = [inputs.get(name) for name in _SPAN]
+        return _of_spans(loss, scores, places, split, reduction)
     if not isinstance(labels, Tensor) or len(scores) != 1:
         return None
     problem = getattr(getattr(model, "config", None), "problem_type", None)
@@ -144,13 +146,28 @@ def own_losses_of(
             )
         logits = scores[0].detach().requires_grad_()
         (wanted,) = torch.autograd.grad(loss, scores[0], retain_graph=True)
-        rules = _own_losses(logits, labels, problem, causal)
+        rules = token_losses(logits, labels, problem, causal)
         for total, reduced in _candidates(rules, split, reduction, items):
             (got,) = torch.autograd.grad(total, logits, retain_graph=True)
             if agree(got, wanted, "rule"):
                 return reduced
     except UnknownLossError:
         pass
+    return None
+
+
+def _of_spans(
+    loss: Tensor,
+    scores: Sequence[Tensor],
+    places: Sequence[Any],
+    split: ExampleSplit,
+    reduction: str,
+) -> ExampleLosses | None:
+    """Split the loss of a model that finds spans; None if it is another."""
+    rules = span_losses([x.detach() for x in scores], places)
+    for total, reduced in _candidates(rules, split, reduction, None):
+        if _distance(loss, float(total)) <= max(1.0, _rounding(scores[0])):
+            return reduced
     return None
 
 
@@ -197,62 +214,10 @@ def _reduced(
     sums: Tensor, counts: Tensor, items: Tensor, reduction: str
 ) -> ExampleLosses:
     """Own losses and weights, given each example's sum and number of tokens."""
+    items = items.clamp(min=1)  # of labels that are all ignored there are none
     if reduction == "sum":
         return ExampleLosses(sums, (counts > 0).to(sums) / items.to(sums))
     return ExampleLosses(sums / counts.clamp(min=1), counts / items.to(counts))
-
-
-def _own_losses(
-    logits: Tensor, labels: Tensor, problem_type: str | None, causal: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Losses and how many each counts for, by every rule that fits the shapes.
-
-    Shapes:
-        yields (b,) or (b, t), twice
-    """
-    classes = not labels.is_floating_point() and problem_type != "regression"
-    virtual = (
-        logits.shape[1] - labels.shape[1] if logits.dim() > labels.dim() > 1 else 0
-    )
-    if classes and virtual > 0:  # PEFT's virtual tokens, which lie before the others
-        labels = functional.pad(labels, (virtual, 0), value=_IGNORED)
-    if classes and labels.numel() == logits[..., 0].numel():
-        labels = labels.view(logits.shape[:-1]).to(logits.device)
-        normalisers = _log_sum_exp(logits)
-        choices = [labels]
-        if logits.dim() == 3:
-            choices.append(functional.pad(labels[:, 1:], (0, 1), value=_IGNORED))
-        for chosen in reversed(choices) if causal else choices:
-            yield _cross_entropy(logits, chosen, normalisers)
-    elif logits.dim() == 2 and labels.numel() == logits.numel():
-        labels = labels.view_as(logits)
-        if problem_type == "regression" or logits.shape[1] == 1:
-            losses = (logits - labels).square().mean(1)
-        else:
-            losses = functional.binary_cross_entropy_with_logits(
-                logits, labels, reduction="none"
-            ).mean(1)
-        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-        yield losses, torch.ones_like(losses)
-
-
-def _log_sum_exp(logits: Tensor) -> Tensor:
-    """Of the classes, a few rows at a time: all of them at once would be copied."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    flat = logits.flatten(0, -2)
-    rows = max(1, _ELEMENTS_AT_ONCE // flat.shape[-1])
-    parts = [some.to(dtype).logsumexp(-1) for some in flat.split(rows)]
-    return torch.cat(parts).view(logits.shape[:-1])
-
-
-def _cross_entropy(
-    logits: Tensor, labels: Tensor, normalisers: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every label that is not ignored."""
-    counted = labels != _IGNORED
-    chosen = logits.gather(-1, (labels * counted).unsqueeze(-1)).squeeze(-1)
-    losses = (normalisers - chosen).where(counted, 0)
-    return losses, counted.to(losses)
 
 
 def _per_example(x: Tensor, split: ExampleSplit) -> Tensor:

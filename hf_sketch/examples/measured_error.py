@@ -167,10 +167,7 @@ def _alone(
 ) -> Callable[[], list[Tensor]]:
     """Return a function that computes one example's exact gradient by the model."""
     split = sketcher.split_of(inputs)
-    own = {
-        name: split.part(value, index) if isinstance(value, Tensor) else value
-        for name, value in inputs.items()
-    }
+    own = {name: split.share(name, value, index) for name, value in inputs.items()}
 
     def gradient() -> list[Tensor]:
         with torch.enable_grad():

@@ -15,7 +15,7 @@ from hf_sketch.examples.rules.base import Rule
 from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.fsdp import call_with
 from hf_sketch.model.gradient_hooks import hooks_of
-from hf_sketch.model.state import kept_random_state, random_state, same_state
+from hf_sketch.model.state import RandomState, kept_random_state, random_state
 from hf_sketch.model.zero import in_partitions
 
 
@@ -36,7 +36,7 @@ class Replay:
         args: of the call.
         kwargs: of the call.
         outputs: the tensors it returned, in the order of `tensors_of`.
-        random_state: of torch's CPU and the module's device when it was called.
+        random_state: when it was called.
         output_gradients: of `outputs`, once they are there.
         autocast: the dtype that autocast gave to the call; None where it was off.
         versions: of `args` and `outputs`; others tell that a model has changed them.
@@ -50,7 +50,7 @@ class Replay:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: Sequence[Tensor]
-    random_state: tuple[Tensor, ...]
+    random_state: RandomState
     output_gradients: list[Tensor | None]
     autocast: torch.dtype | None
     versions: tuple[list[int], list[int]]
@@ -64,7 +64,7 @@ class Replay:
         args: Any,
         kwargs: Any,
         outputs: Sequence[Tensor],
-        random_state: tuple[Tensor, ...],
+        random_state: RandomState,
     ) -> "Replay":
         """Keep a call's inputs and outputs, cut off from its graph."""
         args, kwargs = tree_map(_detached, (_without_caches(args, kwargs)))
@@ -194,7 +194,8 @@ class Replay:
         ):
             everything = {**self.others, **parameters}
             got = call_with(self.rule.module, everything, args, kwargs)
-            draws = not same_state(random_state(device), self.random_state)
+            elsewhere = self.random_state.of_others is not None
+            draws = not self.random_state.same(random_state(device, elsewhere))
         return self.rule.outputs_of(got), parameters, draws
 
     def _copy_of(self, attribute: str) -> Tensor:

@@ -14,6 +14,7 @@ from hf_sketch.examples.batch import Batch, ExampleBatch
 from hf_sketch.examples.calls import ModelCall, field_of, loss_of
 from hf_sketch.examples.coverage import ModuleCoverage
 from hf_sketch.examples.losses import ExampleLosses, check_reduction
+from hf_sketch.examples.media import placeholders_of
 from hf_sketch.examples.modules.probe import answers_in
 from hf_sketch.examples.modules.reading import Reading
 from hf_sketch.examples.modules.trial import learn
@@ -155,7 +156,7 @@ class ExampleSketcher:
 
     def split_of(self, inputs: Mapping[str, Any]) -> ExampleSplit:
         """Return the examples of a batch that the model is called with."""
-        return split_of(inputs, self.main_input)
+        return split_of(inputs, self.main_input, placeholders_of(self.model))
 
     @property
     def coverage(self) -> ModuleCoverage:
@@ -233,7 +234,8 @@ class ExampleSketcher:
         )
         sums = self.model_sketch.sketch_sum(total)
         batch = Batch(call, sums, self._reading.copies, outputs)
-        batch.random_states[""] = random_state(like.device)
+        elsewhere = self._reading.draws_elsewhere
+        batch.random_states[""] = random_state(like.device, elsewhere)
         batch.on_gradient = self._resume
         batch.follows = bool(self.backward_pass.calls)
         self.backward_pass.calls.append(batch)

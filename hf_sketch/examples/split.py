@@ -9,19 +9,26 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from hf_sketch.examples.media import are_uneven, uneven_inputs
+
 
 @dataclass(frozen=True)
 class ExampleSplit(ABC):
     """The examples of a batch, as parts of a tensor.
 
-    There are three ways: `Rows`, `Runs` and `Packed`. `split_of` chooses the batch's,
-    `within` that of a tensor which the model makes of the batch.
+    There are four ways: `Rows`, `Runs`, `Uneven` and `Packed`. `split_of` chooses the
+    batch's, `within` that of a tensor which the model makes of the batch.
 
     Args:
         size: number of examples.
     """
 
     size: int
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether examples have unequally many rows of some input."""
+        return False
 
     @abstractmethod
     def within(self, x: Tensor) -> "ExampleSplit | None":
@@ -50,6 +57,10 @@ class ExampleSplit(ABC):
         way = self.within(x)
         return x if way is None else way.part_of(x, index)
 
+    def of_input(self, name: str, x: Tensor) -> "ExampleSplit | None":
+        """Return how the examples lie in an input; None if they share it."""
+        return self.within(x)
+
     def some(self, first: int, count: int) -> "ExampleSplit":
         """Return the split of some of the examples."""
         return Rows(count)
@@ -57,6 +68,14 @@ class ExampleSplit(ABC):
     def some_of(self, x: Tensor, first: int, count: int) -> Tensor:
         """Return the part of some of the examples of a tensor that divides."""
         return torch.cat([self.part(x, index) for index in range(first, first + count)])
+
+    def share(self, name: str, x: Any, first: int, count: int = 1) -> Any:
+        """Return some examples' share of an input; None if they have nothing of it."""
+        way = self.of_input(name, x) if isinstance(x, Tensor) else None
+        if way is None:
+            return x
+        part = way.some_of(x, first, count)
+        return part if len(part) else None
 
     def mask(self, x: Tensor, index: int) -> Tensor:
         """Return the tensor with zeros in place of all other examples."""
@@ -75,14 +94,35 @@ class ExampleSplit(ABC):
         yield inputs
 
 
+@dataclass(frozen=True)
 class Rows(ExampleSplit):
-    """One row per example: (b, ...)."""
+    """One row per example: (b, ...).
+
+    Args:
+        uneven: inputs of which examples have unequally many rows, as of the patches of
+            their images, with the places where examples start, and the number of rows;
+            under "", the same of the tokens in whose places images go.
+        tokens: number of tokens in the batch, if there are such inputs.
+    """
+
+    uneven: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    tokens: int = 0
+
+    @property
+    def is_uneven(self) -> bool:
+        return bool(self.uneven)
 
     def within(self, x: Tensor) -> ExampleSplit | None:
         # A shared tensor whose length is a multiple of b by chance counts as runs.
-        if x.dim() == 0 or len(x) == 0 or len(x) % self.size:
+        if x.dim() == 0 or len(x) == 0:
             return None
-        return self if len(x) == self.size else Runs(self.size)
+        if len(x) == self.size:
+            return self
+        found = {starts for _, starts in self.uneven if starts[-1] == len(x)}
+        if found:  # in two ways, it is not known of whom the rows are
+            known = len(found) == 1 and len(x) != self.tokens
+            return Uneven(self.size, found.pop()) if known else None
+        return None if len(x) % self.size else Runs(self.size)
 
     def stacked(self, x: Tensor) -> Tensor:
         return x
@@ -90,20 +130,28 @@ class Rows(ExampleSplit):
     def part_of(self, x: Tensor, index: int) -> Tensor:
         return x[index : index + 1]
 
+    def of_input(self, name: str, x: Tensor) -> ExampleSplit | None:
+        starts = dict(self.uneven).get(name)
+        return self.within(x) if starts is None else Uneven(self.size, starts)
+
+    def some(self, first: int, count: int) -> ExampleSplit:
+        uneven: list[tuple[str, tuple[int, ...]]] = []
+        for name, starts in self.uneven:
+            own = starts[first : first + count + 1]
+            if are_uneven(own):
+                uneven.append((name, tuple(start - own[0] for start in own)))
+        tokens = self.tokens // self.size * count if uneven else 0
+        return Rows(count, tuple(uneven), tokens)
+
     def pieces(
         self, inputs: Mapping[str, Any], count: int
     ) -> Iterator[Mapping[str, Any]]:
         for start in range(0, self.size, count):
+            some = min(count, self.size - start)
             yield {
-                name: value[start * each : (start + count) * each]
-                if isinstance(value, Tensor) and (each := self._rows_each(value))
-                else value
+                name: self.share(name, value, start, some)
                 for name, value in inputs.items()
             }
-
-    def _rows_each(self, x: Tensor) -> int:
-        """Return how many rows of a tensor are one example's; 0 if it is shared."""
-        return 0 if self.within(x) is None else len(x) // self.size
 
 
 class Runs(ExampleSplit):
@@ -118,6 +166,27 @@ class Runs(ExampleSplit):
     def part_of(self, x: Tensor, index: int) -> Tensor:
         each = len(x) // self.size
         return x[index * each : (index + 1) * each]
+
+
+@dataclass(frozen=True)
+class Uneven(ExampleSplit):
+    """Any number of rows per example, one example after the other: (rows, ...).
+
+    Args:
+        starts: where the rows of each example start, and their number.
+    """
+
+    starts: tuple[int, ...]
+
+    def within(self, x: Tensor) -> ExampleSplit | None:
+        return self if x.dim() and len(x) == self.starts[-1] else None
+
+    def stacked(self, x: Tensor) -> Tensor:
+        parts = [self.part_of(x, index) for index in range(self.size)]
+        return pad_sequence(parts, batch_first=True)
+
+    def part_of(self, x: Tensor, index: int) -> Tensor:
+        return x[self.starts[index] : self.starts[index + 1]]
 
 
 @dataclass(frozen=True)
@@ -168,11 +237,20 @@ class Packed(ExampleSplit):
         return 0 if x.dim() and x.shape[0] in lengths else None
 
 
-def split_of(inputs: Mapping[str, Any], main_input: str) -> ExampleSplit:
+def split_of(
+    inputs: Mapping[str, Any],
+    main_input: str,
+    placeholders: Mapping[str, int] | None = None,
+) -> ExampleSplit:
     """Return how a batch that a model is called with divides into examples.
 
     A single row without an attention mask whose `position_ids` start again is packed.
     Of several such rows, each is an example: it is a row of the dataset.
+
+    Args:
+        inputs: by name.
+        main_input: name of the first.
+        placeholders: of the model, if it takes images or sounds; see `placeholders_of`.
 
     Raises:
         ValueError: no tensor among the inputs.
@@ -186,11 +264,14 @@ def split_of(inputs: Mapping[str, Any], main_input: str) -> ExampleSplit:
             f"{sorted(inputs)}. Pass per_example=False."
         )
     positions = inputs.get("position_ids")
-    if not isinstance(positions, Tensor) or inputs.get("attention_mask") is not None:
-        return Rows(len(leading))
-    restarts = (positions == 0).reshape(-1, positions.shape[-1])
-    places = restarts[0, 1:].nonzero().flatten().tolist()
-    if len(restarts) > 1 or not places:
-        return Rows(len(leading))
-    starts = (0, *(place + 1 for place in places))  # the first may go on from before
-    return Packed(len(starts), (*starts, positions.shape[-1]))
+    if isinstance(positions, Tensor) and inputs.get("attention_mask") is None:
+        restarts = (positions == 0).reshape(-1, positions.shape[-1])
+        places = restarts[0, 1:].nonzero().flatten().tolist()
+        if len(restarts) == 1 and places:
+            # The first may go on from before.
+            starts = (0, *(place + 1 for place in places), positions.shape[-1])
+            return Packed(len(starts) - 1, starts)
+    uneven: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    if placeholders and leading.dim() == 2 and len(leading) > 1:
+        uneven = uneven_inputs(inputs, leading, placeholders)
+    return Rows(len(leading), uneven, leading.numel() if uneven else 0)

@@ -145,14 +145,12 @@ class Items:
     @contextmanager
     def _unnoticed(self) -> Generator[None]:
         """Keep the random numbers of training, and the dataset's own."""
-        python, numpy = random.getstate(), np.random.get_state()
         undo = _restoring(self._dataset)
+        state = random_state(self._device, everywhere=True)
         try:
-            with kept_random_state(random_state(self._device), self._device):
+            with kept_random_state(state, self._device):
                 yield
         finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
             for restore in undo:
                 restore()
 

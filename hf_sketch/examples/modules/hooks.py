@@ -13,7 +13,7 @@ from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.replay import Replay
 from hf_sketch.examples.rules.base import Call, NoRule, Rule, tensors_of
 from hf_sketch.examples.split import ExampleSplit, Packed
-from hf_sketch.model.state import random_state
+from hf_sketch.model.state import RandomState, draws_elsewhere, random_state
 from hf_sketch.sketches.outer import Routed
 
 
@@ -29,7 +29,7 @@ def watch_module(
         batch = current()
         if batch is not None and module.training and torch.is_grad_enabled():
             device = next(module.parameters()).device
-            batch.random_states[rule.path] = random_state(device)
+            batch.random_states[rule.path] = random_state(device, elsewhere)
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         batch = current()
@@ -43,6 +43,7 @@ def watch_module(
             return _watch(rule, batch, args, kwargs, output)
         return None
 
+    elsewhere = isinstance(rule, NoRule) and draws_elsewhere(rule.module)
     # Before the hook by which FSDP2 gives up the parameters of this very module.
     register = rule.module.register_forward_hook
     undo = [*rule.open(current)]
@@ -127,7 +128,7 @@ def replay_later(
     args: Any,
     kwargs: Any,
     outputs: list[Tensor],
-    state: tuple[Tensor, ...],
+    state: RandomState,
     rescues: bool = False,
 ) -> None:
     """Keep the call, to run it again when its outputs' gradients are there."""

@@ -107,7 +107,9 @@ def reference_of(
     )
     sums = NamedSums(model_sketch, like)
     probes = [_probe_of(answer) for answer in answers]
-    examples = min(EXAMPLES, call.split.size)
+    # Where rows are of other examples than it seems, only some may show it.
+    uneven, size = call.split.is_uneven, call.split.size
+    examples = size if uneven else min(EXAMPLES, size)
     kept = [answer.detach() for answer in answers]
     dtype = next(iter(computed), passes.dtype)
     reference = Reference(call, kept, probes, sums, frozenset(called), examples, dtype)

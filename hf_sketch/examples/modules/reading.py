@@ -26,7 +26,7 @@ from hf_sketch.examples.modules.probe import (
 from hf_sketch.examples.rules.base import NoRule, Rule, kind_of
 from hf_sketch.model.fsdp import in_shards
 from hf_sketch.model.sketch import ModelSketch
-from hf_sketch.model.state import evaluation_mode
+from hf_sketch.model.state import draws_elsewhere, evaluation_mode
 from hf_sketch.sketches.transforms.lazy import is_lazy
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class Reading:
         self.verifies = self.unverified is None
         self.plan = Plan(model, self.parameters)
         self.model, self.model_sketch = model, model_sketch
+        self.draws_elsewhere = draws_elsewhere(model)
         self.passes = Passes(model, self.parameters)
         self._batch_norms = {
             path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)

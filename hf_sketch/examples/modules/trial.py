@@ -85,7 +85,7 @@ class Trial:
             return reference_of(passes, call, self._reading.model_sketch)
 
         few = isinstance(call.split, Rows) and call.split.size > EXAMPLES
-        if few and not self._reading.whole:
+        if few and not (self._reading.whole or call.split.is_uneven):
             with attempt() as tried:  # inputs need not divide
                 return reference(call.part(0, EXAMPLES))
             logger.info("Examples cannot leave their batch: %s", tried.error)
@@ -98,12 +98,14 @@ class Trial:
             return
         for index in range(reference.examples):
             alone: list[Tensor] = []
+            part = reference.call.part(index, 1)
             with attempt() as tried:  # inputs need not divide
-                alone = self._answers(reference.call.part(index, 1))
+                alone = part.without_padding(self._answers(part))
             if tried.error is not None:
                 logger.info("Examples cannot leave their batch: %s", tried.error)
                 return
             expected = [split.part(answer, index) for answer in reference.answers]
+            expected = part.without_padding(expected)
             if len(alone) == len(expected) and not self._agreed(
                 same_answers(alone, expected, "rule")
             ):

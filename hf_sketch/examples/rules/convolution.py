@@ -6,27 +6,26 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from hf_sketch.examples.rules.base import Call, Contribution, Rule
-from hf_sketch.examples.split import Packed
+from hf_sketch.examples.rules.base import Call, Contribution, Rule, tokens
+from hf_sketch.examples.split import ExampleSplit, Packed
 
 
 class Convolution(Rule):
     """y[o, p] = sum_i W[o, i] patch_p[i] + b[o], in any number of dimensions."""
 
-    def forward(self, call: Call) -> tuple[int, Tensor] | None:
+    def forward(self, call: Call) -> tuple[ExampleSplit, Tensor] | None:
         module: Any = self.module
         packed = isinstance(call.split, Packed)
         if packed or module.groups != 1 or module.padding_mode != "zeros":
             return None
-        return call.split.size, call.input
+        return call.split, call.input
 
     def backward(
-        self, saved: tuple[int, Tensor], gradient: Tensor
+        self, saved: tuple[ExampleSplit, Tensor], gradient: Tensor
     ) -> Iterator[Contribution]:
-        examples, x = saved
-        left = gradient.flatten(2).transpose(1, 2)
-        left = left.reshape(examples, -1, left.shape[-1])
-        right = _patches(self.module, x).reshape(examples, left.shape[1], -1)
+        split, x = saved
+        left = tokens(split, gradient.flatten(2).transpose(1, 2))
+        right = tokens(split, _patches(self.module, x))
         yield "weight", left, right
         yield "bias", left.sum(1), None
 

@@ -1,0 +1,84 @@
+"""Rows beside backward passes of each example alone, by the Trainer's own loss."""
+
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+from hf_sketch import load_sketches
+from hf_sketch.callbacks import GradientSketchCallback
+
+SIZE = 256
+
+
+class InOrder(Trainer):
+    """Takes the examples in the order of the dataset."""
+
+    def _get_train_sampler(self, *_):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def resting_trainer(directory, model, examples, collator=None, **arguments):
+    """A Trainer that records batches of three, and leaves the weights as they are."""
+    settings = {
+        "per_device_train_batch_size": 3,
+        "num_train_epochs": 1,
+        "learning_rate": 0.0,
+        "max_grad_norm": 0.0,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "remove_unused_columns": False,
+    }
+    if collator is None:
+        examples = Dataset.from_list(examples)
+    return InOrder(
+        model,
+        TrainingArguments(str(directory), **{**settings, **arguments}),
+        train_dataset=examples,
+        data_collator=collator,
+        callbacks=[GradientSketchCallback(SIZE)],
+    )
+
+
+def assert_rows_are_own(trainer, without=(), tolerance=1e-4):
+    """Each row is the sketch of its example's gradient, alone in a batch.
+
+    Rows of the examples `without` labels are zero. The weighted sums of rows are the
+    steps' gradients.
+    """
+    store = load_sketches(trainer.args.output_dir)
+    rows = store.dataset.with_format("torch")[:]
+    assert sorted(rows["example_id"].tolist()) == [*range(len(trainer.train_dataset))]
+    assert rows["finite"].all()
+    for row in store.dataset:
+        got = torch.tensor(row["sketch"])
+        if row["example_id"] in without:
+            assert not got.any()
+            assert row["weight"] == 0
+            continue
+        expected, loss = own(trainer, row["example_id"], store.model_sketch)
+        assert (got - expected).norm() < tolerance * expected.norm()
+        assert row["weight"] > 0
+        if row["loss"] == row["loss"]:
+            assert abs(row["loss"] - loss) < tolerance * loss
+    for step in store.steps.with_format("torch"):
+        chosen = rows["step"] == step["step"]
+        total = rows["weight"][chosen].float() @ rows["sketch"][chosen]
+        assert (total - step["sketch"]).norm() <= 1e-4 * step["sketch"].norm()
+    return store
+
+
+def own(trainer, index, sketch):
+    """The sketch of the gradient of one example's loss, and the loss."""
+    model = trainer.model
+    model.train()
+    model.zero_grad()
+    batch = trainer.data_collator([trainer.train_dataset[index]])
+    loss = trainer.compute_loss(model, batch)
+    loss.backward()
+    named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    gradient = sketch.sketch(named)
+    model.zero_grad()
+    return gradient, float(loss.detach())
