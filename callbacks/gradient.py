@@ -20,6 +20,7 @@ from transformers import (
 
 from hf_sketch.examples.losses import check_reduction
 from hf_sketch.examples.sketcher import ExampleSketcher
+from hf_sketch.model.groups import Grouping, check_grouping
 from hf_sketch.model.sketch import LAYOUTS, ModelSketch
 from hf_sketch.processes import check_same
 from hf_sketch.sketches.by_name import OPERATORS
@@ -73,11 +74,14 @@ class GradientSketchCallback(TrainerCallback):
     training that never stopped. Open them with `hf_sketch.load_sketches(output_dir)`.
 
     Args:
-        out_size: numbers per sketch.
+        out_size: numbers per sketch, or per group of layers.
         layout: "grouped" (cheap per-example rows), "blocked" (forms each example's
             weight gradients) or "factored" (of earlier releases); see `ModelSketch`.
             By default that of the store that training resumes, or else "grouped".
         operator: sketch of the parameters that the layout leaves; see `ModelSketch`.
+        groups: number of groups of layers, each with a sketch of its own in a row, for
+            `attribute(layers=...)`; or a regular expression per group, found in names
+            of parameters: {"attention": "attn", "rest": None}. By default one sketch.
         seed: seed of the sketch; by default the Trainer's own.
         per_step: record a row per step.
         per_example: record a row per example.
@@ -109,6 +113,7 @@ class GradientSketchCallback(TrainerCallback):
     _: KW_ONLY
     layout: str | None = None
     operator: str = "srht"
+    groups: Grouping = 1
     seed: int | None = None
     per_step: bool = True
     per_example: bool = True
@@ -130,6 +135,7 @@ class GradientSketchCallback(TrainerCallback):
         if self.layout is not None:
             check_choice("layout", self.layout, LAYOUTS)
         check_choice("operator", self.operator, OPERATORS)
+        check_grouping(self.groups)
         check_choice("row_dtype", self.row_dtype, ROW_DTYPES)
         check_choice("normalize", self.normalize or "adam", ("adam",))
         check_reduction(self.loss)
@@ -207,14 +213,8 @@ class GradientSketchCallback(TrainerCallback):
         if control.should_save:  # the rows must be there before the checkpoint is
             self._do(Run.flush)
 
-    def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        if control.should_save:
+    def on_epoch_end(self, *event: Any, **kwargs: Any) -> None:
+        if event[2].should_save:
             self._do(Run.flush)
 
     def on_evaluate(self, *event: Any, **kwargs: Any) -> None:
@@ -267,12 +267,12 @@ class GradientSketchCallback(TrainerCallback):
         """Return the header of the store, unless this training cannot be recorded."""
         name, every, last = type(self).__name__, self.every_steps, state.max_steps
         check_processes(args, model, name, compiled=True, in_shards=True)
-        check_same(name, vars(self))
+        check_same(name, {**vars(self), "groups": str(self.groups)})
         allowed = f"at most {last}, the steps of this run"
         check_setting("every_steps", every <= last, allowed, every)
         seed = args.seed if self.seed is None else self.seed
         layout = self.layout or stored_layout(args, state.global_step) or "grouped"
-        settings = self.out_size, layout, seed, self.operator
+        settings = self.out_size, layout, seed, self.operator, None, self.groups
         sketch = ModelSketch.from_model(model, *settings)
         header = Header(sketch, self.loss, self.row_dtype, per_row=self.per_row)
         return replace(header, step_examples=step_examples(args, state))

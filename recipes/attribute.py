@@ -69,6 +69,7 @@ def run_attribute(
         batch_size=arguments.batch_size,
         token_scores=arguments.token_scores,
         method=method,
+        layers=layers_of(arguments.layers),
         top_k=arguments.top_k,
         bottom_k=arguments.bottom_k,
     )
@@ -105,6 +106,18 @@ def check_answers(arguments: AttributeArguments | WikitextArguments) -> None:
     if arguments.token_scores:
         check_token_method(name)
     check_lines(arguments.top_k, arguments.bottom_k)
+
+
+def layers_of(listed: str | None) -> dict[str, float] | None:
+    """Return groups of layers and their weights, listed as "a,b=0.5".
+
+    Raises:
+        ValueError: a weight is no number.
+    """
+    if listed is None:
+        return None
+    named = [part.partition("=") for part in listed.split(",")]
+    return {name: float(weight) if given else 1.0 for name, given, weight in named}
 
 
 def method_of(store: GradientRows, name: str, damping: float | None) -> str | Method:

@@ -71,7 +71,7 @@ class ArrivingGradients(StepReader):
         self, position: Mapping[str, float], loss_scale: float
     ) -> dict[str, Tensor]:
         processes = PartialState()
-        total = torch.zeros(1, self._model_sketch.out_size, device=processes.device)
+        total = torch.zeros(1, self._model_sketch.row_size, device=processes.device)
         if self._sum.names:
             total = self._sum.result()
         share = loss_scale * processes.num_processes

@@ -85,8 +85,9 @@ def forecast(
         ranks, kind = args.world_size, PER_EXAMPLE
     if args.save_strategy == "steps":
         flushed = max(1, state.save_steps // every_steps)
+    groups = sketch.layer_groups.count
     size = store_size(
-        RowFormat(kind, sketch.out_size, header.row_dtype),
+        RowFormat(kind, sketch.row_size, header.row_dtype, groups),
         rows_a_step=step_examples(args, state) // ranks if modules is not None else 1,
         steps=steps,
         per_step=per_step and modules is not None,

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_sketch.attribution.columns import (
     answer_lines,
     check_lines,
+    ids_of_states,
     matching_rows,
     query_ids,
     row_groups,
@@ -23,6 +24,7 @@ from hf_sketch.attribution.methods import (
     METHOD_NAMES,
     METHODS,
     Method,
+    OfLayers,
     Preconditioned,
     TracIn,
 )
@@ -38,6 +40,7 @@ from hf_sketch.attribution.scores import (
 )
 from hf_sketch.attribution.shares import RowShare
 from hf_sketch.examples.measured_error import MeasuredError
+from hf_sketch.model.groups import Layers
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.sketches.choices import check_choice
 from hf_sketch.store.locations import push_store
@@ -138,14 +141,15 @@ class GradientRows:
         return replace(self, dataset=self.steps, steps=None)
 
     def preconditioned(self, damping: float = 1.0) -> Preconditioned:
-        """Return the method of these rows' own covariance.
+        """Return the method of these rows' own covariance, a block per layer group.
 
         One pass over all finite rows takes it; it is factorised once.
 
         Args:
-            damping: added to the eigenvalues, in units of their mean.
+            damping: added to the eigenvalues, in units of their mean (each block's).
         """
-        return Preconditioned(covariance(self._share), damping)
+        shape = self.model_sketch.layer_groups.shape
+        return Preconditioned(covariance(self._share, shape), damping)
 
     def build_index(
         self,
@@ -165,7 +169,7 @@ class GradientRows:
             ModuleNotFoundError: the extra `faiss` is not installed.
             ValueError: the method is unknown, or a number of lists is out of range.
         """
-        return index_rows(self.dataset, self._method(method), lists, probed)
+        return index_rows(self.dataset, self.scored_by(method), lists, probed)
 
     def attribute(
         self,
@@ -175,6 +179,7 @@ class GradientRows:
         *,
         bottom_k: int = 0,
         groups: str | None = None,
+        layers: Layers | None = None,
     ) -> Dataset:
         """Return the rows that moved the model most for and against each query.
 
@@ -194,6 +199,8 @@ class GradientRows:
             bottom_k: number of lines with the least scores, the strongest opponents.
             groups: name of a column, as "label": scores are summed over the rows of
                 each value, and each line is about a value instead of a row.
+            layers: names of the layer groups that scores are sums over, or weights by
+                name; by default all. See `GradientSketchCallback(groups=...)`.
 
         Returns:
             for each query its lines from the greatest score to the least: query (its
@@ -203,26 +210,26 @@ class GradientRows:
         Raises:
             ValueError: the queries were sketched by another map, a query is not finite,
                 top_k and bottom_k are below 0 or both 0, the method is unknown or needs
-                columns that are not there, or there is no column `groups`.
+                columns that are not there, or `groups` or `layers` name none there is.
         """
         check_lines(top_k, bottom_k)
         ids, matrix = self._query_matrix(queries)
-        chosen = self._method(method)
+        chosen = self.scored_by(method, layers)
         if groups is None:
             found = best_rows(self._share, matrix, chosen, top_k, bottom_k)
             return answer_lines(ids, *found, self.dataset)
         values, codes = row_groups(self.dataset, groups)
         sums = group_scores(self._share, matrix, chosen, codes, len(values))
+        best = best_groups(sums, top_k, bottom_k)
         told = {groups: values, "rows": torch.bincount(codes).numpy()}
-        return answer_lines(
-            ids, *best_groups(sums, top_k, bottom_k), Dataset.from_dict(told)
-        )
+        return answer_lines(ids, *best, Dataset.from_dict(told))
 
     def scores(
         self,
         queries: "GradientRows | Mapping[int, GradientRows]",
         method: str | Method = "dot",
         groups: str | None = None,
+        layers: Layers | None = None,
     ) -> Tensor:
         """Return all scores as one matrix; see `attribute`.
 
@@ -231,19 +238,35 @@ class GradientRows:
             groups), float64, groups in the order of their sorted values.
         """
         _, matrix = self._query_matrix(queries)
-        chosen = self._method(method)
+        chosen = self.scored_by(method, layers)
         if groups is None:
             return dense_scores(self._share, matrix, chosen)
         values, codes = row_groups(self.dataset, groups)
         return group_scores(self._share, matrix, chosen, codes, len(values))
 
-    def self_influence(self, method: str | Method = "dot") -> Tensor:
+    def self_influence(
+        self, method: str | Method = "dot", layers: Layers | None = None
+    ) -> Tensor:
         """Score each row as its own query: hard and mislabelled examples score high.
 
         Returns:
             (rows,), float32; NaN for rows that are not finite.
         """
-        return self_scores(self._share, self._method(method))
+        return self_scores(self._share, self.scored_by(method, layers))
+
+    def scored_by(self, method: str | Method, layers: Layers | None = None) -> Method:
+        """Return the method of a name, checked against the rows, of some layers."""
+        if isinstance(method, str):
+            check_choice("method", method, METHOD_NAMES)
+            if method == "tracin":
+                method = TracIn.of_steps(self.steps)
+            else:
+                method = METHODS.get(method) or self.preconditioned()
+        if problem := method.problem(self.model_sketch, self.dataset.column_names):
+            raise ValueError(problem)
+        if layers is None:
+            return method
+        return OfLayers(method, self.model_sketch.layer_groups.weights(layers))
 
     @property
     def _share(self) -> RowShare:
@@ -262,18 +285,10 @@ class GradientRows:
                 f"{self.dataset.column_names}. Take rows of training or of "
                 "sketch_checkpoints."
             )
-        steps = sorted(queries)
-        states = [queries[step] for step in steps]
-        ids = [query_ids(state.dataset) for state in states]
-        if not steps or any(not np.array_equal(ids[0], other) for other in ids):
-            raise ValueError(
-                "The states have different queries: "
-                f"{ {s: len(q.dataset) for s, q in queries.items()} } queries by step. "
-                "Make them with sketch_checkpoints of one dataset."
-            )
-        return ids[0], QueryMatrix(
-            tuple(map(self._matrix, states)), torch.tensor(steps)
-        )
+        states = {step: queries[step] for step in sorted(queries)}
+        ids = ids_of_states({step: x.dataset for step, x in states.items()})
+        matrices = tuple(map(self._matrix, states.values()))
+        return ids, QueryMatrix(matrices, torch.tensor([*states]))
 
     def _matrix(self, queries: "GradientRows") -> Tensor:
         """Their sketches, checked: (queries, out_size)."""
@@ -283,16 +298,3 @@ class GradientRows:
                 "with sketch_dataset(model, data, store.model_sketch)."
             )
         return query_sketches(queries.dataset)
-
-    def _method(self, method: str | Method) -> Method:
-        """The method of a name, checked against the rows."""
-        if isinstance(method, str):
-            check_choice("method", method, METHOD_NAMES)
-            if method == "tracin":
-                method = TracIn.of_steps(self.steps)
-            else:
-                method = METHODS.get(method) or self.preconditioned()
-        problem = method.problem(self.model_sketch, self.dataset.column_names)
-        if problem is not None:
-            raise ValueError(problem)
-        return method

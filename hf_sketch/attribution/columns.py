@@ -93,6 +93,22 @@ def query_ids(dataset: Dataset) -> np.ndarray[Any, Any]:
     return column(dataset, "example_id" if examples else "step")
 
 
+def ids_of_states(states: Mapping[int, Dataset]) -> np.ndarray[Any, Any]:
+    """The ids that queries have at each of several states, by step.
+
+    Raises:
+        ValueError: the states have different queries.
+    """
+    ids = [query_ids(dataset) for dataset in states.values()]
+    if not ids or any(not np.array_equal(ids[0], other) for other in ids):
+        raise ValueError(
+            "The states have different queries: "
+            f"{ {step: len(x) for step, x in states.items()} } queries by step. "
+            "Make them with sketch_checkpoints of one dataset."
+        )
+    return ids[0]
+
+
 def check_lines(top_k: int, bottom_k: int) -> None:
     """Raise unless a query is to be answered by at least one line."""
     if min(top_k, bottom_k) < 0 or top_k + bottom_k == 0:

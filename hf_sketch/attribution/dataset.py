@@ -86,7 +86,7 @@ def sketch_dataset(
             ids = torch.arange(done, done + len(found.losses))
             columns = row_columns(found.rows, example_id=ids, loss=found.losses)
             tables.append(arrow_table(QUERY, columns))
-    schema = features(QUERY, model_sketch.out_size).arrow_schema
+    schema = features(QUERY, model_sketch.row_size).arrow_schema
     table = pa.concat_tables(tables) if tables else schema.empty_table()
     return GradientRows(model_sketch, Dataset(InMemoryTable(table)))
 

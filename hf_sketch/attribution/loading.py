@@ -14,7 +14,7 @@ from hf_sketch.store.manifest import (
     read_manifests,
     shards_of,
 )
-from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP, features
+from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 from hf_sketch.store.shards import Shard, check_shard, open_shards
 
 _VERIFIED_BYTES = 2**30
@@ -66,12 +66,7 @@ def load_sketches(
         open_shards(
             directory,
             [s for s in shards_of(manifests, kind) if s.file not in damaged],
-            features(
-                kind,
-                header.model_sketch.out_size,
-                header.row_dtype,
-                header.optional_columns,
-            ),
+            header.features(kind),
         )
         for kind in (PER_EXAMPLE, PER_STEP)
     )

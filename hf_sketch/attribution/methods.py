@@ -1,7 +1,7 @@
 """What a score is: the ways in which a row of a store can speak for a query."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -125,14 +125,15 @@ class Preconditioned(Method):
 
     With rows at trained weights, C is the sketched empirical Fisher matrix, and the
     score that of TRAK without its weighting of examples. `GradientRows.preconditioned`
-    makes one.
+    makes one. Of rows with groups of layers, C has a block for each, and the score is
+    the sum over the groups.
 
     Shapes:
-        covariance (out_size, out_size), float64
+        covariance (out_size, out_size) or (groups, out_size, out_size), float64
 
     Args:
-        covariance: C.
-        damping: as a part of C's mean eigenvalue.
+        covariance: C, or its blocks.
+        damping: as a part of C's mean eigenvalue, or of each block's.
 
     Raises:
         ValueError: `damping` is not positive, or C is zero or not finite.
@@ -148,19 +149,22 @@ class Preconditioned(Method):
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
-        mean = float(self.covariance.diagonal().mean())
-        if not 0 < mean < float("inf"):
+        means = self.covariance.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+        if not 0 < (mean := float(means.mean())) < float("inf"):
             raise ValueError(
                 "the rows' mean squared length must be positive and finite, got "
                 f"{mean}: leave rows out with where(finite=True)."
             )
         damped = self.covariance.clone()
-        damped.diagonal().add_(self.damping * mean)
+        means = means.where(means > 0, 1.0)  # a group without gradients has no score
+        damped.diagonal(dim1=-2, dim2=-1).add_(self.damping * means)
         object.__setattr__(self, "_factor", torch.linalg.cholesky(damped))
 
     def transform(self, sketches: Tensor) -> Tensor:
-        solved = torch.cholesky_solve(sketches.double().T, self._factor)
-        return solved.T.to(sketches.dtype)
+        shape = self.covariance.shape[:-1]
+        numbers = sketches.double().unflatten(1, shape).movedim(0, -1)
+        solved = torch.cholesky_solve(numbers, self._factor)
+        return solved.movedim(-1, 0).flatten(1).to(sketches.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +211,43 @@ class Influence(Method):
             "influence needs a spectrum that was sketched by the map of the rows, got "
             "another map: take it of SketchedHessian(hessian, store.model_sketch)."
         )
+
+
+@dataclass(frozen=True, eq=False)
+class OfLayers(Method):
+    """A method's score of some groups of layers, or with a weight for each.
+
+    Numbers of queries and rows are multiplied by the root of their group's weight, and
+    so is what M makes of them: q @ W^(1/2) M W^(1/2) @ r. Where M is a block for each
+    group this is the weighted sum of the groups' scores; "cosine" has the norms of what
+    is left.
+
+    Shapes:
+        layer_weights (row_size,)
+
+    Args:
+        method: the method.
+        layer_weights: of each number of a row; see `LayerGroups.weights`.
+    """
+
+    method: Method
+    layer_weights: Tensor
+    columns: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", self.method.columns)
+
+    def transform(self, sketches: Tensor) -> Tensor:
+        root = self.layer_weights.sqrt()
+        return self.method.transform(sketches * root) * root
+
+    def weights(self, block: RowBlock) -> Tensor | None:
+        return self.method.weights(
+            replace(block, kept=block.kept * self.layer_weights.sqrt())
+        )
+
+    def problem(self, model_sketch: ModelSketch, column_names: list[str]) -> str | None:
+        return self.method.problem(model_sketch, column_names)
 
 
 METHODS: Final[dict[str, Method]] = {"dot": Dot(), "cosine": Cosine()}

@@ -13,6 +13,7 @@ from hf_sketch.attribution.collection import GradientRows
 from hf_sketch.attribution.columns import column
 from hf_sketch.attribution.methods import Cosine, Method
 from hf_sketch.durable import replace_file
+from hf_sketch.model.groups import Layers
 
 FILE: Final = "attribution.json"
 _FORMAT_VERSION = 1
@@ -95,6 +96,7 @@ def record_attribution(
     top_k: int = 5,
     bottom_k: int = 5,
     method: str | Method = "dot",
+    layers: Layers | None = None,
     train_texts: Sequence[str] | None = None,
     tokens: Sequence[list[list[Any]]] | None = None,
     token_sketches: Sequence[GradientRows] | None = None,
@@ -108,6 +110,7 @@ def record_attribution(
         top_k: proponents told of each.
         bottom_k: opponents told of each.
         method: as for `GradientRows.attribute`.
+        layers: the same.
         train_texts: of each example, by example_id; None if they are not known.
         tokens: of each query, see `QueryRecord`.
         token_sketches: of each query, the gradients of each token's loss but the
@@ -119,14 +122,15 @@ def record_attribution(
     """
     if token_sketches is not None:
         check_token_method(method)
+    scored = store.scored_by(method, layers)
     lines = store.attribute(
-        queries, top_k, method, bottom_k=bottom_k, groups="example_id"
+        queries, top_k, scored, bottom_k=bottom_k, groups="example_id"
     )
     rows: list[dict[str, Any]] = lines.to_list()
     for line in rows:
         if train_texts and 0 <= line["example_id"] < len(train_texts):
             line["text"] = train_texts[line["example_id"]]
-    steps, told, parts = _contributions(store, queries, method, lines)
+    steps, told, parts = _contributions(store, queries, scored, lines)
     losses, query_ids = (queries.dataset[name][:] for name in ("loss", "example_id"))
     records: list[QueryRecord] = []
     for number, text in enumerate(query_texts):
@@ -144,7 +148,7 @@ def record_attribution(
             else [],
             token_scores=[]
             if token_sketches is None
-            else _token_scores(store, token_sketches[number], method, ids),
+            else _token_scores(store, token_sketches[number], scored, ids),
         )
         records.append(record)
     name = method if isinstance(method, str) else type(method).__name__
@@ -161,7 +165,7 @@ def check_token_method(method: str | Method) -> None:
 
 
 def _token_scores(
-    store: GradientRows, tokens: GradientRows, method: str | Method, ids: list[int]
+    store: GradientRows, tokens: GradientRows, method: Method, ids: list[int]
 ) -> list[list[float]]:
     """What each token of a query has of the examples' scores: by example and token."""
     if not len(tokens.dataset):
@@ -173,7 +177,7 @@ def _token_scores(
 
 
 def _contributions(
-    store: GradientRows, queries: GradientRows, method: str | Method, lines: Dataset
+    store: GradientRows, queries: GradientRows, method: Method, lines: Dataset
 ) -> tuple[list[int], Array, Array]:
     """When the examples told of had their say.
 

@@ -188,15 +188,21 @@ def self_scores(share: RowShare, method: Method) -> Tensor:
     return torch.cat(share.gathered(torch.cat(parts)))
 
 
-def covariance(share: RowShare) -> Tensor:
-    """The mean of r r^T over all finite rows r, (out_size, out_size), float64."""
-    out_size: int = share.dataset.features["sketch"].length
-    total = torch.zeros(out_size, out_size, dtype=torch.float64)
+def covariance(share: RowShare, shape: Sequence[int]) -> Tensor:
+    """The mean of r r^T over all finite rows r, float64.
+
+    Args:
+        share: the rows.
+        shape: of each: (out_size,), or (groups, out_size) for a mean of each group,
+            (groups, out_size, out_size).
+    """
+    total = torch.zeros(*shape, shape[-1], dtype=torch.float64)
     count = 0
     for block in share.blocks():
         sketches = block.sketches
         sketches = sketches[sketches.isfinite().all(1)]
-        total += (sketches.T @ sketches).double()
+        numbers = sketches.unflatten(1, shape).movedim(0, -1)
+        total += (numbers @ numbers.mT).double()
         count += len(sketches)
     count = int(share.summed(torch.tensor(count)))
     return share.summed(total) / max(1, count)

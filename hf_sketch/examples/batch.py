@@ -28,7 +28,7 @@ class ExampleBatch:
 
     Args:
         calls: the model's calls, with their inputs and how these divide into examples.
-        rows: (b, out_size), row i the sketch of the gradient of losses[i].
+        rows: (b, row_size), row i the sketch of the gradient of losses[i].
         losses: (b,), each example's own loss; NaN where the loss is computed outside of
             the model, and a row is b times the gradient of the example's share of it.
         weights: (b,), the weight with which each example entered the gradient: the sum
@@ -210,7 +210,7 @@ class Batch:
         """Return sketches of the gradients that the backward pass has brought.
 
         Shapes:
-            returns (b, out_size)
+            returns (b, row_size)
 
         Raises:
             MemoryError: memory ran out in a hook.

@@ -2,10 +2,10 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from hf_sketch.model.accumulator import Accumulator
+from hf_sketch.model.group_sum import GroupSum
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.sketches.outer import Routed, form_outer
 
@@ -17,7 +17,7 @@ class NamedSums:
 
     Args:
         model_sketch: gives the operators.
-        like: (examples, out_size), whose dtype and device the sums have.
+        like: (examples, ...), whose dtype and device the sums have.
     """
 
     def __init__(self, model_sketch: ModelSketch, like: Tensor) -> None:
@@ -25,7 +25,7 @@ class NamedSums:
         self._model_sketch = model_sketch
         self._shapes = dict(model_sketch.shapes)
         self._like = like
-        self._sketched: dict[str, Accumulator] = {}
+        self._sketched: dict[str, GroupSum] = {}
         self._plain: dict[str, Tensor] = {}
 
     def empty(self) -> "NamedSums":
@@ -86,13 +86,15 @@ class NamedSums:
     def of(self, name: str) -> Tensor:
         """Return the examples' sums of a parameter: (examples, numbers)."""
         if name in self._model_sketch.operators:
-            return self._sum(name).result()
+            found = self._sum(name).result()
+            assert found is not None
+            return found
         return self._hold(name)
 
-    def _sum(self, name: str) -> Accumulator:
+    def _sum(self, name: str) -> GroupSum:
         if name not in self._sketched:
-            total = torch.zeros_like(self._like)
-            self._sketched[name] = self._model_sketch.sketch_sum(total)
+            group = self._model_sketch.layer_groups.of[name]
+            self._sketched[name] = self._model_sketch.group_sum(group, self._like)
         return self._sketched[name]
 
     def _hold(self, name: str) -> Tensor:

@@ -226,13 +226,9 @@ class ExampleSketcher:
                 learn(self._reading, call)
         self._reading.check_independence()
         like = next(iter(self.parameters.values()))
-        total = torch.zeros(
-            call.split.size,
-            self.model_sketch.out_size,
-            dtype=accumulation_dtype(like.dtype),
-            device=like.device,
-        )
-        sums = self.model_sketch.sketch_sum(total)
+        dtype = accumulation_dtype(like.dtype)
+        rows = torch.empty(call.split.size, 0, dtype=dtype, device=like.device)
+        sums = self.model_sketch.sketch_sum(rows)
         batch = Batch(call, sums, self._reading.copies, outputs)
         elsewhere = self._reading.draws_elsewhere
         batch.random_states[""] = random_state(like.device, elsewhere)

@@ -1,237 +1,65 @@
 """Sketches of gradients that arrive parameter by parameter, added up."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from hf_sketch.model.normalizer import Normalizer
-from hf_sketch.sketches import QK, Grouped, Sketch
-from hf_sketch.sketches.blocked import BlockedSketch, WorkingMemory
-from hf_sketch.sketches.operator import accumulation_dtype
-from hf_sketch.sketches.outer import Routed, form_outer
+from hf_sketch.model.group_sum import GroupSum
+from hf_sketch.sketches.outer import Routed
 
 
-@dataclass
 class Accumulator:
     """Adds up the sketches of parameters' gradients as they arrive.
 
-    A gradient comes as whole rows, as a range of coordinates, as a sum of outer
-    products or for one example alone; uses of one parameter add up. It is sketched at
-    once and dropped, unless its parameter shares an operator (fewer than 2**16
-    elements): such rows are held until `result`, and must not change until then.
+    Each group of layers has a sum of its own, which takes the gradients of its
+    parameters; see `GroupSum`. Without groups there is one, of all parameters.
 
     Args:
-        shapes: shape of each parameter.
-        operators: operator of each parameter that has one of its own.
-        packed: place of each other parameter in the vector of those laid end to end.
-        packed_operator: operator of that vector; None if it is empty.
-        whole: the packed operator has a single block, the whole vector.
-        total: (b, out_size), sketches to add to, in place. With it, each part of a
-            batch's gradients is finished as it comes, since sums over blocks are larger
-            than rows. Without it, operators with blocks of one size finish together.
-        normalizer: scales gradients before they are sketched.
+        group_of: group of each parameter, by name.
+        sums: of each group, in the order of their numbers in a row.
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
-    operators: Mapping[str, Sketch]
-    packed: Mapping[str, slice]
-    packed_operator: Sketch | None
-    whole: bool = False
-    total: Tensor | None = None
-    normalizer: Normalizer | None = None
-    names: set[str] = field(default_factory=set[str])
-    _held: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    _mixed: dict[int, tuple[BlockedSketch, Tensor]] = field(default_factory=dict)
-    _memory: WorkingMemory = field(default_factory=WorkingMemory)
-    _by_example: bool = field(init=False)
+    def __init__(
+        self, group_of: Mapping[str, str], sums: Mapping[str, GroupSum]
+    ) -> None:
+        self._group_of, self._sums = group_of, sums
 
-    def __post_init__(self) -> None:
-        self._by_example = self.total is not None
+    @property
+    def names(self) -> set[str]:
+        """The parameters of which something came."""
+        return set[str]().union(*(part.names for part in self._sums.values()))
 
     def add(self, name: str, rows: Tensor) -> None:
-        """Add rows of a parameter: (b, elements)."""
-        self.names.add(name)
-        rows = self._scaled(name, self._converted(rows))
-        operator = self.operators.get(name)
-        if operator is None:
-            self._hold(name, rows)
-        elif self._by_example:
-            self._join(operator.apply_rows(rows))
-        else:
-            self._apply(operator, rows)
+        """See `GroupSum.add`."""
+        self._of(name).add(name, rows)
 
     def add_part(self, name: str, part: Tensor, start: int) -> None:
-        """Add some coordinates of a parameter's rows, those from `start` on.
-
-        Rows of full length are built for parameters that share an operator.
-
-        Shapes:
-            part (b, length)
-        """
-        self.names.add(name)
-        part = self._scaled(name, self._converted(part), start)
-        operator = self.operators.get(name)
-        if operator is None:
-            if name not in self._held or not self._by_example:
-                size = math.prod(self.shapes[name])
-                self._hold(name, part.new_zeros(len(part), size))
-            self._held[name][:, start : start + part.shape[1]] += part
-        elif isinstance(operator, BlockedSketch):
-            self._collect(operator, operator.accumulate_part(part, start, self._memory))
-        else:
-            self._join(operator.apply_part(part, start))
+        """See `GroupSum.add_part`."""
+        self._of(name).add_part(name, part, start)
 
     def fold(self, name: str, factor: Tensor, side: int) -> Tensor:
-        """Return what `add_outer` needs of one side of a parameter's outer products.
-
-        Shapes:
-            factor (b, t, elements of the side), or integer (b, t) for one-hot vectors
-        """
-        operator = self._two_sided(name)
-        if operator is None:
-            return factor
-        factor = self._converted(factor)
-        if self.normalizer is None:
-            return operator.fold(factor, side)
-        scaled = self.normalizer.scale_side(name, factor, side)
-        if factor.is_floating_point():
-            return operator.fold(scaled, side)
-        return operator.fold(factor, side) * scaled
+        """See `GroupSum.fold`."""
+        return self._of(name).fold(name, factor, side)
 
     def add_outer(self, name: str, left: Tensor, right: Tensor) -> None:
-        """Add sum_t left_t (x) right_t of each example, both sides folded."""
-        self.names.add(name)
-        left = self._converted(left)
-        operator = self.operators.get(name)
-        if (factored := self._two_sided(name)) is not None:
-            assert self.total is not None
-            factored.add_folded_(self.total, left, right)
-            return
-        right = self._converted(right)
-        size = math.prod(self.shapes[name])
-        if self.normalizer is not None:
-            scaled = self.normalizer.scale_outer(name, left, right)
-            if scaled is None:  # whose sides are not those of the moments
-                self.add(name, form_outer(left, right, 0, size))
-                return
-            left, right = scaled
-        if operator is not None:
-            self._join(operator.apply_outer(left, right))
-        else:
-            self._hold(name, form_outer(left, right, 0, size))
+        """See `GroupSum.add_outer`."""
+        self._of(name).add_outer(name, left, right)
 
     def add_routed(self, name: str, left: Tensor, right: Routed) -> None:
-        """Add sum_t left_t (x) right_t of each example, in the expert's matrix.
-
-        Shapes:
-            left (t, m), the tokens of all examples
-        """
-        self.names.add(name)
-        operator, left = self.operators.get(name), self._converted(left)
-        right = right.of(self._converted(right.sides))
-        if isinstance(operator, Grouped):
-            assert self.total is not None
-            left, sides, expert = right.by_example(left)
-            if self.normalizer is not None:
-                left = self.normalizer.scale_side(name, left, 0, expert)
-                sides = self.normalizer.scale_side(name, sides, 1)
-            folded = operator.fold(left, 0, expert), operator.fold(sides, 1, expert)
-            operator.add_folded_(self.total, *folded)
-            return
-        for start, rows in right.formed(left):
-            self.add_part(name, rows, start)
+        """See `GroupSum.add_routed`."""
+        self._of(name).add_routed(name, left, right)
 
     def add_example(self, name: str, index: int, gradient: Tensor) -> None:
-        """Add the gradient of one example, in the parameter's shape."""
-        assert self.total is not None
-        self.names.add(name)
-        row = self._scaled(name, self._converted(gradient.reshape(1, -1)))
-        operator = self.operators.get(name)
-        if operator is not None:
-            self.total[index : index + 1] += operator.apply_rows(row)
-            return
-        if name not in self._held:
-            self._held[name] = row.new_zeros(len(self.total), row.shape[1])
-        self._held[name][index : index + 1] += row
+        """See `GroupSum.add_example`."""
+        self._of(name).add_example(name, index, gradient)
 
     def result(self) -> Tensor:
-        """Return the sketch of all that came: (b, out_size), at least one part."""
-        if self._held:
-            self._finish_held()
-        for operator, mixed in self._mixed.values():
-            self._join(operator.finish(mixed))
-        self._mixed = {}
-        assert self.total is not None
-        return self.total
+        """Return the sketch of all that came: (b, row_size), at least one part."""
+        found = [part.result() for part in self._sums.values()]
+        like = next(part for part in found if part is not None)
+        parts = [torch.zeros_like(like) if part is None else part for part in found]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _finish_held(self) -> None:
-        """Sketch the parameters that share an operator, laid end to end."""
-        operator = self.packed_operator
-        assert operator is not None
-        if self.whole and isinstance(operator, BlockedSketch):
-            packed = self._end_to_end(operator.block)
-            self._join(operator.finish(operator.accumulate_whole(packed)))
-        else:
-            self._apply(operator, self._end_to_end(operator.shape[1]))
-
-    def _end_to_end(self, length: int) -> Tensor:
-        """Return the held rows in their places, and let go of them."""
-        like = next(iter(self._held.values()))
-        packed = like.new_zeros(len(like), length)
-        for name, rows in self._held.items():
-            packed[:, self.packed[name]] = rows
-        self._held = {}
-        return packed
-
-    def _apply(self, operator: Sketch, rows: Tensor) -> None:
-        """Apply an operator; those with blocks of one size finish together."""
-        if isinstance(operator, BlockedSketch):
-            self._collect(operator, operator.accumulate(rows, memory=self._memory))
-        else:
-            self._join(operator.apply_rows(rows))
-
-    def _hold(self, name: str, rows: Tensor) -> None:
-        """Keep rows of a parameter that shares an operator."""
-        held = self._held.get(name)
-        if held is None:
-            self._held[name] = rows
-        elif self._by_example:
-            held += rows  # made by a gradient rule, for this sum alone
-        else:
-            self._held[name] = held + rows
-
-    def _join(self, part: Tensor) -> None:
-        """Add a finished sketch."""
-        if self.total is None:
-            self.total = part
-        else:
-            self.total += part
-
-    def _collect(self, operator: BlockedSketch, mixed: Tensor) -> None:
-        """Add a sum over blocks, to be finished with those of the same size."""
-        if operator.block in self._mixed:
-            mixed += self._mixed[operator.block][1]
-        self._mixed[operator.block] = operator, mixed
-
-    def _two_sided(self, name: str) -> QK | Grouped | None:
-        """Return the operator if it folds the sides of an outer product apart."""
-        operator = self.operators.get(name)
-        matrix = len(self.shapes[name]) == 2
-        if isinstance(operator, QK) and operator.sides == self.shapes[name]:
-            return operator
-        return operator if isinstance(operator, Grouped) and matrix else None
-
-    def _scaled(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
-        """Return rows, or their coordinates from `start` on, as they are sketched."""
-        if self.normalizer is None:
-            return rows
-        return self.normalizer.scale(name, rows, start)
-
-    def _converted(self, x: Tensor) -> Tensor:
-        """Return numbers in the dtype that sums are kept in; integers as they are."""
-        if not x.is_floating_point():
-            return x
-        given = self.total if self._by_example else None
-        return x.to(accumulation_dtype(x.dtype) if given is None else given.dtype)
+    def _of(self, name: str) -> GroupSum:
+        return self._sums[self._group_of[name]]

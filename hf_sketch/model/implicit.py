@@ -22,7 +22,7 @@ def implicit_sketch(
     The lifted parameters take as much memory as the model.
 
     Shapes:
-        returns (out_size,)
+        returns (row_size,)
 
     Args:
         loss_fn: from a callable that stands for the model to the loss, e.g.
@@ -38,7 +38,7 @@ def implicit_sketch(
     """
     parameters = model_sketch.parameters_of(model)
     omega = torch.zeros(
-        model_sketch.out_size,
+        model_sketch.row_size,
         dtype=next(iter(parameters.values())).dtype,
         device=next(iter(parameters.values())).device,
         requires_grad=True,

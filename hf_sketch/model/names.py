@@ -1,6 +1,10 @@
 """Parameter names as the model's author wrote them."""
 
+from collections.abc import Mapping
+
 from torch import nn
+
+from hf_sketch.model.zero import whole_shape
 
 _WRAPPERS = ("module.", "_orig_mod.")
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."  # of each layer, under FSDP
@@ -9,6 +13,26 @@ _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."  # of each layer, under FSDP
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by name, each once, without the prefixes of wrapping modules."""
     return {_plain_name(name): p for name, p in model.named_parameters()}
+
+
+def trainable_parameters(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, nn.Parameter]:
+    """Parameters that train, by name.
+
+    Raises:
+        ValueError: they are others than those of a sketch, or of other shapes.
+    """
+    trainable = {n: p for n, p in named_parameters(model).items() if p.requires_grad}
+    theirs = {name: whole_shape(p) for name, p in trainable.items()}
+    for name in [*shapes, *theirs]:
+        if shapes.get(name) != theirs.get(name):
+            raise ValueError(
+                f"the sketch has {name!r} with shape {shapes.get(name)}, the model has "
+                f"{theirs.get(name)} there: pass the model that the sketch was made "
+                "for, with the same parameters trainable."
+            )
+    return trainable
 
 
 def _plain_name(name: str) -> str:

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.coverage import Coverage
-from hf_sketch.model.names import named_parameters
+from hf_sketch.model.group_sum import GroupSum
+from hf_sketch.model.groups import Grouping, LayerGroups, grouped_names
+from hf_sketch.model.names import named_parameters, trainable_parameters
 from hf_sketch.model.normalizer import Normalizer
+from hf_sketch.model.operators import Operators
 from hf_sketch.model.zero import whole_shape
 from hf_sketch.sketches import Sketch
-from hf_sketch.sketches.by_name import OPERATORS, choose_factored, choose_operator
-from hf_sketch.sketches.choices import check_choice
+from hf_sketch.sketches.by_name import OPERATORS
+from hf_sketch.sketches.choices import check_choice, check_setting
 
 LAYOUTS = ("blocked", "factored", "flat", "grouped")
-_OWN_SIZE = 2**16
 _PROBED_ELEMENTS = 2**12
 
 
@@ -34,13 +36,16 @@ class ModelSketch:
     Because the map is linear, gradients of parts (tied uses, micro-batches, shards) may
     be sketched apart and summed.
 
+    With groups of layers, only parameters of one group add up; the sketches of the
+    groups lie end to end in one of `row_size` numbers, which is out_size without them.
+
     Shapes:
-        sketch   mapping of name to gradient -> (out_size,)
-        adjoint  (out_size,) -> mapping of name to tensor of the parameter's shape
+        sketch   mapping of name to gradient -> (row_size,)
+        adjoint  (row_size,) -> mapping of name to tensor of the parameter's shape
 
     Args:
         shapes: (name, shape) of every parameter that is sketched; see `from_model`.
-        out_size: length of the sketch, in [1, number of elements].
+        out_size: length of the sketch, or of each group's, in [1, number of elements].
         layout: "blocked" sketches each parameter by `operator`, in blocks where it has
             them (2**16 elements, SRHT 2**10); "grouped" sketches each matrix, and each
             of a mixture's experts, by `Grouped`, which takes outputs and inputs apart,
@@ -52,10 +57,12 @@ class ModelSketch:
         operator: "srht", "affd", "afjl" or "fjl" (in blocks), "dense", "ffd" or "qk".
         frozen: names of the parameters left out, for `coverage`.
         normalizer: scales each gradient before it is sketched; see `Normalizer`.
+        groups: name of each parameter's group, in the order of `shapes`; none if all
+            parameters add up.
 
     Raises:
         ValueError: no parameters, `out_size` out of range, an unknown layout or
-            operator, or a normalizer of other parameters.
+            operator, or a normalizer or groups of other parameters.
 
     Reference:
         Schioppa 2024, arXiv:2402.03994, B.4 (sums of sketches of parts), eq. (6), (8).
@@ -68,6 +75,7 @@ class ModelSketch:
     operator: str = "srht"
     frozen: tuple[str, ...] = field(default=(), compare=False, repr=False)
     normalizer: Normalizer | None = None
+    groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.shapes:
@@ -85,6 +93,8 @@ class ModelSketch:
             )
         if self.normalizer is not None:
             self.normalizer.check(dict(self.shapes))
+        named = len(self.groups) in (0, len(self.shapes))
+        check_setting("groups", named, "empty or a name per parameter", self.groups)
 
     @classmethod
     def from_model(
@@ -95,11 +105,13 @@ class ModelSketch:
         seed: int = 0,
         operator: str = "srht",
         normalizer: Normalizer | None = None,
+        groups: Grouping = 1,
     ) -> "ModelSketch":
         """The sketch of all trainable parameters of `model`.
 
         Tied parameters count once, under their first name; the name prefixes that
-        distributed and compiled wrappers add are dropped.
+        distributed and compiled wrappers add are dropped. `groups` is the number of
+        groups of layers, or a pattern for each; see `GradientSketchCallback`.
         """
         shapes: list[tuple[str, tuple[int, ...]]] = []
         frozen: list[str] = []
@@ -108,36 +120,41 @@ class ModelSketch:
                 shapes.append((name, whole_shape(parameter)))
             else:
                 frozen.append(name)
+        of = grouped_names(shapes, groups)
         fields = tuple(shapes), out_size, layout, seed, operator, tuple(frozen)
-        return cls(*fields, normalizer)
+        return cls(*fields, normalizer, of)
 
     @property
     def in_size(self) -> int:
         """Number of elements that are sketched."""
         return sum(math.prod(shape) for _, shape in self.shapes)
 
+    @property
+    def row_size(self) -> int:
+        """Numbers in a row: out_size for each group."""
+        return math.prod(self.layer_groups.shape)
+
     @cached_property
+    def layer_groups(self) -> LayerGroups:
+        """Which group each parameter is in, and where its numbers lie in a row."""
+        groups = self.groups or ("",) * len(self.shapes)
+        names = (name for name, _ in self.shapes)
+        return LayerGroups(dict(zip(names, groups, strict=True)), self.out_size)
+
+    @property
     def operators(self) -> dict[str, Sketch]:
         """The operator of each parameter that has one of its own, by name."""
-        own = {name: self._own_operator(name, shape) for name, shape in self.shapes}
-        return {name: sketch for name, sketch in own.items() if sketch is not None}
+        return self._operators.own
 
-    @cached_property
+    @property
     def packed(self) -> dict[str, slice]:
-        """Where each other parameter lies in the vector of those laid end to end."""
-        places: dict[str, slice] = {}
-        start = 0
-        for name, shape in self.shapes:
-            if name not in self.operators:
-                places[name] = slice(start, start + math.prod(shape))
-                start = places[name].stop
-        return places
+        """Where each other parameter lies among its group's, laid end to end."""
+        return self._operators.places
 
-    @cached_property
-    def packed_operator(self) -> Sketch:
-        """The operator of the parameters laid end to end."""
-        size = max(place.stop for place in self.packed.values())
-        return self._plain_operator(size, "packed parameters")
+    @property
+    def packed_operators(self) -> dict[str, Sketch]:
+        """The operator of each group's parameters that are laid end to end."""
+        return self._operators.packed
 
     def sketch(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Sketch a gradient, or a part of one: parameters not given count as zero.
@@ -155,14 +172,14 @@ class ModelSketch:
                     "the model whose gradient this is."
                 )
             rows[name] = gradient.detach().reshape(1, -1)
-        return self.sketch_rows(rows).squeeze(0) if rows else torch.zeros(self.out_size)
+        return self.sketch_rows(rows).squeeze(0) if rows else torch.zeros(self.row_size)
 
     def sketch_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
         """Sketch a batch of gradients, or of parts of them.
 
         Shapes:
             rows name -> (b, number of the parameter's elements), at least one name
-            returns (b, out_size)
+            returns (b, row_size)
         """
         total = self.sketch_sum()
         for name, part in rows.items():
@@ -177,45 +194,47 @@ class ModelSketch:
                 its elements row by row, (length,), and where they start.
 
         Returns:
-            (out_size,)
+            (row_size,)
         """
         held = {name: part for name, part in parts.items() if len(part[0])}
         if not held:
-            return torch.zeros(self.out_size)
+            return torch.zeros(self.row_size)
         total = self.sketch_sum()
         for name, (part, start) in held.items():
             total.add_part(name, part.detach().unsqueeze(0), start)
         return total.result().squeeze(0)
 
-    def sketch_sum(self, total: Tensor | None = None) -> Accumulator:
+    def sketch_sum(self, like: Tensor | None = None) -> Accumulator:
         """Return an empty sum of sketches, for gradients that come part by part.
 
         Args:
-            total: (b, out_size), where to add up the rows of a batch's examples; by
-                default whole gradients are added up.
+            like: (b, ...), whose first dimension, dtype and device the rows of a
+                batch's examples have; by default whole gradients are added up.
         """
-        return Accumulator(
-            dict(self.shapes),
-            self.operators,
-            self.packed,
-            self.packed_operator if self.packed else None,
-            self.layout == "flat",
-            total,
-            self.normalizer,
-        )
+        sums = {
+            group: self.group_sum(group, like) for group in self.layer_groups.columns
+        }
+        return Accumulator(self.layer_groups.of, sums)
+
+    def group_sum(self, group: str, like: Tensor | None = None) -> GroupSum:
+        """Return the part of such a sum that is one group's."""
+        total = None if like is None else like.new_zeros(len(like), self.out_size)
+        return GroupSum(self._operators, group, total, self.normalizer)
 
     def adjoint(self, vector: Tensor) -> dict[str, Tensor]:
-        """The transpose: a vector of R^out_size lifted to every parameter."""
+        """The transpose: a vector of R^row_size lifted to every parameter."""
         return dict(self.adjoint_parts(vector))
 
     def adjoint_parts(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
         """`adjoint`, one parameter after the other, by name."""
-        packed = self.packed_operator.T @ vector if self.packed else vector
+        parts = {group: vector[at] for group, at in self.layer_groups.columns.items()}
+        packed = {g: of.T @ parts[g] for g, of in self.packed_operators.items()}
         for name, shape in self.shapes:
+            group = self.layer_groups.of[name]
             if name in self.packed:
-                lifted = packed[self.packed[name]]
+                lifted = packed[group][self.packed[name]]
             else:
-                lifted = self.operators[name].T @ vector
+                lifted = self.operators[name].T @ parts[group]
             if self.normalizer is not None:
                 lifted = lifted * self.normalizer.elements(name, 0, len(lifted), lifted)
             yield name, lifted.view(shape)
@@ -231,19 +250,7 @@ class ModelSketch:
         Raises:
             ValueError: the model's trainable parameters are not those of the sketch.
         """
-        trainable = {
-            n: p for n, p in named_parameters(model).items() if p.requires_grad
-        }
-        theirs = {name: whole_shape(p) for name, p in trainable.items()}
-        ours = dict(self.shapes)
-        for name in [*ours, *theirs]:
-            if ours.get(name) != theirs.get(name):
-                raise ValueError(
-                    f"the sketch has {name!r} with shape {ours.get(name)}, the model "
-                    f"has {theirs.get(name)} there: pass the model that the sketch was "
-                    "made for, with the same parameters trainable."
-                )
-        return trainable
+        return trainable_parameters(model, dict(self.shapes))
 
     def check_value(self) -> list[float]:
         """The sketch of a fixed probe, which tells equal maps from others.
@@ -267,6 +274,7 @@ class ModelSketch:
         """The fields as JSON-ready values, with a description of the normalizer."""
         fields = dataclasses.asdict(dataclasses.replace(self, normalizer=None))
         fields["normalizer"] = self.normalizer and self.normalizer.to_dict()
+        fields["groups"] = self.groups or None
         return {name: x for name, x in fields.items() if x is not None}
 
     @classmethod
@@ -282,19 +290,10 @@ class ModelSketch:
             )
         shapes = tuple((name, tuple(shape)) for name, shape in fields["shapes"])
         changed: dict[str, Any] = {"shapes": shapes, "frozen": tuple(fields["frozen"])}
-        changed["normalizer"] = normalizer
+        changed |= {"normalizer": normalizer, "groups": tuple(fields.get("groups", ()))}
         return cls(**{**fields, **changed})
 
-    def _own_operator(self, name: str, shape: tuple[int, ...]) -> Sketch | None:
-        """The operator of one parameter, or None if it shares one."""
-        size = math.prod(shape)
-        if self.layout == "flat":
-            return None
-        factored = choose_factored(self.layout, shape, self.out_size, self.seed, name)
-        if factored is None and size >= _OWN_SIZE:
-            return self._plain_operator(size, name)
-        return factored
-
-    def _plain_operator(self, size: int, stream: str) -> Sketch:
-        sizes = (size, self.out_size, self.seed)
-        return choose_operator(self.operator, *sizes, stream, self.layout == "flat")
+    @cached_property
+    def _operators(self) -> Operators:
+        settings = self.out_size, self.layout, self.seed, self.operator
+        return Operators(dict(self.shapes), self.layer_groups.of, *settings)

@@ -52,7 +52,7 @@ class BatchCost:
 def batch_cost(model: nn.Module, sketch: ModelSketch, batch: BatchShape) -> BatchCost:
     """Count numbers and bytes; each module is taken to be called once."""
     numbers = widest = folding = 0
-    held = batch.examples * sketch.out_size * _SUM_BYTES
+    held = batch.examples * sketch.row_size * _SUM_BYTES
     uncounted: list[str] = []
     for path, module, name, shape in _parameters(model, sketch):
         if len(shape) > 2:

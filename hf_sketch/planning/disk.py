@@ -7,6 +7,7 @@ from typing import Final
 
 import pyarrow as pa
 import torch
+from datasets import Features
 
 from hf_sketch.store.manifest import Manifest
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP, arrow_table, features, joined
@@ -23,13 +24,15 @@ class RowFormat:
 
     Args:
         kind: "per_example" or "per_step".
-        out_size: numbers in a sketch.
+        out_size: numbers in a row.
         row_dtype: what they are kept in: "float32", "float16" or "int8".
+        groups: groups of layers in a row, of which each has a scale.
     """
 
     kind: str
     out_size: int
     row_dtype: str = "float32"
+    groups: int = 1
 
     @property
     def row_bytes(self) -> float:
@@ -52,10 +55,11 @@ class RowFormat:
 
     def _head_bytes(self) -> int:
         """Of all else in the file: the same for any number of rows."""
-        names = features(self.kind, self.out_size, self.row_dtype)
+        names = self._features()
         columns = {n: torch.zeros(1) for n in names if n not in ("scale", "sketch")}
         columns["sketch"] = torch.zeros(1, self.out_size)
-        table = arrow_table(self.kind, joined([columns], self.row_dtype))
+        rows = joined([columns], self.row_dtype, self.groups)
+        table = arrow_table(self.kind, rows)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
@@ -63,8 +67,12 @@ class RowFormat:
 
     def _widths(self) -> list[float]:
         """Bytes of each column in a row."""
-        schema = features(self.kind, self.out_size, self.row_dtype).arrow_schema
+        schema = self._features().arrow_schema
         return [_bits(field.type) / 8 for field in schema]
+
+    def _features(self) -> Features:
+        settings = self.out_size, self.row_dtype, (), self.groups
+        return features(self.kind, *settings)
 
 
 # Columns beside the sketch, in the tensors that the callbacks make.

@@ -97,7 +97,8 @@ def plan_recording(
         ValueError: a setting is unknown, or a size does not fit the model.
     """
     rows, spectrum = rows or RowSettings(), spectrum or SpectrumSettings()
-    sketch = ModelSketch.from_model(model, rows.out_size, rows.layout, 0, rows.operator)
+    settings = rows.out_size, rows.layout, 0, rows.operator, None, rows.groups
+    sketch = ModelSketch.from_model(model, *settings)
     element = next(iter(sketch.parameters_of(model).values())).element_size()
     cost = batch_cost(model, sketch, BatchShape(run.batch_size, run.tokens, element))
     numbers = run.accumulation * cost.numbers
@@ -107,11 +108,11 @@ def plan_recording(
     if seconds is not None and plain_step_seconds is not None:
         slowdown = 1 + seconds / rows.every_steps / plain_step_seconds
     gradient = sketch.in_size * element
-    exchanged = sketch.out_size if run.sharded and run.ranks > 1 else 0
+    exchanged = sketch.row_size if run.sharded and run.ranks > 1 else 0
     return Plan(
         elements=sketch.in_size,
         steps=run.steps // rows.every_steps,
-        store=_store(run, rows),
+        store=_store(run, rows, sketch),
         step_numbers=numbers,
         held_bytes=cost.held_bytes,
         first_step_bytes=0 if run.sharded else _COMPARED_GRADIENTS * gradient,
@@ -129,11 +130,12 @@ def plan_recording(
     )
 
 
-def _store(run: TrainingRun, rows: RowSettings) -> StoreSize:
+def _store(run: TrainingRun, rows: RowSettings, sketch: ModelSketch) -> StoreSize:
     """The files, which each checkpoint ends."""
     saved = run.save_steps and max(1, run.save_steps // rows.every_steps)
+    groups = sketch.layer_groups.count
     return store_size(
-        RowFormat(PER_EXAMPLE, rows.out_size, rows.row_dtype),
+        RowFormat(PER_EXAMPLE, sketch.row_size, rows.row_dtype, groups),
         rows_a_step=run.rank_examples,
         steps=run.steps // rows.every_steps,
         per_step=rows.per_step,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from hf_sketch.model.groups import Grouping, check_grouping
 from hf_sketch.sketches.choices import check_choice, check_count
 from hf_sketch.store.rows import ROW_DTYPES
 
@@ -65,9 +66,10 @@ class RowSettings:
         row_dtype: how rows are stored.
         every_steps: record the steps whose number is a multiple of this.
         per_step: record a row per step as well.
+        groups: number of groups of layers, or a pattern for each.
 
     Raises:
-        ValueError: a setting is unknown, or `every_steps` is below 1.
+        ValueError: a setting is unknown, or `every_steps` or `groups` is below 1.
     """
 
     out_size: int = 4096
@@ -76,10 +78,12 @@ class RowSettings:
     row_dtype: str = "float32"
     every_steps: int = 1
     per_step: bool = True
+    groups: Grouping = 1
 
     def __post_init__(self) -> None:
         check_choice("row_dtype", self.row_dtype, ROW_DTYPES)
         check_count("every_steps", self.every_steps)
+        check_grouping(self.groups)
 
 
 @dataclass(frozen=True)

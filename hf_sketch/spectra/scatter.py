@@ -55,5 +55,4 @@ def cross_variance(model_sketch: ModelSketch) -> float:
 
 def _operators(model_sketch: ModelSketch) -> dict[str, Sketch]:
     """Return the operators by parameter, with that of the packed ones as ""."""
-    packed = {"": model_sketch.packed_operator} if model_sketch.packed else {}
-    return {**model_sketch.operators, **packed}
+    return {**model_sketch.operators, **model_sketch.packed_operators}

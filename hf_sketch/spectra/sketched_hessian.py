@@ -25,7 +25,7 @@ class SketchedHessian:
         model_sketch: S, of the same model.
 
     Raises:
-        ValueError: the sketch is of another model.
+        ValueError: the sketch is of another model, or has groups of layers.
 
     Reference:
         Schioppa 2024, arXiv:2402.03994, C.1 and B.2 (explicit).
@@ -36,6 +36,11 @@ class SketchedHessian:
 
     def __post_init__(self) -> None:
         self.model_sketch.parameters_of(self.curvature.mean_loss.model)
+        if self.model_sketch.groups:
+            raise ValueError(
+                "a spectrum needs one sketch of all layers, got groups of layers: pass "
+                "ModelSketch.from_model(model, ...) without groups."
+            )
 
     @property
     def size(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -62,10 +63,21 @@ def row_blocks(dataset: Dataset, *names: str, start: int = 0) -> Iterator[RowBlo
             part = torch.from_dlpack(chunk.flatten()).view(-1, out_size)
             kept[low : low + len(part)] = part
             low += len(part)
-        columns = {name: torch.tensor(table[name].to_numpy()) for name in present}
+        columns = {name: _numbers(table[name]) for name in present}
         scale = columns.pop("scale", torch.ones(len(kept)))
+        if scale.dim() == 2:  # of each group of layers
+            kept.unflatten(1, (scale.shape[1], -1)).mul_(scale.unsqueeze(2))
+            scale = torch.ones(len(kept))
         yield RowBlock(start, kept, scale, columns)
         start += len(kept)
+
+
+def _numbers(column: pa.ChunkedArray) -> Tensor:
+    """A column of numbers, (rows,), or of lists of equally many, (rows, n)."""
+    if not pa.types.is_fixed_size_list(column.type):
+        return torch.tensor(column.to_numpy())
+    flat = column.combine_chunks().flatten()
+    return torch.tensor(flat.to_numpy()).view(len(column), -1)
 
 
 def formatted(dataset: Dataset, kind: str, names: Sequence[str]) -> Dataset:

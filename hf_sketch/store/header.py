@@ -6,11 +6,13 @@ from math import isclose
 from pathlib import Path
 from typing import Any, Final
 
+from datasets import Features
+
 from hf_sketch.durable import read_sealed, replace_file, write_sealed
 from hf_sketch.examples.measured_error import MeasuredError
 from hf_sketch.model.normalizer import Normalizer
 from hf_sketch.model.sketch import ModelSketch
-from hf_sketch.store.rows import ANSWER_COLUMNS
+from hf_sketch.store.rows import ANSWER_COLUMNS, features
 
 HEADER: Final = "header.json"
 NORMALIZER: Final = "normalizer.safetensors"
@@ -59,14 +61,22 @@ class Header:
         part = ("part",) if self.per_row else ()
         return (*part, *ANSWER_COLUMNS) if self.answers else part
 
+    def features(self, kind: str) -> Features:
+        """Return the columns of a kind of the store's rows."""
+        sketch = self.model_sketch
+        groups = sketch.layer_groups.count
+        settings = sketch.row_size, self.row_dtype, self.optional_columns, groups
+        return features(kind, *settings)
+
     @property
     def settings(self) -> str:
         """What must be equal for rows to be added, on one line."""
         sketch = self.model_sketch
         moments = sketch.normalizer
         normalized = "" if moments is None else f"normalizer={moments.to_dict()}, "
+        named = f"groups={[*sketch.layer_groups.columns]}, " if sketch.groups else ""
         return (
-            f"{normalized}out_size={sketch.out_size}, layout={sketch.layout!r}, "
+            f"{normalized}{named}out_size={sketch.out_size}, layout={sketch.layout!r}, "
             f"operator={sketch.operator!r}, seed={sketch.seed}, loss={self.loss!r}, "
             f"row_dtype={self.row_dtype!r}, per_row={self.per_row}, "
             f"answers={self.answers}, "

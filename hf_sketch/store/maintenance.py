@@ -1,6 +1,7 @@
 """Maintaining stores: what is in them, whether they are whole, repairing, merging."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from hf_sketch.durable import replace_file
+from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.store.header import read_header
 from hf_sketch.store.manifest import (
     Gap,
@@ -41,6 +43,7 @@ def describe(directory: Path) -> str:
         f"  covers {len(coverage.parameters)} parameters, {coverage.elements:,} "
         f"elements; {len(coverage.frozen)} frozen parameters are left out",
     ]
+    lines += _groups(header.model_sketch)
     for kind in (PER_EXAMPLE, PER_STEP):
         mine = [shard for shard in shards if shard.kind == kind]
         steps = "none"
@@ -69,6 +72,16 @@ def describe(directory: Path) -> str:
         lines += [f"    no rows {gap}" for gap in manifest.gaps]
     lines += [f"  no files of process {rank}" for rank in missing_ranks(manifests)]
     return "\n".join(lines)
+
+
+def _groups(sketch: ModelSketch) -> Iterator[str]:
+    """What each group of layers covers; nothing without groups."""
+    for group in dict.fromkeys(sketch.groups):
+        shapes = [
+            x for name, x in sketch.shapes if sketch.layer_groups.of[name] == group
+        ]
+        elements = sum(map(math.prod, shapes))
+        yield f"  group {group}: {len(shapes)} parameters, {elements:,} elements"
 
 
 def find_problems(directory: Path) -> list[str]:

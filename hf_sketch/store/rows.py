@@ -57,21 +57,26 @@ def features(
     out_size: int,
     row_dtype: str = "float32",
     optional: Collection[str] = (),
+    groups: int = 1,
 ) -> Features:
     """Return the columns of a kind of rows, with the sketch as a fixed-size list.
 
     Args:
         kind: the kind.
-        out_size: numbers per sketch.
+        out_size: numbers per row.
         row_dtype: dtype of the sketches.
         optional: names, with those of columns that not all rows of examples have.
+        groups: number of groups of layers in a row, each with a scale of its own.
     """
-    columns = {name: Value(dtype) for name, dtype in _COLUMNS[kind].items()}
+    columns: dict[str, Value | List] = {
+        name: Value(dtype) for name, dtype in _COLUMNS[kind].items()
+    }
     if kind == PER_EXAMPLE:
         some = {name: Value(_OPTIONAL[name]) for name in _OPTIONAL if name in optional}
         columns |= some
     if row_dtype != "float32":
-        columns["scale"] = Value("float32")
+        scale = Value("float32")
+        columns["scale"] = scale if groups == 1 else List(scale, length=groups)
     return Features(**columns, sketch=List(Value(row_dtype), length=out_size))
 
 
@@ -100,33 +105,51 @@ def arrow_table(kind: str, columns: Mapping[str, Tensor]) -> pa.Table:
     Shapes:
         every column (rows,), `sketch` (rows, out_size) as `joined` leaves it
     """
-    sketches = columns["sketch"]
+    sketches, groups = columns["sketch"], 1
     if "scale" not in columns:
         sketches = sketches.to(torch.float32)
+    elif columns["scale"].dim() == 2:
+        groups = columns["scale"].shape[1]
     row_dtype = str(sketches.dtype).removeprefix("torch.")
-    schema = features(kind, sketches.shape[1], row_dtype, columns).arrow_schema
-    arrays = [
-        pa.array(columns[name].cpu().numpy()).cast(schema.field(name).type)
-        for name in schema.names[:-1]
-    ]
-    flat = pa.array(sketches.cpu().reshape(-1).numpy())
-    arrays.append(pa.FixedSizeListArray.from_arrays(flat, sketches.shape[1]))
+    settings = sketches.shape[1], row_dtype, columns, groups
+    schema = features(kind, *settings).arrow_schema
+    columns = {**columns, "sketch": sketches}
+    arrays = [_array(columns[field.name], field.type) for field in schema]
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def joined(parts: Sequence[Mapping[str, Tensor]], row_dtype: str) -> dict[str, Tensor]:
+def _array(column: Tensor, kind: pa.DataType) -> pa.Array:
+    """A column, (rows,) or (rows, n), as Arrow has it."""
+    if column.dim() == 1:
+        return pa.array(column.cpu().numpy()).cast(kind)
+    flat = pa.array(column.cpu().reshape(-1).numpy())
+    return pa.FixedSizeListArray.from_arrays(flat, column.shape[1])
+
+
+def joined(
+    parts: Sequence[Mapping[str, Tensor]], row_dtype: str, groups: int = 1
+) -> dict[str, Tensor]:
     """Join sets of rows into one, with `sketch` in a dtype, and `scale` if it has one.
 
+    Groups of layers have scales of their own: the gradients of some are hundreds of
+    times as small as those of others.
+
     Shapes:
-        every column (rows,), `sketch` (rows, out_size)
+        every column (rows,), `sketch` (rows, out_size), `scale` of several groups
+        (rows, groups)
     """
     names = [name for name in parts[0] if name != "sketch"]
     columns = {name: torch.cat([part[name] for part in parts]) for name in names}
     sketches = [part["sketch"] for part in parts]
     if row_dtype == "float32":
         return {**columns, "sketch": torch.cat(sketches)}
-    scale, kept = encode(sketches, row_dtype)
-    return {**columns, "scale": scale, "sketch": kept}
+    if groups == 1:
+        scale, kept = encode(sketches, row_dtype)
+        return {**columns, "scale": scale, "sketch": kept}
+    apart = [x.unflatten(1, (groups, -1)).flatten(0, 1) for x in sketches]
+    scale, kept = encode(apart, row_dtype)
+    columns["scale"] = scale.unflatten(0, (-1, groups))
+    return {**columns, "sketch": kept.unflatten(0, (-1, groups)).flatten(1)}
 
 
 def encode(parts: Sequence[Tensor], row_dtype: str) -> tuple[Tensor, Tensor]:

@@ -179,7 +179,9 @@ class SketchWriter:
     ) -> tuple[Draft, Shard]:
         """Make a file of rows, whose memory is free before it is written."""
         number, self._next_number = self._next_number, self._next_number + 1
-        table = arrow_table(kind, joined(parts, self._header.row_dtype))
+        groups = self._header.model_sketch.layer_groups.count
+        rows = joined(parts, self._header.row_dtype, groups)
+        table = arrow_table(kind, rows)
         parts.clear()
         return draft_shard(self.directory, kind, self._manifest.rank, number, table)
 

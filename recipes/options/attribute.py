@@ -42,6 +42,13 @@ class AttributeArguments:
     damping: float | None = field(
         default=None, metadata={"help": "Damping of preconditioned and influence."}
     )
+    layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Groups of layers that scores are of, comma-separated, each with a "
+            "weight after = if it is not 1 (hf-sketch info names them); by default all."
+        },
+    )
     top_k: int = field(default=5, metadata={"help": "Proponents per query."})
     bottom_k: int = field(default=5, metadata={"help": "Opponents per query."})
     text_columns: str | None = field(

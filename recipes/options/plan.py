@@ -39,11 +39,15 @@ class PlanArguments:
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="bfloat16", metadata={"help": "Dtype that the model computes in."}
     )
-    out_size: int = field(default=4096, metadata={"help": "Numbers per row."})
+    out_size: int = field(default=4096, metadata={"help": "Numbers per sketch."})
     layout: str = field(default="grouped", metadata={"help": "grouped or blocked."})
     operator: str = field(
         default="srht",
         metadata={"help": "Operator of the parameters that are not grouped."},
+    )
+    groups: int = field(
+        default=1,
+        metadata={"help": "Groups of layers, each with `out_size` numbers of its own."},
     )
     row_dtype: str = field(
         default="float32",

@@ -186,13 +186,20 @@ def test_training_after_a_dry_run_is_bit_for_bit_that_without(tmp_path):
     assert results[0] == results[1]
 
 
-def test_a_dry_run_says_what_the_run_then_records(tmp_path):
-    trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE, every_steps=2))
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_dry_run_says_what_the_run_then_records(tmp_path, groups):
+    callback = GradientSketchCallback(
+        SIZE, every_steps=2, groups=groups, row_dtype="int8"
+    )
+    trainer = tiny_trainer(tmp_path, callback)
     found = GradientSketchCallback.dry_run(trainer)
     trainer.train()
     store = load_sketches(tmp_path)
     assert found.forecast.example_rows == len(store.dataset)
     assert found.forecast.step_rows == len(store.steps)
+    written = sum(path.stat().st_size for path in store.directory.glob("*.arrow"))
+    manifest = (store.directory / "manifest-00000.json").stat().st_size
+    assert found.forecast.total_bytes == pytest.approx(written + manifest, rel=0.03)
     assert found.plain_seconds > 0
     assert found.slowdown == found.recorded_seconds / found.plain_seconds
     assert "a recorded batch" in str(found)

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from hf_sketch import ExampleSketcher, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.durable import Draft
-from hf_sketch.model.accumulator import Accumulator
+from hf_sketch.model.group_sum import GroupSum
 from tests.helpers.trained.training import tiny_trainer
 
 SIZE = 64
@@ -107,7 +107,7 @@ def test_training_may_go_on_without_rows(tmp_path, uninterrupted, monkeypatch):
 def test_the_store_says_where_recording_was_off(tmp_path, monkeypatch):
     callback = GradientSketchCallback(SIZE, on_error="warn")
     trainer = tiny_trainer(tmp_path, callback)
-    plain = Accumulator.add_outer
+    plain = GroupSum.add_outer
     calls = [0]
 
     def add(self, name, left, right):
@@ -116,7 +116,7 @@ def test_the_store_says_where_recording_was_off(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("the device is full")
         plain(self, name, left, right)
 
-    monkeypatch.setattr(Accumulator, "add_outer", add)
+    monkeypatch.setattr(GroupSum, "add_outer", add)
     with pytest.warns(UserWarning, match=r"stopped: .*did not fit into memory .*full"):
         trainer.train()
     assert trainer.state.global_step == 6
@@ -137,7 +137,7 @@ def test_memory_that_runs_out_in_a_hook_is_an_error_of_ours(tmp_path, monkeypatc
     def add(self, name, left, right):
         raise torch.OutOfMemoryError("the device is full")
 
-    monkeypatch.setattr(Accumulator, "add_outer", add)
+    monkeypatch.setattr(GroupSum, "add_outer", add)
     trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE))
     with (
         pytest.warns(UserWarning, match="were not compared with those of single"),
@@ -150,7 +150,7 @@ def test_a_step_without_memory_leaves_nothing_behind(tmp_path, monkeypatch):
     def add(self, name, left, right):
         raise torch.OutOfMemoryError("the device is full")
 
-    monkeypatch.setattr(Accumulator, "add_outer", add)
+    monkeypatch.setattr(GroupSum, "add_outer", add)
     trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE, on_error="warn"))
     with (
         pytest.warns(UserWarning, match="were not compared with those of single"),

@@ -173,3 +173,17 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
     ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert len(load_sketches(tmp_path).dataset) == 44
+
+
+def test_other_groups_of_layers_are_other_settings(tmp_path):
+    tiny_trainer(tmp_path, GradientSketchCallback(SIZE, groups=2)).train()
+    groups = {"head": "pooler|classifier", "rest": None}
+    message = r"with groups=\['bert\..*\], out_size=256.*uses groups=\['rest', 'head'\]"
+    refused(tmp_path, message, callback=GradientSketchCallback(SIZE, groups=groups))
+    refused(tmp_path, r"uses out_size=256", callback=GradientSketchCallback(SIZE))
+    message = "groups must be at most 8, the number of layers that train, got 9: pass"
+    refused(tmp_path / "new", message, callback=GradientSketchCallback(8, groups=9))
+    with pytest.raises(
+        ValueError, match="groups must be an integer of at least 1, got"
+    ):
+        GradientSketchCallback(groups=0)

@@ -113,7 +113,7 @@ def test_experts_of_every_implementation_have_a_rule(kind, implementation, run_a
 def test_weights_with_an_operator_of_their_own_are_sketched_expert_by_expert(
     monkeypatch, run_again
 ):
-    monkeypatch.setattr("hf_sketch.model.sketch._OWN_SIZE", 2**8)
+    monkeypatch.setattr("hf_sketch.model.operators._OWN_SIZE", 2**8)
     monkeypatch.setattr("hf_sketch.sketches.outer._ELEMENTS", 2**10)
     model = experts_model("mixtral", "eager", torch.float64)
     with DoublePrecision():

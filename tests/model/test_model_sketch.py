@@ -42,7 +42,7 @@ def test_it_is_the_sum_of_its_operators_sketches(layout):
     rest = [
         gradients[n].flatten() for n, _ in sketch.shapes if n not in sketch.operators
     ]
-    packed = sketch.packed_operator @ torch.cat(rest)
+    packed = sketch.packed_operators[""] @ torch.cat(rest)
     assert len(rest) + len(sketch.operators) == len(gradients)
     torch.testing.assert_close(sketch.sketch(gradients), own + packed)
 
@@ -199,8 +199,9 @@ def test_a_flat_sketch_is_one_operator_on_the_parameters_end_to_end(operator):
     gradients = gradients_of(model)
     vector = torch.cat([g.flatten() for g in gradients.values()])
     assert sketch.operators == {}
-    assert sketch.packed_operator.shape == (64, len(vector))
-    expected = sketch.packed_operator @ vector
+    (packed,) = sketch.packed_operators.values()
+    assert packed.shape == (64, len(vector))
+    expected = packed @ vector
     torch.testing.assert_close(sketch.sketch(gradients), expected)
 
 

@@ -19,11 +19,15 @@ def files_of(directory, kind):
 
 
 @pytest.mark.parametrize("row_dtype", ROW_DTYPES)
-@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize(
+    ("rows", "groups"), [(1, ()), (7, ()), (64, ()), (7, ("a", "b", "c"))]
+)
 def test_the_bytes_of_a_file_are_those_that_the_writer_leaves(
-    tmp_path, row_dtype, rows
+    tmp_path, row_dtype, rows, groups
 ):
-    sketch = ModelSketch((("weight", (64, 64)),), 48)
+    shapes = tuple((f"weight.{i}", (64, 64)) for i in range(3))
+    sketch = ModelSketch(shapes, 48, groups=groups)
+    count = max(1, len(groups))
     writer = SketchWriter(tmp_path / "sketches", Header(sketch, row_dtype=row_dtype))
     one = torch.ones(rows)
     for kind, names in (
@@ -32,13 +36,14 @@ def test_the_bytes_of_a_file_are_those_that_the_writer_leaves(
     ):
         names = (*names, "epoch", "step", "learning_rate", "gradient_norm")
         columns = {name: one for name in names}
-        columns |= {"finite": one.bool(), "sketch": torch.randn(rows, 48)}
+        columns |= {"finite": one.bool(), "sketch": torch.randn(rows, count * 48)}
         writer.append(kind, columns)
     writer.flush()
     writer.close()
     for kind in (PER_EXAMPLE, PER_STEP):
         (path,) = files_of(tmp_path / "sketches", kind)
-        expected = RowFormat(kind, 48, row_dtype).file_bytes(rows)
+        row = RowFormat(kind, count * 48, row_dtype, count)
+        expected = row.file_bytes(rows)
         assert path.stat().st_size == expected
 
 
@@ -52,16 +57,16 @@ def test_a_row_of_many_has_the_bytes_of_its_columns(row_dtype):
     assert kind.row_bytes == 8 + 4 * 4 + 8 + 4 + 8 + 4 + 1 / 8 + short + sketch
 
 
-@pytest.mark.parametrize("save_steps", [None, 3])
+@pytest.mark.parametrize(("save_steps", "groups"), [(None, 1), (3, 4)])
 def test_the_store_of_a_trained_run_has_the_planned_rows_files_and_bytes(
-    tmp_path, save_steps
+    tmp_path, save_steps, groups
 ):
     saving = {"save_strategy": "no"}
     if save_steps is not None:
         saving = {"save_strategy": "steps", "save_steps": save_steps}
     trainer = tiny_trainer(
         tmp_path,
-        GradientSketchCallback(out_size=256, row_dtype="float16"),
+        GradientSketchCallback(out_size=256, row_dtype="float16", groups=groups),
         model=tiny_bert(),
         dataset=tiny_dataset(24),
         per_device_train_batch_size=4,
@@ -71,7 +76,7 @@ def test_the_store_of_a_trained_run_has_the_planned_rows_files_and_bytes(
     )
     trainer.train()
     run = TrainingRun(24, epochs=2, batch_size=4, tokens=11, save_steps=save_steps)
-    rows = RowSettings(256, row_dtype="float16")
+    rows = RowSettings(256, row_dtype="float16", groups=groups)
     store = plan_recording(tiny_bert(), run, rows).store
     directory = tmp_path / "sketches"
     assert store.rows == len(load_sketches(tmp_path).dataset)

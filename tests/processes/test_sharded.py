@@ -75,6 +75,13 @@ def test_rows_of_steps_in_blocks(launched, tmp_path):
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.in_processes(2, "fsdp/layers")
+def test_rows_of_groups_of_layers(launched, tmp_path):
+    store = load_sketches(launched / "layers")
+    assert len(store.model_sketch.layer_groups.columns) == 3
+    assert_same_rows(store, single(tmp_path, groups=3))
+
+
 @pytest.mark.full
 @pytest.mark.in_processes(2, "fsdp/mixed")
 def test_rows_in_bfloat16(launched, whole):

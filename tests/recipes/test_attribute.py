@@ -24,6 +24,7 @@ from hf_sketch.cli import main
 from hf_sketch.recipes.demo import embedded_model_path
 from hf_sketch.recipes.texts.text_rows import load_text_model, text_columns, tokenized
 from hf_sketch.spectra.files import save_spectrum
+from hf_sketch.store.blocks import sketch_matrix
 from tests.helpers.spectra import VALUES, made_of
 from tests.helpers.trained.text_classifier import ROWS, SMALL, trained_classifier
 
@@ -198,6 +199,37 @@ def test_scores_of_tokens_are_refused_where_there_are_none(classifier):
     store = load_sketches(classifier / "out")
     with pytest.raises(ValueError, match="linear in the query, got cosine: take"):
         record_attribution(store, store, [], method="cosine", token_sketches=[])
+
+
+def test_the_command_takes_groups_of_layers(tmp_path, classifier):
+    groups = {"head": "classifier", "rest": None}
+    directory = trained_classifier(tmp_path, 64, groups=groups)
+    store = load_sketches(directory / "out")
+    assert store.dataset.features["sketch"].length == 128
+    text_model = load_text_model(str(directory / "model"))
+    columns = ["premise", "hypothesis"]
+    inputs = tokenized(Dataset.from_list(ROWS[:3]), text_model, columns)
+    collator = text_model.collator
+    queries = sketch_dataset(
+        text_model.model, inputs, store.model_sketch, data_collator=collator
+    )
+    at = store.model_sketch.layer_groups.columns
+    rows, asked = (sketch_matrix(x.dataset) for x in (store, queries))
+    parts = {name: asked[:, at[name]] @ rows[:, at[name]].T for name in at}
+    ids = torch.tensor(store.dataset["example_id"][:])
+    for option, expected in (
+        ("head", parts["head"]),
+        ("rest=0.5,head=3", parts["rest"] / 2 + 3 * parts["head"]),
+    ):
+        record = ask(directory, f"--layers={option}")
+        for scores, query in zip(expected, record.queries, strict=True):
+            for line in query.lines:
+                wanted = scores[ids == line["example_id"]].sum()
+                assert line["score"] == pytest.approx(float(wanted), rel=1e-4)
+    with pytest.raises(ValueError, match=r"must be some of \['rest', 'head'\], got"):
+        ask(directory, "--layers=tail")
+    with pytest.raises(ValueError, match="one sketch for all: record them with Grad"):
+        ask(classifier, "--layers=head")
 
 
 @pytest.mark.parametrize(

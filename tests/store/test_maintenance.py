@@ -24,6 +24,17 @@ def test_info_tells_what_is_in_a_store(tmp_path, capsys):
     assert "process 0 of 1: up to step 3" in printed
 
 
+def test_info_names_the_groups_of_layers(tmp_path, capsys):
+    shapes = (("a.weight", (8, 4)), ("b.weight", (8, 4)), ("b.bias", (8,)))
+    sketch = ModelSketch(shapes, 2, groups=("first", "second", "second"))
+    write_store(tmp_path / "sketches", header=Header(sketch))
+    main(["info", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "groups=['first', 'second'], out_size=2" in printed
+    assert "  group first: 1 parameters, 32 elements\n" in printed
+    assert "  group second: 2 parameters, 40 elements\n" in printed
+
+
 def test_verify_says_what_is_wrong_and_exits_with_1(tmp_path, capsys):
     write_store(tmp_path)
     main(["verify", str(tmp_path)])

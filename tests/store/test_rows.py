@@ -108,3 +108,32 @@ def test_a_store_gives_back_the_rows_it_can_keep(tmp_path, row_dtype):
     assert steps.features["sketch"].feature.dtype == row_dtype
     assert ("scale" in steps.column_names) == (row_dtype != "float32")
     assert torch.equal(sketch_matrix(steps), decode(*encode([rows], row_dtype)))
+
+
+@pytest.mark.parametrize("row_dtype", ROW_DTYPES)
+def test_groups_of_layers_are_rounded_each_by_its_own_largest(tmp_path, row_dtype):
+    shapes = tuple((f"weight.{i}", (8, 8)) for i in range(3))
+    sketch = ModelSketch(shapes, 16, groups=("a", "b", "c"))
+    writer = SketchWriter(tmp_path, Header(sketch, row_dtype=row_dtype))
+    sizes = torch.tensor([1.0, 1e-6, 300.0]).repeat_interleave(16)
+    rows = normal(5, 48) * sizes
+    rows[3, 17] = torch.inf
+    for step, row in enumerate(rows, start=1):
+        one = torch.ones(1, dtype=torch.float64)
+        columns = {"learning_rate": one, "gradient_norm": one, "clip_factor": one}
+        columns |= {"epoch": torch.tensor([0]), "step": torch.tensor([step])}
+        columns |= {"finite": torch.tensor([True]), "sketch": row.unsqueeze(0)}
+        writer.append(PER_STEP, columns)
+    writer.flush()
+    writer.close()
+    got = sketch_matrix(load_sketches(tmp_path).steps).view(5, 3, 16)
+    expected = torch.stack(
+        [decode(*encode([part.clone()], row_dtype)) for part in rows.split(16, 1)], 1
+    )
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    broken = got.isfinite().logical_not().any(2)
+    assert broken.nonzero().tolist() == [[3, 1]]
+    some = [0, 1, 2, 4]
+    off = (got - rows.view(5, 3, 16))[some].abs().amax(2)
+    unit = {"float32": 0, "float16": 2**-11, "int8": 0.501 / 127}[row_dtype]
+    assert (off <= unit * rows.view(5, 3, 16)[some].abs().amax(2)).all()

@@ -97,5 +97,5 @@ class Passes:
 
         self.backward(outputs, add, output_gradients)
         if not total.names:
-            return torch.zeros(model_sketch.out_size, dtype=torch.float64)
+            return torch.zeros(model_sketch.row_size, dtype=torch.float64)
         return total.result().squeeze(0).to("cpu", torch.float64)

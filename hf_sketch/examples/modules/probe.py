@@ -101,7 +101,7 @@ def reference_of(
         return reference_of(passes, few, model_sketch)
     like = torch.empty(
         call.split.size,
-        model_sketch.out_size,
+        0,
         dtype=accumulation_dtype(first.dtype),
         device=first.device,
     )

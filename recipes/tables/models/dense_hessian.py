@@ -62,7 +62,8 @@ class DenseHessian(CurvatureOperator):
         """Return S @ H(S.T @ v), from the matrix S @ H @ S.T."""
         if self._sketched is None or self._sketched[0] != model_sketch:
             units = torch.eye(model_sketch.out_size, dtype=self.dtype)
-            lifted = units @ model_sketch.packed_operator
+            (packed,) = model_sketch.packed_operators.values()
+            lifted = units @ packed
             self._sketched = model_sketch, lifted @ self.matrix @ lifted.T
         return self._sketched[1] @ vector
 

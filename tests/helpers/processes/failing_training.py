@@ -7,7 +7,7 @@ from accelerate.state import PartialState
 from transformers import TrainerCallback
 
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.model.accumulator import Accumulator
+from hf_sketch.model.group_sum import GroupSum
 from tests.helpers.processes.distributed_training import SIZE, leave, train
 
 
@@ -54,7 +54,7 @@ def disk(directory):
 
 def memory(directory):
     """The first process runs out of memory amid a step."""
-    plain_add, calls = Accumulator.add_outer, [0]
+    plain_add, calls = GroupSum.add_outer, [0]
 
     def add(self, name, left, right):
         calls[0] += 1
@@ -62,9 +62,9 @@ def memory(directory):
             raise torch.OutOfMemoryError("the device is full")
         plain_add(self, name, left, right)
 
-    Accumulator.add_outer = add
+    GroupSum.add_outer = add
     train(directory, GradientSketchCallback(SIZE, on_error="warn"))
-    Accumulator.add_outer = plain_add
+    GroupSum.add_outer = plain_add
 
 
 SCENARIOS = {

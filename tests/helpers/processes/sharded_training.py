@@ -115,6 +115,11 @@ def blocked(directory):
     train(directory, GradientSketchCallback(SIZE, layout="blocked", per_example=False))
 
 
+def layers(directory):
+    """With a sketch of each of three groups of layers."""
+    train(directory, GradientSketchCallback(SIZE, groups=3))
+
+
 def checkpointed(directory):
     """With activation checkpointing of each layer, by FSDP's own wrappers."""
     os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "true"
@@ -283,6 +288,7 @@ SCENARIOS = {
         resumed,
         replicas,
         blocked,
+        layers,
         checkpointed,
         plain,
         dropped,

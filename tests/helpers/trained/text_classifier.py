@@ -28,7 +28,7 @@ ROWS = [
 ]
 
 
-def trained_classifier(directory, out_size):
+def trained_classifier(directory, out_size, **settings):
     """The output_dir of a classifier's run, with its training file and queries."""
     set_seed(0)
     config = BertConfig(**SMALL, intermediate_size=32, num_labels=3)
@@ -51,7 +51,7 @@ def trained_classifier(directory, out_size):
         ),
         train_dataset=data,
         processing_class=tokenizer,
-        callbacks=[GradientSketchCallback(out_size)],
+        callbacks=[GradientSketchCallback(out_size, **settings)],
     )
     trainer.train()
     trainer.save_model(directory / "model")
