@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hf_sketch.attribution.evaluation import random_subsets, retrain_on_subsets
+from hf_sketch.recipes.setups import snli_setup
 from hf_sketch.recipes.tables.models.exact_products import REST, exact_products
 from hf_sketch.recipes.tables.paper.saved_losses import SavedLosses
 from hf_sketch.recipes.tables.quality.lds import (
@@ -16,7 +17,7 @@ from hf_sketch.recipes.tables.quality.lds import (
     settled,
 )
 from hf_sketch.recipes.tables.quality.lds_methods import Row, fisher_influence
-from hf_sketch.recipes.tables.quality.lds_tasks import Digits, Snli
+from hf_sketch.recipes.tables.quality.lds_tasks import Digits, Snli, embedded_pairs
 
 needs_digits = pytest.mark.skipif(
     importlib.util.find_spec("sklearn") is None, reason="scikit-learn has the digits"
@@ -56,10 +57,40 @@ def test_the_study_of_snli_runs_without_others_and_goes_on(tmp_path, capsys):
     assert pytest.approx(again, rel=1e-5) == [*losses.values()][2]
 
 
+@pytest.mark.full
+def test_the_study_of_a_frozen_encoder_divides_rows_among_groups(tmp_path):
+    options = {"out_sizes": "64", "groups": "1,2", "tiny": True}
+    results = run_lds(LdsArguments(str(tmp_path), "snli_head", **options))
+    lines = {
+        (line["method"], line["out_size"], line["groups"]) for line in results["lines"]
+    }
+    for method in ("dot", "cosine", "preconditioned", "tracin"):
+        assert {(method, 64, 1), (method, 64, 2)} <= lines
+    assert ("influence", 64, 2) not in lines
+    assert ("exact preconditioned", None, 1) in lines
+
+
+def test_features_of_a_frozen_encoder_are_those_of_single_sentences():
+    setup = snli_setup(None, None, True, max_samples=3, num_hidden_layers=1)
+    pairs = setup.train_dataset
+    for row, found in zip(pairs, embedded_pairs(setup, pairs), strict=True):
+        sides = []
+        for name in ("premise", "hypothesis"):
+            inputs = setup.tokenizer(row[name], return_tensors="pt")
+            with torch.no_grad():
+                states = setup.model.base_model.eval()(**inputs).last_hidden_state
+            mean = states[0].mean(0)
+            sides.append(mean / mean.norm())
+        u, v = sides
+        expected = torch.cat([u, v, (u - v).abs(), u * v]) * len(u) ** 0.5
+        torch.testing.assert_close(found["x"], expected, rtol=1e-4, atol=1e-5)
+        assert int(found["labels"]) == row["label"]
+
+
 def test_settings_that_are_given_stay_those_of_a_smaller_task():
     assert settled(LdsArguments(task="snli")).subsets == 30
     assert settled(LdsArguments(task="snli", subsets=7)).subsets == 7
-    with pytest.raises(ValueError, match=r"digits or snli, got 'mnist': pass --task"):
+    with pytest.raises(ValueError, match=r"digits, snli_head, snli, got 'mnist': pass"):
         settled(LdsArguments(task="mnist"))
 
 
@@ -136,6 +167,7 @@ def test_what_is_kept_is_told_of_those_with_an_exact_counterpart():
         Row("dot", 8): [0.3, 0.2],
         Row("preconditioned", 8, 1.0): [0.3],
         Row("preconditioned", 16, 1.0): [0.6],
+        Row("preconditioned", 16, 1.0, 2): [0.5],
         Row("dattri TRAK", 16, 0.0): [0.7],
         Row("traker TRAK", 16, 0.0): [0.1],
     }

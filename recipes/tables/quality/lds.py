@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,7 +32,13 @@ from hf_sketch.recipes.tables.quality.lds_peers import (
     installed,
     peer_scores,
 )
-from hf_sketch.recipes.tables.quality.lds_tasks import Digits, Snapshot, Snli, Task
+from hf_sketch.recipes.tables.quality.lds_tasks import (
+    Digits,
+    Snapshot,
+    Snli,
+    SnliHead,
+    Task,
+)
 from hf_sketch.recipes.training_defaults import with_small
 
 _SNLI = {
@@ -64,6 +71,7 @@ _TINY = {
     "peer_dampings": "0.1",
     "hessian_dampings": "",
 }
+_SETTINGS = {"digits": {}, "snli_head": {"epochs": 3}, "snli": _SNLI}
 
 
 @dataclass
@@ -76,7 +84,10 @@ class LdsArguments(ReportArguments):
 
     task: str = field(
         default="digits",
-        metadata={"help": "digits (a perceptron) or snli (MiniLM, smaller settings)."},
+        metadata={
+            "help": "digits (a perceptron), snli_head (on the frozen MiniLM) or snli "
+            "(all of MiniLM, smaller settings)."
+        },
     )
     train_file: str | None = field(
         default=None, metadata={"help": "SNLI rows instead of the bundled sample."}
@@ -90,6 +101,10 @@ class LdsArguments(ReportArguments):
     subsets: int = field(default=100, metadata={"help": "Random halves trained on."})
     seeds: int = field(default=2, metadata={"help": "Models of each; losses' mean."})
     out_sizes: str = field(default="256,1024", metadata={"help": "Sketch sizes."})
+    groups: str = field(
+        default="1",
+        metadata={"help": "Groups of layers that share a sketch's numbers; several."},
+    )
     sketch_seeds: int = field(default=3, metadata={"help": "Sketches of each size."})
     dampings: str = field(
         default="10,3,1,0.3,0.1", metadata={"help": "Of the preconditioned score."}
@@ -127,13 +142,13 @@ def settled(arguments: LdsArguments) -> LdsArguments:
     Raises:
         ValueError: the task is unknown.
     """
-    if arguments.task not in ("digits", "snli"):
+    if arguments.task not in _SETTINGS:
         raise ValueError(
-            f"task must be digits or snli, got {arguments.task!r}: pass --task digits."
+            f"task must be one of {', '.join(_SETTINGS)}, got {arguments.task!r}: pass "
+            "--task digits."
         )
-    if arguments.tiny:
-        return with_small(arguments, _TINY)
-    return with_small(arguments, _SNLI) if arguments.task == "snli" else arguments
+    small = _TINY if arguments.tiny else _SETTINGS[arguments.task]
+    return with_small(arguments, small)
 
 
 def task_of(arguments: LdsArguments) -> Task:
@@ -142,7 +157,8 @@ def task_of(arguments: LdsArguments) -> Task:
     if arguments.task == "digits":
         return Digits(*sizes)
     files = (arguments.train_file, arguments.validation_file)
-    return Snli(*sizes, *files, num_hidden_layers=1 if arguments.tiny else None)
+    kind = SnliHead if arguments.task == "snli_head" else Snli
+    return kind(*sizes, *files, num_hidden_layers=1 if arguments.tiny else None)
 
 
 def ground_truth(task: Task, arguments: LdsArguments) -> tuple[Tensor, Tensor]:
@@ -164,7 +180,8 @@ def all_scores(
     digits, model = isinstance(task, Digits), snapshots[-1].model
     sizes = _numbers(arguments.out_sizes, int)
     dampings = _numbers(arguments.dampings)
-    yield from exact_scores(task, model, dampings, max(sizes), gram=digits)
+    gram = not isinstance(task, Snli)
+    yield from exact_scores(task, model, dampings, max(sizes), gram)
     how = How(
         dampings,
         _numbers(arguments.influence_dampings),
@@ -172,10 +189,10 @@ def all_scores(
         arguments.keep_vectors,
         arguments.hessian_rows,
     )
-    for size in sizes:
-        for seed in range(arguments.sketch_seeds):
-            sketch = ModelSketch.from_model(model, size, seed=seed)
-            yield from sketched_scores(task, snapshots, sketch, how)
+    some = product(sizes, _numbers(arguments.groups, int))
+    for (size, count), seed in product(some, range(arguments.sketch_seeds)):
+        sketch = ModelSketch.from_model(model, size // count, seed=seed, groups=count)
+        yield from sketched_scores(task, snapshots, sketch, how)
     if digits:
         ridges = (arguments.peer_dampings, arguments.hessian_dampings)
         study = PeerStudy(task, snapshots, *map(_numbers, ridges))
@@ -204,14 +221,15 @@ def measure(task: Task, arguments: LdsArguments) -> tuple[dict[Row, list[float]]
 def kept(found: dict[Row, list[float]]) -> dict[Row, float]:
     """What part of an exact method's LDS its sketches have, in the mean.
 
-    Of the preconditioned score this is for the largest sketches, to whose damping the
-    exact one's is equal.
+    Of the preconditioned score this is for the largest sketches without groups of
+    layers, to whose damping the exact one's is equal.
     """
     largest = max((row.out_size or 0) for row in found)
     parts: dict[Row, float] = {}
     for row, scores in found.items():
         exact = found.get(Row(f"exact {row.method}", None, row.damping))
-        if exact and (row.damping is None or row.out_size == largest):
+        same = row.out_size == largest and row.groups == 1
+        if exact and (row.damping is None or same):
             parts[row] = mean(scores) / mean(exact)
     return parts
 
@@ -246,7 +264,7 @@ def run_lds(arguments: LdsArguments) -> dict[str, Any]:
     task = task_of(arguments)
     found, elements = measure(task, arguments)
     print_table(found)
-    if not isinstance(task, Digits):
+    if isinstance(task, Snli):
         numbers = max(row.out_size or 0 for row in found) * elements
         print(
             f"no other packages: their dense projections of {elements:,} parameters "

@@ -30,15 +30,18 @@ class Row:
         method: what makes the scores.
         out_size: numbers of a sketch or projection, None without.
         damping: as a part of what the method takes it of, None without.
+        groups: groups of layers that share the numbers of a sketch.
     """
 
     method: str
     out_size: int | None = None
     damping: float | None = None
+    groups: int = 1
 
     def __str__(self) -> str:
         damping = "" if self.damping is None else f", damping {self.damping:g}"
-        return self.method + damping
+        groups = "" if self.groups == 1 else f", {self.groups} groups"
+        return self.method + damping + groups
 
 
 Scores = Iterator[tuple[Row, Tensor]]  # each (queries, rows)
@@ -92,29 +95,34 @@ def fisher_influence(
 def sketched_scores(
     task: Task, snapshots: list[Snapshot], sketch: ModelSketch, how: "How"
 ) -> Scores:
-    """By sketches of one size and seed, at the last snapshot but for TracIn."""
+    """By sketches of one size and seed, at the last snapshot but for TracIn.
+
+    With groups of layers there is no influence, which needs a single sketch of all.
+    """
 
     def both(state: nn.Module) -> tuple[GradientRows, GradientRows]:
         rows, queries = (sketched(task, state, of, sketch) for of in _sets(task))
         return rows, queries
 
-    size, last = sketch.out_size, snapshots[-1]
+    size, last = sketch.row_size, snapshots[-1]
+    groups = sketch.layer_groups.count
     rows, queries = both(last.model)
     dot = rows.scores(queries)
-    yield Row("dot", size), dot
-    yield Row("cosine", size), rows.scores(queries, "cosine")
+    yield Row("dot", size, None, groups), dot
+    yield Row("cosine", size, None, groups), rows.scores(queries, "cosine")
     for damping in how.dampings:
         scores = rows.scores(queries, rows.preconditioned(damping))
-        yield Row("preconditioned", size, damping), scores
-    spectrum = spectrum_of(task, last.model, sketch, how)
-    for damping in how.influence_dampings:
-        scores = rows.scores(queries, Influence(spectrum, damping))
-        yield Row("influence", size, damping), scores
+        yield Row("preconditioned", size, damping, groups), scores
+    if how.influence_dampings and groups == 1:
+        spectrum = spectrum_of(task, last.model, sketch, how)
+        for damping in how.influence_dampings:
+            scores = rows.scores(queries, Influence(spectrum, damping))
+            yield Row("influence", size, damping), scores
     tracin = last.learning_rate * dot
     for snapshot in snapshots[:-1]:
         rows, queries = both(snapshot.model)
         tracin += snapshot.learning_rate * rows.scores(queries)
-    yield Row("tracin", size), tracin
+    yield Row("tracin", size, None, groups), tracin
 
 
 @dataclass(frozen=True)

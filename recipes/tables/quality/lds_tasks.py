@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from hf_sketch import CounterRandom
-from hf_sketch.recipes.setups import snli_setup
+from hf_sketch.recipes.setups import Setup, snli_setup
 from hf_sketch.recipes.texts.snli_data import load_snli
-from hf_sketch.recipes.texts.snli_sample import load_snli_sample, tokenize
+from hf_sketch.recipes.texts.snli_sample import LABELS, load_snli_sample, tokenize
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
+_HIDDEN = 64
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,86 @@ class Snli(Task):
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+
+class Head(nn.Module):
+    """A classifier of features, with three hidden layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        widths = (width, _HIDDEN, _HIDDEN, _HIDDEN)
+        hidden = [(nn.Linear(m, n), nn.GELU()) for m, n in pairwise(widths)]
+        layers = (layer for pair in hidden for layer in pair)
+        self.net = nn.Sequential(*layers, nn.Linear(_HIDDEN, len(LABELS)))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.net(x)
+        loss = nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+class SnliHead(Task):
+    """A head on the frozen MiniLM's embeddings of SNLI's sentences, by AdamW.
+
+    Its features are those of InferSent: both embeddings u and v, |u - v| and u v.
+
+    Args:
+        rows: see `Snli`, as for the rest.
+        queries: how many validation pairs to ask of.
+        epochs: passes over the rows.
+        train_file: premise, hypothesis, label.
+        validation_file: the same for queries.
+        num_hidden_layers: that are kept of MiniLM.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        queries: int,
+        epochs: int,
+        train_file: str | None = None,
+        validation_file: str | None = None,
+        num_hidden_layers: int | None = None,
+    ) -> None:
+        layers = {"num_hidden_layers": num_hidden_layers} if num_hidden_layers else {}
+        setup = snli_setup(None, train_file, True, max_samples=rows, **layers)
+        asked = (
+            load_snli_sample("validation")
+            if validation_file is None
+            else load_snli("validation", validation_file)
+        )
+        pairs = setup.train_dataset, asked.select(range(queries))
+        self.rows, self.queries = (embedded_pairs(setup, some) for some in pairs)
+        self.collate = default_collate
+        self.epochs, self.batch_size, self.batch_at_once = epochs, 32, 250
+        self.smooth = True
+
+    def new_model(self) -> nn.Module:
+        return Head(len(self.rows[0]["x"]))
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def embedded_pairs(setup: Setup, pairs: Dataset) -> list[dict[str, Any]]:
+    """Features and label of each pair, with the mean of a sentence's last states."""
+    encoder = setup.model.base_model.eval()
+    sides: list[Tensor] = []
+    for name in ("premise", "hypothesis"):
+        found: list[Tensor] = []
+        texts: list[str] = pairs[name][:]
+        for start in range(0, len(texts), 32):
+            options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+            inputs = setup.tokenizer(texts[start : start + 32], **options)
+            with torch.no_grad():
+                states = encoder(**inputs).last_hidden_state
+            mask = inputs["attention_mask"].unsqueeze(-1)
+            found.append((states * mask).sum(1) / mask.sum(1))
+        sides.append(nn.functional.normalize(torch.cat(found), dim=1))
+    u, v = sides
+    features = torch.cat([u, v, (u - v).abs(), u * v], 1) * u.shape[1] ** 0.5
+    labels = torch.tensor(pairs["label"][:])
+    return [{"x": x, "labels": y} for x, y in zip(features, labels, strict=True)]
 
 
 def inputs_of(dataset: Dataset) -> list[dict[str, Any]]:
