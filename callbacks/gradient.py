@@ -17,6 +17,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import has_length
 
 from hf_sketch.examples.losses import check_reduction
 from hf_sketch.examples.sketcher import ExampleSketcher
@@ -48,7 +49,6 @@ from .recording.trainers import (
 )
 
 logger = logging.getLogger(__name__)
-
 OnError = Literal["raise", "warn"]
 
 
@@ -170,6 +170,8 @@ class GradientSketchCallback(TrainerCallback):
         self._do(Run.close)  # of training that an exception has ended
         self._run = None
         header = self._checked_header(args, state, model)
+        rows = train_dataloader.dataset
+        header = replace(header, train_rows=len(rows) if has_length(rows) else None)
         if self.normalize is not None:
             header = normalized(header, args, state, model, optimizer)
         warn_of_restart(train_dataloader, state)
@@ -254,9 +256,8 @@ class GradientSketchCallback(TrainerCallback):
             seconds = rehearsal.seconds(
                 header.model_sketch, sketcher, callback.per_step
             )
-            modules = sketcher and sketcher.coverage
-            known = callback._forecast(header, args, state, loader, modules)
-        found = DryRun(known, *seconds)
+            run = header, args, state, loader, sketcher and sketcher.coverage
+            found = DryRun(callback._forecast(*run), *seconds)
         if state.is_world_process_zero:
             tqdm.write(str(found))
         return found

@@ -13,7 +13,7 @@ from hf_sketch import (
     load_spectra,
     sketch_dataset,
 )
-from hf_sketch.attribution.columns import check_lines
+from hf_sketch.attribution.answers import check_lines
 from hf_sketch.attribution.methods import METHOD_NAMES, Method, check_damping
 from hf_sketch.attribution.record import (
     FILE,
@@ -25,7 +25,7 @@ from hf_sketch.attribution.record import (
 from hf_sketch.processes import processes
 from hf_sketch.recipes.options.attribute import AttributeArguments
 from hf_sketch.recipes.options.wikitext import WikitextArguments
-from hf_sketch.recipes.texts.data_files import read_data_file
+from hf_sketch.recipes.texts.data_files import check_texts, read_data_file
 from hf_sketch.recipes.texts.text_rows import (
     TextModel,
     load_text_model,
@@ -34,7 +34,8 @@ from hf_sketch.recipes.texts.text_rows import (
     token_rows,
     tokenized,
 )
-from hf_sketch.sketches.choices import check_choice
+from hf_sketch.sketches.choices import check_choice, check_count
+from hf_sketch.store.header import read_header
 from hf_sketch.store.locations import is_remote, store_directory
 
 
@@ -53,17 +54,21 @@ def run_attribute(
             "hf-sketch merge."
         )
     check_answers(arguments)
+    check_count("max_queries", arguments.max_queries)
     store = load_sketches(directories[0]).over_processes()
     text_model = load_text_model(arguments.model)
     rows = read_data_file(arguments.queries)
     rows = rows.select(range(min(arguments.max_queries, len(rows))))
-    train = arguments.train_file and read_data_file(arguments.train_file)
+    train = None
+    if arguments.train_file is not None:
+        train = read_data_file(arguments.train_file)
+        _check_trained_on(store, train, arguments.train_file)
     method = method_of(store, arguments.method, arguments.damping)
     record = attribute_texts(
         store,
         text_model,
         rows,
-        train or None,
+        train,
         text_columns(rows, text_model.kind, arguments.text_columns),
         max_length=arguments.max_length,
         batch_size=arguments.batch_size,
@@ -79,6 +84,16 @@ def run_attribute(
         record.save(path)
         print(f"saved {path}")
     return record
+
+
+def _check_trained_on(store: GradientRows, train: Dataset, path: str) -> None:
+    """Raise if a file has other rows than the store's ids count."""
+    rows = store.directory and read_header(store.directory).train_rows
+    if rows not in (None, len(train)):
+        raise ValueError(
+            f"{path} has {len(train)} rows, and the run was trained on {rows}: pass "
+            "these rows, in their order, as after any filtering."
+        )
 
 
 def _beside(directory: str) -> Path:
@@ -170,7 +185,9 @@ def attribute_texts(
         batch_size=batch_size,
         data_collator=text_model.collator,
     )
-    inputs = tokenized(queries, text_model, columns, max_length)
+    inputs = tokenized(queries, text_model, columns, max_length, "the queries")
+    if train is not None:
+        check_texts(train, columns, "the training rows")
     sketches = sketch(inputs)
     tokens = None
     if text_model.kind == "causal":

@@ -78,7 +78,7 @@ def run_demo(arguments: DemoArguments) -> DemoResult:
         trainer.model, chosen, store.model_sketch, processing_class=tokenizer
     )
     last_epoch = store.where(epoch=max(store.dataset["epoch"][:]))
-    _print_attributions(last_epoch, queries, chosen, predicted, flipped)
+    _print_attributions(store, queries, chosen, predicted, flipped)
     result = _find_flipped(last_epoch, flipped, float(accuracy))
     _print_summary(arguments.output_dir, store, flipped, result)
     return result

@@ -1,11 +1,13 @@
 """Models as shapes alone: a configuration on torch's meta device."""
 
+import json
 from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
@@ -19,9 +21,19 @@ def load_config(name: str) -> PreTrainedConfig:
 
     Raises:
         OSError: it cannot be found.
+        ValueError: the file is no configuration of a model.
     """
     path = Path(name)
-    return AutoConfig.from_pretrained(str(path.parent if path.is_file() else name))
+    if not path.is_file():
+        return AutoConfig.from_pretrained(name)
+    content = json.loads(path.read_text())
+    kind = content.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{path} must have a model_type that Transformers knows, got {kind!r}: pass"
+            " the config.json of a model."
+        )
+    return CONFIG_MAPPING[kind].from_dict(content)
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:

@@ -1,54 +1,48 @@
 """Rows as a user holds them: with the map that made them, and their scores."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 
+from hf_sketch.attribution.answers import answers, check_lines, with_texts
 from hf_sketch.attribution.columns import (
-    answer_lines,
-    check_lines,
-    ids_of_states,
+    described,
     matching_rows,
-    query_ids,
     row_groups,
     with_columns,
 )
+from hf_sketch.attribution.covariance import Covariance
 from hf_sketch.attribution.index import RowIndex, index_rows
+from hf_sketch.attribution.layers import OfLayers
 from hf_sketch.attribution.methods import (
-    METHOD_NAMES,
-    METHODS,
     Method,
-    OfLayers,
     Preconditioned,
-    TracIn,
+    named_method,
 )
+from hf_sketch.attribution.queries import query_matrix
 from hf_sketch.attribution.scores import (
-    QueryMatrix,
-    best_groups,
-    best_rows,
-    covariance,
     dense_scores,
     group_scores,
-    query_sketches,
     self_scores,
 )
 from hf_sketch.attribution.shares import RowShare
+from hf_sketch.attribution.sketching import sketched_rows, text_inputs
 from hf_sketch.examples.measured_error import MeasuredError
 from hf_sketch.model.groups import Layers
 from hf_sketch.model.sketch import ModelSketch
-from hf_sketch.sketches.choices import check_choice
 from hf_sketch.store.locations import push_store
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GradientRows:
     """Rows, which are sketched gradients, and the map that made them.
+
+    `len(store)` is their number, and `store[17]` are those of the example 17.
 
     Args:
         model_sketch: the map; `sketch_dataset` makes queries for these rows with it.
@@ -59,6 +53,7 @@ class GradientRows:
             measured on the first examples; None if it was not measured.
         directory: the store; None for rows in memory.
         split: whether processes share the passes over the rows; see `over_processes`.
+        recorded: the covariance of all rows, if `dataset` is only a part of them.
     """
 
     model_sketch: ModelSketch
@@ -67,21 +62,33 @@ class GradientRows:
     measured_error: MeasuredError | None = None
     directory: Path | None = None
     split: bool = False
+    recorded: Covariance | None = field(default=None, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, example_id: int) -> "GradientRows":
+        return self.where(example_id=example_id)
+
+    def __repr__(self) -> str:
+        parts = [described(self.dataset), f"D={self.model_sketch.out_size}"]
+        parts += [f"{len(self.steps):,} steps"] if self.steps is not None else []
+        r = self.measured_error and self.measured_error.pearson_r
+        parts += [f"r={r:.3f}"] if r is not None else []
+        return f"GradientRows({', '.join(parts)})"
 
     def over_processes(self) -> "GradientRows":
         """The same, each pass over the rows split among Accelerate's processes.
 
-        All must have opened the same store, and call the same methods together. Each
-        reads its part of the rows; all get the whole answer, whatever their number.
+        All open the same store and call the same methods together; all get the whole
+        answer.
         """
         return replace(self, split=True)
 
     def push_to_hub(
         self, repo_id: str, private: bool | None = None, token: str | None = None
     ) -> str:
-        """Upload the whole store to a dataset repository of the Hub.
-
-        `load_sketches(repo_id)` opens it again.
+        """Upload the store to a dataset repository that `load_sketches(repo_id)` opens.
 
         Returns:
             the commit's address.
@@ -89,11 +96,6 @@ class GradientRows:
         Raises:
             ValueError: the rows are in memory only.
         """
-        if self.directory is None:
-            raise ValueError(
-                "These rows are in memory only. Push those of load_sketches(output_dir)"
-                ", which have a store."
-            )
         return push_store(self.directory, repo_id, private, token)
 
     def where(self, **values: Any) -> "GradientRows":
@@ -104,7 +106,8 @@ class GradientRows:
         Raises:
             ValueError: there is no such column, or no such row.
         """
-        return replace(self, dataset=matching_rows(self.dataset, values))
+        part = matching_rows(self.dataset, values)
+        return replace(self, dataset=part, recorded=self._covariance)
 
     def join(
         self, dataset: Dataset, *names: str, on: str | None = None
@@ -121,14 +124,14 @@ class GradientRows:
         Raises:
             ValueError: an example is not in the dataset.
         """
-        return replace(self, dataset=with_columns(self.dataset, dataset, names, on))
+        rows = with_columns(self.dataset, dataset, names, on)
+        return replace(self, dataset=rows, recorded=self._covariance)
 
     def step_rows(self) -> "GradientRows":
         """Return one row per optimizer step instead, for queries of the trajectory.
 
-        `store.step_rows().attribute(queries, method="tracin")` shows which steps moved
-        the query: the score is what the step took off its loss, for plain SGD and to
-        first order.
+        With method="tracin" scores are what each step took off the query's loss, for
+        plain SGD and to first order.
 
         Raises:
             ValueError: there are none.
@@ -138,18 +141,20 @@ class GradientRows:
                 "There are no rows of steps: these rows were made outside training, or "
                 "with per_step=False. Record them by GradientSketchCallback."
             )
-        return replace(self, dataset=self.steps, steps=None)
+        return replace(self, dataset=self.steps, steps=None, recorded=None)
 
     def preconditioned(self, damping: float = 1.0) -> Preconditioned:
-        """Return the method of these rows' own covariance, a block per layer group.
+        """Return the method "preconditioned" with another damping.
 
-        One pass over all finite rows takes it; it is factorised once.
+        The covariance, with a block for each group of layers, is that of all finite
+        rows of the store, also of those that `where` has left out. One pass takes it,
+        when it is first needed; it is kept.
 
         Args:
-            damping: added to the eigenvalues, in units of their mean (each block's).
+            damping: positive, in units of tr(C) / number of examples.
         """
         shape = self.model_sketch.layer_groups.shape
-        return Preconditioned(covariance(self._share, shape), damping)
+        return self._covariance.method(damping, self.split, shape)
 
     def build_index(
         self,
@@ -162,12 +167,10 @@ class GradientRows:
         Args:
             method: as in `attribute`.
             lists: number of inverted lists; by default 4 * sqrt(rows).
-            probed: number of lists that a search reads, by default 16: more find more,
-                and take longer.
+            probed: lists that a search reads, 16 by default: more find more, slower.
 
         Raises:
-            ModuleNotFoundError: the extra `faiss` is not installed.
-            ValueError: the method is unknown, or a number of lists is out of range.
+            ModuleNotFoundError, ValueError: FAISS is missing; an argument is bad.
         """
         return index_rows(self.dataset, self.scored_by(method), lists, probed)
 
@@ -175,59 +178,79 @@ class GradientRows:
         self,
         queries: "GradientRows | Mapping[int, GradientRows]",
         top_k: int = 10,
-        method: str | Method = "dot",
+        method: str | Method = "preconditioned",
         *,
         bottom_k: int = 0,
-        groups: str | None = None,
+        groups: str | None = "example_id",
         layers: Layers | None = None,
+        dataset: Dataset | None = None,
+        id2label: Mapping[int, str] | None = None,
     ) -> Dataset:
-        """Return the rows that moved the model most for and against each query.
+        """Return the examples that moved the model most for and against each query.
 
-        A positive score marks a proponent: a small gradient step on the row's example
-        lowers the query's loss, with "dot" by learning rate * score to first order.
+        A positive score marks a proponent: training on the example lowers the query's
+        loss. An example's score is the sum over its rows, one per epoch that was
+        recorded, or their mean for "cosine". docs/attribution.md has the formulas.
 
-        An example met in several epochs has one row per epoch; `where(epoch=...)` picks
-        one, and `groups="example_id"` sums them. Rows are read from disk in one pass;
-        memory does not grow with them.
+        Rows are read in one pass, besides the one that "preconditioned" takes first.
+        Memory grows by 8 bytes per query and example with several rows.
 
         Args:
-            queries: rows of the same map; or, for a model that changed, rows at several
-                of its states, keyed by step: each row meets the nearest.
+            queries: rows of the same map; or, of a model that changed, such rows by
+                step: each row meets the nearest state.
             top_k: number of lines with the greatest scores.
-            method: "dot", "cosine", "tracin", "preconditioned", or a method of
+            method: "preconditioned", "dot", "cosine", "tracin", or a method of
                 `hf_sketch` with its own settings.
             bottom_k: number of lines with the least scores, the strongest opponents.
-            groups: name of a column, as "label": scores are summed over the rows of
-                each value, and each line is about a value instead of a row.
+            groups: name of a column, such as "label": a line for each of its values.
+                None: a line for each row, as for rows of steps, which have no examples.
             layers: names of the layer groups that scores are sums over, or weights by
                 name; by default all. See `GradientSketchCallback(groups=...)`.
+            dataset: the `train_dataset` with its texts; these and labels come along.
+            id2label: names of its labels, if they are no `ClassLabel`.
 
         Returns:
             for each query its lines from the greatest score to the least: query (its
             row in `queries`), query_id, rank (from 0 for the top, from -1 for the
-            bottom, as in a list), score, and the row's or group's columns.
+            bottom, as in a list), score, the columns of the row (of an example: its
+            last row) and `rows`, the number of the rows that the line is about.
 
         Raises:
+            TypeError: the queries are not sketched.
             ValueError: the queries were sketched by another map, a query is not finite,
                 top_k and bottom_k are below 0 or both 0, the method is unknown or needs
                 columns that are not there, or `groups` or `layers` name none there is.
         """
         check_lines(top_k, bottom_k)
-        ids, matrix = self._query_matrix(queries)
-        chosen = self.scored_by(method, layers)
-        if groups is None:
-            found = best_rows(self._share, matrix, chosen, top_k, bottom_k)
-            return answer_lines(ids, *found, self.dataset)
-        values, codes = row_groups(self.dataset, groups)
-        sums = group_scores(self._share, matrix, chosen, codes, len(values))
-        best = best_groups(sums, top_k, bottom_k)
-        told = {groups: values, "rows": torch.bincount(codes).numpy()}
-        return answer_lines(ids, *best, Dataset.from_dict(told))
+        ids, matrix = query_matrix(self, queries)
+        scored, counts = self.scored_by(method, layers), (top_k, bottom_k)
+        lines = answers(self._share, ids, matrix, scored, groups, counts)
+        return lines if dataset is None else with_texts(lines, dataset, id2label)
+
+    def ask(
+        self, model: nn.Module, processing_class: Any, text: str, **options: Any
+    ) -> Dataset:
+        """Return the examples behind a causal language model's mean loss on a text.
+
+        Args:
+            model: at the weights that the question is about.
+            processing_class: its tokenizer.
+            text: the text.
+            options: for `attribute`, such as `top_k` and `dataset`.
+
+        Raises:
+            ValueError: the model is of another kind; see also `attribute`.
+        """
+        inputs = text_inputs(model, processing_class, text)
+        rows = sketched_rows(
+            model, inputs, self.model_sketch, processing_class=processing_class
+        )
+        return self.attribute(GradientRows(self.model_sketch, rows), **options)
 
     def scores(
         self,
         queries: "GradientRows | Mapping[int, GradientRows]",
-        method: str | Method = "dot",
+        method: str | Method = "preconditioned",
         groups: str | None = None,
         layers: Layers | None = None,
     ) -> Tensor:
@@ -235,14 +258,15 @@ class GradientRows:
 
         Returns:
             (queries, rows), float32, NaN for rows that are not finite; or (queries,
-            groups), float64, groups in the order of their sorted values.
+            groups), float64, in the order of the groups' sorted values: with
+            "example_id" the scores of `attribute`.
         """
-        _, matrix = self._query_matrix(queries)
+        _, matrix = query_matrix(self, queries)
         chosen = self.scored_by(method, layers)
         if groups is None:
             return dense_scores(self._share, matrix, chosen)
-        values, codes = row_groups(self.dataset, groups)
-        return group_scores(self._share, matrix, chosen, codes, len(values))
+        grouped = row_groups(self.dataset, groups)
+        return group_scores(self._share, matrix, chosen, grouped)
 
     def self_influence(
         self, method: str | Method = "dot", layers: Layers | None = None
@@ -256,12 +280,10 @@ class GradientRows:
 
     def scored_by(self, method: str | Method, layers: Layers | None = None) -> Method:
         """Return the method of a name, checked against the rows, of some layers."""
-        if isinstance(method, str):
-            check_choice("method", method, METHOD_NAMES)
-            if method == "tracin":
-                method = TracIn.of_steps(self.steps)
-            else:
-                method = METHODS.get(method) or self.preconditioned()
+        if method == "preconditioned":
+            method = self.preconditioned()
+        elif isinstance(method, str):
+            method = named_method(method, self.steps)
         if problem := method.problem(self.model_sketch, self.dataset.column_names):
             raise ValueError(problem)
         if layers is None:
@@ -273,28 +295,7 @@ class GradientRows:
         """The rows that this process reads: all, unless they are split."""
         return (RowShare.of_process if self.split else RowShare)(self.dataset)
 
-    def _query_matrix(
-        self, queries: "GradientRows | Mapping[int, GradientRows]"
-    ) -> tuple[np.ndarray[Any, Any], QueryMatrix]:
-        """The queries' example ids, and their sketches by state."""
-        if isinstance(queries, GradientRows):
-            return query_ids(queries.dataset), QueryMatrix((self._matrix(queries),))
-        if "step" not in self.dataset.column_names:
-            raise ValueError(
-                "Queries at several states need rows with a step, got the columns "
-                f"{self.dataset.column_names}. Take rows of training or of "
-                "sketch_checkpoints."
-            )
-        states = {step: queries[step] for step in sorted(queries)}
-        ids = ids_of_states({step: x.dataset for step, x in states.items()})
-        matrices = tuple(map(self._matrix, states.values()))
-        return ids, QueryMatrix(matrices, torch.tensor([*states]))
-
-    def _matrix(self, queries: "GradientRows") -> Tensor:
-        """Their sketches, checked: (queries, out_size)."""
-        if queries.model_sketch != self.model_sketch:
-            raise ValueError(
-                "The queries were sketched by another map than these rows. Make them "
-                "with sketch_dataset(model, data, store.model_sketch)."
-            )
-        return query_sketches(queries.dataset)
+    @cached_property
+    def _covariance(self) -> Covariance:
+        """That of all rows."""
+        return self.recorded or Covariance(self.dataset)

@@ -1,7 +1,8 @@
 """What a score is: the ways in which a row of a store can speak for a query."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -9,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.sketches.choices import check_choice
 from hf_sketch.spectra.spectrum import Spectrum
 from hf_sketch.store.blocks import RowBlock
 
@@ -17,7 +19,8 @@ class Method(ABC):
     """A symmetric matrix M on sketches and a weight w for each row.
 
     The score of query q and row r is w * q @ M @ r. It is positive for a proponent: a
-    gradient step on the row's example lowers the query's loss.
+    gradient step on the row's example lowers the query's loss. An example's score is
+    the sum of its rows' scores, or their mean if `averaged`.
     """
 
     columns: tuple[str, ...] = ()
@@ -29,6 +32,11 @@ class Method(ABC):
     def weights(self, block: RowBlock) -> Tensor | None:
         """The weight of each row, (rows,); None for 1."""
         return None
+
+    @property
+    def averaged(self) -> bool:
+        """Whether an example's score is the mean of its rows' scores, not the sum."""
+        return False
 
     def problem(self, model_sketch: ModelSketch, column_names: list[str]) -> str | None:
         """Why rows of this map with these columns have no such score, if so."""
@@ -50,6 +58,10 @@ class Dot(Method):
 @dataclass(frozen=True)
 class Cosine(Method):
     """q @ r / (|q| |r|), in [-1, 1]: rows of large gradients have no advantage."""
+
+    @property
+    def averaged(self) -> bool:
+        return True
 
     def transform(self, sketches: Tensor) -> Tensor:
         return torch.nn.functional.normalize(sketches, dim=1)
@@ -121,44 +133,61 @@ class TracIn(Method):
 
 @dataclass(frozen=True, eq=False)
 class Preconditioned(Method):
-    """q @ inverse(C + damping * mean(diag C)) @ r, C the rows' mean of r r^T.
+    """q @ inverse(C + damping * tr(C) / examples) @ r, C the rows' mean of r r^T.
 
-    With rows at trained weights, C is the sketched empirical Fisher matrix, and the
-    score that of TRAK without its weighting of examples. `GradientRows.preconditioned`
-    makes one. Of rows with groups of layers, C has a block for each, and the score is
-    the sum over the groups.
+    Summed over an example's rows, this estimates how much greater the query's loss
+    would be if training had left the example out, up to a factor. C is the sketched
+    empirical Fisher matrix of all states of the model that were recorded. Of rows with
+    groups of layers, C has a block for each, and the score is the sum over the groups.
+    `GradientRows.preconditioned` makes one.
 
     Shapes:
         covariance (out_size, out_size) or (groups, out_size, out_size), float64
 
     Args:
         covariance: C, or its blocks.
-        damping: as a part of C's mean eigenvalue, or of each block's.
+        examples: number of different examples that the rows are of.
+        damping: in units of tr(C) / examples, of each block's trace; no tuning needed.
 
     Raises:
         ValueError: `damping` is not positive, or C is zero or not finite.
 
     Reference:
-        Park et al. 2023, arXiv:2303.14186, Sec. 3.2; Koh and Liang 2017,
-        arXiv:1703.04730.
+        Park et al. 2023, arXiv:2303.14186, Sec. 3.2 (TRAK, without damping and with
+        another weighting of examples); Koh and Liang 2017, arXiv:1703.04730.
     """
 
     covariance: Tensor = field(repr=False)
-    damping: float
+    examples: int
+    damping: float = 1.0
     _factor: Tensor = field(init=False, repr=False)
+    _added: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
-        means = self.covariance.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-        if not 0 < (mean := float(means.mean())) < float("inf"):
+        traces = self.covariance.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+        if not 0 < (trace := float(traces.sum())) < float("inf"):
             raise ValueError(
                 "the rows' mean squared length must be positive and finite, got "
-                f"{mean}: leave rows out with where(finite=True)."
+                f"{trace}: leave rows out with where(finite=True)."
             )
         damped = self.covariance.clone()
-        means = means.where(means > 0, 1.0)  # a group without gradients has no score
-        damped.diagonal(dim1=-2, dim2=-1).add_(self.damping * means)
+        traces = traces.where(traces > 0, 1.0)  # a group without gradients has no score
+        added = self.damping * traces / self.examples
+        damped.diagonal(dim1=-2, dim2=-1).add_(added)
+        object.__setattr__(self, "_added", added)
         object.__setattr__(self, "_factor", torch.linalg.cholesky(damped))
+
+    @cached_property
+    def effective_dimension(self) -> float:
+        """tr(C inverse(C + added)): how many directions of the sketch the rows fill.
+
+        If it is close to out_size, longer rows would tell more examples apart.
+        """
+        one = torch.eye(self._factor.shape[-1], dtype=self._factor.dtype)
+        half = torch.linalg.solve_triangular(self._factor, one, upper=False)
+        left = self._added.squeeze(-1) * half.square().sum((-2, -1))
+        return self.covariance[..., 0].numel() - float(left.sum())
 
     def transform(self, sketches: Tensor) -> Tensor:
         shape = self.covariance.shape[:-1]
@@ -213,46 +242,19 @@ class Influence(Method):
         )
 
 
-@dataclass(frozen=True, eq=False)
-class OfLayers(Method):
-    """A method's score of some groups of layers, or with a weight for each.
-
-    Numbers of queries and rows are multiplied by the root of their group's weight, and
-    so is what M makes of them: q @ W^(1/2) M W^(1/2) @ r. Where M is a block for each
-    group this is the weighted sum of the groups' scores; "cosine" has the norms of what
-    is left.
-
-    Shapes:
-        layer_weights (row_size,)
-
-    Args:
-        method: the method.
-        layer_weights: of each number of a row; see `LayerGroups.weights`.
-    """
-
-    method: Method
-    layer_weights: Tensor
-    columns: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", self.method.columns)
-
-    def transform(self, sketches: Tensor) -> Tensor:
-        root = self.layer_weights.sqrt()
-        return self.method.transform(sketches * root) * root
-
-    def weights(self, block: RowBlock) -> Tensor | None:
-        return self.method.weights(
-            replace(block, kept=block.kept * self.layer_weights.sqrt())
-        )
-
-    def problem(self, model_sketch: ModelSketch, column_names: list[str]) -> str | None:
-        return self.method.problem(model_sketch, column_names)
-
-
 METHODS: Final[dict[str, Method]] = {"dot": Dot(), "cosine": Cosine()}
 # `GradientRows` makes the last two from its rows.
 METHOD_NAMES: Final = (*METHODS, "tracin", "preconditioned")
+
+
+def named_method(name: str, steps: Dataset | None) -> Method:
+    """The method of a name, but for "preconditioned", which is made of the rows.
+
+    Raises:
+        ValueError: there is none.
+    """
+    check_choice("method", name, METHOD_NAMES)
+    return METHODS.get(name) or TracIn.of_steps(steps)
 
 
 def check_damping(damping: float) -> None:

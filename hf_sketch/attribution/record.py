@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from hf_sketch.attribution.collection import GradientRows
 from hf_sketch.attribution.columns import column
-from hf_sketch.attribution.methods import Cosine, Method
+from hf_sketch.attribution.methods import METHODS, Method
 from hf_sketch.durable import replace_file
 from hf_sketch.model.groups import Layers
 
@@ -95,7 +95,7 @@ def record_attribution(
     *,
     top_k: int = 5,
     bottom_k: int = 5,
-    method: str | Method = "dot",
+    method: str | Method = "preconditioned",
     layers: Layers | None = None,
     train_texts: Sequence[str] | None = None,
     tokens: Sequence[list[list[Any]]] | None = None,
@@ -123,9 +123,7 @@ def record_attribution(
     if token_sketches is not None:
         check_token_method(method)
     scored = store.scored_by(method, layers)
-    lines = store.attribute(
-        queries, top_k, scored, bottom_k=bottom_k, groups="example_id"
-    )
+    lines = store.attribute(queries, top_k, scored, bottom_k=bottom_k)
     rows: list[dict[str, Any]] = lines.to_list()
     for line in rows:
         if train_texts and 0 <= line["example_id"] < len(train_texts):
@@ -155,9 +153,15 @@ def record_attribution(
     return AttributionRecord(name, records)
 
 
+def is_averaged(method: str | Method) -> bool:
+    """Return whether an example's score is the mean over its rows, not their sum."""
+    chosen = METHODS.get(method) if isinstance(method, str) else method
+    return chosen is not None and chosen.averaged
+
+
 def check_token_method(method: str | Method) -> None:
     """Raise unless a query's score is a sum over its tokens."""
-    if method == "cosine" or isinstance(method, Cosine):
+    if is_averaged(method):
         raise ValueError(
             "tokens have scores by methods that are linear in the query, got cosine: "
             "take another method, or no scores of tokens."
@@ -197,4 +201,6 @@ def _contributions(
     sums = np.zeros((len(scores), len(ids), len(edges) - 1))
     for example, place, score in zip(examples, places, scores.T, strict=True):
         sums[:, example, place] += score
+    if is_averaged(method):
+        sums /= np.bincount(examples)[:, np.newaxis]
     return edges[:-1].tolist(), ids, sums

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from hf_sketch.attribution.methods import Method
 from hf_sketch.attribution.shares import RowShare
-from hf_sketch.store.blocks import RowBlock, sketch_matrix
+from hf_sketch.store.blocks import RowBlock
 
 _QUERIES_AT_ONCE = 1024
 _SUMS_AT_ONCE = 2**26
@@ -56,6 +56,26 @@ class QueryMatrix:
             rows = (nearest == state).nonzero().squeeze(1)
             products[:, rows] = self.states[state] @ block.kept[rows].T
         return products
+
+
+@dataclass(frozen=True, eq=False)
+class RowGroups:
+    """Rows, grouped by a column.
+
+    Shapes:
+        codes (rows,), int64: which of the values each row has
+
+    Args:
+        values: the column's different values, sorted.
+    """
+
+    values: np.ndarray[Any, Any]
+    codes: Tensor
+
+    @property
+    def count(self) -> int:
+        """The number of groups."""
+        return len(self.values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,22 +130,6 @@ class BestRows:
         return BestRows(scores, torch.cat([part.places for part in parts]))
 
 
-def query_sketches(dataset: Dataset) -> Tensor:
-    """The sketches of queries as one matrix, (queries, out_size).
-
-    Raises:
-        ValueError: one is not finite.
-    """
-    matrix = sketch_matrix(dataset)
-    broken = (~matrix.isfinite().all(1)).nonzero().squeeze(1).tolist()
-    if broken:
-        raise ValueError(
-            f"The queries in rows {broken[:5]} are NaN or infinite. Leave them out "
-            "with queries.where(finite=True)."
-        )
-    return matrix
-
-
 def best_rows(
     share: RowShare, queries: QueryMatrix, method: Method, top: int, bottom: int
 ) -> tuple[BestRows, BestRows]:
@@ -144,10 +148,27 @@ def best_rows(
     return best, worst
 
 
-def best_groups(sums: Tensor, top: int, bottom: int) -> tuple[BestRows, BestRows]:
-    """The columns of the greatest and of the least sums (these first, and negated)."""
-    groups, none = torch.arange(sums.shape[1]), BestRows.none(len(sums))
-    return none.and_of(sums, groups, top), none.and_of(-sums, groups, bottom)
+def best_groups(
+    share: RowShare,
+    queries: QueryMatrix,
+    method: Method,
+    groups: "RowGroups",
+    top: int,
+    bottom: int,
+) -> tuple[BestRows, BestRows]:
+    """The groups of the greatest and of the least scores (these first, and negated).
+
+    Scores of all groups are held for as many queries as fit into 512 MiB, at least one.
+    """
+    found: list[tuple[BestRows, BestRows]] = []
+    numbers = torch.arange(groups.count)
+    for part in queries.split(max(1, _SUMS_AT_ONCE // max(1, groups.count))):
+        scores = group_scores(share, part, method, groups)
+        none = BestRows.none(len(scores))
+        best = none.and_of(scores, numbers, top)
+        found.append((best, none.and_of(-scores, numbers, bottom)))
+    best, worst = map(BestRows.joined, zip(*found, strict=True))
+    return best, worst
 
 
 def dense_scores(share: RowShare, queries: QueryMatrix, method: Method) -> Tensor:
@@ -159,23 +180,21 @@ def dense_scores(share: RowShare, queries: QueryMatrix, method: Method) -> Tenso
 
 
 def group_scores(
-    share: RowShare,
-    queries: QueryMatrix,
-    method: Method,
-    groups: Tensor,
-    count: int,
+    share: RowShare, queries: QueryMatrix, method: Method, groups: "RowGroups"
 ) -> Tensor:
-    """Sums over the rows of each group, (queries, count), float64.
+    """Sums, or means, over the finite rows of each group, (queries, groups), float64.
 
-    Shapes:
-        groups (rows,), int64, each in [0, count)
+    A mean over no rows is NaN.
     """
-    sums: list[Tensor] = []
-    for part in queries.split(max(1, _SUMS_AT_ONCE // max(1, count))):
-        sums.append(torch.zeros(len(part.states[0]), count, dtype=torch.float64))
-        for scores, rows in score_blocks(share, part, method):
-            sums[-1].index_add_(1, groups[rows], scores.double())
-    return share.summed(torch.cat(sums))
+    shape = len(queries.states[0]), groups.count
+    sums = torch.zeros(shape, dtype=torch.float64)
+    rows_met = torch.zeros(groups.count, dtype=torch.float64)
+    for scores, rows in score_blocks(share, queries, method):
+        codes = groups.codes[rows]
+        sums.index_add_(1, codes, scores.double())
+        rows_met += torch.bincount(codes, minlength=groups.count)
+    sums = share.summed(sums)
+    return sums / share.summed(rows_met) if method.averaged else sums
 
 
 def self_scores(share: RowShare, method: Method) -> Tensor:
@@ -186,26 +205,6 @@ def self_scores(share: RowShare, method: Method) -> Tensor:
         own = (method.transform(sketches) * sketches).sum(1)
         parts.append(own if weights is None else own * weights)
     return torch.cat(share.gathered(torch.cat(parts)))
-
-
-def covariance(share: RowShare, shape: Sequence[int]) -> Tensor:
-    """The mean of r r^T over all finite rows r, float64.
-
-    Args:
-        share: the rows.
-        shape: of each: (out_size,), or (groups, out_size) for a mean of each group,
-            (groups, out_size, out_size).
-    """
-    total = torch.zeros(*shape, shape[-1], dtype=torch.float64)
-    count = 0
-    for block in share.blocks():
-        sketches = block.sketches
-        sketches = sketches[sketches.isfinite().all(1)]
-        numbers = sketches.unflatten(1, shape).movedim(0, -1)
-        total += (numbers @ numbers.mT).double()
-        count += len(sketches)
-    count = int(share.summed(torch.tensor(count)))
-    return share.summed(total) / max(1, count)
 
 
 def score_blocks(

@@ -42,6 +42,7 @@ class Header:
         answers: rows are of generated answers, with columns `reward` and `advantage`.
         unowned: part of the norm of a first step's gradient that belongs to no example,
             as that of a router's balancing loss; None if it was not compared.
+        train_rows: rows of the dataset that was trained on; None if unknown.
     """
 
     model_sketch: ModelSketch
@@ -54,6 +55,7 @@ class Header:
     per_row: bool = False
     answers: bool = False
     unowned: float | None = None
+    train_rows: int | None = None
 
     @property
     def optional_columns(self) -> tuple[str, ...]:
@@ -110,6 +112,7 @@ def _read_version_1(
         content.get("per_row", False),
         content.get("answers", False),
         content.get("unowned"),
+        content.get("train_rows"),
     )
 
 

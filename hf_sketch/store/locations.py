@@ -46,12 +46,22 @@ def store_directory(path: str | Path, **options: Any) -> Path:
     return directory / _FOLDER
 
 
-def push_store(directory: Path, repo_id: str, private: bool | None, token: Any) -> str:
+def push_store(
+    directory: Path | None, repo_id: str, private: bool | None, token: Any
+) -> str:
     """Upload a store to a dataset repository, creating it if necessary.
 
     Returns:
         the commit's address.
+
+    Raises:
+        ValueError: there is no store.
     """
+    if directory is None:
+        raise ValueError(
+            "These rows are in memory only. Push those of load_sketches(output_dir), "
+            "which have a store."
+        )
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, repo_type="dataset", exist_ok=True)
     commit = api.upload_folder(

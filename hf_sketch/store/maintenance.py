@@ -165,6 +165,9 @@ def merge(directories: Sequence[Path], output: Path) -> None:
     """
     if output.exists():
         raise ValueError(f"{output} exists. Pass the name of a new directory.")
+    if len({directory.resolve() for directory in directories}) < len(directories):
+        given = [str(directory) for directory in directories]
+        raise ValueError(f"{given} name a store twice. Pass different stores.")
     headers = [read_header(directory) for directory in directories]
     for directory, header in zip(directories, headers, strict=True):
         if not header.fits(headers[0]):

@@ -66,8 +66,8 @@ def decide_opening(
         reason = f"it holds rows up to step {last_step} of a run that is not resumed"
         return Opening("set_aside", ours, reason)
     step_examples = ours.step_examples or theirs.step_examples
-    notes = {"step_examples": step_examples, "processes": ours.processes}
-    return Opening("resume", replace(theirs, **notes))
+    theirs = replace(theirs, step_examples=step_examples, processes=ours.processes)
+    return Opening("resume", replace(theirs, train_rows=ours.train_rows))
 
 
 def _settings_problem(ours: Header, theirs: Header) -> str:

@@ -8,7 +8,8 @@ class AttributeArguments:
     """List the training examples that moved the model most for and against each query.
 
     The queries' gradients are taken at the given model: use the run's last checkpoint
-    or one close to it. A score sums over all steps that trained on the example.
+    or one close to it. An example has one score for all steps that trained
+    on it.
     Positive: training on it lowered the query's loss.
 
     Several processes (accelerate launch -m hf_sketch.cli attribute ...) share the
@@ -32,10 +33,10 @@ class AttributeArguments:
         },
     )
     method: str = field(
-        default="dot",
+        default="preconditioned",
         metadata={
-            "help": "dot, cosine, tracin (each step with its learning rate), "
-            "preconditioned (by the covariance of the rows) or influence (by the last "
+            "help": "preconditioned (by the covariance of the rows), dot, cosine, "
+            "tracin (each step with its learning rate) or influence (by the last "
             "spectrum in DIR/curvature)."
         },
     )

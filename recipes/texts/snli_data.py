@@ -2,7 +2,12 @@
 
 from datasets import Dataset, load_dataset
 
-from hf_sketch.recipes.texts.data_files import check_columns, read_data_file
+from hf_sketch.recipes.texts.data_files import (
+    check_columns,
+    check_labels,
+    check_texts,
+    read_data_file,
+)
 from hf_sketch.recipes.texts.snli_sample import LABELS
 
 _NAME = "stanfordnlp/snli"
@@ -23,12 +28,13 @@ def load_snli(split: str = "train", file: str | None = None) -> Dataset:
     """
     rows = load_dataset(_NAME, split=split) if file is None else read_data_file(file)
     source = file or _NAME
-    check_columns(rows, ("premise", "hypothesis", "label"), source)
-    known = (_NO_GOLD_LABEL, *range(len(LABELS)))
-    unknown = [label for label in rows.unique("label") if label not in known]
-    if unknown:
+    check_texts(rows, ("premise", "hypothesis"), source)
+    check_columns(rows, ("label",), source)
+    kept = rows.filter(lambda label: label != _NO_GOLD_LABEL, input_columns="label")
+    if not len(kept):
         raise ValueError(
-            f"labels in {source} must be 0, 1, 2 for {', '.join(LABELS)}, or "
-            f"{_NO_GOLD_LABEL} for none, got {unknown[:5]}: replace them by these."
+            f"{source} must have labels, got {_NO_GOLD_LABEL} in all of its "
+            f"{len(rows)} rows, which means none: pass rows with gold labels."
         )
-    return rows.filter(lambda label: label != _NO_GOLD_LABEL, input_columns="label")
+    labels = check_labels(kept, "label", LABELS, source)
+    return kept.remove_columns("label").add_column("label", labels)

@@ -19,7 +19,11 @@ from transformers import (
 )
 
 from hf_sketch.model.state import evaluation_mode
-from hf_sketch.recipes.texts.data_files import check_columns
+from hf_sketch.recipes.texts.data_files import (
+    check_columns,
+    check_labels,
+    check_texts,
+)
 
 _TEXTS = {
     "classification": (("premise", "hypothesis"), ("sentence1", "sentence2")),
@@ -113,12 +117,14 @@ def tokenized(
     text_model: TextModel,
     columns: Sequence[str],
     max_length: int | None = None,
+    source: str = "the rows",
 ) -> Dataset:
     """The model's inputs and labels of each row; nothing else is kept.
 
     Raises:
-        ValueError: a classifier's rows have no label.
+        ValueError: a row of `source` lacks a text or, for a classifier, a label.
     """
+    check_texts(dataset, columns, source)
     tokenizer, kind = text_model.tokenizer, text_model.kind
     limits: dict[str, Any] = {"truncation": True, "max_length": max_length}
     labels = [name for name in _LABELS if name in dataset.column_names]
@@ -127,6 +133,11 @@ def tokenized(
             f"a classifier's rows must have a column label, got {dataset.column_names}:"
             " add what the query's loss is taken of."
         )
+    if kind == "classification":
+        names = text_model.model.config.id2label
+        names = [names[number] for number in sorted(names)]
+        numbers = check_labels(dataset, labels[0], names, source)
+        dataset = dataset.remove_columns(labels[0]).add_column(labels[0], numbers)
 
     def encode(rows: dict[str, list[Any]]) -> Mapping[str, Any]:
         texts = [rows[name] for name in columns]

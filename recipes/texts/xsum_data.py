@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from hf_sketch.recipes.texts.data_files import check_columns, read_data_file
+from hf_sketch.recipes.texts.data_files import check_texts, read_data_file
 
 _NAME = "EdinburghNLP/xsum"
 _REVISION = "refs/convert/parquet"  # the Hub's own copy: there is no script to run
@@ -29,7 +29,7 @@ def load_xsum(split: str = "train", file: str | None = None) -> Dataset:
         rows = load_dataset(_NAME, split=split, revision=_REVISION)
     else:
         rows = read_data_file(file)
-    check_columns(rows, ("document", "summary"), file or _NAME)
+    check_texts(rows, ("document", "summary"), file or _NAME)
     return rows
 
 

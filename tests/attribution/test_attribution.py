@@ -55,7 +55,7 @@ def test_memory_does_not_grow_with_the_store(monkeypatch, descending):
 
     monkeypatch.setattr("hf_sketch.store.blocks._BLOCK_ELEMENTS", 4 * 10)
     monkeypatch.setattr(torch.Tensor, "topk", noting)
-    top = rows_of(rows).attribute(rows_of(query), 3)
+    top = rows_of(rows).attribute(rows_of(query), 3, "dot")
     assert sizes == ([10] if descending else [10] + [3 + 10] * 19)
     best = [0, 1, 2] if descending else [199, 198, 197]
     assert top["example_id"][:] == [100 + place for place in best]
@@ -66,7 +66,7 @@ def test_of_equal_rows_in_several_blocks_the_first_are_told(monkeypatch):
     # Whole numbers have exact products; of others the place may decide the rounding.
     one, asked = (4 * random_matrix(n, seed) for n, seed in ((1, 0), (2, 1)))
     rows, queries = one.round().repeat(45, 1), asked.round()
-    top = rows_of(rows).attribute(rows_of(queries), 3, bottom_k=2)
+    top = rows_of(rows).attribute(rows_of(queries), 3, "dot", bottom_k=2)
     assert top["example_id"][:] == [100, 101, 102, 101, 100] * 2
 
 
@@ -132,7 +132,9 @@ def test_one_sgd_step_on_a_proponent_lowers_the_querys_loss(trained):
     at_end = sketch_dataset(model, data, store.model_sketch)
     queries = sketch_dataset(model, query, store.model_sketch)
     for proponent, line in zip(
-        (True, False), at_end.attribute(queries, top_k=1, bottom_k=1), strict=True
+        (True, False),
+        at_end.attribute(queries, top_k=1, method="dot", bottom_k=1),
+        strict=True,
     ):
         stepped = copy.deepcopy(model).eval()
         before = loss_of(stepped, query[0]).detach()

@@ -1,9 +1,11 @@
 """Each method against its formula in dense matrices."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from hf_sketch import Influence, ModelSketch, Preconditioned, Spectrum, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
@@ -20,13 +22,90 @@ def test_preconditioned_scores_solve_with_the_damped_covariance():
     rows[:, 2] *= 7
     store = rows_of(rows)
     covariance = dense(rows).T @ dense(rows) / 40
-    damped = covariance + 0.2 * np.trace(covariance) / 4 * np.eye(4)
+    damped = covariance + 0.2 * np.trace(covariance) / 40 * np.eye(4)
     expected = dense(queries) @ np.linalg.inv(damped) @ dense(rows).T
     got = store.scores(rows_of(queries), store.preconditioned(damping=0.2))
     assert got.numpy() == pytest.approx(expected, rel=1e-5, abs=1e-6)
     default = store.scores(rows_of(queries), "preconditioned")
     by_hand = store.scores(rows_of(queries), store.preconditioned())
     assert torch.equal(default, by_hand)
+
+
+def test_an_examples_score_is_that_of_the_sum_of_its_rows_by_default():
+    rows, queries = random_matrix(12, 0), random_matrix(2, 1)
+    ids = [100 + i % 5 for i in range(12)]
+    store = rows_of(rows, step=[*range(12)])
+    store = replace(
+        store,
+        dataset=store.dataset.remove_columns("example_id").add_column(
+            "example_id", ids
+        ),
+    )
+    covariance = dense(rows).T @ dense(rows) / 12
+    damped = covariance + np.trace(covariance) / 5 * np.eye(4)  # of five examples
+    sums = np.stack([dense(rows[i::5]).sum(0) for i in range(5)])
+    expected = dense(queries) @ np.linalg.inv(damped) @ sums.T
+    lines = store.attribute(rows_of(queries), 5)
+    assert lines["query"][:] == [0] * 5 + [1] * 5
+    for query in (0, 1):
+        mine = lines.filter(lambda line, q=query: line["query"] == q)
+        order = (-expected[query]).argsort()
+        assert mine["example_id"][:] == (100 + order).tolist()
+        assert mine["score"][:] == pytest.approx(expected[query][order], rel=1e-5)
+        assert mine["rows"][:] == [[3, 3, 2, 2, 2][i] for i in order]
+        assert mine["step"][:] == [[10, 11, 7, 8, 9][i] for i in order]  # its last row
+    some = store.where(step=range(6))  # other rows, but the covariance of all
+    kept = np.stack([dense(rows[:6][i::5]).sum(0) for i in range(5)])
+    got = some.scores(rows_of(queries), groups="example_id").numpy()
+    expected = dense(queries) @ np.linalg.inv(damped) @ kept.T
+    assert got == pytest.approx(expected, rel=1e-5)
+    eigenvalues = np.linalg.eigvalsh(covariance)
+    filled = (eigenvalues / (eigenvalues + np.trace(covariance) / 5)).sum()
+    found = store.preconditioned().effective_dimension
+    assert found == pytest.approx(filled, rel=1e-6)
+    assert store.preconditioned() is some.preconditioned()  # taken once
+
+
+def test_cosines_of_an_examples_rows_are_averaged():
+    rows, queries = random_matrix(6, 0), random_matrix(2, 1)
+    label = [0, 1, 0, 1, 0, 0]
+    store = rows_of(rows, label=label)
+    unit = [dense(torch.nn.functional.normalize(x, dim=1)) for x in (queries, rows)]
+    cosines = unit[0] @ unit[1].T
+    expected = np.stack([cosines[:, np.array(label) == i].mean(1) for i in (0, 1)], 1)
+    got = store.scores(rows_of(queries), "cosine", groups="label")
+    assert got.numpy() == pytest.approx(expected, rel=1e-5)
+
+
+def test_sketches_that_the_rows_fill_are_too_short(caplog):
+    full = rows_of(torch.eye(4).repeat(500, 1))  # as many directions as numbers
+    full.attribute(rows_of(random_matrix(1, 1)), 1)
+    assert "Record with an out_size of 16" in caplog.text
+    caplog.clear()
+    rows_of(random_matrix(4, 0)).attribute(rows_of(random_matrix(1, 1)), 1)
+    assert not caplog.records
+
+
+def test_lines_carry_the_texts_and_labels_of_the_dataset():
+    store = rows_of(random_matrix(3, 0))
+    store = replace(
+        store,
+        dataset=store.dataset.remove_columns("example_id").add_column(
+            "example_id", [0, 1, 2]
+        ),
+    )
+    data = Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, 1]})
+    queries = rows_of(random_matrix(1, 1))
+    lines = store.attribute(queries, 3, dataset=data, id2label={0: "no", 1: "yes"})
+    said = {(line["example_id"], line["text"], line["label"]) for line in lines}
+    assert said == {(0, "a", "yes"), (1, "b", "no"), (2, "c", "yes")}
+    named = data.cast_column("label", ClassLabel(names=["x", "y"]))
+    lines = store.attribute(queries, 1, dataset=named)
+    assert lines["label"][0] == ["y", "x", "y"][lines["example_id"][0]]
+    with pytest.raises(ValueError, match=r"got columns \['ids'\]: pass it as it was"):
+        store.attribute(queries, 1, dataset=Dataset.from_dict({"ids": [1, 2, 3]}))
+    with pytest.raises(ValueError, match=r"must be in the dataset, got \[2\] of 2"):
+        store.attribute(queries, 3, dataset=data.select(range(2)))
 
 
 def test_rows_that_are_not_finite_are_no_part_of_the_covariance():
@@ -82,7 +161,7 @@ def test_bad_settings_of_methods_are_named():
     with pytest.raises(ValueError, match=r"damping must be positive, got 0: pass"):
         store.preconditioned(damping=0)
     with pytest.raises(ValueError, match=r"mean squared length .* got 0\.0: leave"):
-        Preconditioned(torch.zeros(4, 4).double(), 0.1)
+        Preconditioned(torch.zeros(4, 4).double(), 10, 0.1)
     with pytest.raises(ValueError, match=r"with a learning_rate, got the columns \["):
         store.attribute(queries, method="tracin")
     with pytest.raises(ValueError, match=r"need rows with a step, got the columns"):
@@ -96,9 +175,9 @@ def test_groups_are_sums_over_their_rows():
     label = [["cat", "dog", "eel"][i % 3] for i in range(30)]
     store = rows_of(rows, label=label)
     expected = dense(queries) @ np.stack([dense(rows[i::3]).sum(0) for i in range(3)]).T
-    got = store.scores(rows_of(queries), groups="label")
+    got = store.scores(rows_of(queries), "dot", groups="label")
     assert got.numpy() == pytest.approx(expected, rel=1e-4)
-    lines = store.attribute(rows_of(queries), 1, bottom_k=1, groups="label")
+    lines = store.attribute(rows_of(queries), 1, "dot", bottom_k=1, groups="label")
     names = np.array(["cat", "dog", "eel"])
     assert lines["label"][::2] == names[expected.argmax(1)].tolist()
     assert lines["label"][1::2] == names[expected.argmin(1)].tolist()
@@ -133,7 +212,7 @@ def test_a_row_meets_the_queries_of_the_nearest_state():
     rows = random_matrix(6, 0)
     store = rows_of(rows, step=[0, 4, 6, 9, 11, 40])
     states = {5: rows_of(random_matrix(2, 1)), 10: rows_of(random_matrix(2, 2))}
-    got = store.scores(states)
+    got = store.scores(states, "dot")
     early, late = random_matrix(2, 1) @ rows.T, random_matrix(2, 2) @ rows.T
     assert torch.allclose(got[:, :3], early[:, :3])
     assert torch.allclose(got[:, 3:], late[:, 3:])
@@ -179,7 +258,7 @@ def test_tracin_sums_an_examples_occasions(clipped):
     clip = dict(zip(clipped.steps["step"], clipped.steps["clip_factor"], strict=True))
     gains = rows["learning_rate"][:] * rows["weight"][:]
     gains = gains * np.array([clip[step] for step in rows["step"][:]])
-    each = dense(clipped.scores(queries)) * gains
+    each = dense(clipped.scores(queries, "dot")) * gains
     ids = rows["example_id"][:]
     expected = np.stack([each[:, ids == i].sum(1) for i in range(ids.max() + 1)], 1)
     got = clipped.scores(queries, "tracin", groups="example_id")
@@ -196,7 +275,7 @@ def test_recorded_rows_meet_the_state_that_their_step_began_with(clipped):
     zero_data = zero.dataset.remove_columns("example_id").add_column("example_id", ids)
     zero = type(zero)(clipped.model_sketch, zero_data)
     last = max(clipped.dataset["step"])
-    got = clipped.scores({last - 1: queries, last - 2: zero})
+    got = clipped.scores({last - 1: queries, last - 2: zero}, "dot")
     rows = np.asarray(clipped.dataset["step"][:])
     assert float(got[:, rows < last].abs().max()) == 0
     assert float(got[:, rows == last].abs().min()) > 0

@@ -48,7 +48,7 @@ def test_tracin_over_checkpoints_sums_over_them(run):
         rate = [line["learning_rate"] for line in log if "learning_rate" in line][-1]
         there = sketch_dataset(model, data, sketch)
         asked_there = sketch_dataset(model, queries, sketch)
-        expected += rate * there.scores(asked_there).double()
+        expected += rate * there.scores(asked_there, "dot").double()
     assert rows.dataset.unique("step") == [*asked]
     scale = float(expected.abs().max())
     assert got.numpy() == pytest.approx(expected.numpy(), rel=1e-5, abs=1e-6 * scale)

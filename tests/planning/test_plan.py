@@ -230,6 +230,16 @@ def test_the_class_is_that_of_the_config(tmp_path):
     assert isinstance(meta_model(GPT2Config(**SMALL), torch.float32), GPT2LMHeadModel)
 
 
+def test_a_named_file_is_the_one_that_is_read(tmp_path):
+    GPT2Config(**SMALL).save_pretrained(tmp_path)
+    larger = tmp_path / "larger.json"
+    larger.write_text(json.dumps({**GPT2Config(**SMALL).to_dict(), "n_layer": 7}))
+    assert load_config(str(larger)).n_layer == 7
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"must have a model_type that .* got None"):
+        load_config(str(tmp_path / "other.json"))
+
+
 @pytest.mark.parametrize(
     ("count", "told"),
     [(999, "999 B"), (16432.125, "16.43 kB"), (1.6438e13, "16.44 TB")],

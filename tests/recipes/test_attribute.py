@@ -63,7 +63,7 @@ def test_the_command_gives_the_scores_of_the_library(classifier, capsys):
     )
     sums = store.scores(queries, groups="example_id")
     printed = capsys.readouterr().out
-    assert record.method == "dot"
+    assert record.method == "Preconditioned"
     for scores, query, row in zip(sums, record.queries, ROWS, strict=False):
         best = scores.argsort(descending=True)[[0, 1, -1]].tolist()
         assert [line["example_id"] for line in query.lines] == best
@@ -87,6 +87,16 @@ def test_the_command_takes_every_method(classifier, method):
     assert len(record.queries[0].lines) == 10
 
 
+def test_a_training_file_with_other_rows_is_refused(classifier, tmp_path):
+    path = tmp_path / "filtered.jsonl"
+    Dataset.from_list(ROWS[1:]).to_json(path)
+    count = len(ROWS)
+    with pytest.raises(
+        ValueError, match=rf"{count - 1} rows, and the run was trained on {count}: pass"
+    ):
+        ask(classifier, f"--train_file={path}")
+
+
 def test_influence_takes_the_last_spectrum_of_the_run(classifier):
     sketch = load_sketches(classifier / "out").model_sketch
     vectors = torch.linalg.qr(torch.randn(256, 3))[0].T.contiguous()
@@ -97,8 +107,10 @@ def test_influence_takes_the_last_spectrum_of_the_run(classifier):
 
 
 def test_bad_input_is_named(classifier, tmp_path):
-    with pytest.raises(ValueError, match=r"damping is for .* got it for 'dot': leave"):
-        ask(classifier, "--damping=1")
+    with pytest.raises(
+        ValueError, match=r"damping is for .* got it for 'cosine': leave"
+    ):
+        ask(classifier, "--damping=1", "--method=cosine")
     with pytest.raises(ValueError, match=r"method must be one of .*, got 'magic'"):
         ask(classifier, "--method=magic")
     store = str(classifier / "out")

@@ -102,6 +102,8 @@ def test_stores_that_cannot_be_joined_are_named(tmp_path):
         main(["merge", str(one), str(other), *output])
     with pytest.raises(ValueError, match="hold the same rows"):
         main(["merge", str(one), str(write_store(tmp_path / "same")), *output])
+    with pytest.raises(ValueError, match="name a store twice"):
+        main(["merge", str(one), str(one / ".." / "one"), *output])
     with pytest.raises(ValueError, match=r"exists\. Pass the name of a new"):
         main(["merge", str(one), "--output_dir", str(other)])
     shapes = ModelSketch((("weight", (8, 4)), ("skew", (8,))), 4)

@@ -131,6 +131,7 @@ def test_the_header_is_pinned(store):
         "unowned": None,
         "per_row": False,
         "answers": False,
+        "train_rows": None,
     }
     assert check_value == pytest.approx(SKETCH.check_value())
 

@@ -103,7 +103,7 @@ def measure_scoring(work: Path, arguments: ScoringArguments) -> dict[str, Any]:
     own: list[int] = []
     for _ in range(arguments.rounds):
         before, start = own_bytes(), time.perf_counter()
-        store.attribute(queries, top_k=10)
+        store.attribute(queries, 10, "dot", groups=None)
         seconds["scoring"].append(time.perf_counter() - start)
         own.append(own_bytes() - before)
         seconds["reading"].append(read_files(work / "sketches"))

@@ -136,7 +136,7 @@ def sketched_scores(study: Study, sketch: ModelSketch) -> Tensor:
         )
         for examples in (study.rows, study.queries)
     )
-    return rows.scores(queries)
+    return rows.scores(queries, "dot")
 
 
 def measure(study: Study, arguments: Table1Arguments) -> dict[str, Any]:

@@ -34,17 +34,16 @@ from hf_sketch.recipes.tables.quality.lds_peers import (
 )
 from hf_sketch.recipes.tables.quality.lds_tasks import (
     Digits,
-    Snapshot,
     Snli,
     SnliHead,
-    Task,
 )
+from hf_sketch.recipes.tables.quality.lds_training import Snapshot, Task
 from hf_sketch.recipes.training_defaults import with_small
 
 _SNLI = {
     "rows": 240,
     "queries": 40,
-    "subsets": 30,
+    "subsets": 50,
     "seeds": 1,
     "epochs": 3,
     "out_sizes": "1024,4096",
@@ -107,7 +106,8 @@ class LdsArguments(ReportArguments):
     )
     sketch_seeds: int = field(default=3, metadata={"help": "Sketches of each size."})
     dampings: str = field(
-        default="10,3,1,0.3,0.1", metadata={"help": "Of the preconditioned score."}
+        default="10,3,1,0.3,0.1",
+        metadata={"help": "Of the preconditioned score, in its unit; 1 by default."},
     )
     influence_dampings: str = field(
         default="0.3,0.1,0.03,0.01", metadata={"help": "Of influence."}
@@ -181,7 +181,7 @@ def all_scores(
     sizes = _numbers(arguments.out_sizes, int)
     dampings = _numbers(arguments.dampings)
     gram = not isinstance(task, Snli)
-    yield from exact_scores(task, model, dampings, max(sizes), gram)
+    yield from exact_scores(task, model, dampings, gram)
     how = How(
         dampings,
         _numbers(arguments.influence_dampings),
@@ -205,31 +205,41 @@ def _peers(study: PeerStudy, arguments: LdsArguments) -> Scores:
         yield from peer_scores(name, study, sizes, arguments.sketch_seeds)
 
 
-def measure(task: Task, arguments: LdsArguments) -> tuple[dict[Row, list[float]], int]:
-    """The mean LDS of each line, once for each sketch, and the model's elements."""
+def measure(
+    task: Task, arguments: LdsArguments
+) -> tuple[dict[Row, list[float]], dict[Row, float], int]:
+    """The mean LDS of each line, once for each sketch.
+
+    Returns:
+        these; the standard error of each line's mean, over the queries; the number of
+        the model's elements.
+    """
     subsets, losses = ground_truth(task, arguments)
     step = max(1, arguments.epochs // arguments.snapshots)
     epochs = range(arguments.epochs, 0, -step)[: arguments.snapshots]
     snapshots = task.train(torch.arange(arguments.rows), 0, epochs)
-    found: dict[Row, list[float]] = {}
+    found: dict[Row, list[Tensor]] = {}
     for row, scores in all_scores(task, snapshots, arguments):
-        lds = linear_datamodeling_score(scores, subsets, losses).nanmean()
-        found.setdefault(row, []).append(float(lds))
-    return found, sum(p.numel() for p in snapshots[-1].model.parameters())
+        lds = linear_datamodeling_score(scores, subsets, losses)
+        found.setdefault(row, []).append(lds)
+    means = {row: [float(x.nanmean()) for x in lds] for row, lds in found.items()}
+    errors = {
+        row: float(torch.stack(lds).nanmean(0).std()) / len(lds[0]) ** 0.5
+        for row, lds in found.items()
+    }
+    elements = sum(p.numel() for p in snapshots[-1].model.parameters())
+    return means, errors, elements
 
 
 def kept(found: dict[Row, list[float]]) -> dict[Row, float]:
     """What part of an exact method's LDS its sketches have, in the mean.
 
-    Of the preconditioned score this is for the largest sketches without groups of
-    layers, to whose damping the exact one's is equal.
+    Those of layer groups have another damping in each, and no exact counterpart.
     """
-    largest = max((row.out_size or 0) for row in found)
     parts: dict[Row, float] = {}
     for row, scores in found.items():
         exact = found.get(Row(f"exact {row.method}", None, row.damping))
-        same = row.out_size == largest and row.groups == 1
-        if exact and (row.damping is None or same):
+        if exact and (row.damping is None or row.groups == 1):
             parts[row] = mean(scores) / mean(exact)
     return parts
 
@@ -262,15 +272,12 @@ def run_lds(arguments: LdsArguments) -> dict[str, Any]:
     """Retrain, score, print and save."""
     arguments = settled(arguments)
     task = task_of(arguments)
-    found, elements = measure(task, arguments)
+    found, errors, elements = measure(task, arguments)
     print_table(found)
-    if isinstance(task, Snli):
-        numbers = max(row.out_size or 0 for row in found) * elements
-        print(
-            f"no other packages: their dense projections of {elements:,} parameters "
-            f"are matrices of {4e-9 * numbers:,.0f} GB, stored or drawn for each batch"
-        )
-    lines = [vars(row) | {"lds": scores} for row, scores in found.items()]
+    lines = [
+        vars(row) | {"lds": scores, "standard_error": errors[row]}
+        for row, scores in found.items()
+    ]
     results = {"elements": elements, "peers": installed(), "lines": lines}
     name = f"lds_{arguments.task}"
     print("saved", save_report(arguments.output_dir, name, arguments, results))

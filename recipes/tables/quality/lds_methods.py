@@ -19,7 +19,7 @@ from hf_sketch import (
     sketch_dataset,
 )
 from hf_sketch.recipes.tables.models.exact_products import REST, exact_products
-from hf_sketch.recipes.tables.quality.lds_tasks import Snapshot, Task, example_losses
+from hf_sketch.recipes.tables.quality.lds_training import Snapshot, Task, example_losses
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ Scores = Iterator[tuple[Row, Tensor]]  # each (queries, rows)
 
 
 def exact_scores(
-    task: Task, model: nn.Module, dampings: list[float], out_size: int, gram: bool
+    task: Task, model: nn.Module, dampings: list[float], gram: bool
 ) -> Scores:
     """By exact gradients.
 
@@ -56,7 +56,6 @@ def exact_scores(
         task: its rows and queries.
         model: that was trained.
         dampings: of the preconditioned score.
-        out_size: whose sketches it is compared with: the damping is the same number.
         gram: products of all pairs of rows as well, whose gradients must fit into
             memory, for the cosine and the preconditioned score.
     """
@@ -69,17 +68,15 @@ def exact_scores(
     yield Row("exact cosine"), dot / between.diagonal().sqrt()
     yield from (
         (
-            Row("exact preconditioned", None, damping),
-            fisher_influence(dot, between, damping, out_size),
+            Row("exact preconditioned, last state", None, damping),
+            fisher_influence(dot, between, damping),
         )
         for damping in dampings
     )
 
 
-def fisher_influence(
-    dot: Tensor, between: Tensor, damping: float, out_size: int
-) -> Tensor:
-    """Scores by the inverse of C + damping * trace(C) / out_size, C the mean of r r^T.
+def fisher_influence(dot: Tensor, between: Tensor, damping: float) -> Tensor:
+    """Scores by the inverse of C + damping * trace(C) / rows, C the mean of r r^T.
 
     By the identity of Woodbury it takes the rows' products only.
 
@@ -88,7 +85,7 @@ def fisher_influence(
     """
     count = len(between)
     damped = between.clone()
-    damped.diagonal().add_(damping * float(between.trace()) / out_size)
+    damped.diagonal().add_(damping * float(between.trace()) / count)
     return count * torch.linalg.solve(damped, dot, left=False)
 
 
@@ -107,12 +104,19 @@ def sketched_scores(
     size, last = sketch.row_size, snapshots[-1]
     groups = sketch.layer_groups.count
     rows, queries = both(last.model)
-    dot = rows.scores(queries)
+    dot = rows.scores(queries, "dot")
     yield Row("dot", size, None, groups), dot
     yield Row("cosine", size, None, groups), rows.scores(queries, "cosine")
     for damping in how.dampings:
         scores = rows.scores(queries, rows.preconditioned(damping))
+        yield Row("preconditioned, last state", size, damping, groups), scores
+    run = task.record(sketch)
+    for damping in how.dampings:
+        method = run.preconditioned(damping)
+        scores = run.scores(queries, method, "example_id")
         yield Row("preconditioned", size, damping, groups), scores
+    scores = run.scores(queries, "tracin", "example_id")
+    yield Row("tracin over the run", size, None, groups), scores
     if how.influence_dampings and groups == 1:
         spectrum = spectrum_of(task, last.model, sketch, how)
         for damping in how.influence_dampings:
@@ -121,7 +125,7 @@ def sketched_scores(
     tracin = last.learning_rate * dot
     for snapshot in snapshots[:-1]:
         rows, queries = both(snapshot.model)
-        tracin += snapshot.learning_rate * rows.scores(queries)
+        tracin += snapshot.learning_rate * rows.scores(queries, "dot")
     yield Row("tracin", size, None, groups), tracin
 
 

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hf_sketch.recipes.tables.peers import PEERS
 from hf_sketch.recipes.tables.quality.lds_methods import Row, Scores
-from hf_sketch.recipes.tables.quality.lds_tasks import Digits, Snapshot
+from hf_sketch.recipes.tables.quality.lds_tasks import Digits
+from hf_sketch.recipes.tables.quality.lds_training import Snapshot
 
 Parameters = dict[str, Tensor]
 Example = tuple[Tensor, Tensor]

@@ -2,10 +2,7 @@
 
 import importlib
 import importlib.util
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -18,100 +15,11 @@ from transformers.utils import logging
 
 from hf_sketch import CounterRandom
 from hf_sketch.recipes.setups import Setup, snli_setup
+from hf_sketch.recipes.tables.quality.lds_training import Task
 from hf_sketch.recipes.texts.snli_data import load_snli
 from hf_sketch.recipes.texts.snli_sample import LABELS, load_snli_sample, tokenize
 
-Collate = Callable[[list[Any]], Mapping[str, Any]]
 _HIDDEN = 64
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A model on its way.
-
-    Args:
-        learning_rate: of its steps.
-        model: in evaluation mode.
-    """
-
-    learning_rate: float
-    model: nn.Module
-
-
-class Task(ABC):
-    """A training of some epochs, with the seed of its weights and of its order.
-
-    Args:
-        rows: examples to train on.
-        queries: examples whose loss is foretold.
-        collate: makes the model's inputs of a list of either.
-        epochs: passes over the rows.
-        batch_size: examples in a step.
-        batch_at_once: examples in a pass without a step.
-        smooth: whether finite differences of the gradient can check a Hessian.
-    """
-
-    rows: Any
-    queries: Any
-    collate: Collate
-    epochs: int
-    batch_size: int
-    batch_at_once: int
-    smooth: bool
-
-    @abstractmethod
-    def new_model(self) -> nn.Module:
-        """A model before training, of torch's seed."""
-
-    @abstractmethod
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """A new one for a model."""
-
-    def train(
-        self, rows: Tensor, seed: int, epochs: Collection[int] = ()
-    ) -> list[Snapshot]:
-        """Train a new model on the rows of these numbers.
-
-        Returns:
-            what it was after so many epochs, and after all.
-        """
-        set_seed(seed)
-        model = self.new_model().eval()  # without dropout, losses follow the rows alone
-        optimizer = self.optimizer(model)
-        rate = optimizer.param_groups[0]["lr"]
-        snapshots: list[Snapshot] = []
-        for epoch in range(self.epochs):
-            if epoch in epochs:
-                snapshots.append(Snapshot(rate, deepcopy(model)))
-            for batch in rows[torch.randperm(len(rows))].split(self.batch_size):
-                model(**self.batch(self.rows, batch))["loss"].backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        return [*snapshots, Snapshot(rate, model)]
-
-    def batch(self, examples: Any, numbers: Tensor) -> Mapping[str, Any]:
-        """The model's inputs of some examples."""
-        return self.collate([examples[i] for i in numbers.tolist()])
-
-    def batches(self, rows: int) -> list[Mapping[str, Any]]:
-        """The first rows, for a Hessian."""
-        numbers = torch.arange(min(rows, len(self.rows))).split(self.batch_at_once)
-        return [self.batch(self.rows, some) for some in numbers]
-
-    def losses(self, model: nn.Module) -> Tensor:
-        """Each query's loss, (queries,)."""
-        found: list[Tensor] = []
-        with torch.no_grad():
-            for numbers in torch.arange(len(self.queries)).split(self.batch_at_once):
-                inputs = self.batch(self.queries, numbers)
-                found.append(example_losses(model(**inputs), inputs))
-        return torch.cat(found)
-
-
-def example_losses(output: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """The cross-entropy of each example of a classifier's batch."""
-    logits, labels = output["logits"], inputs["labels"]
-    return nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
 class Perceptron(nn.Module):
@@ -155,6 +63,7 @@ class Digits(Task):
         self.collate = default_collate
         self.epochs, self.batch_size, self.batch_at_once = epochs, 32, 250
         self.smooth = False  # the kinks of ReLU
+        self.decays = False
 
     def new_model(self) -> nn.Module:
         return Perceptron()
@@ -199,7 +108,7 @@ class Snli(Task):
         self.rows, self.queries = inputs_of(setup.train_dataset), inputs_of(asked)
         self.collate = setup.collator
         self.epochs, self.batch_size, self.batch_at_once = epochs, 16, 32
-        self.smooth = True
+        self.smooth = self.decays = True
 
     def new_model(self) -> nn.Module:
         model = deepcopy(self._model)

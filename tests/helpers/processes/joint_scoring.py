@@ -44,7 +44,7 @@ def answers(rows):
         found = {
             "lines": rows.attribute(asked, 4, bottom_k=3).to_dict(),
             "cosine": rows.attribute(asked, 4, "cosine", bottom_k=3).to_dict(),
-            "groups": rows.attribute(asked, 2, groups="label").to_dict(),
+            "groups": rows.attribute(asked, 2, "dot", groups="label").to_dict(),
             "scores": rows.scores(asked),
             "sums": rows.scores(asked, groups="label"),
             "own": rows.self_influence(),

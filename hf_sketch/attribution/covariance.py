@@ -1,0 +1,90 @@
+"""The covariance of a store's rows, and the method that solves with it."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from hf_sketch.attribution.methods import Preconditioned
+from hf_sketch.attribution.shares import RowShare
+from hf_sketch.store.blocks import formatted
+
+_logger = logging.getLogger(__name__)
+_FULL = 0.8  # of out_size: from here on longer rows would tell more
+
+
+@dataclass(eq=False)
+class Covariance:
+    """The mean of r r^T over a store's rows r, taken when it is first needed.
+
+    Args:
+        dataset: all rows of the store.
+    """
+
+    dataset: Dataset
+    _matrix: Tensor | None = None
+    _methods: dict[float, Preconditioned] = field(default_factory=dict)
+
+    def method(
+        self, damping: float, split: bool, shape: Sequence[int]
+    ) -> Preconditioned:
+        """Return the method that solves with it, made once for each damping.
+
+        Args:
+            damping: see `Preconditioned`.
+            split: whether processes share the pass over the rows.
+            shape: of a row, see `covariance`.
+        """
+        if damping not in self._methods:
+            if self._matrix is None:
+                share = RowShare.of_process if split else RowShare
+                self._matrix = covariance(share(self.dataset), shape)
+            made = Preconditioned(self._matrix, self._examples(), damping)
+            _log_dimension(made)
+            self._methods[damping] = made
+        return self._methods[damping]
+
+    def _examples(self) -> int:
+        """The number of different examples, or else of rows."""
+        if "example_id" not in self.dataset.column_names:
+            return len(self.dataset)
+        ids = formatted(self.dataset, "numpy", ["example_id"])["example_id"][:]
+        return len(np.unique(ids))
+
+
+def covariance(share: RowShare, shape: Sequence[int]) -> Tensor:
+    """The mean of r r^T over all finite rows r, float64.
+
+    Args:
+        share: the rows.
+        shape: of each: (out_size,), or (groups, out_size) for a mean of each group,
+            (groups, out_size, out_size).
+    """
+    total = torch.zeros(*shape, shape[-1], dtype=torch.float64)
+    count = 0
+    for block in share.blocks():
+        sketches = block.sketches
+        sketches = sketches[sketches.isfinite().all(1)]
+        numbers = sketches.unflatten(1, shape).movedim(0, -1)
+        total += (numbers @ numbers.mT).double()
+        count += len(sketches)
+    count = int(share.summed(torch.tensor(count)))
+    return share.summed(total) / max(1, count)
+
+
+def _log_dimension(method: Preconditioned) -> None:
+    """Say how many directions the rows fill, and warn if they fill the sketch."""
+    filled, size = method.effective_dimension, method.covariance[..., 0].numel()
+    _logger.info("the rows fill %.0f of %d directions", filled, size)
+    if filled > _FULL * size:
+        _logger.warning(
+            "The rows fill %.0f of the %d directions of their sketches: examples are "
+            "hard to tell apart. Record with an out_size of %d.",
+            filled,
+            size,
+            4 * size,
+        )
