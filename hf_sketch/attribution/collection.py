@@ -78,10 +78,9 @@ class GradientRows:
         return f"GradientRows({', '.join(parts)})"
 
     def over_processes(self) -> "GradientRows":
-        """The same, each pass over the rows split among Accelerate's processes.
+        """The same, with each pass over the rows split among Accelerate's processes.
 
-        All open the same store and call the same methods together; all get the whole
-        answer.
+        All open the same store and call the same methods together.
         """
         return replace(self, split=True)
 
@@ -170,7 +169,7 @@ class GradientRows:
             probed: lists that a search reads, 16 by default: more find more, slower.
 
         Raises:
-            ModuleNotFoundError, ValueError: FAISS is missing; an argument is bad.
+            ModuleNotFoundError: FAISS is missing.
         """
         return index_rows(self.dataset, self.scored_by(method), lists, probed)
 

@@ -121,6 +121,22 @@ def field_of(output: Any, name: str, index: int) -> Tensor:
     return output[index] if isinstance(output, tuple) else output[name]
 
 
+def known_loss(output: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the loss in a model's output.
+
+    Raises:
+        ValueError: there is none.
+    """
+    loss = loss_of(output)
+    if loss is None:
+        raise ValueError(
+            f"the model must return a loss, got none for the inputs {[*inputs]}: add "
+            "the column labels (for a causal language model a copy of input_ids), or "
+            "pass loss_fn."
+        )
+    return loss
+
+
 def loss_of(output: Any) -> Tensor | None:
     """Return the loss in a model's output, if there is one."""
     if isinstance(output, Tensor):

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_sketch.examples.backward_pass import BackwardPass, late_call
 from hf_sketch.examples.batch import Batch, ExampleBatch
-from hf_sketch.examples.calls import ModelCall, loss_of
+from hf_sketch.examples.calls import ModelCall, known_loss, loss_of
 from hf_sketch.examples.coverage import ModuleCoverage
 from hf_sketch.examples.losses import ExampleLosses, check_reduction
 from hf_sketch.examples.media import placeholders_of
@@ -146,13 +146,7 @@ class ExampleSketcher:
                 output = self.model(**call.kwargs)
                 losses = None if loss_fn is None else loss_fn(output, inputs)
             if losses is None:
-                total = loss_of(output)
-                if total is None:
-                    raise ValueError(
-                        "the model must return a loss, got none for the inputs "
-                        f"{[*inputs]}: add the column labels (for a causal language "
-                        "model a copy of input_ids), or pass loss_fn."
-                    )
+                total = known_loss(output, inputs)
             else:
                 total, ones = losses.sum(), torch.ones_like(losses)
                 batch.losses = ExampleLosses(losses.detach(), ones)

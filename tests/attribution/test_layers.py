@@ -34,7 +34,8 @@ def each_group(queries, rows, method, damping=1.0):
         left, right = q[:, group], r[:, group]
         if method == "preconditioned":
             c = right.T @ right / len(right)
-            left = left @ np.linalg.inv(c + damping * np.trace(c) / SIZE * np.eye(SIZE))
+            added = damping * np.trace(c) / len(right)  # each row is an example
+            left = left @ np.linalg.inv(c + added * np.eye(SIZE))
         found.append(left @ right.T)
     return np.stack(found)
 
@@ -83,14 +84,14 @@ def test_all_layers_give_the_scores_of_no_choice():
 def test_lines_and_sums_are_of_the_chosen_layers():
     rows, queries = matrices(12, 0), matrices(2, 5)
     store = store_of(rows, label=["x", "y"] * 6)
-    lines = store.attribute(store_of(queries), 1, layers="c")
+    lines = store.attribute(store_of(queries), 1, "dot", layers="c")
     expected = each_group(queries, rows, "dot")[2]
     assert lines["example_id"][:] == (100 + expected.argmax(1)).tolist()
     assert (
         lines["example_id"][:]
         != (100 + each_group(queries, rows, "dot").sum(0).argmax(1)).tolist()
     )
-    sums = store.scores(store_of(queries), groups="label", layers={"c": 2})
+    sums = store.scores(store_of(queries), "dot", groups="label", layers={"c": 2})
     by_label = 2 * np.stack([expected[:, i::2].sum(1) for i in (0, 1)], 1)
     assert sums.numpy() == pytest.approx(by_label, rel=1e-5)
 
@@ -112,7 +113,7 @@ def test_a_group_without_gradients_adds_nothing():
     rows, queries = matrices(30, 0), matrices(4, 7)
     rows[:, 1] = queries[:, 1] = 0
     expected = each_group(queries, rows, "dot")[[0, 2]].sum(0)
-    got = store_of(rows).scores(store_of(queries), layers=["a", "b", "c"])
+    got = store_of(rows).scores(store_of(queries), "dot", layers=["a", "b", "c"])
     assert got.numpy() == pytest.approx(expected, rel=1e-5)
     scores = store_of(rows).scores(store_of(queries), "preconditioned")
     assert scores.isfinite().all()

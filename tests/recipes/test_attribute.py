@@ -233,7 +233,7 @@ def test_the_command_takes_groups_of_layers(tmp_path, classifier):
         ("head", parts["head"]),
         ("rest=0.5,head=3", parts["rest"] / 2 + 3 * parts["head"]),
     ):
-        record = ask(directory, f"--layers={option}")
+        record = ask(directory, f"--layers={option}", "--method=dot")
         for scores, query in zip(expected, record.queries, strict=True):
             for line in query.lines:
                 wanted = scores[ids == line["example_id"]].sum()
