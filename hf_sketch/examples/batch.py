@@ -17,6 +17,7 @@ from hf_sketch.examples.rules.base import Rule
 from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.state import RandomState
+from hf_sketch.sketches.precision import without_autocast
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Batch:
             self.begin_backward()
             while readers and not self.muted:
                 reader = readers.pop()
-                with self.holding_failures(rule), torch.no_grad():
+                with self.holding_failures(rule), torch.no_grad(), without_autocast():
                     if self.failure is None:
                         reader(gradient)
 

@@ -11,6 +11,7 @@ from hf_sketch.sketches import QK, Grouped, Sketch
 from hf_sketch.sketches.blocked import BlockedSketch, WorkingMemory
 from hf_sketch.sketches.operator import accumulation_dtype
 from hf_sketch.sketches.outer import Routed, form_outer
+from hf_sketch.sketches.precision import exact
 
 
 @dataclass
@@ -46,6 +47,7 @@ class GroupSum:
         self._by_example = self.total is not None
         self._packed = self.operators.packed.get(self.group)
 
+    @exact
     def add(self, name: str, rows: Tensor) -> None:
         """Add rows of a parameter: (b, elements)."""
         self.names.add(name)
@@ -58,6 +60,7 @@ class GroupSum:
         else:
             self._apply(operator, rows)
 
+    @exact
     def add_part(self, name: str, part: Tensor, start: int) -> None:
         """Add some coordinates of a parameter's rows, those from `start` on.
 
@@ -79,6 +82,7 @@ class GroupSum:
         else:
             self._join(operator.apply_part(part, start))
 
+    @exact
     def fold(self, name: str, factor: Tensor, side: int) -> Tensor:
         """Return what `add_outer` needs of one side of a parameter's outer products.
 
@@ -96,6 +100,7 @@ class GroupSum:
             return operator.fold(scaled, side)
         return operator.fold(factor, side) * scaled
 
+    @exact
     def add_outer(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add sum_t left_t (x) right_t of each example, both sides folded."""
         self.names.add(name)
@@ -118,6 +123,7 @@ class GroupSum:
         else:
             self._hold(name, form_outer(left, right, 0, size))
 
+    @exact
     def add_routed(self, name: str, left: Tensor, right: Routed) -> None:
         """Add sum_t left_t (x) right_t of each example, in the expert's matrix.
 
@@ -139,6 +145,7 @@ class GroupSum:
         for start, rows in right.formed(left):
             self.add_part(name, rows, start)
 
+    @exact
     def add_example(self, name: str, index: int, gradient: Tensor) -> None:
         """Add the gradient of one example, in the parameter's shape."""
         assert self.total is not None
@@ -152,6 +159,7 @@ class GroupSum:
             self._held[name] = row.new_zeros(len(self.total), row.shape[1])
         self._held[name][index : index + 1] += row
 
+    @exact
     def result(self) -> Tensor | None:
         """Return the sketch of all that came, (b, out_size); None if nothing did."""
         if self._held:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.outer import form_outer
+from hf_sketch.sketches.precision import exact
 
 
 class Sketch(ABC):
@@ -270,4 +271,4 @@ def _on_rows(
             "pass the vector that the operator's shape names."
         )
     rows = rows.to(accumulation_dtype(rows.dtype))
-    return apply(rows) if len(rows) else rows.new_empty(0, result_length)
+    return exact(apply)(rows) if len(rows) else rows.new_empty(0, result_length)

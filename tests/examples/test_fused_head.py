@@ -84,3 +84,23 @@ def test_rows_are_those_of_single_examples(caplog, temperature, softcap, bias, b
         gradients = {name: p.grad for name, p in model.named_parameters()}
         row = batch.weights[index] * batch.rows[index]
         torch.testing.assert_close(row, sketch.sketch(gradients), rtol=1e-6, atol=1e-8)
+
+
+def test_scores_are_computed_again_in_full_precision_under_autocast():
+    """Also if the backward pass runs there, as the whole of `sketch` may."""
+    model = fused_llama(0.7, None, True).float()
+    sketch = ModelSketch.from_model(model, SIZE)
+    inputs = {"input_ids": IDS, "labels": IDS}
+
+    def losses(output, inputs):
+        return -output.log_probs.sum(1)
+
+    with ExampleSketcher(model, sketch) as sketcher:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(**inputs)
+        losses(output, inputs).sum().backward()
+        expected = sketcher.take()
+        with torch.autocast("cpu", torch.bfloat16):
+            got = sketcher.sketch(inputs, losses)
+    rows, wanted = (x.weights.unsqueeze(1) * x.rows for x in (got, expected))
+    torch.testing.assert_close(rows, wanted, rtol=1e-4, atol=1e-5)
