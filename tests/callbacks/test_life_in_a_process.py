@@ -5,11 +5,12 @@ import os
 import pickle
 
 import pytest
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from tests.helpers.trained.training import (
+    TINY_TRAINING,
     tiny_batch,
     tiny_bert,
     tiny_dataset,
@@ -171,6 +172,22 @@ def test_one_callback_records_one_trainer_after_another(tmp_path):
     for name in ("first", "second"):
         tiny_trainer(tmp_path / name, recording, **SHORT).train()
         assert len(load_sketches(tmp_path / name).dataset) == 22
+
+
+def test_each_trial_of_a_search_has_rows_of_its_own(tmp_path):
+    """One Trainer trains a new model each time, as `hyperparameter_search` does."""
+    trainer = Trainer(
+        model_init=lambda trial=None: tiny_bert(),
+        args=TrainingArguments(str(tmp_path), **{**TINY_TRAINING, **SHORT}),
+        train_dataset=tiny_dataset(),
+        callbacks=[GradientSketchCallback(SIZE)],
+    )
+    trainer.train()
+    first = load_sketches(tmp_path).dataset[:]
+    with pytest.warns(UserWarning, match="Renamed .*sketches to sketches-before-1"):
+        trainer.train()
+    assert hooks_of(trainer.model) == []
+    assert load_sketches(tmp_path).dataset[:] == first
 
 
 def test_a_changed_working_directory_does_not_move_the_store(tmp_path, monkeypatch):

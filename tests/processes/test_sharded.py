@@ -10,7 +10,7 @@ import torch
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from tests.helpers.processes.distributed_training import SIZE, even
-from tests.helpers.processes.launching import launch, results
+from tests.helpers.processes.launching import launch, results, run_together
 from tests.helpers.processes.loaded_training import TRAINING as LOADED
 from tests.helpers.processes.loaded_training import even_dataset
 from tests.helpers.processes.sharded_training import GREATEST, IN_MANY_UNITS
@@ -138,8 +138,9 @@ def test_nothing_is_gathered_for_rows(launched):
     for got, plain in pairs:
         assert got.pop("c10d::allreduce_") == 25
         got.pop("c10d::barrier")  # for files
-        # The settings before training, and of what kind the first batches are.
-        got["c10d::allgather_"] -= 4
+        # The settings before training, of what kind the first batches are, and
+        # whether they could be tried.
+        got["c10d::allgather_"] -= 16
         got.pop("c10d::broadcast_")  # examples that all try, and what came of it
         plain.pop("c10d::broadcast_")
         of_units = "c10d::_allgather_base_"
@@ -184,6 +185,20 @@ def test_what_needs_whole_parameters_is_refused(launched):
         expected = "HessianSpectrumCallback does not support FSDP"
         assert any(expected in text for text in texts)
     assert not (launched / "refused" / "curvature").exists()
+
+
+@pytest.mark.in_processes(2, "trial/alone")
+def test_all_processes_end_if_one_fails_as_rules_are_tried(launched):
+    for text in results(launched / "alone", "error"):
+        assert "in one of the processes: ValueError: a part is odd. Pass meas" in text
+
+
+@pytest.mark.full
+def test_a_process_that_runs_out_of_memory_as_rules_are_tried_ends_the_others(tmp_path):
+    code, errors, seconds = run_together(2, tmp_path, ["trial/exhausted"])
+    assert code == 1
+    assert "in one of the processes: out of memory (the device is full)" in errors
+    assert seconds < 300  # the others would wait for half an hour
 
 
 @pytest.mark.full

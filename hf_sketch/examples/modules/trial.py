@@ -2,16 +2,20 @@
 
 import logging
 from collections.abc import Collection
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from hf_sketch.examples.attempt import RefusalError, attempt
 from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.calls import ModelCall
 from hf_sketch.examples.modules.fused_head import FusedHead
+from hf_sketch.examples.modules.jointly import (
+    calls_to_try,
+    check_others,
+    failed_alone,
+)
 from hf_sketch.examples.modules.position_biases import PositionBiases
 from hf_sketch.examples.modules.probe import (
     EXAMPLES,
@@ -26,7 +30,7 @@ from hf_sketch.examples.rules.base import Rule, kind_of
 from hf_sketch.examples.split import Packed, Rows
 from hf_sketch.model.fsdp import begin_again
 from hf_sketch.model.state import evaluation_mode, without_zeros
-from hf_sketch.processes import of_each, of_first, of_process
+from hf_sketch.processes import of_first
 
 Value = TypeVar("Value")
 logger = logging.getLogger(__name__)
@@ -62,6 +66,7 @@ class Trial:
         reference = None
         with attempt() as tried:  # some models have no gradients in evaluation mode
             reference = self._reference(call)
+        check_others(tried, self._reading.in_shards)
         if reference is None:
             if needed:
                 reason = tried.error or "it gives nothing to compare"
@@ -86,8 +91,12 @@ class Trial:
 
         few = isinstance(call.split, Rows) and call.split.size > EXAMPLES
         if few and not (self._reading.whole or call.split.is_uneven):
+            found = None
             with attempt() as tried:  # inputs need not divide
-                return reference(call.part(0, EXAMPLES))
+                found = reference(call.part(0, EXAMPLES))
+            check_others(tried, self._reading.in_shards)
+            if tried.error is None:
+                return found
             logger.info("Examples cannot leave their batch: %s", tried.error)
         return reference(call)
 
@@ -101,6 +110,7 @@ class Trial:
             part = reference.call.part(index, 1)
             with attempt() as tried:  # inputs need not divide
                 alone = part.without_padding(self._answers(part))
+            check_others(tried, self._reading.in_shards)
             if tried.error is not None:
                 logger.info("Examples cannot leave their batch: %s", tried.error)
                 return
@@ -174,8 +184,9 @@ class Trial:
         self._reading.batch = batch
         try:
             answers: list[Tensor] = []
-            with attempt():  # what hooks have given to each example may not fit
+            with attempt() as tried:  # what hooks gave to each example may not fit
                 answers = self._answers(call)
+            check_others(tried, self._reading.in_shards)
             if not self._agreed(same_answers(answers, reference.answers)):
                 self._stop_expanding(batch)
                 return None
@@ -244,49 +255,22 @@ def learn(reading: Reading, call: ModelCall) -> None:
             without_zeros(zeros),
             torch.enable_grad(),
         ):
-            for tried, needed in _calls_to_try(reading, call):
+            for tried, needed in calls_to_try(reading, call):
                 called = Trial(reading).run(_plain(tried, reading.model), needed)
                 if needed or called is not None:
                     found.append((tried, called or set()))
+        begin_again(reading.model)  # together, so that one that failed must not
     except (MemoryError, torch.OutOfMemoryError) as failure:
+        if reading.in_shards:
+            raise failed_alone(f"out of memory ({failure})") from failure
         reading.go_unverified(f"out of memory ({failure})")
     finally:
-        begin_again(reading.model)
         torch.clear_autocast_cache()  # of weights, with the graphs of these calls
         reading.watch()
     for tried, kinds in found or [(call, set[str]())]:
         reading.note(tried, kinds)
 
 
-def _calls_to_try(reading: Reading, call: ModelCall) -> list[tuple[ModelCall, bool]]:
-    """Return calls, and whether they are needed.
-
-    In shards there is one of each kind that some process makes, the same in all of
-    them, and one with a single example, as an epoch's last batch may be.
-    """
-    if not reading.in_shards:
-        return [(call, True)]
-    device = next(iter(reading.parameters.values())).device
-    kinds = of_each(call.situation)
-    calls: list[ModelCall] = []
-    for rank in sorted({kinds.index(kind) for kind in kinds}):
-        given = _moved((call.args, call.kwargs), torch.device("cpu"))
-        args, kwargs = _moved(of_process(rank, given), device)
-        calls.append(ModelCall.of(reading.model, args, kwargs))
-    several = [c for c in calls if isinstance(c.split, Rows) and c.split.size > 1]
-    alone = [c.part(0, 1) for c in several]
-    return [(c, True) for c in calls] + [(c, False) for c in alone]
-
-
 def _plain(call: ModelCall, model: nn.Module) -> ModelCall:
     """Return the call without a cache, but of documents: they would see each other."""
     return call if isinstance(call.split, Packed) else call.without_cache(model)
-
-
-def _moved(given: Any, device: torch.device) -> Any:
-    """Return the same with all tensors on a device."""
-
-    def moved(x: Any) -> Any:
-        return x.to(device) if isinstance(x, Tensor) else x
-
-    return tree_map(moved, given)

@@ -7,6 +7,7 @@ from tests.helpers.processes import (
     deepspeed_training,
     distributed_training,
     failing_training,
+    failing_trials,
     joint_scoring,
     joint_training,
     sharded_training,
@@ -20,6 +21,7 @@ SCENARIOS = {
     **deepspeed_training.SCENARIOS,
     **distributed_training.SCENARIOS,
     **sharded_training.SCENARIOS,  # last: their meshes hold the group for ever
+    **failing_trials.SCENARIOS,
 }
 
 if __name__ == "__main__":
