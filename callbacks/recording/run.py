@@ -246,8 +246,9 @@ class Run:
         # A step's gradient is the mean over the processes'.
         batch = replace(batch, weights=batch.weights / self._args.world_size)
         self._complete = self._complete and batch.complete
-        weighted = batch.weights.to(batch.rows) @ batch.rows
-        self._total = weighted if self._total is None else self._total + weighted
+        if not self._verified:
+            weighted = batch.weights.to(batch.rows) @ batch.rows
+            self._total = weighted if self._total is None else self._total + weighted
         place = {"micro_step": self._micro_step, "rank": self._args.process_index}
         position: dict[str, Tensor | float] = {**self._position, **place}
         if self._answers is not None:

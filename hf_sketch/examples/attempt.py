@@ -22,6 +22,15 @@ class Attempt:
     error: str | None = None
 
 
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+
+
+def is_held(error: BaseException | None) -> bool:
+    """Return whether an attempt has failed, so that another way may work."""
+    final = (*OUT_OF_MEMORY, RefusalError)
+    return isinstance(error, Exception) and not isinstance(error, final)
+
+
 @contextmanager
 def attempt() -> Generator[Attempt]:
     """Note it if something fails within; what uses this takes another way then.
@@ -33,7 +42,7 @@ def attempt() -> Generator[Attempt]:
     outcome = Attempt()
     try:
         yield outcome
-    except (MemoryError, torch.OutOfMemoryError, RefusalError):
-        raise
     except Exception as error:
+        if not is_held(error):
+            raise
         outcome.error = f"{type(error).__name__}: {error}"

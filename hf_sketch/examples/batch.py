@@ -1,14 +1,14 @@
 """A batch, from its forward pass until its rows are taken."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hf_sketch.examples.attempt import attempt
+from hf_sketch.examples.attempt import OUT_OF_MEMORY, is_held
 from hf_sketch.examples.calls import ModelCall
 from hf_sketch.examples.losses import ExampleLosses
 from hf_sketch.examples.named_sums import Sums
@@ -147,7 +147,7 @@ class Batch:
             self.begin_backward()
             while readers and not self.muted:
                 reader = readers.pop()
-                with self.holding_failures(rule), torch.no_grad(), without_autocast():
+                with Holding(self, rule), torch.no_grad(), without_autocast():
                     if self.failure is None:
                         reader(gradient)
 
@@ -193,20 +193,6 @@ class Batch:
             variable: Any = torch.autograd.Variable
             variable._execution_engine.queue_callback(self._end_backward)
 
-    @contextmanager
-    def holding_failures(self, rule: Rule | None = None) -> Generator[None]:
-        """Note it if memory runs out within, or a rule fails that is being tried."""
-        try:
-            if rule is None or self.blamed is None:
-                yield
-                return
-            with attempt() as tried:
-                yield
-            if tried.error is not None:
-                self.blamed[rule] = tried.error
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            self.failure = str(error)
-
     def gradients(self) -> Tensor:
         """Return sketches of the gradients that the backward pass has brought.
 
@@ -236,7 +222,7 @@ class Batch:
         """Add the gradients of the calls that are run again."""
         while self.replays:
             replay = self.replays.pop(0)
-            with self.holding_failures(replay.rule):
+            with Holding(self, replay.rule):
                 for index, gradients in enumerate(replay.gradients(self.split)):
                     for name, gradient in gradients:
                         if name not in self.rescued or replay.rescues:
@@ -244,3 +230,33 @@ class Batch:
 
     def _end_backward(self) -> None:
         self.phase = "done"
+
+
+class Holding:
+    """Notes it if memory runs out within, or a rule fails that is being tried.
+
+    Not a generator, since each hook enters it.
+
+    Args:
+        batch: whose hook runs.
+        rule: the rule, if there is one.
+    """
+
+    def __init__(self, batch: Batch, rule: Rule | None = None) -> None:
+        self._batch, self._rule = batch, rule
+
+    def __enter__(self) -> None:
+        """Change nothing."""
+
+    def __exit__(
+        self, _: object, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """Note the error; False raises it again."""
+        batch, rule = self._batch, self._rule
+        if isinstance(error, OUT_OF_MEMORY):
+            batch.failure = str(error)
+            return True
+        if rule is None or batch.blamed is None or not is_held(error):
+            return False
+        batch.blamed[rule] = f"{type(error).__name__}: {error}"
+        return True

@@ -7,7 +7,8 @@ from torch import Tensor
 from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.group_sum import GroupSum
 from hf_sketch.model.sketch import ModelSketch
-from hf_sketch.sketches.outer import Routed, form_outer
+from hf_sketch.sketches.outer import Routed, Side, form_outer
+from hf_sketch.sketches.pieces import WorkingMemory
 
 
 class NamedSums:
@@ -25,6 +26,7 @@ class NamedSums:
         self._model_sketch = model_sketch
         self._shapes = dict(model_sketch.shapes)
         self._like = like
+        self._memory = WorkingMemory()
         self._sketched: dict[str, GroupSum] = {}
         self._plain: dict[str, Tensor] = {}
 
@@ -32,7 +34,7 @@ class NamedSums:
         """Return sums of as many examples, of nothing yet."""
         return NamedSums(self._model_sketch, self._like)
 
-    def fold(self, name: str, factor: Tensor, side: int) -> Tensor:
+    def fold(self, name: str, factor: Tensor, side: int) -> Tensor | Side:
         """See `Accumulator.fold`."""
         if name not in self._model_sketch.operators:
             return factor
@@ -54,16 +56,18 @@ class NamedSums:
         else:
             self._hold(name)[:, start : start + part.shape[1]] += part
 
-    def add_outer(self, name: str, left: Tensor, right: Tensor) -> None:
+    def add_outer(self, name: str, left: Tensor | Side, right: Tensor | Side) -> None:
         """See `Accumulator.add_outer`."""
         self.names.add(name)
         if name in self._model_sketch.operators:
             self._sum(name).add_outer(name, left, right)
-        else:
-            if left.is_floating_point():
-                left = left.to(self._like)
-            size = math.prod(self._shapes[name])
-            self._hold(name)[:] += form_outer(left, right.to(self._like), 0, size)
+            return
+        assert isinstance(left, Tensor)
+        assert isinstance(right, Tensor)
+        if left.is_floating_point():
+            left = left.to(self._like)
+        size = math.prod(self._shapes[name])
+        self._hold(name)[:] += form_outer(left, right.to(self._like), 0, size)
 
     def add_routed(self, name: str, left: Tensor, right: Routed) -> None:
         """See `Accumulator.add_routed`."""
@@ -95,6 +99,7 @@ class NamedSums:
         if name not in self._sketched:
             group = self._model_sketch.layer_groups.of[name]
             self._sketched[name] = self._model_sketch.group_sum(group, self._like)
+            self._sketched[name].memory = self._memory
         return self._sketched[name]
 
     def _hold(self, name: str) -> Tensor:

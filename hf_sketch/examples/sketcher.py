@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_sketch.examples.backward_pass import BackwardPass, late_call
-from hf_sketch.examples.batch import Batch, ExampleBatch
+from hf_sketch.examples.batch import Batch, ExampleBatch, Holding
 from hf_sketch.examples.calls import ModelCall, known_loss, loss_of
 from hf_sketch.examples.coverage import ModuleCoverage
 from hf_sketch.examples.losses import ExampleLosses, check_reduction
@@ -277,7 +277,7 @@ class ExampleSketcher:
             raise late_call()
         call = ModelCall(args, kwargs, batch.inputs, batch.split)
         loss = loss_of(output)
-        with batch.holding_failures():
+        with Holding(batch):
             with self.backward_pass.muted():
                 own = split_loss(self._reading, batch, call, output, self.loss)
             with self.backward_pass.muted(but=batch):

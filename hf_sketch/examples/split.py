@@ -114,15 +114,16 @@ class Rows(ExampleSplit):
 
     def within(self, x: Tensor) -> ExampleSplit | None:
         # A shared tensor whose length is a multiple of b by chance counts as runs.
-        if x.dim() == 0 or len(x) == 0:
+        length = x.shape[0] if x.dim() else 0
+        if length == 0:
             return None
-        if len(x) == self.size:
+        if length == self.size:
             return self
-        found = {starts for _, starts in self.uneven if starts[-1] == len(x)}
+        found = {starts for _, starts in self.uneven if starts[-1] == length}
         if found:  # in two ways, it is not known of whom the rows are
-            known = len(found) == 1 and len(x) != self.tokens
+            known = len(found) == 1 and length != self.tokens
             return Uneven(self.size, found.pop()) if known else None
-        return None if len(x) % self.size else Runs(self.size)
+        return None if length % self.size else Runs(self.size)
 
     def stacked(self, x: Tensor) -> Tensor:
         return x

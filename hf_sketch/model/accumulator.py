@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hf_sketch.model.group_sum import GroupSum
-from hf_sketch.sketches.outer import Routed
+from hf_sketch.sketches.outer import Routed, Side
+from hf_sketch.sketches.pieces import WorkingMemory
 
 
 class Accumulator:
@@ -24,6 +25,9 @@ class Accumulator:
         self, group_of: Mapping[str, str], sums: Mapping[str, GroupSum]
     ) -> None:
         self._group_of, self._sums = group_of, sums
+        memory = WorkingMemory()
+        for part in sums.values():
+            part.memory = memory
 
     @property
     def names(self) -> set[str]:
@@ -38,11 +42,11 @@ class Accumulator:
         """See `GroupSum.add_part`."""
         self._of(name).add_part(name, part, start)
 
-    def fold(self, name: str, factor: Tensor, side: int) -> Tensor:
+    def fold(self, name: str, factor: Tensor, side: int) -> Tensor | Side:
         """See `GroupSum.fold`."""
         return self._of(name).fold(name, factor, side)
 
-    def add_outer(self, name: str, left: Tensor, right: Tensor) -> None:
+    def add_outer(self, name: str, left: Tensor | Side, right: Tensor | Side) -> None:
         """See `GroupSum.add_outer`."""
         self._of(name).add_outer(name, left, right)
 

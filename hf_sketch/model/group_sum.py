@@ -1,7 +1,7 @@
 """The sum of the sketches of one group's gradients."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from hf_sketch.model.operators import Operators
 from hf_sketch.sketches import QK, Grouped, Sketch
 from hf_sketch.sketches.blocked import BlockedSketch, WorkingMemory
 from hf_sketch.sketches.operator import accumulation_dtype
-from hf_sketch.sketches.outer import Routed, form_outer
+from hf_sketch.sketches.outer import Routed, Side, form_outer
 from hf_sketch.sketches.precision import exact
 
 
@@ -30,16 +30,17 @@ class GroupSum:
             batch's gradients is finished as it comes, since sums over blocks are larger
             than rows. Without it, operators with blocks of one size finish together.
         normalizer: scales gradients before they are sketched.
+        memory: to work in; several sums may share it.
     """
 
     operators: Operators
     group: str
     total: Tensor | None = None
     normalizer: Normalizer | None = None
+    memory: WorkingMemory = field(default_factory=WorkingMemory)
     names: set[str] = field(default_factory=set[str])
     _held: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     _mixed: dict[int, tuple[BlockedSketch, Tensor]] = field(default_factory=dict)
-    _memory: WorkingMemory = field(default_factory=WorkingMemory)
     _by_example: bool = field(init=False)
     _packed: Sketch | None = field(init=False)
 
@@ -78,39 +79,40 @@ class GroupSum:
                 self._hold(name, part.new_zeros(len(part), size))
             self._held[name][:, start : start + part.shape[1]] += part
         elif isinstance(operator, BlockedSketch):
-            self._collect(operator, operator.accumulate_part(part, start, self._memory))
+            self._collect(operator, operator.accumulate_part(part, start, self.memory))
         else:
             self._join(operator.apply_part(part, start))
 
     @exact
-    def fold(self, name: str, factor: Tensor, side: int) -> Tensor:
-        """Return what `add_outer` needs of one side of a parameter's outer products.
+    def fold(self, name: str, factor: Tensor, side: int) -> Tensor | Side:
+        """Return what `add_outer` needs of one side, where that is less of it.
 
         Shapes:
-            factor (b, t, elements of the side), or integer (b, t) for one-hot vectors
+            factor (b, t, elements of the side)
         """
         operator = self._two_sided(name)
         if operator is None:
             return factor
         factor = self._converted(factor)
-        if self.normalizer is None:
-            return operator.fold(factor, side)
-        scaled = self.normalizer.scale_side(name, factor, side)
-        if factor.is_floating_point():
-            return operator.fold(scaled, side)
-        return operator.fold(factor, side) * scaled
+        if self.normalizer is not None:
+            factor = factor * self.normalizer.side(name, side, factor)
+        return Side(operator.fold(factor, side), folded=True)
 
     @exact
-    def add_outer(self, name: str, left: Tensor, right: Tensor) -> None:
-        """Add sum_t left_t (x) right_t of each example, both sides folded."""
+    def add_outer(self, name: str, left: Tensor | Side, right: Tensor | Side) -> None:
+        """Add sum_t left_t (x) right_t of each example; sides may come folded.
+
+        Shapes:
+            left (b, t, m), or integer (b, t) for one-hot vectors, right (b, t, n)
+        """
         self.names.add(name)
-        left = self._converted(left)
-        operator = self.operators.own.get(name)
         if (factored := self._two_sided(name)) is not None:
-            assert self.total is not None
-            factored.add_folded_(self.total, left, right)
+            sides = self._side(name, left, 0), self._side(name, right, 1)
+            factored.add_outer_(self._rows, *sides, self.memory)
             return
-        right = self._converted(right)
+        assert isinstance(left, Tensor)
+        assert isinstance(right, Tensor)
+        left, right = self._converted(left), self._converted(right)
         size = math.prod(self.operators.shapes[name])
         if self.normalizer is not None:
             scaled = self.normalizer.scale_outer(name, left, right)
@@ -118,6 +120,7 @@ class GroupSum:
                 self.add(name, form_outer(left, right, 0, size))
                 return
             left, right = scaled
+        operator = self.operators.own.get(name)
         if operator is not None:
             self._join(operator.apply_outer(left, right))
         else:
@@ -131,32 +134,30 @@ class GroupSum:
             left (t, m), the tokens of all examples
         """
         self.names.add(name)
-        operator, left = self.operators.own.get(name), self._converted(left)
-        right = right.of(self._converted(right.sides))
+        operator = self.operators.own.get(name)
         if isinstance(operator, Grouped):
-            assert self.total is not None
             left, sides, expert = right.by_example(left)
-            if self.normalizer is not None:
-                left = self.normalizer.scale_side(name, left, 0, expert)
-                sides = self.normalizer.scale_side(name, sides, 1)
-            folded = operator.fold(left, 0, expert), operator.fold(sides, 1, expert)
-            operator.add_folded_(self.total, *folded)
+            first, second = (
+                replace(self._side(name, x, side), expert=expert)
+                for side, x in enumerate((left, sides))
+            )
+            operator.add_outer_(self._rows, first, second, self.memory)
             return
+        left, right = self._converted(left), right.of(self._converted(right.sides))
         for start, rows in right.formed(left):
             self.add_part(name, rows, start)
 
     @exact
     def add_example(self, name: str, index: int, gradient: Tensor) -> None:
         """Add the gradient of one example, in the parameter's shape."""
-        assert self.total is not None
         self.names.add(name)
         row = self._scaled(name, self._converted(gradient.reshape(1, -1)))
         operator = self.operators.own.get(name)
         if operator is not None:
-            self.total[index : index + 1] += operator.apply_rows(row)
+            self._rows[index : index + 1] += operator.apply_rows(row)
             return
         if name not in self._held:
-            self._held[name] = row.new_zeros(len(self.total), row.shape[1])
+            self._held[name] = row.new_zeros(len(self._rows), row.shape[1])
         self._held[name][index : index + 1] += row
 
     @exact
@@ -191,7 +192,7 @@ class GroupSum:
     def _apply(self, operator: Sketch, rows: Tensor) -> None:
         """Apply an operator; those with blocks of one size finish together."""
         if isinstance(operator, BlockedSketch):
-            self._collect(operator, operator.accumulate(rows, memory=self._memory))
+            self._collect(operator, operator.accumulate(rows, memory=self.memory))
         else:
             self._join(operator.apply_rows(rows))
 
@@ -225,6 +226,18 @@ class GroupSum:
         if isinstance(operator, QK) and operator.sides == self.operators.shapes[name]:
             return operator
         return operator if isinstance(operator, Grouped) and matrix else None
+
+    def _side(self, name: str, x: Tensor | Side, side: int) -> Side:
+        """Return a side of a parameter's outer products, with its scale."""
+        if isinstance(x, Side) or self.normalizer is None:
+            return x if isinstance(x, Side) else Side(x)
+        return Side(x, scale=self.normalizer.side(name, side, self._rows))
+
+    @property
+    def _rows(self) -> Tensor:
+        """The rows of a batch's examples."""
+        assert self.total is not None
+        return self.total
 
     def _scaled(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
         """Return rows, or their coordinates from `start` on, as they are sketched."""

@@ -113,22 +113,12 @@ class Normalizer:
         matrix = rows.unflatten(1, (len(left), len(right)))
         return (matrix * left.unsqueeze(1)).mul_(right).flatten(1)
 
-    def scale_side(
-        self, name: str, factor: Tensor, side: int, expert: Tensor | None = None
-    ) -> Tensor:
-        """Scale one side of a matrix's outer products.
+    def side(self, name: str, side: int, like: Tensor) -> Tensor:
+        """Return the factors of one side of a matrix's outer products: (length,).
 
-        Shapes:
-            factor (..., length of the side), or integers for one-hot vectors: their
-                factors are returned then, with a last dimension of 1
-            expert (...), whose rows they are, if there are experts
+        Those of experts' sides lie one after the other.
         """
-        found = self._scales[name][side].to(factor.device)
-        if expert is not None:
-            return factor * found.view(-1, factor.shape[-1])[expert].to(factor)
-        if factor.is_floating_point():
-            return factor * found.to(factor)
-        return found[factor].unsqueeze(-1)
+        return self._scales[name][side].to(like)
 
     def scale_outer(
         self, name: str, left: Tensor, right: Tensor
@@ -140,9 +130,11 @@ class Normalizer:
         found = self._scales[name]
         if len(found) == 1 or right.shape[-1] != len(found[1]):
             return None
-        scaled = self.scale_side(name, left, 0)
-        right = self.scale_side(name, right, 1)
-        return (scaled, right) if left.is_floating_point() else (left, right * scaled)
+        rows, columns = (x.to(right) for x in found)
+        right = right * columns
+        if left.is_floating_point():
+            return left * rows, right
+        return left, right * rows[left].unsqueeze(-1)
 
     def elements(self, name: str, start: int, stop: int, like: Tensor) -> Tensor:
         """Return factors of some of a parameter's elements, row by row."""

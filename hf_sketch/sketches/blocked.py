@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_sketch.sketches.choices import check_choice
 from hf_sketch.sketches.operator import SeededSketch, fitting, next_power_of_two, spans
 from hf_sketch.sketches.outer import form_outer, is_touched
-from hf_sketch.sketches.pieces import BlockSigns, Piece, WorkingMemory
+from hf_sketch.sketches.pieces import BlockSigns, DrawnBlocks, Piece, WorkingMemory
 from hf_sketch.sketches.transforms.fused import accumulate_fused, can_fuse
 from hf_sketch.sketches.transforms.lazy import is_lazy
 from hf_sketch.sketches.transforms.mixing import (
@@ -33,6 +33,8 @@ from hf_sketch.sketches.transforms.signs import (
     sign_masks,
 )
 from hf_sketch.sketches.variances.moments import Moments, moments
+
+_KEPT_ELEMENTS = 2**20  # of a short vector
 
 
 @dataclass(frozen=True)
@@ -160,14 +162,14 @@ class BlockedSketch(SeededSketch):
         total = rows.new_zeros(batch, segments, width)
         longest = min(fitting(batch * self.block) * self.block, length + self.block)
         memory = WorkingMemory() if memory is None else memory
-        buffers = memory.take(rows, batch * longest)
+        buffers = memory.take(rows, batch * longest, batch * longest)
         for piece in self._pieces(rows, first_block, length):
             blocks = len(piece.places)
             x = rows[:, piece.low : piece.high]
             if x.shape[1] < blocks * self.block:
                 x = torch.nn.functional.pad(x, (0, blocks * self.block - x.shape[1]))
             x = x.reshape(batch, blocks, self.block)
-            flipped, scratch = buffers[:, : x.numel()]
+            flipped, scratch = (buffer[: x.numel()] for buffer in buffers)
             x = piece.flip("before", x, out=flipped.view(x.shape))
             x = mix_rows(x.view(-1, self.block), self._mixing, width, scratch)
             x = piece.flip_("after", x.reshape(batch, blocks, width))
@@ -228,20 +230,29 @@ class BlockedSketch(SeededSketch):
 
     def _pieces(self, like: Tensor, first_block: int, length: int) -> Iterator[Piece]:
         """Runs of blocks that fit the working set, of `length` coordinates."""
-        block = self.block
-        end = first_block - (-length // block)
+        end = first_block - (-length // self.block)
+        drawn = self._drawn(first_block, end, like.device)
+        return drawn.pieces(length, fitting(len(like) * self.block))
+
+    def _drawn(self, first: int, end: int, device: torch.device) -> DrawnBlocks:
+        """What is random about some blocks; that of short vectors is kept."""
+        kept = not first and self.in_size <= self.block * end <= _KEPT_ELEMENTS
+        if kept and device in self._kept:
+            return self._kept[device]
         signs = {
-            role: BlockSigns(self.signs(role), block, first_block, end, like.device)
+            role: BlockSigns(self.signs(role), self.block, first, end, device)
             for role in (ROLES if self.signs_before else ROLES[1:])
         }
-        places = self.places(first_block, end).to(like.device)
-        for low, high in spans(length, fitting(len(like) * block) * block):
-            start, stop = low // block, -(-high // block)
-            masks = {
-                role: of.masks(first_block + start, first_block + stop)
-                for role, of in signs.items()
-            }
-            yield Piece(low, high, places[start:stop], masks)
+        drawn = DrawnBlocks(
+            self.block, first, signs, self.places(first, end).to(device)
+        )
+        if kept:
+            self._kept[device] = drawn
+        return drawn
+
+    @cached_property
+    def _kept(self) -> dict[torch.device, DrawnBlocks]:
+        return {}
 
     def signs(self, role: str) -> StreamSigns:
         """The signs "before" or "after" the transform of a block."""

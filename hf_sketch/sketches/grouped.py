@@ -3,17 +3,19 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hf_sketch.sketches.operator import SeededSketch, fitting, next_power_of_two
-from hf_sketch.sketches.transforms.folding import add_up, folding_signs
+from hf_sketch.sketches.grouped_side import GroupedSide
+from hf_sketch.sketches.operator import SeededSketch, next_power_of_two
+from hf_sketch.sketches.outer import Side
+from hf_sketch.sketches.pieces import WorkingMemory
+from hf_sketch.sketches.transforms.folding import folding_signs
 from hf_sketch.sketches.transforms.hadamard import hadamard_matrix
 from hf_sketch.sketches.transforms.random import CounterRandom
 
-Drawn = Literal["signs", "rows"]
+_ELEMENTS_AT_ONCE = 2**19  # of a folded side: 2 MiB stays in the cache
 
 
 @dataclass(frozen=True)
@@ -82,18 +84,18 @@ class Grouped(SeededSketch):
                 f"of at least that, got {self.widths}: leave the choice to ModelSketch."
             )
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """R, the number of rows of the Hadamard matrix."""
         longest = next_power_of_two(self.out_size)
         return self.widths[0] * self.widths[1] // longest
 
-    @property
+    @cached_property
     def group_sizes(self) -> tuple[int, int]:
         """s_1 and s_2, the numbers of each side in a group."""
         return self.widths[0] // self.groups, self.widths[1] // self.groups
 
-    @property
+    @cached_property
     def kept(self) -> int:
         """Number of groups that the sketch has room for."""
         first, second = self.group_sizes
@@ -103,9 +105,10 @@ class Grouped(SeededSketch):
     def numbers_per_product(self) -> int:
         """The most numbers held per outer product while a batch of them is sketched.
 
-        Both sides are held folded, and again rotated; of the second also a copy.
+        A side is folded, copied and rotated, the second while the first is there.
         """
-        return 2 * self._places(0) + 3 * self._places(1)
+        first, second = self._places(0), self._places(1)
+        return max(3 * first, first + 3 * second)
 
     def apply_rows(self, rows: Tensor) -> Tensor:
         return self.apply_part(rows, 0)
@@ -121,31 +124,33 @@ class Grouped(SeededSketch):
         if before or after:
             part = torch.nn.functional.pad(part, (before, after))
         rows = part.reshape(len(part), -1, width)
-        folded = part.new_zeros(len(part), self._places(0), self._places(1))
+        left, right = self._sides_at(part)
+        folded = part.new_zeros(len(part), left.places, right.places)
         low, last = first, first + rows.shape[1]
         while low < last:
             expert, row = divmod(low, height)
             high = min(last, low - row + height)
-            matrix = self._fold_rows(rows[:, low - first : high - first], expert, row)
-            folded += self._fold_side(matrix, self._signs_at(1, part)[expert], 1)
+            some = rows[:, low - first : high - first]
+            matrix = _fold_rows(some, left.signs[expert], row, left.places)
+            folded += right.of(expert).fold(Side(matrix))
             low = high
         return self._join_folded(folded)
 
     def adjoint_rows(self, rows: Tensor) -> Tensor:
         *_, height, width = self.sides
-        first, second = self._rows(0, rows), self._rows(1, rows)
+        left, right = self._sides_at(rows)
         shape = (self.kept, *self.group_sizes)
         groups = rows[:, : math.prod(shape)].unflatten(1, shape)
-        groups = groups.unsqueeze(2) * first[:, :, None, None]
-        x = torch.matmul(second.T, groups.flatten(2))  # (b, d, c p q)
+        groups = groups.unsqueeze(2) * left.rows[:, :, None, None]
+        x = torch.matmul(right.rows.T, groups.flatten(2))  # (b, d, c p q)
         x = x.unflatten(2, groups.shape[2:]).permute(0, 2, 3, 1, 4)
         x = x.flatten(3).flatten(1, 2) * self._scale
         for axis, length in ((1, height), (2, width)):
             times = [1, 1, 1]
             times[axis] = -(-length // x.shape[axis])
             x = x.repeat(times).narrow(axis, 0, length)
-        x = x.unsqueeze(1) * self._signs_at(0, x).unsqueeze(2)
-        return x.mul_(self._signs_at(1, x).unsqueeze(1)).flatten(1)
+        x = x.unsqueeze(1) * left.signs.unsqueeze(2)
+        return x.mul_(right.signs.unsqueeze(1)).flatten(1)
 
     def square_variance(self, rows: Tensor) -> Tensor:
         """Return an upper estimate: the formula above, which is of sides at random."""
@@ -160,89 +165,79 @@ class Grouped(SeededSketch):
         if len(self.sides) == 3 or right.shape[-1] != self.sides[1]:
             return super().apply_outer(left, right)
         total = right.new_zeros(len(right), self.out_size)
-        self.add_folded_(total, self.fold(left, 0), self.fold(right, 1))
+        self._add_outer_(total, Side(left), Side(right))
         return total
 
-    def fold(self, factor: Tensor, side: int, expert: Tensor | None = None) -> Tensor:
-        """All that the sketch of an outer product needs of one of its factors.
+    def fold(self, factor: Tensor, side: int) -> Tensor:
+        """Fold one side of outer products, which takes less memory then.
 
         Shapes:
-            factor (b, t, length of the side), or integer (b, t) for one-hot vectors
-            expert (b, t), whose matrix each product belongs to; None without experts
+            factor (b, t, length of the side)
             returns (b, t, at most widths[side])
         """
-        if not factor.is_floating_point():
-            return self._fold_one_hot(factor, side)
-        signs = self._signs_at(side, factor)
-        return self._fold_side(factor, signs[0 if expert is None else expert], side)
+        return self._sides_at(factor)[side].fold(Side(factor))
 
-    def add_folded_(self, rows: Tensor, left: Tensor, right: Tensor) -> None:
+    def add_outer_(
+        self, rows: Tensor, left: Side, right: Side, memory: WorkingMemory
+    ) -> None:
         """Add the sketch of sum_t left_t (x) right_t to rows (b, out_size), in place.
 
-        Both sides are folded.
+        On a CPU some examples at a time are sketched, in `memory`: to ask the system
+        for more each time would take longer than the sketch.
         """
-        some = len(left)
-        if left.device.type == "cpu":  # 1 MiB at a time stays in the cache
-            some = fitting(4 * left.shape[1] * max(self.widths))
-        parts = (x.split(some) for x in (rows, left, right))
-        for total, first, second in zip(*parts, strict=True):
-            turned = self._turn(0, first.to(rows)), self._turn(1, second.to(rows))
-            self._add_turned_(total, *turned)
+        if rows.device.type != "cpu":
+            self._add_outer_(rows, left, right)
+            return
+        first, second = self._sides_at(rows)
+        examples, tokens = right.numbers.shape[:2]
+        lengths = tokens * first.longest, tokens * second.longest
+        some = min(examples, max(1, _ELEMENTS_AT_ONCE // max(1, *lengths)))
+        sizes = max(*lengths, self.out_size), *lengths
+        laid, *spaces = memory.take(rows, *(some * size for size in sizes))
+        parts = [(rows, left, right)]
+        if some < examples:
+            pieces = rows.split(some), left.split(some), right.split(some)
+            parts = zip(*pieces, strict=True)
+        for total, a, b in parts:
+            turned = first.turn_in(a, laid, spaces[0])
+            self._add_turned_(total, turned, second.turn_in(b, laid, spaces[1]), laid)
 
-    def _add_turned_(self, rows: Tensor, left: Tensor, right: Tensor) -> None:
+    def _add_outer_(self, rows: Tensor, left: Side, right: Side) -> None:
+        """Do the same in memory of its own."""
+        first, second = self._sides_at(rows)
+        turned = first.turn(first.fold(left))
+        self._add_turned_(rows, turned, second.turn(second.fold(right)))
+
+    def _add_turned_(
+        self, rows: Tensor, left: Tensor, right: Tensor, space: Tensor | None = None
+    ) -> None:
         """Add the products of the groups of both sides to rows, in place."""
-        shape = (self.kept, *self.group_sizes)
-        if math.prod(shape) == self.out_size:
-            total = rows.view(-1, *self.group_sizes)
+        first, second = self.group_sizes
+        numbers = self.kept * first * second
+        swapped = first > second  # MKL takes four times as long for few columns
+        if numbers == self.out_size and not swapped:
+            total = rows.view(-1, first, second)
             total.baddbmm_(left.mT, right, alpha=self._scale)
-        else:  # some numbers are in no group
-            product = torch.bmm(left.mT, right).view(len(rows), -1)
-            rows[:, : math.prod(shape)].add_(product, alpha=self._scale)
-
-    def _turn(self, side: int, folded: Tensor) -> Tensor:
-        """The groups of a folded side: (b, t, places) -> (b * kept, t, s)."""
-        examples, tokens, _ = folded.shape
-        size = self.group_sizes[side]
-        places = folded.unflatten(2, (-1, size)).transpose(1, 2).flatten(2)
-        turned = torch.matmul(self._rows(side, folded), places)
-        return turned.view(examples * self.kept, tokens, size)
+            return
+        total = rows[:, :numbers].unflatten(1, (self.kept, first, second))
+        if swapped:
+            left, right, total = right, left, total.mT
+        out = None
+        if space is not None:
+            out = space[: len(rows) * numbers].view(-1, *total.shape[2:])
+        product = torch.bmm(left.mT, right, out=out)
+        total.add_(product.view(total.shape), alpha=self._scale)
 
     def _join_folded(self, matrix: Tensor) -> Tensor:
         """The sketch of a matrix that is folded along both sides."""
+        left, right = self._sides_at(matrix)
         examples, first = len(matrix), self.group_sizes[0]
-        turned = self._turn(1, matrix).view(examples, self.kept, -1)
+        turned = right.turn(matrix)
         # (b, k, c p q), of which H_1's row k takes the sum over c
-        turned = turned.view(examples, self.kept, self._places(0) // first, -1)
-        groups = torch.matmul(self._rows(0, matrix).unsqueeze(1), turned).flatten(1)
+        turned = turned.view(examples, self.kept, left.places // first, -1)
+        groups = torch.matmul(left.rows.unsqueeze(1), turned).flatten(1)
         missing = self.out_size - groups.shape[1]
         return torch.nn.functional.pad(groups * self._scale, (0, missing))
-
-    def _fold_rows(self, rows: Tensor, expert: int, first: int) -> Tensor:
-        """Fold rows of an expert's matrix: (b, rows, n) -> (b, places, n)."""
-        places = self._places(0)
-        signs = self._signs_at(0, rows)[expert].unsqueeze(1)
-        folded = rows.new_zeros(len(rows), places, rows.shape[2])
-        low, last = first, first + rows.shape[1]
-        while low < last:
-            place = low % places
-            high = min(last, low + places - place)
-            part = rows[:, low - first : high - first]
-            folded[:, place : place + high - low].addcmul_(part, signs[low:high])
-            low = high
-        return folded
-
-    def _fold_side(self, x: Tensor, signs: Tensor, side: int) -> Tensor:
-        """Fold the last dimension: (b, t, length) -> (b, t, places)."""
-        places = self._places(side)
-        folded = add_up(x, signs, places)
-        return torch.nn.functional.pad(folded, (0, places - folded.shape[-1]))
-
-    def _fold_one_hot(self, index: Tensor, side: int) -> Tensor:
-        """Fold one-hot vectors: (b, t) -> (b, t, places), without scattering."""
-        (signs,) = self._signs_at(side, index)
-        sign = torch.nn.functional.embedding(index, signs.unsqueeze(1))
-        places = torch.arange(self._places(side), device=index.device)
-        return ((index % len(places)).unsqueeze(-1) == places) * sign
 
     def _places(self, side: int) -> int:
         """How many places a side is folded to: its width, or less for a short one."""
@@ -253,29 +248,30 @@ class Grouped(SeededSketch):
     def _scale(self) -> float:
         return self.kept**-0.5
 
-    def _rows(self, side: int, like: Tensor) -> Tensor:
-        """Rows of the Hadamard matrix, for each group that is kept: (kept, c)."""
-        return self._there("rows", side, like)
-
-    def _signs_at(self, side: int, like: Tensor) -> Tensor:
-        """The signs of a side's coordinates: (experts or 1, length)."""
-        return self._there("signs", side, like)
-
-    def _there(self, what: Drawn, side: int, like: Tensor) -> Tensor:
-        """What was drawn for a side, where `like` is, and kept there.
+    def _sides_at(self, like: Tensor) -> tuple[GroupedSide, GroupedSide]:
+        """What was drawn for both sides, where `like` is, and kept there.
 
         Its type is that of `like`, or float32 beside integers.
         """
         dtype = like.dtype if like.is_floating_point() else torch.float32
-        key = what, side, like.device, dtype
+        key = like.device, dtype
         if key not in self._placed:
-            drawn = self._draw_signs if what == "signs" else self._draw_rows
-            self._placed[key] = drawn(side).to(like.device, dtype)
+            first, second = (
+                GroupedSide(
+                    self._draw_signs(side).to(like.device, dtype),
+                    self._draw_rows(side).to(like.device, dtype),
+                    self.group_sizes[side],
+                )
+                for side in (0, 1)
+            )
+            self._placed[key] = first, second
         return self._placed[key]
 
     @cached_property
-    def _placed(self) -> dict[tuple[Drawn, int, torch.device, torch.dtype], Tensor]:
-        """What was drawn, by side, device and type."""
+    def _placed(
+        self,
+    ) -> dict[tuple[torch.device, torch.dtype], tuple[GroupedSide, GroupedSide]]:
+        """What was drawn, by device and type."""
         return {}
 
     def _draw_rows(self, side: int) -> Tensor:
@@ -288,3 +284,17 @@ class Grouped(SeededSketch):
         experts = self.sides[0] if len(self.sides) == 3 else 1
         rng = CounterRandom(self.seed, f"sides/{side}/{self.stream}")
         return folding_signs(experts * self.sides[side - 2], rng).view(experts, -1)
+
+
+def _fold_rows(rows: Tensor, signs: Tensor, first: int, places: int) -> Tensor:
+    """Fold a matrix's rows, those from `first` on: (b, rows, n) -> (b, places, n)."""
+    folded = rows.new_zeros(len(rows), places, rows.shape[2])
+    low, last = first, first + rows.shape[1]
+    signs = signs.unsqueeze(1)
+    while low < last:
+        place = low % places
+        high = min(last, low + places - place)
+        part = rows[:, low - first : high - first]
+        folded[:, place : place + high - low].addcmul_(part, signs[low:high])
+        low = high
+    return folded

@@ -1,6 +1,6 @@
 """Sums of outer products, as the gradients of weights are."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +9,43 @@ from torch import Tensor
 from hf_sketch.sketches.transforms.lazy import is_lazy
 
 _ELEMENTS = 2**20
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of the outer products whose sum per example is sketched.
+
+    Args:
+        numbers: (b, t, length); or integers (b, t), which stand for one-hot vectors.
+        folded: the operator of their parameter has folded them.
+        expert: (b, t), in which matrix each product is; None if there is a single one.
+        scale: factors of the vectors' elements, (length,) or, one expert's after the
+            other's, (experts * length,); None for ones.
+    """
+
+    numbers: Tensor
+    folded: bool = False
+    expert: Tensor | None = None
+    scale: Tensor | None = None
+
+    def folded_by(self, fold: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        """Return the side as `fold` folds it, which knows nothing of scales."""
+        x = self.numbers
+        if not x.is_floating_point():
+            scale = 1.0 if self.scale is None else self.scale[x].unsqueeze(-1)
+            return fold(x) * scale
+        x = x.to(dtype)
+        if self.folded:
+            return x
+        return fold(x if self.scale is None else x * self.scale)
+
+    def split(self, examples: int) -> Iterator["Side"]:
+        """Yield the side of some examples after the other."""
+        count = len(self.numbers)
+        for start in range(0, count, examples):
+            some = slice(start, start + examples)
+            expert = None if self.expert is None else self.expert[some]
+            yield replace(self, numbers=self.numbers[some], expert=expert)
 
 
 def form_outer(left: Tensor, right: Tensor, low: int, high: int) -> Tensor:

@@ -1,10 +1,12 @@
 """Runs of blocks of a vector: their signs, and memory to work on them."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hf_sketch.sketches.operator import spans
 from hf_sketch.sketches.transforms.lazy import is_lazy
 from hf_sketch.sketches.transforms.signs import StreamSigns, flip
 
@@ -48,24 +50,24 @@ class Piece:
 
 
 class WorkingMemory:
-    """Two buffers, kept from use to use.
+    """Buffers that are kept from use to use.
 
     Memory that is given back and asked for again costs a page fault for each 4 KiB.
     """
 
     def __init__(self) -> None:
-        self._buffers: Tensor | None = None
+        self._held: Tensor | None = None
 
-    def take(self, like: Tensor, elements: int) -> Tensor:
-        """Two rows of at least so many elements, with what was left in them."""
-        held = self._buffers
+    def take(self, like: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+        """Return buffers of so many elements, with what was left in them."""
+        held, total = self._held, sum(sizes)
         if (
             held is None
-            or held.shape[1] < elements
+            or len(held) < total
             or (held.dtype, held.device) != (like.dtype, like.device)
         ):
-            held = self._buffers = like.new_empty(2, elements)
-        return held
+            held = self._held = like.new_empty(total)
+        return held[:total].split(sizes)
 
 
 class BlockSigns:
@@ -106,3 +108,30 @@ class BlockSigns:
             found.append((slice(first - start, last - start), masks.view(-1, block)))
             first = last
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnBlocks:
+    """What is random about a range of blocks.
+
+    Args:
+        block: number of elements in a block.
+        first: the first block.
+        signs: by role.
+        places: (blocks,), the segment that each block is added to.
+    """
+
+    block: int
+    first: int
+    signs: Mapping[str, BlockSigns]
+    places: Tensor
+
+    def pieces(self, length: int, at_once: int) -> Iterator[Piece]:
+        """Yield runs of at most `at_once` blocks, of `length` coordinates."""
+        for low, high in spans(length, at_once * self.block):
+            start, stop = low // self.block, -(-high // self.block)
+            masks = {
+                role: of.masks(self.first + start, self.first + stop)
+                for role, of in self.signs.items()
+            }
+            yield Piece(low, high, self.places[start:stop], masks)

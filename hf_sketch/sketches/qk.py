@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, get_args
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from hf_sketch.sketches.choices import check_choice
 from hf_sketch.sketches.operator import SeededSketch
+from hf_sketch.sketches.outer import Side
+from hf_sketch.sketches.pieces import WorkingMemory
 from hf_sketch.sketches.transforms.folding import fold, folding_columns, folding_signs
 from hf_sketch.sketches.transforms.hadamard import apply_kronecker
 from hf_sketch.sketches.transforms.mixing import haar_columns
@@ -167,6 +169,19 @@ class QK(SeededSketch):
             return
         left = left.transpose(1, 2).to(right.dtype)
         rows.view(len(rows), *out).baddbmm_(left, right, alpha=self._scale)
+
+    def add_outer_(
+        self, rows: Tensor, left: Side, right: Side, memory: WorkingMemory
+    ) -> None:
+        """Add the sketch of sum_t left_t (x) right_t to rows (b, out_size), in place.
+
+        The folded sides are small, and need no `memory` of others.
+        """
+        folded = (
+            side.folded_by(partial(self.fold, side=place), rows.dtype)
+            for place, side in enumerate((left, right))
+        )
+        self.add_folded_(rows, *folded)
 
     def square_variance(self, rows: Tensor) -> Tensor:
         """Estimate it from the sketches of a few seeds.

@@ -45,7 +45,7 @@ def test_numbers_are_those_of_both_sides_or_of_each_examples_gradient():
     assert blocked.numbers == 2 * 50 * 1024 + 2 * 1024 * 2048 + bias
     assert blocked.held_bytes == 4 * 2 * 64  # the rows
     assert factored.held_bytes - blocked.held_bytes == 4 * 50 * 8  # factors of its ids
-    folding = 4 * 20 * 5 * 64  # each side twice, one a third time
+    folding = 4 * 20 * 4 * 64  # the second side three times, the first one rotated
     assert grouped.held_bytes - blocked.held_bytes == 4 * 50 + folding  # signs of ids
 
 

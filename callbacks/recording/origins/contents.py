@@ -72,8 +72,8 @@ def contents_of(
 class Items:
     """Items of the training set, read and collated one by one.
 
-    Neither training's random numbers nor the loader's collator change: a copy of the
-    collator works here.
+    Call `read` and `contents` within `unnoticed`, which keeps training's random
+    numbers. The loader's collator does not change either: a copy works here.
 
     Args:
         loader: the training DataLoader.
@@ -98,14 +98,14 @@ class Items:
     def read(self, index: int) -> Any:
         """Return an item as the dataset gives it; None if it gives none."""
         item = None
-        with self._unnoticed(), attempt():
+        with attempt():
             item = self._dataset[index]
         return item
 
     def contents(self, item: Any) -> list[Content]:
         """Return what the model sees of an item; nothing if that cannot be told."""
         found: list[Content] = []
-        with self._unnoticed(), attempt():
+        with attempt():
             inputs = None if self._collate is None else self._collate([item])
             if isinstance(inputs, Mapping):
                 found = self._contents(inputs)
@@ -113,9 +113,12 @@ class Items:
 
     def vary(self, indices: Sequence[int]) -> bool:
         """Return whether items differ each time that they are read."""
-        first, second = (
-            [self.contents(self.read(index)) for index in indices] for _ in range(2)
-        )
+
+        def contents(index: int) -> list[Content]:
+            with self.unnoticed():
+                return self.contents(self.read(index))
+
+        first, second = ([contents(index) for index in indices] for _ in range(2))
         return first != second
 
     def _contents(self, inputs: Mapping[str, Any]) -> list[Content]:
@@ -143,8 +146,8 @@ class Items:
         return [name.removesuffix(self._main_input) for name in main or names]
 
     @contextmanager
-    def _unnoticed(self) -> Generator[None]:
-        """Keep the random numbers of training, and the dataset's own."""
+    def unnoticed(self) -> Generator[None]:
+        """Within, keep the random numbers of training, and the dataset's own."""
         undo = _restoring(self._dataset)
         state = random_state(self._device, everywhere=True)
         try:

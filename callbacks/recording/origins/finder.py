@@ -179,8 +179,10 @@ class OriginFinder:
 
         Items of one prompt cannot be told apart, and get the same id.
         """
-        items = {i: self._items.read(i) for i in sorted({*drawn} - {None})}  # type: ignore[type-var]
-        contents = {i: self._items.contents(item) for i, item in items.items()}
+        known = sorted({*drawn} - {None})  # type: ignore[type-var]
+        with self._items.unnoticed():
+            items = {i: self._items.read(i) for i in known}
+            contents = {i: self._items.contents(item) for i, item in items.items()}
         mains = [call.inputs.get(self._main_input) for call in calls]
         named = all(isinstance(main, Tensor) for main in mains)
         if named and any(contents.values()):
@@ -216,7 +218,8 @@ class OriginFinder:
         self, split: Packed, drawn: Sequence[int | None]
     ) -> list[int | None]:
         """Return the places of documents, by the lengths of the items they are in."""
-        items = [None if i is None else self._items.read(i) for i in drawn]
+        with self._items.unnoticed():
+            items = [None if i is None else self._items.read(i) for i in drawn]
         lengths = [_length(item, self._main_input) for item in items]
         known = [length for length in lengths if length is not None]
         if len(known) < len(lengths):

@@ -206,8 +206,7 @@ class FusedHead:
         sums, name = batch.sums, self.names.get("weight")
         if name is not None:
             right = hidden.to(factors) * factors.unsqueeze(-1)
-            folded = sums.fold(name, left, 0), sums.fold(name, right, 1)
-            sums.add_outer(name, *folded)
+            sums.add_outer(name, left, right)
         if (name := self.names.get("bias")) is None:
             return
         if left.is_floating_point():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hf_sketch.examples.batch import Batch
+from hf_sketch.examples.batch import Batch, Holding
 from hf_sketch.examples.replay import Replay
 from hf_sketch.examples.rules.base import Call, NoRule, Rule, tensors_of
 from hf_sketch.examples.split import ExampleSplit, Packed
@@ -39,7 +39,7 @@ def watch_module(
         if not any(x.requires_grad for x in tensors_of(output)):
             return None
         batch.called.add(rule.path)
-        with batch.holding_failures(rule):
+        with Holding(batch, rule):
             return _watch(rule, batch, args, kwargs, output)
         return None
 
@@ -69,7 +69,11 @@ def _watch(rule: Rule, batch: Batch, args: Any, kwargs: Any, output: Any) -> Any
         if output.dim() == 0 or len(output) != 1:
             output = output.unsqueeze(0)
         output = output.expand(batch.split.size, *output.shape[1:])
-    several = not rule.is_model(output) and len(tensors_of(output)) > 1
+    several = (
+        not isinstance(output, Tensor)
+        and not rule.is_model(output)
+        and len(tensors_of(output)) > 1
+    )
     if several:  # the gradient of one must not hold that of another
         output = tree_map(_alias, output)
     outputs = rule.outputs_of(output)
@@ -113,12 +117,14 @@ def _add(rule: Rule, batch: Batch, saved: Any, gradient: Tensor) -> None:
         name = rule.names.get(attribute)
         if name is None or name in batch.rescued:
             continue
+        if right is not None and not isinstance(right, Routed):
+            batch.sums.add_outer(name, left, right)
+            continue
+        assert isinstance(left, Tensor)
         if right is None:
             batch.sums.add(name, left.reshape(len(left), -1))
-        elif isinstance(right, Routed):
-            batch.sums.add_routed(name, left, right)
         else:
-            batch.sums.add_outer(name, left, right)
+            batch.sums.add_routed(name, left, right)
 
 
 def replay_later(
@@ -162,11 +168,12 @@ def _is_shared(rule: Rule, batch: Batch, output: Any) -> bool:
     """Return whether all examples share one output, as of position embeddings."""
     if not isinstance(output, Tensor):
         return False
-    if batch.split.size == 1 or isinstance(batch.split, Packed):
+    size = batch.split.size
+    if size == 1 or isinstance(batch.split, Packed):
         return False
     if not isinstance(rule.module, nn.Embedding):
-        return output.dim() > 0 and len(output) == 1
-    return len(output) == 1 or (output.dim() == 2 and len(output) != batch.split.size)
+        return output.shape[:1] == (1,)
+    return len(output) == 1 or (output.dim() == 2 and len(output) != size)
 
 
 def refusal(rule: Rule, split: ExampleSplit, shape: object) -> ValueError:

@@ -120,11 +120,11 @@ class PositionBiases:
         ids, name, size = self._ids, self._name, batch.split.size
         assert ids is not None
         expanded = bias.expand(size, *bias.shape[1:])
-        left = batch.sums.fold(name, ids.reshape(1, -1).expand(size, -1), 0)
+        left = ids.reshape(1, -1).expand(size, -1)
 
         def add(gradient: Tensor) -> None:
             right = gradient.flatten(2).transpose(1, 2)
-            batch.sums.add_outer(name, left, batch.sums.fold(name, right, 1))
+            batch.sums.add_outer(name, left, right)
 
         batch.watch(expanded, add)
         self._expanded[id(expanded)] = expanded, bias

@@ -4,6 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,13 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 from hf_sketch.examples.named_sums import Sums
 from hf_sketch.examples.split import ExampleSplit
-from hf_sketch.sketches.outer import Routed
+from hf_sketch.sketches.outer import Routed, Side
 
 # A parameter's attribute in its module, and its per-example gradients. Without the
 # last, row i of the first tensor (b, elements) is example i's gradient. With a tensor,
 # sum_t left[i, t] (x) right[i, t] is, and integer left (b, t) stands for one-hot
-# vectors. With `Routed`, each product is in the matrix of an expert.
-Contribution = tuple[str, Tensor, Tensor | Routed | None]
+# vectors. A `Side` came folded. With `Routed`, each product is in the matrix of an
+# expert.
+Contribution = tuple[str, Tensor | Side, Tensor | Side | Routed | None]
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,16 @@ class Call:
     @property
     def input(self) -> Tensor:
         """The first argument."""
-        return (*self.args, *self.kwargs.values())[0].detach()
+        return self._first.detach()
 
     @property
     def has_input(self) -> bool:
         """Whether the first argument is a tensor."""
-        return isinstance(next(iter((*self.args, *self.kwargs.values())), None), Tensor)
+        return isinstance(self._first, Tensor)
+
+    @property
+    def _first(self) -> Any:
+        return next(iter(self.args or self.kwargs.values()), None)
 
 
 class Rule(ABC):
@@ -113,15 +119,7 @@ class Rule(ABC):
 
     @abstractmethod
     def backward(self, saved: Any, gradient: Tensor) -> Iterable[Contribution]:
-        """Yield the parameters' per-example gradients, given that of what is watched.
-
-        The sides of outer products come folded; see `fold`.
-        """
-
-    def fold(self, sums: Sums, attribute: str, x: Tensor, side: int) -> Tensor:
-        """Return what is needed of one side (0 left, 1 right) of outer products."""
-        name = self.names.get(attribute)
-        return x if name is None else sums.fold(name, x, side)
+        """Yield the parameters' gradients, given that of what is watched."""
 
 
 class NoRule(Rule):
@@ -134,6 +132,7 @@ class NoRule(Rule):
         raise AssertionError("a module without a rule is run again")
 
 
+@lru_cache(maxsize=2**14)  # a memo of a pure function: each batch asks for all
 def kind_of(path: str) -> str:
     """Return a module's path without the numbers of layers and experts."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "#", path)
@@ -141,7 +140,7 @@ def kind_of(path: str) -> str:
 
 def tensors_of(output: Any) -> list[Tensor]:
     """The floating-point tensors in a module's output."""
-    leaves = tree_leaves(output)
+    leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
     return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
 
 

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hf_sketch.examples.named_sums import Sums
 from hf_sketch.examples.rounding import agree
 from hf_sketch.examples.rules.base import Call, Contribution, Rule, tokens
 from hf_sketch.examples.split import ExampleSplit
 
-Saved = tuple[ExampleSplit, Sums, Tensor, Tensor]  # ids, and which are padding
+Saved = tuple[ExampleSplit, Tensor, Tensor | None]  # ids, and which are padding
 
 
 class Embedding(Rule):
@@ -27,8 +26,7 @@ class Embedding(Rule):
         super().__init__(module, path, names)
         _check_independence(module)
         self.forget()
-        padding = module.padding_idx
-        self._padding = -1 if padding is None else padding
+        self._padding = module.padding_idx
 
     def forget(self) -> None:
         plain = type(self.module).forward is nn.Embedding.forward
@@ -47,16 +45,19 @@ class Embedding(Rule):
         ids = call.split.rows(ids)
         if ids is None or self.scale is None:
             return None
-        ids = ids.flatten(1)
-        return call.split, call.sums, ids, (ids == self._padding).unsqueeze(-1)
+        ids, padding = ids.flatten(1), None
+        if self._padding is not None:
+            padding = (ids == self._padding).unsqueeze(-1)
+        return call.split, ids, padding
 
     def backward(self, saved: Saved, gradient: Tensor) -> Iterator[Contribution]:
-        split, sums, ids, padding = saved
+        split, ids, padding = saved
         assert self.scale is not None
-        left = self.fold(sums, "weight", ids, 0)
         # Gemma 3n's gradients there are not finite; training leaves them out, too.
-        right = (self.scale * tokens(split, gradient)).masked_fill(padding, 0)
-        yield "weight", left, self.fold(sums, "weight", right, 1)
+        right = tokens(split, gradient)
+        right = right if self.scale == 1 else self.scale * right
+        right = right if padding is None else right.masked_fill(padding, 0)
+        yield "weight", ids, right
 
 
 def _scale_of(call: Call, weight: Tensor) -> float | None:

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from hf_sketch.examples.named_sums import Sums
 from hf_sketch.examples.rules.base import Call, Contribution, Rule, is_kept, tokens
 from hf_sketch.examples.split import ExampleSplit
+from hf_sketch.sketches.outer import Side
 
-Saved = tuple[ExampleSplit, Sums, Tensor, bool]  # whether the input is folded
+Saved = tuple[ExampleSplit, Tensor | Side]
 
 
 class Linear(Rule):
@@ -27,20 +27,19 @@ class Linear(Rule):
     def forward(self, call: Call) -> Saved | None:
         if not call.has_input or call.split.within(call.input) is None:
             return None
-        x, kept = call.input, is_kept(call.input, call.output)
-        if not kept:  # for us alone: better less of it
-            x = self._fold_input(call.split, call.sums, x)
-        return call.split, call.sums, x, not kept
+        x = call.input
+        if is_kept(x, call.output) or "weight" not in self.names:
+            return call.split, x
+        # It would be held for us alone: better less of it.
+        name, given = self.names["weight"], tokens(call.split, x)
+        folded = call.sums.fold(name, given, self.input_side)
+        return call.split, folded if isinstance(folded, Side) else x
 
     def backward(self, saved: Saved, gradient: Tensor) -> Iterator[Contribution]:
-        split, sums, x, folded = saved
-        if not folded:
-            x = self._fold_input(split, sums, x)
-        gradient = tokens(split, gradient)
-        y = self.fold(sums, "weight", gradient, 1 - self.input_side)
-        yield "weight", *((y, x) if self.input_side else (x, y))
+        split, x = saved
+        x = tokens(split, x) if isinstance(x, Tensor) else x
+        y = tokens(split, gradient)
+        left, right = (y, x) if self.input_side else (x, y)
+        yield "weight", left, right
         if "bias" in self.names:
-            yield "bias", gradient.sum(1), None
-
-    def _fold_input(self, split: ExampleSplit, sums: Sums, x: Tensor) -> Tensor:
-        return self.fold(sums, "weight", tokens(split, x), self.input_side)
+            yield "bias", y.sum(1), None

@@ -66,7 +66,7 @@ class Elementwise(Rule):
     def forward(
         self, call: Call
     ) -> _Slope | tuple[ExampleSplit, Tensor, Tensor] | None:
-        ((_, weight),) = self.module.named_parameters()
+        weight = self._weight
         if self.slope is None:
             self._like = weight.detach().new_empty(0)
             self.slope = self._learn(call, weight)
@@ -80,7 +80,7 @@ class Elementwise(Rule):
     def backward(
         self, saved: _Slope | tuple[ExampleSplit, Tensor, Tensor], gradient: Tensor
     ) -> Iterator[Contribution]:
-        ((name, _),) = self.module.named_parameters()
+        (name,) = self.names
         if isinstance(saved, _Slope):
             n = sum(
                 f * self._output_at(saved.call, w) for w, f in saved.factors.items()
@@ -89,6 +89,12 @@ class Elementwise(Rule):
         else:
             split, y, w = saved
             yield name, over_tokens(split, gradient * y) / w, None
+
+    @property
+    def _weight(self) -> Tensor:
+        """Its only parameter, or what another has put in its place."""
+        (name,) = self.names
+        return getattr(self.module, name)
 
     def _learn(self, call: Call, weight: Tensor) -> dict[float, float]:
         """Return the slope; empty if y is not linear in w."""
@@ -105,9 +111,10 @@ class Elementwise(Rule):
 
     def _output_at(self, call: Call, w: float | Tensor) -> Tensor:
         """Return what the module gives with another weight."""
-        ((name, weight),) = self.module.named_parameters()
+        (name,) = self.names
         assert self._like is not None
-        w = w if isinstance(w, Tensor) else self._like.new_full(whole_shape(weight), w)
+        if not isinstance(w, Tensor):
+            w = self._like.new_full(whole_shape(self._weight), w)
         with torch.no_grad():
             return call_with(self.module, {name: w}, call.args, call.kwargs)
 
@@ -116,5 +123,5 @@ def _divides_well(weight: Tensor) -> bool:
     """Return whether y = w * n gives n back with nearly all of its bits."""
     if is_lazy(weight):
         return False  # to know would take longer than to compute n again
-    sizes = weight.detach().abs()
-    return weight.element_size() >= 4 and bool(sizes.min() > 1e-4 * sizes.max())
+    least, largest = weight.detach().abs().aminmax()
+    return weight.element_size() >= 4 and bool(least > 1e-4 * largest)

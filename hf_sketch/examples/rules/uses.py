@@ -28,7 +28,7 @@ class _Uses:
     """
 
     def __init__(self, call: Call, uses: list[Use]) -> None:
-        self.split, self.sums, self.uses = call.split, call.sums, uses
+        self.split, self.uses = call.split, uses
         self.gradients: dict[int, Tensor] = {}
 
     @property
@@ -137,8 +137,7 @@ class Uses(Rule):
             return use.attribute, over_tokens(uses.split, gradient), None
         sides = tokens(uses.split, use.input), tokens(uses.split, gradient)
         left, right = sides if use.input_first else sides[::-1]
-        fold = functools.partial(self.fold, uses.sums, use.attribute)
-        return use.attribute, fold(left, 0), fold(right, 1)
+        return use.attribute, left, right
 
 
 def _contributions(uses: _Uses) -> Iterator[Contribution]:

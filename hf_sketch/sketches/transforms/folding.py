@@ -40,19 +40,19 @@ def fold(x: Tensor, signs: Tensor, width: int) -> Tensor:
     return add_up(x, signs, width)
 
 
-def add_up(x: Tensor, signs: Tensor, width: int) -> Tensor:
+def add_up(x: Tensor, signs: Tensor, width: int, out: Tensor | None = None) -> Tensor:
     """`fold` by additions alone; an x that is shorter than `width` keeps its length.
 
     Shapes:
         x (..., height), signs (height,) or (..., height)
-        returns (..., at most width)
+        returns (..., at most width), in `out` if that is given
     """
     height = x.shape[-1]
     if height > width and is_lazy(x):
         # One sum: a program of many small ones takes long to compile.
         flipped = torch.nn.functional.pad(x * signs, (0, -height % width))
         return flipped.unflatten(-1, (-1, width)).sum(-2)
-    folded = x[..., :width] * signs[..., :width]
+    folded = torch.mul(x[..., :width], signs[..., :width], out=out)
     for start in range(width, height, width):
         part = x[..., start : start + width]
         place = folded[..., : part.shape[-1]]
