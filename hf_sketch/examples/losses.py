@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sketch.examples.loss_rules import span_losses, token_losses
 from hf_sketch.examples.rounding import agree, tolerance
 from hf_sketch.examples.rules.base import answers_of
+from hf_sketch.examples.rules.token_losses import span_losses, token_losses
 from hf_sketch.examples.split import ExampleSplit, Rows
 
 REDUCTIONS = ("mean", "sum")
@@ -127,7 +127,7 @@ def own_losses_of(
     scores = [x for x in answers_of(output) if split.within(x) is not None]
     if not penalised and [*map(len, scores)] == [split.size] * len(_SPAN):
         places = [inputs.get(name) for name in _SPAN]
-        return _of_spans(loss, scores, places, split, reduction)
+        return _of_spans(loss.detach(), scores, places, split, reduction)
     if not isinstance(labels, Tensor) or len(scores) != 1:
         return None
     problem = getattr(getattr(model, "config", None), "problem_type", None)

@@ -7,8 +7,6 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-_KINDS = ("cpu", "cuda", "xpu", "mps", "xla")  # of devices
-
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
@@ -17,7 +15,7 @@ Result = TypeVar("Result")
 def without_autocast() -> Generator[None]:
     """Compute within in the precision that numbers have."""
     with ExitStack() as stack:
-        for kind in filter(torch.is_autocast_enabled, _KINDS):
+        for kind in filter(torch.is_autocast_enabled, _kinds()):
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
@@ -27,9 +25,16 @@ def exact(function: Callable[Given, Result]) -> Callable[Given, Result]:
 
     @functools.wraps(function)
     def computed(*args: Given.args, **kwargs: Given.kwargs) -> Result:
-        if not any(map(torch.is_autocast_enabled, _KINDS)):
+        if not any(map(torch.is_autocast_enabled, _kinds())):
             return function(*args, **kwargs)
         with without_autocast():
             return function(*args, **kwargs)
 
     return computed
+
+
+@functools.cache
+def _kinds() -> tuple[str, ...]:
+    """Return the kinds of devices on which autocast may be on."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
