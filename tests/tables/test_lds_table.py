@@ -17,7 +17,12 @@ from hf_sketch.recipes.tables.quality.lds import (
     settled,
 )
 from hf_sketch.recipes.tables.quality.lds_methods import Row, fisher_influence
-from hf_sketch.recipes.tables.quality.lds_tasks import Digits, Snli, embedded_pairs
+from hf_sketch.recipes.tables.quality.lds_tasks import (
+    Digits,
+    Snli,
+    SnliHead,
+    embedded_pairs,
+)
 
 needs_digits = pytest.mark.skipif(
     importlib.util.find_spec("sklearn") is None, reason="scikit-learn has the digits"
@@ -67,7 +72,7 @@ def test_the_study_of_a_frozen_encoder_divides_rows_among_groups(tmp_path):
     for method in ("dot", "cosine", "preconditioned", "tracin"):
         assert {(method, 64, 1), (method, 64, 2)} <= lines
     assert ("influence", 64, 2) not in lines
-    assert ("exact preconditioned", None, 1) in lines
+    assert ("exact preconditioned, last state", None, 1) in lines
 
 
 def test_features_of_a_frozen_encoder_are_those_of_single_sentences():
@@ -85,6 +90,13 @@ def test_features_of_a_frozen_encoder_are_those_of_single_sentences():
         expected = torch.cat([u, v, (u - v).abs(), u * v]) * len(u) ** 0.5
         torch.testing.assert_close(found["x"], expected, rtol=1e-4, atol=1e-5)
         assert int(found["labels"]) == row["label"]
+
+
+def test_a_head_trains_on_what_a_frozen_encoder_gave():
+    task = SnliHead(rows=8, queries=3, epochs=1, num_hidden_layers=1)
+    (before, after) = task.train(torch.arange(8), 0, epochs=(0,))
+    assert task.losses(after.model).shape == (3,)
+    assert not torch.equal(task.losses(before.model), task.losses(after.model))
 
 
 def test_settings_that_are_given_stay_those_of_a_smaller_task():

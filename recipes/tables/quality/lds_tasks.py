@@ -169,7 +169,7 @@ class SnliHead(Task):
         self.rows, self.queries = (embedded_pairs(setup, some) for some in pairs)
         self.collate = default_collate
         self.epochs, self.batch_size, self.batch_at_once = epochs, 32, 250
-        self.smooth = True
+        self.smooth, self.decays = True, False
 
     def new_model(self) -> nn.Module:
         return Head(len(self.rows[0]["x"]))
