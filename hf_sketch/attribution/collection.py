@@ -18,9 +18,9 @@ from hf_sketch.attribution.columns import (
 )
 from hf_sketch.attribution.covariance import Covariance
 from hf_sketch.attribution.index import RowIndex, index_rows
-from hf_sketch.attribution.layers import OfLayers
 from hf_sketch.attribution.methods import (
     Method,
+    OfLayers,
     Preconditioned,
     named_method,
 )

@@ -1,7 +1,7 @@
 """What a score is: the ways in which a row of a store can speak for a query."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -135,11 +135,9 @@ class TracIn(Method):
 class Preconditioned(Method):
     """q @ inverse(C + damping * tr(C) / examples) @ r, C the rows' mean of r r^T.
 
-    Summed over an example's rows, this estimates how much greater the query's loss
-    would be if training had left the example out, up to a factor. C is the sketched
-    empirical Fisher matrix of all states of the model that were recorded. Of rows with
-    groups of layers, C has a block for each, and the score is the sum over the groups.
-    `GradientRows.preconditioned` makes one.
+    Summed over an example's rows, this estimates up to a factor how much greater the
+    query's loss would be without the example. C is the sketched empirical Fisher matrix
+    of all recorded states of the model, with a block for each group of layers.
 
     Shapes:
         covariance (out_size, out_size) or (groups, out_size, out_size), float64
@@ -147,7 +145,7 @@ class Preconditioned(Method):
     Args:
         covariance: C, or its blocks.
         examples: number of different examples that the rows are of.
-        damping: in units of tr(C) / examples, of each block's trace; no tuning needed.
+        damping: in units of tr(C) / examples (of each block's trace).
 
     Raises:
         ValueError: `damping` is not positive, or C is zero or not finite.
@@ -180,10 +178,7 @@ class Preconditioned(Method):
 
     @cached_property
     def effective_dimension(self) -> float:
-        """tr(C inverse(C + added)): how many directions of the sketch the rows fill.
-
-        If it is close to out_size, longer rows would tell more examples apart.
-        """
+        """tr(C inverse(C + added)): how many directions of the sketch the rows fill."""
         one = torch.eye(self._factor.shape[-1], dtype=self._factor.dtype)
         half = torch.linalg.solve_triangular(self._factor, one, upper=False)
         left = self._added.squeeze(-1) * half.square().sum((-2, -1))
@@ -240,6 +235,47 @@ class Influence(Method):
             "influence needs a spectrum that was sketched by the map of the rows, got "
             "another map: take it of SketchedHessian(hessian, store.model_sketch)."
         )
+
+
+@dataclass(frozen=True, eq=False)
+class OfLayers(Method):
+    """A method's score of some groups of layers, or with a weight for each.
+
+    Numbers of queries and rows are multiplied by the root of their group's weight, and
+    so is what M makes of them: q @ W^(1/2) M W^(1/2) @ r. Where M is a block for each
+    group this is the weighted sum of the groups' scores; "cosine" has the norms of what
+    is left.
+
+    Shapes:
+        layer_weights (row_size,)
+
+    Args:
+        method: the method.
+        layer_weights: of each number of a row; see `LayerGroups.weights`.
+    """
+
+    method: Method
+    layer_weights: Tensor
+    columns: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", self.method.columns)
+
+    @property
+    def averaged(self) -> bool:
+        return self.method.averaged
+
+    def transform(self, sketches: Tensor) -> Tensor:
+        root = self.layer_weights.sqrt()
+        return self.method.transform(sketches * root) * root
+
+    def weights(self, block: RowBlock) -> Tensor | None:
+        return self.method.weights(
+            replace(block, kept=block.kept * self.layer_weights.sqrt())
+        )
+
+    def problem(self, model_sketch: ModelSketch, column_names: list[str]) -> str | None:
+        return self.method.problem(model_sketch, column_names)
 
 
 METHODS: Final[dict[str, Method]] = {"dot": Dot(), "cosine": Cosine()}
