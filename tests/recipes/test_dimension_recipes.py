@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, set_seed
 
 from hf_sketch import load_dimension_search
 from hf_sketch.cli import main
-from hf_sketch.recipes.demo import embedded_model_path
+from hf_sketch.recipes.minilm import embedded_model_path
 from hf_sketch.recipes.options.dimension import DimensionArguments
 from hf_sketch.recipes.setups import xsum_setup
 from hf_sketch.recipes.snli import SnliArguments, SnliTrainingArguments, run_snli

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hf_sketch.recipes.demo import embedded_model_path
+from hf_sketch.recipes.minilm import embedded_model_path
 from hf_sketch.recipes.tables.quality.adam_geometry import AdamGeometryArguments, run
 
 

@@ -8,7 +8,7 @@ from transformers import (
 )
 
 from hf_sketch.attribution.evaluation import score_correlation
-from hf_sketch.recipes.demo import embedded_model_path
+from hf_sketch.recipes.minilm import embedded_model_path
 from hf_sketch.recipes.tables.models.exact_products import exact_products
 from hf_sketch.recipes.tables.paper.table1 import (
     Table1Arguments,

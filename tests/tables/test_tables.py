@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_sketch.examples.measured_error import top_found
-from hf_sketch.recipes.demo import embedded_model_path
+from hf_sketch.recipes.minilm import embedded_model_path
 from hf_sketch.recipes.tables.costs.step_cost import (
     StepCostArguments,
     peak_extra_bytes,

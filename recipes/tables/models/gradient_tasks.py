@@ -14,7 +14,7 @@ from transformers import (
     DataCollatorForLanguageModeling,
 )
 
-from hf_sketch.recipes.demo import embedded_model_path
+from hf_sketch.recipes.minilm import embedded_model_path
 from hf_sketch.recipes.tables.models.exact_products import exact_products, gradients
 from hf_sketch.recipes.tables.models.gradients import (
     BATCH_SIZE,

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, HfArgumentParser
 
 from hf_sketch import ModelSketch, sketch_dataset
 from hf_sketch.attribution.evaluation import score_correlation
-from hf_sketch.recipes.demo import embedded_model_path
+from hf_sketch.recipes.minilm import embedded_model_path
 from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.models.exact_products import exact_products
 from hf_sketch.recipes.tables.models.gradients import (

@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     HfArgumentParser,
     Trainer,
+    TrainingArguments,
     set_seed,
 )
 
@@ -21,12 +22,7 @@ from hf_sketch import ModelSketch, load_sketches, sketch_dataset
 from hf_sketch.attribution.columns import column
 from hf_sketch.attribution.evaluation import mislabel_auc
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.recipes.demo import (
-    DemoArguments,
-    embedded_model_path,
-    new_model,
-    training_arguments,
-)
+from hf_sketch.recipes.minilm import embedded_model_path, new_model
 from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.texts.snli_sample import flip_labels, load_snli_sample, tokenize
 from hf_sketch.store.blocks import sketch_matrix
@@ -36,7 +32,7 @@ DAMPINGS = (1.0, 10.0, 100.0)
 
 @dataclass
 class MislabelledArguments(ReportArguments):
-    """How well scores find wrong labels among SNLI's, of MiniLM as the demo trains it.
+    """How well scores find wrong labels among SNLI's, of a fine-tuned MiniLM.
 
     All scores are larger for rows that are likelier to be wrong; told is the AUC.
     """
@@ -146,14 +142,19 @@ def run_mislabelled(arguments: MislabelledArguments) -> dict[str, Any]:
 def _train(
     arguments: MislabelledArguments, directory: Path, inputs: Dataset, tokenizer: Any
 ) -> None:
-    """As the demo does, with a checkpoint after each epoch."""
-    demo = DemoArguments(
+    """Fine-tune, with a checkpoint after each epoch."""
+    settings = TrainingArguments(
         str(directory),
         num_train_epochs=arguments.num_train_epochs,
+        per_device_train_batch_size=16,
+        learning_rate=1e-4,
+        warmup_steps=20,
+        logging_steps=25,
+        save_strategy="epoch",
+        report_to=[],
+        dataloader_pin_memory=torch.accelerator.is_available(),
         seed=arguments.seed,
     )
-    settings = training_arguments(demo)
-    settings.save_total_limit = None
     trainer = Trainer(
         new_model(),
         settings,
