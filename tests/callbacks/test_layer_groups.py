@@ -73,7 +73,7 @@ def test_queries_have_the_groups_of_the_store(trained):
     assert sizes == [4 * SIZE] * 3
     name = [*store.model_sketch.layer_groups.columns][-1]
     at = store.model_sketch.layer_groups.columns[name]
-    got = store.scores(queries, layers=[name])
+    got = store.scores(queries, "dot", layers=[name])
     expected = (
         sketch_matrix(queries.dataset)[:, at] @ sketch_matrix(store.dataset)[:, at].T
     )
