@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hf_sketch.curvature.hessian import HessianOperator, hessian_vector_product
     from hf_sketch.curvature.operator import SymmetricOperator
     from hf_sketch.examples.batch import ExampleBatch
-    from hf_sketch.examples.losses import ExampleLosses, example_losses
+    from hf_sketch.examples.loss.losses import ExampleLosses, example_losses
     from hf_sketch.examples.measured_error import MeasuredError
     from hf_sketch.examples.sketcher import ExampleSketcher
     from hf_sketch.model.coverage import Coverage

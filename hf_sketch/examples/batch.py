@@ -10,14 +10,14 @@ from torch import Tensor
 
 from hf_sketch.examples.attempt import OUT_OF_MEMORY, is_held
 from hf_sketch.examples.calls import ModelCall
-from hf_sketch.examples.losses import ExampleLosses
+from hf_sketch.examples.loss.losses import ExampleLosses
 from hf_sketch.examples.named_sums import Sums
 from hf_sketch.examples.replay import Replay
 from hf_sketch.examples.rules.base import Rule
 from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.state import RandomState
-from hf_sketch.sketches.precision import without_autocast
+from hf_sketch.sketches.transforms.precision import without_autocast
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hf_sketch.sketches import QK, Grouped, Sketch
 from hf_sketch.sketches.blocked import BlockedSketch, WorkingMemory
 from hf_sketch.sketches.operator import accumulation_dtype
 from hf_sketch.sketches.outer import Routed, Side, form_outer
-from hf_sketch.sketches.precision import exact
+from hf_sketch.sketches.transforms.precision import exact
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.outer import form_outer
-from hf_sketch.sketches.precision import exact
+from hf_sketch.sketches.transforms.precision import exact
 
 
 class Sketch(ABC):

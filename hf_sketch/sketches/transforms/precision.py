@@ -1,8 +1,13 @@
 """Sketches keep their own precision where autocast would lower it."""
 
 import functools
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+)
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -11,11 +16,17 @@ Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
+def without_autocast() -> AbstractContextManager[None]:
+    """Return a context that computes in the precision that numbers have."""
+    kinds = [kind for kind in _kinds() if torch.is_autocast_enabled(kind)]
+    return _off(kinds) if kinds else nullcontext()
+
+
 @contextmanager
-def without_autocast() -> Generator[None]:
-    """Compute within in the precision that numbers have."""
+def _off(kinds: Sequence[str]) -> Generator[None]:
+    """Turn autocast off within."""
     with ExitStack() as stack:
-        for kind in filter(torch.is_autocast_enabled, _kinds()):
+        for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
@@ -25,8 +36,6 @@ def exact(function: Callable[Given, Result]) -> Callable[Given, Result]:
 
     @functools.wraps(function)
     def computed(*args: Given.args, **kwargs: Given.kwargs) -> Result:
-        if not any(map(torch.is_autocast_enabled, _kinds())):
-            return function(*args, **kwargs)
         with without_autocast():
             return function(*args, **kwargs)
 

@@ -1,0 +1,1 @@
+"""The loss of a batch as the sum of its examples' own."""
