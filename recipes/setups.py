@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_sketch.recipes.minilm import embedded_model_path
+from hf_sketch.recipes.texts.minilm import embedded_model_path
 from hf_sketch.recipes.texts.snli_data import load_snli
 from hf_sketch.recipes.texts.snli_sample import LABELS, load_snli_sample, tokenize
 from hf_sketch.recipes.texts.xsum_data import (

@@ -21,7 +21,7 @@ from hf_sketch.attribution.record import (
     record_attribution,
 )
 from hf_sketch.cli import main
-from hf_sketch.recipes.minilm import embedded_model_path
+from hf_sketch.recipes.texts.minilm import embedded_model_path
 from hf_sketch.recipes.texts.text_rows import load_text_model, text_columns, tokenized
 from hf_sketch.spectra.files import save_spectrum
 from hf_sketch.store.blocks import sketch_matrix

@@ -3,13 +3,13 @@ import torch
 
 from hf_sketch.cli import main
 from hf_sketch.recipes.demo import DemoArguments, run_demo
-from hf_sketch.recipes.minilm import embedded_model_path
 from hf_sketch.recipes.texts.country_facts import (
     FALSEHOOD,
     TRUTH,
     country_documents,
     word_tokenizer,
 )
+from hf_sketch.recipes.texts.minilm import embedded_model_path
 from hf_sketch.recipes.texts.snli_sample import flip_labels, load_snli_sample
 
 
@@ -77,6 +77,6 @@ def test_a_tenth_of_the_labels_is_flipped_and_remembered():
 
 
 def test_a_missing_model_package_is_named(monkeypatch):
-    monkeypatch.setattr("hf_sketch.recipes.minilm.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_sketch.recipes.texts.minilm.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install -e "\.\[demo\]"'):
         embedded_model_path()

@@ -10,7 +10,6 @@ from transformers import AutoTokenizer, set_seed
 
 from hf_sketch import load_dimension_search
 from hf_sketch.cli import main
-from hf_sketch.recipes.minilm import embedded_model_path
 from hf_sketch.recipes.options.dimension import DimensionArguments
 from hf_sketch.recipes.setups import xsum_setup
 from hf_sketch.recipes.snli import SnliArguments, SnliTrainingArguments, run_snli
@@ -20,6 +19,7 @@ from hf_sketch.recipes.tables.paper.table10 import (
     run_table10,
     settings_of,
 )
+from hf_sketch.recipes.texts.minilm import embedded_model_path
 from hf_sketch.recipes.xsum import XsumArguments, XsumTrainingArguments, run_xsum
 from tests.helpers.trained.recipe_runs import assert_saved, make_absent, write_lines
 from tests.helpers.trained.tiny_models import tiny_model

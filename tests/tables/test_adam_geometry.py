@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hf_sketch.recipes.minilm import embedded_model_path
 from hf_sketch.recipes.tables.quality.adam_geometry import AdamGeometryArguments, run
+from hf_sketch.recipes.texts.minilm import embedded_model_path
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])

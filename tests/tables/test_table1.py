@@ -8,7 +8,6 @@ from transformers import (
 )
 
 from hf_sketch.attribution.evaluation import score_correlation
-from hf_sketch.recipes.minilm import embedded_model_path
 from hf_sketch.recipes.tables.models.exact_products import exact_products
 from hf_sketch.recipes.tables.paper.table1 import (
     Table1Arguments,
@@ -16,6 +15,7 @@ from hf_sketch.recipes.tables.paper.table1 import (
     text_study,
 )
 from hf_sketch.recipes.tables.paper.table1_eigenvalues import layers_of
+from hf_sketch.recipes.texts.minilm import embedded_model_path
 
 
 @pytest.mark.full

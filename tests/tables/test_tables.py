@@ -6,7 +6,6 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_sketch.examples.measured_error import top_found
-from hf_sketch.recipes.minilm import embedded_model_path
 from hf_sketch.recipes.tables.costs.step_cost import (
     StepCostArguments,
     peak_extra_bytes,
@@ -22,6 +21,7 @@ from hf_sketch.recipes.tables.paper.table6 import (
     pearson_r,
     run_table6,
 )
+from hf_sketch.recipes.texts.minilm import embedded_model_path
 from tests.helpers.tiers import full
 from tests.helpers.trained.recipe_runs import assert_saved
 

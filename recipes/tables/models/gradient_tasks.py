@@ -14,7 +14,6 @@ from transformers import (
     DataCollatorForLanguageModeling,
 )
 
-from hf_sketch.recipes.minilm import embedded_model_path
 from hf_sketch.recipes.tables.models.exact_products import exact_products, gradients
 from hf_sketch.recipes.tables.models.gradients import (
     BATCH_SIZE,
@@ -22,6 +21,7 @@ from hf_sketch.recipes.tables.models.gradients import (
     fine_tuned_minilm,
 )
 from hf_sketch.recipes.texts.data_files import check_columns, read_data_file
+from hf_sketch.recipes.texts.minilm import embedded_model_path
 from hf_sketch.recipes.texts.snli_sample import load_snli_sample, tokenize
 from hf_sketch.recipes.texts.text_rows import with_padding
 

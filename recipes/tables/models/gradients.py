@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_sketch.recipes.minilm import embedded_model_path
+from hf_sketch.recipes.texts.minilm import embedded_model_path
 from hf_sketch.recipes.texts.snli_sample import load_snli_sample, tokenize
 
 BATCH_SIZE = 16

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hf_sketch import HessianOperator
-from hf_sketch.recipes.minilm import embedded_model_path
 from hf_sketch.recipes.placement import device
+from hf_sketch.recipes.texts.minilm import embedded_model_path
 from hf_sketch.recipes.texts.snli_sample import load_snli_sample, tokenize
 
 

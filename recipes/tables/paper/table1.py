@@ -11,7 +11,6 @@ from transformers import AutoTokenizer, HfArgumentParser
 
 from hf_sketch import ModelSketch, sketch_dataset
 from hf_sketch.attribution.evaluation import score_correlation
-from hf_sketch.recipes.minilm import embedded_model_path
 from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.models.exact_products import exact_products
 from hf_sketch.recipes.tables.models.gradients import (
@@ -21,6 +20,7 @@ from hf_sketch.recipes.tables.models.gradients import (
 )
 from hf_sketch.recipes.tables.paper.table1_eigenvalues import layers_of
 from hf_sketch.recipes.texts.data_files import read_data_file
+from hf_sketch.recipes.texts.minilm import embedded_model_path
 from hf_sketch.recipes.texts.snli_sample import load_snli_sample
 from hf_sketch.recipes.texts.text_rows import (
     TextModel,

@@ -22,8 +22,8 @@ from hf_sketch import ModelSketch, load_sketches, sketch_dataset
 from hf_sketch.attribution.columns import column
 from hf_sketch.attribution.evaluation import mislabel_auc
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.recipes.minilm import embedded_model_path, new_model
 from hf_sketch.recipes.saved_report import ReportArguments, save_report
+from hf_sketch.recipes.texts.minilm import embedded_model_path, new_model
 from hf_sketch.recipes.texts.snli_sample import flip_labels, load_snli_sample, tokenize
 from hf_sketch.store.blocks import sketch_matrix
 

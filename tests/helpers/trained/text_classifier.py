@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.recipes.minilm import embedded_model_path
+from hf_sketch.recipes.texts.minilm import embedded_model_path
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 ROWS = [

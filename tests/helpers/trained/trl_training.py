@@ -14,7 +14,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_sketch.recipes.minilm import embedded_model_path
+from hf_sketch.recipes.texts.minilm import embedded_model_path
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "to", "her"]
 _TEMPLATE = (
