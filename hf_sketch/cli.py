@@ -99,6 +99,9 @@ def console() -> None:
     """Run `main` as a command: an expected error is one line and exit status 2."""
     try:
         main()
+    except KeyboardInterrupt:
+        print("\nhf-sketch: interrupted; what was written is kept.", file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print("hf-sketch:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None

@@ -84,6 +84,19 @@ def test_an_expected_error_is_one_line_and_exit_status_2(monkeypatch, capsys, tm
     assert error.count("\n") == 1
 
 
+def test_an_interrupted_command_says_so_in_a_line(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_sketch.cli.main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        console()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.strip() == (
+        "hf-sketch: interrupted; what was written is kept."
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
