@@ -94,6 +94,17 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     replace_file(path, data.replace(_NO_DIGEST, _digest(data), 1))
 
 
+def printable(text: str) -> str:
+    """Return a text that changes nothing of a terminal or page that shows it.
+
+    Control characters and those that turn the direction of writing are spelt out.
+    """
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
 def read_sealed(
     path: Path, mend: str = "restore it", version: int | None = None
 ) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from hf_sketch.attribution.record import (
     check_token_method,
     record_attribution,
 )
+from hf_sketch.durable import printable
 from hf_sketch.processes import processes
 from hf_sketch.recipes.options.attribute import AttributeArguments
 from hf_sketch.recipes.options.wikitext import WikitextArguments
@@ -239,5 +240,5 @@ def _print_side(query: QueryRecord, title: str, sign: int) -> None:
 
 
 def _short(text: str, length: int = 120) -> str:
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from datasets import Features
 
-from hf_sketch.durable import read_sealed, replace_file, write_sealed
+from hf_sketch.durable import printable, read_sealed, replace_file, write_sealed
 from hf_sketch.examples.measured_error import MeasuredError
 from hf_sketch.model.normalizer import Normalizer
 from hf_sketch.model.sketch import ModelSketch
@@ -108,7 +108,7 @@ def _read_version_1(
         # Releases before these keys wrote files of this version too.
         content.get("step_examples"),
         content.get("processes"),
-        content.get("unverified"),
+        content.get("unverified") and printable(content["unverified"]),
         content.get("per_row", False),
         content.get("answers", False),
         content.get("unowned"),

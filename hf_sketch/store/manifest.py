@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from hf_sketch.durable import read_sealed, write_sealed
-from hf_sketch.store.shards import Shard
+from hf_sketch.durable import printable, read_sealed, write_sealed
+from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
+from hf_sketch.store.shards import Shard, shard_name
 
 _FULL: Final = ".full"
 
@@ -92,16 +93,33 @@ def read_manifest(path: Path) -> Manifest:
     """Read one process's manifest.
 
     Raises:
-        ValueError: the file was changed.
+        ValueError: the file was changed, or lists files outside of the store.
     """
     content = read_sealed(path, f"restore it, or run hf-sketch repair {path.parent}")
     shards = tuple(Shard(**shard) for shard in content["shards"])
-    gaps = tuple(Gap(**gap) for gap in content["gaps"])
+    for shard in shards:
+        _check_name(path, shard, content["rank"])
+    gaps = tuple(
+        Gap(gap["first_step"], printable(gap["reason"]), gap["last_step"])
+        for gap in content["gaps"]
+    )
     manifest = Manifest(content["rank"], content["world_size"], shards, gaps)
     if path.with_suffix(_FULL).exists():
         gap = Gap(manifest.last_step + 1, "the disk was full")
         manifest = replace(manifest, gaps=(*gaps, gap))
     return manifest
+
+
+def _check_name(path: Path, shard: Shard, rank: int) -> None:
+    """Raise unless a shard has the name that its process gives, in the same folder."""
+    number = Path(shard.file).stem.rpartition("-")[2]
+    own = number.isdecimal() and shard_name(shard.kind, rank, int(number)) == shard.file
+    if shard.kind not in (PER_EXAMPLE, PER_STEP) or not own:
+        raise ValueError(
+            f"{path} lists {printable(shard.file)!r}, which is no file of this store: "
+            "get the store from somebody you trust, or run hf-sketch repair "
+            f"{path.parent}."
+        )
 
 
 def read_manifests(directory: Path) -> list[Manifest]:

@@ -1,0 +1,76 @@
+"""Stores of strangers: nothing outside of their folder is touched or shown."""
+
+import shutil
+
+import pytest
+
+from hf_sketch import load_sketches
+from hf_sketch.attribution.record import AttributionRecord, QueryRecord
+from hf_sketch.durable import printable, read_sealed, write_sealed
+from hf_sketch.recipes.attribute import print_record
+from hf_sketch.store.maintenance import describe, merge, repair
+from tests.helpers.stores import write_store
+
+ESCAPES = "\x1b]0;mine\x07\x1b[2J \u202e"
+
+
+@pytest.fixture
+def store(tmp_path):
+    return write_store(tmp_path / "store")
+
+
+def change(store, edit):
+    path = store / "manifest-00000.json"
+    content = read_sealed(path)
+    edit(content)
+    write_sealed(path, content)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_files_outside_of_a_store_are_refused_and_stay(store, tmp_path, absolute):
+    victim = tmp_path / "victim-00000-00001.arrow"
+    victim.write_text("precious")
+    name = str(victim) if absolute else f"../{victim.name}"
+    change(store, lambda content: content["shards"][0].update(file=name))
+    for action in (
+        lambda: load_sketches(store),
+        lambda: load_sketches(f"file://{store}"),
+        lambda: merge([store], tmp_path / "merged"),
+    ):
+        with pytest.raises(ValueError, match="which is no file of this store: get"):
+            action()
+    repair(store)
+    assert victim.read_text() == "precious"
+    assert len(load_sketches(store)) == 6  # of the files that are there
+
+
+def test_kinds_with_a_path_are_refused(store, tmp_path):
+    kind = "../../escaped"
+    change(store, lambda content: content["shards"][0].update(kind=kind))
+    with pytest.raises(ValueError, match="which is no file of this store"):
+        merge([store], tmp_path / "deep" / "merged")
+    assert not list(tmp_path.parent.glob("escaped*"))
+
+
+def test_a_copy_of_a_store_opens(store, tmp_path):
+    shutil.copytree(store, tmp_path / "copy")
+    assert len(load_sketches(tmp_path / "copy")) == 6
+
+
+def test_texts_of_a_store_do_not_reach_the_terminal_raw(store, capsys):
+    gap = {"first_step": 9, "reason": ESCAPES, "last_step": None}
+    change(store, lambda content: content.update(gaps=[gap]))
+    with pytest.warns(UserWarning, match="has no rows") as told:
+        load_sketches(store)
+    line = {"query": 0, "rank": 0, "example_id": 1, "score": 1.0, "text": ESCAPES}
+    query = QueryRecord(0, ESCAPES, 1.0, [line], [], [], [])
+    print_record(AttributionRecord("dot", [query]))
+    shown = [str(told[0].message), describe(store), capsys.readouterr().out]
+    for text in shown:
+        assert not set("\x1b\x07\u202e") & set(text)
+        assert "\\x1b]0;mine\\x07" in text
+
+
+def test_what_can_be_shown_stays_as_it_is():
+    text = "Łódź, 東京\tand\nعربي: 1 + 1 = 2"
+    assert printable(text) == text
