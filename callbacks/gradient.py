@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.trainer_utils import has_length
 
-from hf_sketch.examples.loss.losses import check_reduction
+from hf_sketch.examples.losses import check_reduction
 from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.model.groups import Grouping, check_grouping
 from hf_sketch.model.sketch import LAYOUTS, ModelSketch

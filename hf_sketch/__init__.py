@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hf_sketch.curvature.hessian import HessianOperator, hessian_vector_product
     from hf_sketch.curvature.operator import SymmetricOperator
     from hf_sketch.examples.batch import ExampleBatch
-    from hf_sketch.examples.loss.losses import ExampleLosses, example_losses
+    from hf_sketch.examples.losses import ExampleLosses, example_losses
     from hf_sketch.examples.measured_error import MeasuredError
     from hf_sketch.examples.sketcher import ExampleSketcher
     from hf_sketch.model.coverage import Coverage
@@ -146,7 +146,7 @@ _MODULES = {
     "Dot": "attribution.methods",
     "EmpiricalFisherOperator": "curvature.gauss_newton",
     "ExampleBatch": "examples.batch",
-    "ExampleLosses": "examples.loss.losses",
+    "ExampleLosses": "examples.losses",
     "ExampleSketcher": "examples.sketcher",
     "GaussNewtonOperator": "curvature.gauss_newton",
     "GradientRows": "attribution.collection",
@@ -171,7 +171,7 @@ _MODULES = {
     "TraceEstimate": "spectra.density",
     "concatenate_sketches": "attribution.checkpoints",
     "estimate_trace": "spectra.density",
-    "example_losses": "examples.loss.losses",
+    "example_losses": "examples.losses",
     "grow_subspace": "subspace.growth",
     "hessian_spectrum": "spectra.spectrum",
     "hessian_vector_product": "curvature.hessian",

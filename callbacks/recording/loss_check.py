@@ -12,7 +12,7 @@ from transformers import Trainer
 from hf_sketch.examples.attempt import attempt
 from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.calls import ModelCall
-from hf_sketch.examples.loss.comparison import check_comparison, comparison_error
+from hf_sketch.examples.comparison import check_comparison, comparison_error
 from hf_sketch.examples.sketcher import ExampleSketcher
 
 from .origins.finder import Origins

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_sketch.curvature.vectors import Parts
 from hf_sketch.examples.calls import field_of
-from hf_sketch.examples.loss.losses import example_losses, is_causal
+from hf_sketch.examples.losses import example_losses, is_causal
 from hf_sketch.examples.split import ExampleSplit, Packed, split_of
 from hf_sketch.model.fsdp import check_whole
 from hf_sketch.model.names import named_parameters

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_sketch.examples.attempt import OUT_OF_MEMORY, is_held
 from hf_sketch.examples.calls import ModelCall
-from hf_sketch.examples.loss.losses import ExampleLosses
+from hf_sketch.examples.losses import ExampleLosses
 from hf_sketch.examples.named_sums import Sums
 from hf_sketch.examples.replay import Replay
 from hf_sketch.examples.rules.base import Rule

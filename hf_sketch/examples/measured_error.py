@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.examples.attempt import attempt
-from hf_sketch.examples.loss.own_loss import own_part
+from hf_sketch.examples.own_loss import own_part
 from hf_sketch.examples.rounding import tolerance
 from hf_sketch.examples.sketcher import ExampleLossFunction, ExampleSketcher
 from hf_sketch.model.state import evaluation_mode

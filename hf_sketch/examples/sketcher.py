@@ -13,12 +13,12 @@ from hf_sketch.examples.backward_pass import BackwardPass, late_call
 from hf_sketch.examples.batch import Batch, ExampleBatch, Holding
 from hf_sketch.examples.calls import ModelCall, known_loss, loss_of
 from hf_sketch.examples.coverage import ModuleCoverage
-from hf_sketch.examples.loss.losses import ExampleLosses, check_reduction
-from hf_sketch.examples.loss.own_loss import adds_penalty, split_loss
+from hf_sketch.examples.losses import ExampleLosses, check_reduction
 from hf_sketch.examples.media import placeholders_of
 from hf_sketch.examples.modules.probe import answers_in
 from hf_sketch.examples.modules.reading import Reading
 from hf_sketch.examples.modules.trial import learn
+from hf_sketch.examples.own_loss import adds_penalty, split_loss
 from hf_sketch.examples.rules.base import tensors_of
 from hf_sketch.examples.split import ExampleSplit, split_of
 from hf_sketch.model.sketch import ModelSketch

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_sketch import ExampleSketcher, ModelSketch, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.examples.loss.losses import example_losses
+from hf_sketch.examples.losses import example_losses
 from hf_sketch.store.header import read_header
 from hf_sketch.store.maintenance import describe
 from tests.helpers.tiers import full

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.calls import ModelCall, loss_of
-from hf_sketch.examples.loss.losses import ExampleLosses, own_losses_of, penalty_of
+from hf_sketch.examples.losses import ExampleLosses, own_losses_of, penalty_of
 from hf_sketch.examples.modules.reading import Reading
 from hf_sketch.examples.rules.base import answers_of
 from hf_sketch.sketches.operator import accumulation_dtype

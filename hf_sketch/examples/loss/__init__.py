@@ -1,1 +1,0 @@
-"""The loss of a batch as the sum of its examples' own."""
