@@ -1,5 +1,7 @@
 """One HTML page of what lies beside a run's checkpoints: it needs no network."""
 
+import base64
+import hashlib
 import importlib
 import io
 import re
@@ -16,7 +18,8 @@ from hf_sketch.attribution.columns import column
 from hf_sketch.attribution.loading import load_sketches
 from hf_sketch.attribution.record import FILE as ATTRIBUTION
 from hf_sketch.attribution.record import QueryRecord, load_attribution
-from hf_sketch.durable import replace_file
+from hf_sketch.durable import printable, replace_file
+from hf_sketch.report.training import examples_table, loss_ends
 from hf_sketch.spectra.files import DIRECTORY as CURVATURE
 from hf_sketch.spectra.files import load_spectra
 from hf_sketch.store.header import HEADER
@@ -26,11 +29,14 @@ from hf_sketch.subspace.search import load_dimension_search
 
 
 def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
-    """Write one page about all that a Trainer's output_dir holds of ours.
+    """Write one page about everything that hf_sketch left in a Trainer's output_dir.
 
-    That is: the rows (their map, coverage, measured error, loss and gradient norm by
-    step), what `hf-sketch attribute` answered, the Hessian's spectra and the search for
-    the intrinsic dimension, each if it is there. Needs the extra `plot`.
+    Answers come first: the figures that matter as cards, what `hf-sketch attribute`
+    answered, and the examples with the largest loss. Then follow what was recorded
+    (coverage, measured error, loss and gradient norm by step), the Hessian's spectra
+    and the search for the intrinsic dimension, each if it is there. The page is one
+    file that opens offline; its content security policy lets nothing else load, and
+    control characters in texts are spelled out. Needs the extra `plot`.
 
     Args:
         directory: the output_dir.
@@ -45,12 +51,12 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
     """
     directory = Path(directory)
     parts = {
-        "recorded": (store_directory(directory) / HEADER, _recorded),
         "attribution": (directory / ATTRIBUTION, _attribution),
+        "recorded": (store_directory(directory) / HEADER, _recorded),
         "spectra": (directory / CURVATURE, _spectra),
         "search": (directory / SEARCH, _search),
     }
-    sections = {
+    sections: dict[str, Any] = {
         name: make(directory) if path.exists() else None
         for name, (path, make) in parts.items()
     }
@@ -59,37 +65,65 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
             f"{directory} holds no rows, no spectra and no search. Give the output_dir "
             "of a run with a callback of hf_sketch."
         )
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.filters["readable"] = _readable
-    template = files("hf_sketch.report").joinpath("templates", "report.html")
-    page = environment.from_string(template.read_text()).render(
-        title=directory.resolve().name, **sections
-    )
+    if store := sections["recorded"] and sections["recorded"]["store"]:
+        texts = sections["attribution"]["texts"] if sections["attribution"] else {}
+        sections["recorded"]["examples"] = examples_table(store, texts)
+    page = _rendered(directory.resolve().name, sections)
     path = directory / "report.html" if path is None else Path(path)
     replace_file(path, page.encode())
     return path
 
 
+def _rendered(title: str, sections: dict[str, Any]) -> str:
+    """The page, whose policy names its only script by its digest."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=_harmless
+    )
+    environment.filters["readable"] = _readable
+    templates = files("hf_sketch.report").joinpath("templates")
+    script = templates.joinpath("report.js").read_text()
+    digest = hashlib.sha256(script.encode()).digest()
+    return environment.from_string(
+        templates.joinpath("report.html").read_text()
+    ).render(
+        title=title,
+        style=Markup(templates.joinpath("report.css").read_text()),
+        script=Markup(script),
+        script_digest=base64.b64encode(digest).decode(),
+        **sections,
+    )
+
+
 def _recorded(directory: Path) -> dict[str, Any]:
     """What is in the store, warnings of what is missing, and its course."""
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         store = load_sketches(directory, skip_damaged=True, verify=False)
-    rows = store.dataset
+    plots: list[tuple[str, str]] = []
+    if len(store.dataset):
+        plots.append(("Loss", "plot_loss"))
+    if store.steps:
+        plots.append(("Gradient norm", "plot_gradient_norm"))
     return {
-        "warnings": [str(warning.message) for warning in told],
+        "warnings": [str(warning.message) for warning in caught],
+        "plots": [(title, _svg(name, store)) for title, name in plots],
         "store": store,
         "coverage": store.model_sketch.coverage(),
-        "examples": np.unique(column(rows, "example_id")),
-        "steps": column(rows, "step"),
-        "broken": int(np.logical_not(column(rows, "finite")).sum()),
-        "plot": _svg("plot_training", store) if store.steps else None,
+        "example_count": len(np.unique(column(store.dataset, "example_id"))),
+        "steps": column(store.dataset, "step"),
+        "broken": int(np.logical_not(column(store.dataset, "finite")).sum()),
+        "losses": loss_ends(store),
     }
 
 
 def _attribution(directory: Path) -> dict[str, Any]:
     record = load_attribution(directory / ATTRIBUTION)
-    return {"method": record.method, "queries": [*map(_query, record.queries)]}
+    lines = [line for query in record.queries for line in query.lines]
+    return {
+        "method": record.method,
+        "queries": [*map(_query, record.queries)],
+        "texts": {line["example_id"]: line.get("text") for line in lines},
+    }
 
 
 def _query(query: QueryRecord) -> dict[str, Any]:
@@ -113,11 +147,15 @@ def _query(query: QueryRecord) -> dict[str, Any]:
 def _spectra(directory: Path) -> dict[str, Any]:
     spectra = load_spectra(directory)
     named = {directory.resolve().name: spectra}
+    last = max(spectra, key=lambda spectrum: spectrum.step)
     return {
         "spectra": spectra,
+        "last": last,
+        "largest": float(last.eigenvalues[-1]),
         "plots": [
-            ("RNEG over steps, and R(n) at the last", _svg("plot_figure_2", named)),
-            ("Density of eigenvalues", _svg("plot_density", spectra[-1])),
+            ("RNEG over the steps", _svg("plot_rneg", named)),
+            ("R(n) at the last step", _svg("plot_ratios", named)),
+            ("Density of eigenvalues", _svg("plot_density", last)),
         ],
     }
 
@@ -132,13 +170,21 @@ def _svg(name: str, drawn: Any) -> Markup:
     plots = importlib.import_module("hf_sketch.report.plots")
     matplotlib = importlib.import_module("matplotlib")
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "legend.framealpha": 0}
+    with matplotlib.rc_context(settings):
         figure = getattr(plots, name)(drawn)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
     return Markup(re.sub(r"#000000|(?<=: )black", "currentColor", text))
+
+
+def _harmless(value: Any) -> Any:
+    """A text without characters that could change the text around it."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return printable(value)
+    return value
 
 
 def _readable(token: str) -> str:

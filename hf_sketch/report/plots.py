@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from hf_sketch.attribution.collection import GradientRows
@@ -22,9 +24,12 @@ except ModuleNotFoundError as error:
         '"hf-sketch[plot]".'
     ) from error
 
+Array = np.ndarray[Any, Any]
+
 _EIGENVALUE = "eigenvalue (loss / parameter²)"
 _OUTLIER_RATIO = 0.2  # above it `Spectrum.outliers` counts
 _EARLY_STEPS = 10  # up to here the axis of steps is linear
+_WINDOWS = 30  # of a running mean, over the whole course
 _SEEN_BUMP = 1e-2  # of one eigenvalue's bump: what is lower is not drawn
 
 
@@ -212,24 +217,45 @@ def plot_dimension_search(search: DimensionSearch) -> Figure:
     return figure
 
 
-def plot_training(store: GradientRows) -> Figure:
-    """The mean loss of the examples of each step, and the gradient's norm.
+def plot_loss(store: GradientRows) -> Figure:
+    """The mean loss of each step's examples, and its running mean.
 
     Args:
-        store: with rows of steps.
+        store: with rows of examples that know their step.
     """
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
     steps, losses = column(store.dataset, "step"), column(store.dataset, "loss")
     known = np.isfinite(losses)
     counts = np.bincount(steps[known])
     there = counts.nonzero()[0]
     sums = np.bincount(steps[known], losses[known])
-    left.plot(there, sums[there] / counts[there], linewidth=1)
-    left.set(xlabel="step of the optimizer", ylabel="mean loss of its examples")
-    if store.steps is not None:
-        norms = column(store.steps, "gradient_norm")
-        right.plot(column(store.steps, "step"), norms, linewidth=1)
-        right.set_yscale("log")
-    right.set(xlabel="step of the optimizer", ylabel="norm of the gradient")
+    return _course(there, sums[there] / counts[there], "mean loss of its examples")
+
+
+def plot_gradient_norm(store: GradientRows) -> Figure:
+    """The norm of each step's gradient before clipping, and its running mean.
+
+    Args:
+        store: with rows of steps.
+    """
+    steps: Dataset | None = store.steps
+    if steps is None:
+        raise ValueError(
+            "the norms are those of rows of steps, got none: record them by "
+            "GradientSketchCallback."
+        )
+    norms = column(steps, "gradient_norm")
+    figure = _course(column(steps, "step"), norms, "norm of the gradient")
+    figure.axes[0].set_yscale("log")
+    return figure
+
+
+def _course(steps: Array, values: Array, label: str) -> Figure:
+    """Draw values over the steps, pale, and their running mean over a 30th of these."""
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, values, linewidth=0.8, alpha=0.35)
+    window = max(1, len(values) // _WINDOWS)
+    means = np.convolve(values, np.ones(window) / window, mode="valid")
+    axes.plot(steps[window - 1 :], means, linewidth=1.8, color="C0")
+    axes.set(xlabel="optimizer step", ylabel=label)
     return figure

@@ -2,10 +2,12 @@
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from tests.helpers.spectra import VALUES, WIDE, made_of
 
@@ -130,6 +132,17 @@ def test_figure_2_has_both_panels():
     ):
         assert np.array_equal(line(axes, name), line(alone.axes[0], name))
     assert [axes.get_title("left") for axes in (left, right)] == ["(a)", "(b)"]
+
+
+def test_the_loss_is_drawn_with_its_running_mean():
+    steps = [step for step in range(1, 121) for _ in range(2)]
+    rows = {"step": steps, "loss": [float(step % 7) for step in steps]}
+    store = SimpleNamespace(dataset=Dataset.from_dict(rows))
+    raw, smooth = (drawn.get_xydata() for drawn in plots.plot_loss(store).axes[0].lines)
+    assert raw.tolist() == [[step, step % 7] for step in range(1, 121)]
+    means = [sum((s - i) % 7 for i in range(4)) / 4 for s in range(4, 121)]
+    assert smooth[:, 0].tolist() == [*range(4, 121)]
+    assert smooth[:, 1] == pytest.approx(np.array(means))
 
 
 def test_a_long_name_does_not_squeeze_the_axes():

@@ -1,5 +1,7 @@
 """The page of a run: what it says, and that it works in a browser."""
 
+import base64
+import hashlib
 import html
 import json
 import re
@@ -15,6 +17,7 @@ from hf_sketch import DimensionSearch, ModelSketch, Stage, load_sketches
 from hf_sketch.attribution.record import FILE, load_attribution, record_attribution
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.report.page import write_report
+from hf_sketch.report.training import examples_table
 from hf_sketch.spectra.files import save_spectrum
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
@@ -82,7 +85,10 @@ def test_the_page_shows_all_that_is_there(run, page):
     assert f"{store.model_sketch.coverage().elements:,} elements" in text
     assert str(store.measured_error) in text
     for line in record.queries[0].lines:
-        assert f"#{line['example_id']} · {line['score']:+.3g}" in text
+        name = line["example_id"]
+        assert f"#{name}</a> · {line['score']:+.3g}" in text
+        assert f'href="#example-{name}"' in page
+        assert page.count(f'<tr id="example-{name}">') == 1
     assert "training text &lt;" in page  # texts are no markup
     assert " Hello" in re.sub(r"<[^>]+>", "", page)  # tokens read as text
     for name in ("recorded", "queries", "spectra", "dimension"):
@@ -90,6 +96,39 @@ def test_the_page_shows_all_that_is_there(run, page):
         assert f'href="#{name}"' in page
     assert f"{float(made_of(VALUES).eigenvalues[-1]):.4g}" in page
     assert "not found" in page
+
+
+def test_the_table_holds_the_worst_examples_and_those_that_answer(run, page):
+    store, record = load_sketches(run), load_attribution(run / FILE)
+    met = zip(*(store.dataset[name][:] for name in ("example_id", "loss")), strict=True)
+    last = dict(met)  # rows come in the order of training
+    table = re.findall(
+        r'<tr id="example-(\d+)">.*?data-value="[^"]*">.*?data-value="([^"]*)"', page
+    )
+    assert {int(name): float(loss) for name, loss in table} == pytest.approx(last)
+    losses = [float(loss) for _, loss in table]
+    assert losses == sorted(losses, reverse=True)
+    answering = {line["example_id"] for line in record.queries[0].lines}
+    assert answering <= {row["example_id"] for row in examples_table(store, {})}
+
+
+def test_the_page_lets_only_its_own_script_run(page):
+    policy = html.unescape(
+        re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
+    )
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none';")
+
+
+def test_control_and_bidi_characters_are_spelled_out(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / FILE
+    path.write_text(path.read_text().replace("query 0", "query \\u202e\\u001b[2J"))
+    page = write_report(tmp_path / "run").read_text()
+    assert "query \\u202e\\x1b[2J" in page
+    assert not re.search(r"[\x00-\x08\x0e-\x1f\u202a-\u202e\u2066-\u2069]", page)
 
 
 def test_the_page_needs_no_network(page):
@@ -132,6 +171,7 @@ def in_browser(path, script, profile):
         "=errors;const p=document.createElement('pre');p.id='found';p.textContent="
         "JSON.stringify(found);document.body.append(p)});</script>"
     )
+    page = re.sub(r"<meta http-equiv[^>]*>", "", page)  # lets no other script run
     page = page.replace("<head>", "<head>" + before)
     test_page = path.with_name("tested.html")
     test_page.write_text(page.replace("</body>", after + "</body>"))
@@ -165,12 +205,20 @@ def test_the_page_works_in_a_browser(run, page, tmp_path):
     const light = getComputedStyle(document.body);
     found.ground = light.backgroundColor; found.text = light.color;
     found.wide = document.documentElement.scrollWidth - innerWidth;
-    found.plots = [...document.querySelectorAll('.plot svg')].map(
+    const body = document.querySelector('#examples tbody');
+    const values = () => [...body.rows].map(r => Number(r.cells[1].dataset.value));
+    document.querySelectorAll('#examples th button')[1].click();
+    found.sorted = values();
+    document.querySelectorAll('#examples th button')[1].click();
+    found.reversed = values();
+    found.plots = [...document.querySelectorAll('figure svg')].map(
       s => s.getBoundingClientRect().height > 100);
     """
     found = in_browser(run / "report.html", script, tmp_path / "profile")
     assert found["errors"] == []
-    assert found["links"] == [True] * 4
+    assert found["links"] == [True] * 5
+    assert found["sorted"] == sorted(found["sorted"], reverse=True)
+    assert found["reversed"] == found["sorted"][::-1]
     assert found["open"] == [True, False, False, False]
     assert found["focused"]
     assert found["opened"]
@@ -179,7 +227,7 @@ def test_the_page_works_in_a_browser(run, page, tmp_path):
     assert found["count"] == "1 of 4"
     assert found["ground"] != found["text"]
     assert found["wide"] <= 0
-    assert found["plots"] == [True] * 4
+    assert found["plots"] == [True] * 6
 
 
 @pytest.fixture(scope="module")

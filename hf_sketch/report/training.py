@@ -1,0 +1,62 @@
+"""What the page says of training: its loss, and the examples that stayed hard."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hf_sketch.attribution.collection import GradientRows
+from hf_sketch.attribution.columns import column
+
+_WORST = 100
+_ENDS = 20
+
+
+def loss_ends(store: GradientRows) -> tuple[float, float] | None:
+    """Return the mean loss over the first and the last 20th of the steps.
+
+    None if no loss is known.
+    """
+    steps, losses = column(store.dataset, "step"), column(store.dataset, "loss")
+    known = np.isfinite(losses)
+    if not known.any():
+        return None
+    steps, losses = steps[known], losses[known]
+    span = (steps.max() - steps.min() + 1) / _ENDS
+    first = losses[steps < steps.min() + span]
+    last = losses[steps > steps.max() - span]
+    return float(first.mean()), float(last.mean())
+
+
+def examples_table(
+    store: GradientRows, mentioned: Mapping[int, str | None]
+) -> list[dict[str, Any]]:
+    """Return the 100 examples whose last loss is largest, and those mentioned.
+
+    Args:
+        store: rows of training.
+        mentioned: texts, if they are known, by example id.
+
+    Returns:
+        largest last loss first: example_id, first and last loss, number of rows, last
+        step and text.
+    """
+    names = "example_id", "loss", "step"
+    ids, losses, steps = (column(store.dataset, name) for name in names)
+    order = np.lexsort((steps, ids))
+    ids, losses, steps = ids[order], losses[order], steps[order]
+    firsts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 1))
+    lasts = np.append(firsts[1:], len(ids))[: len(firsts)] - 1
+    worst = np.argsort(-np.nan_to_num(losses[lasts], nan=-np.inf), kind="stable")
+    named = np.isin(ids[lasts[worst]], [*mentioned])
+    return [
+        {
+            "example_id": int(ids[lasts[place]]),
+            "first": float(losses[firsts[place]]),
+            "last": float(losses[lasts[place]]),
+            "rows": int(lasts[place] - firsts[place] + 1),
+            "step": int(steps[lasts[place]]),
+            "text": mentioned.get(int(ids[lasts[place]])),
+        }
+        for place in worst[(np.arange(len(worst)) < _WORST) | named]
+    ]
