@@ -107,7 +107,7 @@ class ModelCall:
             for name, value in self.inputs.items()
             if isinstance(value, Tensor) and value.dim()
         )
-        return type(self.split), size > 1, tensors, self.split.is_uneven
+        return self.split.kind, size > 1, tensors
 
 
 def _copied(args: tuple[Any, ...]) -> tuple[Any, ...]:

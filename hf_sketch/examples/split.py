@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_sketch.examples.media import are_uneven, uneven_inputs
+from hf_sketch.examples.media import NO_MEDIA, Media, media_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class ExampleSplit(ABC):
     def is_uneven(self) -> bool:
         """Whether examples have unequally many rows of some input."""
         return False
+
+    @property
+    def kind(self) -> object:
+        """What the rules that fit a batch depend on."""
+        return type(self)
 
     @abstractmethod
     def within(self, x: Tensor) -> "ExampleSplit | None":
@@ -99,18 +104,20 @@ class Rows(ExampleSplit):
     """One row per example: (b, ...).
 
     Args:
-        uneven: inputs of which examples have unequally many rows, as of the patches of
-            their images, with the places where examples start, and the number of rows;
-            under "", the same of the tokens in whose places images go.
-        tokens: number of tokens in the batch, if there are such inputs.
+        media: images and the like of which examples have unequally many.
+        tokens: number of tokens in the batch, if there are such.
     """
 
-    uneven: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    media: Media = NO_MEDIA
     tokens: int = 0
 
     @property
     def is_uneven(self) -> bool:
-        return bool(self.uneven)
+        return bool(self.media)
+
+    @property
+    def kind(self) -> object:
+        return type(self), self.media.kind
 
     def within(self, x: Tensor) -> ExampleSplit | None:
         # A shared tensor whose length is a multiple of b by chance counts as runs.
@@ -119,10 +126,12 @@ class Rows(ExampleSplit):
             return None
         if length == self.size:
             return self
-        found = {starts for _, starts in self.uneven if starts[-1] == length}
+        found = self.media.within(length)
         if found:  # in two ways, it is not known of whom the rows are
-            known = len(found) == 1 and length != self.tokens
+            known = len(found) == 1 and length % self.tokens
             return Uneven(self.size, found.pop()) if known else None
+        if self.media and length % self.tokens:  # of images, so many by chance
+            return None
         return None if length % self.size else Runs(self.size)
 
     def stacked(self, x: Tensor) -> Tensor:
@@ -132,17 +141,19 @@ class Rows(ExampleSplit):
         return x[index : index + 1]
 
     def of_input(self, name: str, x: Tensor) -> ExampleSplit | None:
-        starts = dict(self.uneven).get(name)
+        if name in self.media.unknown:
+            return None
+        starts = dict(self.media.starts).get(name)
         return self.within(x) if starts is None else Uneven(self.size, starts)
 
+    def share(self, name: str, x: Any, first: int, count: int = 1) -> Any:
+        if self.media.lacks(name, first, count):
+            return None
+        return super().share(name, x, first, count)
+
     def some(self, first: int, count: int) -> ExampleSplit:
-        uneven: list[tuple[str, tuple[int, ...]]] = []
-        for name, starts in self.uneven:
-            own = starts[first : first + count + 1]
-            if are_uneven(own):
-                uneven.append((name, tuple(start - own[0] for start in own)))
-        tokens = self.tokens // self.size * count if uneven else 0
-        return Rows(count, tuple(uneven), tokens)
+        media = self.media.some(first, count)
+        return Rows(count, media, self.tokens // self.size * count if media else 0)
 
     def pieces(
         self, inputs: Mapping[str, Any], count: int
@@ -272,7 +283,7 @@ def split_of(
             # The first may go on from before.
             starts = (0, *(place + 1 for place in places), positions.shape[-1])
             return Packed(len(starts) - 1, starts)
-    uneven: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    media = NO_MEDIA
     if placeholders and leading.dim() == 2 and len(leading) > 1:
-        uneven = uneven_inputs(inputs, leading, placeholders)
-    return Rows(len(leading), uneven, leading.numel() if uneven else 0)
+        media = media_of(inputs, leading, placeholders)
+    return Rows(len(leading), media, leading.numel() if media else 0)

@@ -9,8 +9,6 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCTC, AutoModelForImageTextToText
 
 from hf_sketch import ExampleSketcher, ModelSketch
-from hf_sketch.examples.media import uneven_inputs
-from hf_sketch.examples.split import Rows, Runs, Uneven, split_of
 from tests.helpers.own_gradients import SIZE, assert_rows_are_own, resting_trainer
 from tests.helpers.tiers import full
 
@@ -130,39 +128,6 @@ def test_examples_may_have_any_number_of_images(tmp_path, kind, images):
     trainer.train()
     store = assert_rows_are_own(trainer)
     assert store.measured_error.row_error < 1e-4
-
-
-def test_rows_of_images_are_found_by_the_tokens_in_their_place():
-    ids = torch.tensor([[5, 6, 7, 8], [9, 9, 5, 6], [9, 9, 9, 9]])
-    inputs = {
-        "input_ids": ids,
-        "pixel_values": torch.zeros(24, 8),
-        "image_grid_thw": torch.tensor([[1, 4, 2], [1, 2, 2], [1, 6, 2]]),
-    }
-    split = split_of(inputs, "input_ids", {"image": 9, "video": 10})
-    assert dict(split.uneven) == {
-        "pixel_values": (0, 0, 8, 24),
-        "image_grid_thw": (0, 0, 1, 3),
-        "": (0, 0, 2, 6),
-    }
-    assert split.share("pixel_values", inputs["pixel_values"], 0) is None
-    assert len(split.share("image_grid_thw", inputs["image_grid_thw"], 2)) == 2
-    assert split.within(torch.zeros(24, 3)) == Uneven(3, (0, 0, 8, 24))
-    assert split.within(torch.zeros(6, 3)) == Uneven(3, (0, 0, 2, 6))
-    assert split.within(torch.zeros(12, 3)) == Runs(3)  # of tokens, say
-    assert split.some(1, 2).uneven[0] == ("pixel_values", (0, 8, 24))
-    # As many patches as tokens: of whom a row is cannot be told.
-    inputs["input_ids"] = ids.repeat(1, 2)
-    assert (
-        split_of(inputs, "input_ids", {"image": 9}).within(torch.zeros(24, 3)) is None
-    )
-
-
-def test_images_that_are_stacked_by_example_have_a_row_each():
-    ids = torch.tensor([[5, 6, 7, 9], [9, 9, 5, 6], [9, 9, 9, 5]])
-    inputs = {"input_ids": ids, "pixel_values": torch.zeros(3, 3, 3, 4, 4)}
-    assert [name for name, _ in uneven_inputs(inputs, ids, {"image": 9})] == [""]
-    assert isinstance(split_of(inputs, "input_ids"), Rows)
 
 
 def speech_model(**config):
