@@ -61,9 +61,8 @@ class GradientSketchCallback(TrainerCallback):
     - per step: the sketch of the gradient that the optimizer sees, with the factor by
       which it was clipped;
     - per example: the sketch of the gradient of the example's own loss, with the row
-      number of the example in `train_dataset` and the weight with which it entered the
-      step, so that the weighted sum of a step's rows is the step's gradient before
-      clipping. This is verified at the first recorded step.
+      number of the example in `train_dataset` and its weight in the step: the weighted
+      sum of a step's rows is the step's gradient before clipping, verified at first.
 
     Under DDP each process records its own examples. Examples repeated to pad the last
     batch of an epoch are recorded once; their second copy is missing from the sum of
@@ -72,6 +71,7 @@ class GradientSketchCallback(TrainerCallback):
     Training is bit for bit what it is without the callback. Rows are written before
     each checkpoint; training that resumes from a checkpoint ends with the rows of
     training that never stopped. Open them with `hf_sketch.load_sketches(output_dir)`.
+    The Trainer's logs get `sketch/top_example` and other numbers: docs/spikes.md.
 
     Args:
         out_size: numbers per sketch, or per group of layers.

@@ -67,6 +67,11 @@ _COMMANDS = {
         f"{_RECIPES}.attribute:run_attribute",
         takes_stores=True,
     ),
+    "spikes": _Command(
+        f"{_OPTIONS}.spikes:SpikesArguments",
+        f"{_RECIPES}.questions.spikes:run_spikes",
+        takes_stores=True,
+    ),
     **{
         name: _Command(
             f"{_OPTIONS}.stores:{name.title()}Arguments",

@@ -22,11 +22,11 @@ from hf_sketch.attribution.record import (
     check_token_method,
     record_attribution,
 )
-from hf_sketch.durable import printable
 from hf_sketch.processes import processes
 from hf_sketch.recipes.options.attribute import AttributeArguments
 from hf_sketch.recipes.options.wikitext import WikitextArguments
 from hf_sketch.recipes.texts.data_files import check_texts, read_data_file
+from hf_sketch.recipes.texts.shown import read_trained_rows, shortened, texts_of
 from hf_sketch.recipes.texts.text_rows import (
     TextModel,
     load_text_model,
@@ -36,7 +36,6 @@ from hf_sketch.recipes.texts.text_rows import (
     tokenized,
 )
 from hf_sketch.sketches.choices import check_choice, check_count
-from hf_sketch.store.header import read_header
 from hf_sketch.store.locations import is_remote, store_directory
 
 
@@ -62,8 +61,7 @@ def run_attribute(
     rows = rows.select(range(min(arguments.max_queries, len(rows))))
     train = None
     if arguments.train_file is not None:
-        train = read_data_file(arguments.train_file)
-        _check_trained_on(store, train, arguments.train_file)
+        train = read_trained_rows(store, arguments.train_file)
     method = method_of(store, arguments.method, arguments.damping)
     record = attribute_texts(
         store,
@@ -85,16 +83,6 @@ def run_attribute(
         record.save(path)
         print(f"saved {path}")
     return record
-
-
-def _check_trained_on(store: GradientRows, train: Dataset, path: str) -> None:
-    """Raise if a file has other rows than the store's ids count."""
-    rows = store.directory and read_header(store.directory).train_rows
-    if rows not in (None, len(train)):
-        raise ValueError(
-            f"{path} has {len(train)} rows, and the run was trained on {rows}: pass "
-            "these rows, in their order, as after any filtering."
-        )
 
 
 def _beside(directory: str) -> Path:
@@ -210,21 +198,12 @@ def attribute_texts(
     )
 
 
-def texts_of(dataset: Dataset, columns: list[str]) -> list[str]:
-    """Each row on one line, with its label if it has one."""
-    parts = [dataset[name][:] for name in columns]
-    texts = [" ⇒ ".join(map(str, row)) for row in zip(*parts, strict=True)]
-    if "label" not in dataset.column_names:
-        return texts
-    names = getattr(dataset.features["label"], "names", None)
-    labels = [names[i] if names else i for i in dataset["label"][:]]
-    return [f"[{lab}] {text}" for lab, text in zip(labels, texts, strict=True)]
-
-
 def print_record(record: AttributionRecord) -> None:
     """Each query with its proponents and its opponents."""
     for query in record.queries:
-        print(f"\nQuery {query.query_id}, loss {query.loss:.3f}: {_short(query.text)}")
+        print(
+            f"\nQuery {query.query_id}, loss {query.loss:.3f}: {shortened(query.text)}"
+        )
         _print_side(query, "Proponents (training on them lowered this loss)", 1)
         _print_side(query, "Opponents (training on them raised it)", -1)
 
@@ -235,10 +214,5 @@ def _print_side(query: QueryRecord, title: str, sign: int) -> None:
     if lines:
         print(f"  {title}")
     for line in lines[::sign]:
-        text = _short(line.get("text", ""))
+        text = shortened(line.get("text", ""))
         print(f"    {line['score']:+10.4g}  #{line['example_id']:<6} {text}")
-
-
-def _short(text: str, length: int = 120) -> str:
-    text = printable(" ".join(text.split()))
-    return text if len(text) <= length else text[: length - 1] + "…"

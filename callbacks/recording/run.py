@@ -22,6 +22,7 @@ from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 from .arriving import learning_rate, loss_scale, step_reader, steps_early
 from .compiled import uncompiled, warn_of_cost
 from .examples import MEASURED_EXAMPLES, FirstBatches, example_columns
+from .live import LiveLog
 from .loss_check import LossCheck
 from .origins.answers import Answers, generates_answers
 from .origins.finder import FindOrigins, OriginFinder
@@ -86,6 +87,7 @@ class Run:
         measured = MEASURED_EXAMPLES if measure_error is True else int(measure_error)
         self._engine, self._measured = trainer.deepspeed, measured
         self._rate, self._loss_scale = 0.0, 1.0
+        self._live = LiveLog(args.world_size)
         self._open(header, trainer, model, loader, per_step, per_example)
         self._compares_jointly = per_example and in_shards(model.parameters())
         known = self._sink.writer.measured_error is not None or args.process_index > 0
@@ -102,6 +104,7 @@ class Run:
     def start_step(self) -> None:
         """Begin an optimizer step."""
         self._micro_step, self._total = 0, None
+        self._live.start_step()
         if self._steps is not None:
             self._steps.start_step()
 
@@ -215,6 +218,7 @@ class Run:
                 self._steps = step_reader(
                     header.model_sketch, model, self._optimizer, self._engine
                 )
+            opened.callback(self._live.watch(trainer))
             self._sink = RowSink.open(header, self._args, step)
             opened.callback(self._sink.close)
             if per_example and self._sink.writer.has_answers:
@@ -258,6 +262,7 @@ class Run:
         )
         if len(columns["example_id"]):
             self._sink.append(PER_EXAMPLE, columns)
+            self._live.add_examples(columns)
         self._first.add(batch)
 
     @unless_stopped
@@ -271,6 +276,7 @@ class Run:
             total = reduced(total, "sum")
         if self._steps is not None:
             row = self._steps.columns(self._position, self._loss_scale)
+            self._live.end_step(row)
             if self._args.process_index == 0:
                 self._sink.append(PER_STEP, row)
             if not self._verified and total is not None:
@@ -278,9 +284,9 @@ class Run:
                 self._verified = bool(total.any())  # and not a step without labels
                 self._sink.writer.note(unowned=share)
         if self._sketcher is not None:
-            self._sink.writer.note(unverified=self._sketcher.unverified)
+            unverified = self._sketcher.unverified
             error = self._first.measure(self._sketcher, self._low_precision)
-            self._sink.writer.note(measured_error=error)
+            self._sink.writer.note(unverified=unverified, measured_error=error)
 
     def _agree(self) -> None:
         """Stop recording in all processes if it has stopped in one."""

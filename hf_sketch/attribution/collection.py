@@ -18,18 +18,10 @@ from hf_sketch.attribution.columns import (
 )
 from hf_sketch.attribution.covariance import Covariance
 from hf_sketch.attribution.index import RowIndex, index_rows
-from hf_sketch.attribution.methods import (
-    Method,
-    OfLayers,
-    Preconditioned,
-    named_method,
-)
+from hf_sketch.attribution.methods import Method, OfLayers, Preconditioned, named_method
 from hf_sketch.attribution.queries import query_matrix
-from hf_sketch.attribution.scores import (
-    dense_scores,
-    group_scores,
-    self_scores,
-)
+from hf_sketch.attribution.questions.spikes import find_spikes
+from hf_sketch.attribution.scores import dense_scores, group_scores, self_scores
 from hf_sketch.attribution.shares import RowShare
 from hf_sketch.attribution.sketching import sketched_rows, text_inputs
 from hf_sketch.examples.measured_error import MeasuredError
@@ -276,6 +268,13 @@ class GradientRows:
             (rows,), float32; NaN for rows that are not finite.
         """
         return self_scores(self._share, self.scored_by(method, layers))
+
+    def find_spikes(self, **options: Any) -> Dataset:
+        """Return the steps that stand out, and the examples that made them.
+
+        Options and lines are those of `attribution.questions.spikes.find_spikes`.
+        """
+        return find_spikes(self.dataset, self.steps, **options)
 
     def scored_by(self, method: str | Method, layers: Layers | None = None) -> Method:
         """Return the method of a name, checked against the rows, of some layers."""

@@ -1,0 +1,1 @@
+"""Questions about a whole run, answered by its rows without a query."""
