@@ -20,6 +20,8 @@ from hf_sketch.attribution.covariance import Covariance
 from hf_sketch.attribution.index import RowIndex, index_rows
 from hf_sketch.attribution.methods import Method, OfLayers, Preconditioned, named_method
 from hf_sketch.attribution.queries import query_matrix
+from hf_sketch.attribution.questions.duplicates import find_duplicates
+from hf_sketch.attribution.questions.mislabeled import find_mislabeled
 from hf_sketch.attribution.questions.spikes import find_spikes
 from hf_sketch.attribution.scores import dense_scores, group_scores, self_scores
 from hf_sketch.attribution.shares import RowShare
@@ -269,12 +271,10 @@ class GradientRows:
         """
         return self_scores(self._share, self.scored_by(method, layers))
 
-    def find_spikes(self, **options: Any) -> Dataset:
-        """Return the steps that stand out, and the examples that made them.
-
-        Options and lines are those of `attribution.questions.spikes.find_spikes`.
-        """
-        return find_spikes(self.dataset, self.steps, **options)
+    # Functions of a store, one to a module, and methods of it.
+    find_spikes = find_spikes
+    find_mislabeled = find_mislabeled
+    find_duplicates = find_duplicates
 
     def scored_by(self, method: str | Method, layers: Layers | None = None) -> Method:
         """Return the method of a name, checked against the rows, of some layers."""

@@ -24,12 +24,12 @@ def embedded_model_path() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-def new_model() -> PreTrainedModel:
+def new_model(classes: int = len(LABELS)) -> PreTrainedModel:
     """The pretrained MiniLM with a new classifier on top."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the classifier's weights are new, as they should be
     model = AutoModelForSequenceClassification.from_pretrained(
-        embedded_model_path(), num_labels=len(LABELS)
+        embedded_model_path(), num_labels=classes
     )
     logging.set_verbosity(level)
     return model

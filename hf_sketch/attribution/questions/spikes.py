@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -29,9 +29,22 @@ _OF_STEPS = ("step", "epoch", "learning_rate", "clip_factor")
 _NOT_SHOWN = (*_OF_STEPS, "sketch", "scale", "micro_step", "rank")
 
 
+class RecordedRows(Protocol):
+    """Rows of a run's examples and of its steps."""
+
+    @property
+    def dataset(self) -> Dataset:
+        """The rows of examples."""
+        ...
+
+    @property
+    def steps(self) -> Dataset | None:
+        """The rows of steps."""
+        ...
+
+
 def find_spikes(
-    examples: Dataset,
-    steps: Dataset | None,
+    self: RecordedRows,
     *,
     threshold: float = 8.0,
     window: int = 50,
@@ -52,8 +65,7 @@ def find_spikes(
     whose own gradients are not finite are named, with a share of NaN.
 
     Args:
-        examples: the rows of examples.
-        steps: the rows of steps.
+        self: the store.
         threshold: robust standard deviations above the median.
         window: number of recorded steps that a step is compared with.
         carried: part of the step's gradient that the named examples carry, in (0, 1].
@@ -76,7 +88,7 @@ def find_spikes(
     check_count("window", window, least=_LEAST)
     check_number("threshold", threshold, least=0)
     check_setting("carried", 0 < carried <= 1, "in (0, 1]", carried)
-    run = _recorded_run(examples, steps)
+    run = _recorded_run(self.dataset, self.steps)
     by_loss = deviations_before(run.loss, window)
     by_norm = deviations_before(run.norm, window)
     by_norm[~np.isfinite(run.norm)] = np.inf
