@@ -107,6 +107,8 @@ class Run:
         self._live.start_step()
         if self._steps is not None:
             self._steps.start_step()
+        if self._sketcher is not None:
+            self._sketcher.begin_step()
 
     @contextmanager
     def micro_batch(self, collated: Any) -> Generator[None]:

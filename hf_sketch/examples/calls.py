@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_sketch.examples.media import placeholders_of
 from hf_sketch.examples.split import ExampleSplit, split_of
@@ -58,6 +58,18 @@ class ModelCall:
             return self
         kwargs = {**self.kwargs, "use_cache": False}
         return ModelCall(self.args, kwargs, self.inputs, self.split)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether an input has a graph: another call, or the user, has made it."""
+        given = tree_leaves((self.args, self.kwargs))
+        return any(isinstance(x, Tensor) and x.requires_grad for x in given)
+
+    def detached(self) -> "ModelCall":
+        """Return the call with inputs that have no graph."""
+        given = (self.args, self.kwargs, self.inputs)
+        args, kwargs, inputs = tree_map(_detached, given)
+        return ModelCall(args, kwargs, inputs, self.split)
 
     def without(self, name: str) -> "ModelCall":
         """Return the call without a named argument."""
@@ -114,6 +126,10 @@ def _copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return arguments with dicts copied: a model may put its results into them."""
     mappings = [{**x} if isinstance(x, Mapping) else x for x in args]
     return tuple(mappings)
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 def field_of(output: Any, name: str, index: int) -> Tensor:

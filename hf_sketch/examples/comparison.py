@@ -29,7 +29,9 @@ def check_comparison(
     Raises:
         RefusalError: it compares them.
     """
-    answers = [answer for call in calls for answer in call.answers]
+    answers = _first_met(loss, [answer for call in calls for answer in call.answers])
+    if not answers:
+        return
     first: Any = torch.autograd.grad(
         loss, answers, create_graph=True, allow_unused=True
     )
@@ -64,6 +66,24 @@ def comparison_error(name: str) -> RefusalError:
         f"but {name} compares them: train with a loss that gives each example its own, "
         "or pass per_example=False."
     )
+
+
+def _first_met(loss: Tensor, answers: Sequence[Tensor]) -> list[Tensor]:
+    """Return the answers on which a loss depends other than through others of them.
+
+    Those of inner layers lie before the last one's: derivatives by them would go back
+    through the model.
+    """
+    ends = {answer.grad_fn for answer in answers}
+    met = set[Any]()
+    left: list[Any] = [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in met:
+            met.add(node)
+            if node not in ends:
+                left += [before for before, _ in node.next_functions]
+    return [answer for answer in answers if answer.grad_fn in met]
 
 
 def _sides(owners: Sequence[int | None]) -> list[list[bool]]:

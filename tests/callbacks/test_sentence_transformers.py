@@ -10,6 +10,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
+from tests.helpers.tiers import full
 
 pytestmark = [
     pytest.mark.skipif(
@@ -99,11 +100,30 @@ def nested(losses, model):
     return losses.MatryoshkaLoss(model, cosine(losses, model), [16, 8, 4])
 
 
+def of_all_layers(losses, model):
+    """Later calls take what the first one made of the layers, and run none of them."""
+    return losses.AdaptiveLayerLoss(model, cosine(losses, model), n_layers_per_step=-1)
+
+
+def of_all_layers_and_widths(losses, model):
+    of_all = {"n_layers_per_step": -1, "n_dims_per_step": -1}
+    return losses.Matryoshka2dLoss(model, cosine(losses, model), [16, 8], **of_all)
+
+
 def closeness():
     return texts(2, label=[0.1 * i for i in range(ROWS)])
 
 
-@pytest.mark.parametrize(("loss", "columns"), [(cosine, 2), (triplets, 3), (nested, 2)])
+@pytest.mark.parametrize(
+    ("loss", "columns"),
+    [
+        (cosine, 2),
+        (triplets, 3),
+        (nested, 2),
+        (of_all_layers, 2),
+        *full((of_all_layers_and_widths, 2)),
+    ],
+)
 def test_a_dataset_row_has_one_row_of_all_its_texts(tmp_path, saved, loss, columns):
     data = closeness() if columns == 2 else texts(3)
     trainer = trained(tmp_path, saved, loss, data)
@@ -155,6 +175,16 @@ def test_losses_over_pairs_are_refused_by_name(tmp_path, saved, name, columns, l
     with pytest.raises(ValueError, match=rf"but {name} compares them.*per_example="):
         trained(tmp_path, saved, lambda losses, m: getattr(losses, name)(m), data)
     assert not (tmp_path / "sketches").exists() or not load_sketches(tmp_path).dataset
+
+
+def test_losses_over_pairs_are_refused_within_others(tmp_path, saved):
+    def of_layers(losses, model):
+        return losses.AdaptiveLayerLoss(
+            model, losses.MultipleNegativesRankingLoss(model)
+        )
+
+    with pytest.raises(ValueError, match="but AdaptiveLayerLoss compares them"):
+        trained(tmp_path, saved, of_layers, texts(2))
 
 
 def test_losses_that_cache_gradients_are_refused(tmp_path, saved):

@@ -10,6 +10,7 @@ import torch
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from tests.helpers.processes.distributed_training import SIZE, even
+from tests.helpers.processes.failing_trials import adapted
 from tests.helpers.processes.launching import launch, results, run_together
 from tests.helpers.processes.loaded_training import TRAINING as LOADED
 from tests.helpers.processes.loaded_training import even_dataset
@@ -23,9 +24,9 @@ from tests.helpers.trained.training import tiny_dataset, tiny_trainer
 pytestmark = pytest.mark.xdist_group("processes")
 
 
-def single(directory, **options):
+def single(directory, model=None, **options):
     """The store of the same training in one process, with whole parameters."""
-    settings = even()
+    settings = even() if model is None else {**even(), "model": model}
     dataset = tiny_dataset(settings.pop("rows"))
     callback = GradientSketchCallback(SIZE, **options)
     tiny_trainer(directory, callback, dataset=dataset, **settings).train()
@@ -191,6 +192,15 @@ def test_what_needs_whole_parameters_is_refused(launched):
 def test_all_processes_end_if_one_fails_as_rules_are_tried(launched):
     for text in results(launched / "alone", "error"):
         assert "in one of the processes: ValueError: a part is odd. Pass meas" in text
+
+
+@pytest.mark.full
+@pytest.mark.in_processes(2, "trial/adapters")
+def test_rules_are_tried_again_when_gradients_are_zero_no_longer(launched, tmp_path):
+    store = load_sketches(launched / "adapters")
+    assert_same_rows(store, single(tmp_path, adapted()))
+    header = json.loads((launched / "adapters/sketches/header.json").read_text())
+    assert header["unverified"] is None
 
 
 @pytest.mark.full

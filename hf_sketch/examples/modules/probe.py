@@ -51,6 +51,11 @@ class Reference:
         """Whether the model answers with nothing but a loss."""
         return not self.answers[0].dim()
 
+    def nonzero(self) -> dict[str, bool]:
+        """Return of which parameters any example has a gradient that is not zero."""
+        gradients = self.gradients
+        return {name: bool(gradients.of(name).any()) for name in gradients.names}
+
     def differing(self, sums: NamedSums) -> dict[str, float]:
         """Return by how much parameters' gradients differ, where it is too much."""
         norms: dict[str, Tensor] = {}

@@ -23,6 +23,7 @@ from hf_sketch.examples.modules.probe import (
     answers_in,
     loss_form,
 )
+from hf_sketch.examples.modules.zeros import ZeroGradients
 from hf_sketch.examples.rules.base import NoRule, Rule, kind_of
 from hf_sketch.model.fsdp import in_shards
 from hf_sketch.model.sketch import ModelSketch
@@ -30,8 +31,6 @@ from hf_sketch.model.state import draws_elsewhere, evaluation_mode
 from hf_sketch.sketches.transforms.lazy import is_lazy
 
 logger = logging.getLogger(__name__)
-
-_ROUNDS = 12
 
 
 class Reading:
@@ -88,6 +87,7 @@ class Reading:
         self._situations: dict[object, set[str]] = {}
         self.called: set[str] = set()  # kinds of modules, in verified calls
         self.whole = False  # whether a few examples are too few to try with
+        self.zeros = ZeroGradients()
 
     def watch(self) -> None:
         """Put hooks on the modules."""
@@ -109,7 +109,11 @@ class Reading:
 
     def knows(self, call: ModelCall) -> bool:
         """Return whether nothing has to be learned before this call."""
-        if not self.verifies or call.situation in self._situations:
+        if not self.verifies:
+            return True
+        if self.zeros.are_due:
+            return False
+        if call.situation in self._situations:
             return True
         if self.in_shards and self._situations:  # other processes do not learn now
             self._note_difference()

@@ -65,8 +65,10 @@ class Trial:
         """
         reference = None
         with attempt() as tried:  # some models have no gradients in evaluation mode
-            reference = self._reference(call)
+            reference = self._reference(call.detached() if call.goes_on else call)
         check_others(tried, self._reading.in_shards)
+        if reference is None and call.goes_on and tried.error is None:
+            return set()  # all that trains is in the call before
         if reference is None:
             if needed:
                 reason = tried.error or "it gives nothing to compare"
@@ -80,6 +82,8 @@ class Trial:
             if not failed:
                 break
             self._demote(failed, reference)
+        if self._reading.in_shards:
+            self._reading.zeros.note(self._agreed(reference.nonzero()))
         return {kind_of(path) for path in reference.called}
 
     def _reference(self, call: ModelCall) -> Reference | None:
@@ -246,6 +250,7 @@ def learn(reading: Reading, call: ModelCall) -> None:
         ValueError: examples see each other, or a parameter's gradients cannot be read.
     """
     reading.unwatch()
+    reading.zeros.begin_trial()
     found: list[tuple[ModelCall, set[str]]] = []
     try:
         zeros = () if reading.in_shards else reading.parameters.values()
@@ -267,6 +272,8 @@ def learn(reading: Reading, call: ModelCall) -> None:
     finally:
         torch.clear_autocast_cache()  # of weights, with the graphs of these calls
         reading.watch()
+    if reading.zeros.given_up is not None:
+        reading.go_unverified(reading.zeros.given_up)
     for tried, kinds in found or [(call, set[str]())]:
         reading.note(tried, kinds)
 

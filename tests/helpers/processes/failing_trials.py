@@ -1,14 +1,16 @@
-"""Training in shards where one process fails as gradients' rules are tried."""
+"""Training in shards where rules are wrong, or one process fails to try them."""
 
 from unittest.mock import patch
 
 from accelerate.state import PartialState
+from peft import LoraConfig, get_peft_model
 
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.examples.modules import trial
 from hf_sketch.examples.modules.probe import Reference
-from tests.helpers.processes.distributed_training import SIZE, leave
+from tests.helpers.processes.distributed_training import SIZE, leave, undropped_bert
 from tests.helpers.processes.sharded_training import train
+from tests.helpers.wrong_rules import wrong_first_factors
 
 
 def failing(plain, error):
@@ -40,4 +42,18 @@ def exhausted(directory):
         train(directory, GradientSketchCallback(SIZE), max_steps=1)
 
 
-SCENARIOS = {f"trial/{scenario.__name__}": scenario for scenario in (alone, exhausted)}
+def adapted():
+    """A model with adapters of LoRA, one of whose factors is zero."""
+    adapter = LoraConfig(r=4, target_modules=["query", "value"])
+    return get_peft_model(undropped_bert(), adapter)
+
+
+def adapters(directory):
+    """The rule of the other factor is wrong, which shows in the second step."""
+    with wrong_first_factors():
+        train(directory, GradientSketchCallback(SIZE), model=adapted())
+
+
+SCENARIOS = {
+    f"trial/{scenario.__name__}": scenario for scenario in (alone, exhausted, adapters)
+}
