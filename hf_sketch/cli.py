@@ -2,16 +2,20 @@
 
 import argparse
 import importlib
+import io
+import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import version
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
 _HELP = {"-h", "--help"}
-_ALL_HELP = "--help_training"
+_ALL_HELP = "--help_all"
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class _Command:
         takes_stores: whether it does.
         training: module and class of the Trainer's options.
         defaults: module and mapping of those with a default of the command's own.
+        prints: whether its result is what it prints: --json and --quiet change that.
+        is_check: whether a result that is not empty is a failure, with exit status 1.
     """
 
     options: str
@@ -32,6 +38,8 @@ class _Command:
     takes_stores: bool = False
     training: str | None = None
     defaults: str | None = None
+    prints: bool = False
+    is_check: bool = False
 
 
 _OPTIONS, _RECIPES = "hf_sketch.recipes.options", "hf_sketch.recipes"
@@ -66,17 +74,21 @@ _COMMANDS = {
         f"{_OPTIONS}.attribute:AttributeArguments",
         f"{_RECIPES}.attribute:run_attribute",
         takes_stores=True,
+        prints=True,
     ),
     "spikes": _Command(
         f"{_OPTIONS}.spikes:SpikesArguments",
         f"{_RECIPES}.questions.spikes:run_spikes",
         takes_stores=True,
+        prints=True,
     ),
     **{
         name: _Command(
             f"{_OPTIONS}.stores:{name.title()}Arguments",
             f"{_RECIPES}.stores:run_{name}",
             takes_stores=True,
+            prints=name in ("spectrum", "info", "verify"),
+            is_check=name == "verify",
         )
         for name in (
             "spectrum",
@@ -126,9 +138,29 @@ def main(words: Sequence[str] | None = None) -> None:
     given = vars(_parser(words).parse_args(words))
     command = _COMMANDS[given.pop("command")]
     stores = [given.pop("directories")] if command.takes_stores else []
+    as_json, quiet = (given.pop(name, False) for name in ("json", "quiet"))
     kinds = [_load(name) for name in (command.options, command.training) if name]
-    _load(command.run)(*(_filled(kind, given) for kind in kinds), *stores)
+    shown = io.StringIO() if as_json or quiet else sys.stdout
+    with redirect_stdout(shown):
+        result = _load(command.run)(*(_filled(kind, given) for kind in kinds), *stores)
+    if as_json and _load("hf_sketch.processes:processes")().is_main_process:
+        print(json.dumps(_in_json(result), indent=1))
     _load("hf_sketch.processes:end_group")()
+    if command.is_check and result:
+        raise SystemExit(1)
+
+
+def _in_json(value: Any) -> Any:
+    """Return a result as what JSON has, which knows no NaN and no infinity."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return _in_json(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(name): _in_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_json(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -160,6 +192,12 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         if command.training:
             what = "Also list all options of the Trainer, and exit."
             sub.add_argument(_ALL_HELP, action="help", help=what)
+        if command.prints:
+            output = sub.add_mutually_exclusive_group()
+            what = "Print the result as JSON, and nothing else."
+            output.add_argument("--json", action="store_true", help=what)
+            what = "Print no result; warnings and errors go to stderr."
+            output.add_argument("--quiet", action="store_true", help=what)
         if command.takes_stores:
             what = "A Trainer's output_dir, the sketches in it, or a URL of either."
             sub.add_argument("directories", nargs="+", metavar="DIR", help=what)

@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 from hf_sketch import load_sketches, load_spectra
 from hf_sketch.recipes.options.stores import (
@@ -13,26 +14,28 @@ from hf_sketch.recipes.options.stores import (
     SpectrumArguments,
     VerifyArguments,
 )
-from hf_sketch.recipes.spectrum_report import print_spectra
+from hf_sketch.recipes.spectrum_report import print_spectra, summary_of
 from hf_sketch.report.page import write_report
+from hf_sketch.store.contents import describe, inventory
 from hf_sketch.store.export import export_sketches
 from hf_sketch.store.locations import is_remote, store_directory
-from hf_sketch.store.maintenance import describe, find_problems, merge, repair
+from hf_sketch.store.maintenance import find_problems, merge, repair
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 
 
-def run_info(arguments: InfoArguments, directories: list[str]) -> None:
-    """Print what is in each store."""
-    for directory in directories:
-        print(describe(store_directory(directory)))
+def run_info(arguments: InfoArguments, directories: list[str]) -> list[dict[str, Any]]:
+    """Print and return what is in each store."""
+    stores = [store_directory(directory) for directory in directories]
+    for store in stores:
+        print(describe(store))
+    return [inventory(store) for store in stores]
 
 
-def run_verify(arguments: VerifyArguments, directories: list[str]) -> None:
-    """Print what is wrong with each store; exit with 1 if anything is."""
+def run_verify(arguments: VerifyArguments, directories: list[str]) -> list[str]:
+    """Print and return what is wrong with each store."""
     problems = [p for d in directories for p in find_problems(store_directory(d))]
     print("\n".join(problems) or "nothing differs from what was written")
-    if problems:
-        raise SystemExit(1)
+    return problems
 
 
 def run_repair(arguments: RepairArguments, directories: list[str]) -> None:
@@ -66,8 +69,10 @@ def run_export(arguments: ExportArguments, directories: list[str]) -> None:
         print(path)
 
 
-def run_spectrum(arguments: SpectrumArguments, directories: list[str]) -> None:
-    """Print the spectra of each run, and plot all of them in one figure."""
+def run_spectrum(
+    arguments: SpectrumArguments, directories: list[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Print and return the spectra of each run, and plot all of them in one figure."""
     spectra = {directory: load_spectra(directory) for directory in directories}
     for directory, found in spectra.items():
         print(directory)
@@ -76,6 +81,7 @@ def run_spectrum(arguments: SpectrumArguments, directories: list[str]) -> None:
         plots = importlib.import_module("hf_sketch.report.plots")
         plots.plot_figure_2(spectra).savefig(arguments.plot)
         print(f"saved {arguments.plot}")
+    return {name: [summary_of(x) for x in found] for name, found in spectra.items()}
 
 
 def run_report(arguments: ReportArguments, directories: list[str]) -> None:

@@ -14,6 +14,7 @@ from hf_sketch.attribution.columns import (
     described,
     matching_rows,
     row_groups,
+    shown_in_html,
     with_columns,
 )
 from hf_sketch.attribution.covariance import Covariance
@@ -64,12 +65,8 @@ class GradientRows:
     def __getitem__(self, example_id: int) -> "GradientRows":
         return self.where(example_id=example_id)
 
-    def __repr__(self) -> str:
-        parts = [described(self.dataset), f"D={self.model_sketch.out_size}"]
-        parts += [f"{len(self.steps):,} steps"] if self.steps is not None else []
-        r = self.measured_error and self.measured_error.pearson_r
-        parts += [f"r={r:.3f}"] if r is not None else []
-        return f"GradientRows({', '.join(parts)})"
+    __repr__ = described
+    _repr_html_ = shown_in_html
 
     def over_processes(self) -> "GradientRows":
         """The same, with each pass over the rows split among Accelerate's processes.

@@ -1,5 +1,6 @@
 """What rows are picked and grouped by: the columns beside their sketches."""
 
+import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from hf_sketch.attribution.scores import RowGroups
 from hf_sketch.store.blocks import formatted
 
 EXAMPLE: Final = "example_id"
+_SHOWN = 5  # rows in a notebook
 
 
 def matching_rows(dataset: Dataset, values: Mapping[str, Any]) -> Dataset:
@@ -90,12 +92,25 @@ def column(dataset: Dataset, name: str) -> np.ndarray[Any, Any]:
     return np.asarray(formatted(dataset, "numpy", [name])[name][:])
 
 
-def described(dataset: Dataset) -> str:
-    """How many rows there are, and of how many examples."""
-    rows = f"{len(dataset):,} rows"
-    if EXAMPLE not in dataset.column_names:
-        return rows
-    return f"{rows} of {len(np.unique(column(dataset, EXAMPLE))):,} examples"
+def described(self: Any) -> str:
+    """Return the line that stands for a store: how much there is of what."""
+    rows: Dataset = self.dataset
+    parts = [f"{len(rows):,} rows"]
+    if EXAMPLE in rows.column_names:
+        parts[0] += f" of {len(np.unique(column(rows, EXAMPLE))):,} examples"
+    parts += [f"D={self.model_sketch.out_size}"]
+    parts += [f"{len(self.steps):,} steps"] if self.steps is not None else []
+    r = self.measured_error and self.measured_error.pearson_r
+    parts += [f"r={r:.3f}"] if r is not None else []
+    return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def shown_in_html(self: Any) -> str:
+    """Return a store's line and first rows, without sketches, as a notebook shows."""
+    rows: Dataset = self.dataset
+    names = [name for name in rows.column_names if name != "sketch"]
+    first: Any = rows.select(range(min(_SHOWN, len(rows)))).select_columns(names)
+    return f"<p>{html.escape(repr(self))}</p>{first.to_pandas().to_html(index=False)}"
 
 
 def query_ids(dataset: Dataset) -> np.ndarray[Any, Any]:

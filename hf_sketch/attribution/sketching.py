@@ -1,7 +1,8 @@
 """One pass over a dataset that sketches each example's gradient."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
+from hf_sketch.examples.batch import ExampleBatch
 from hf_sketch.examples.measured_error import measure_error
 from hf_sketch.examples.sketcher import ExampleLossFunction, ExampleSketcher
 from hf_sketch.model.fsdp import check_whole
@@ -40,27 +42,108 @@ def sketched_rows(
     """Return the rows of `sketch_dataset`, which says more, in memory."""
     sketcher = ExampleSketcher(model, model_sketch, loss)
     check_whole("sketch_dataset", sketcher.parameters.values())
-    device = next(model.parameters()).device
     if data_collator is None and processing_class is not None:
         data_collator = partial(_padded, processing_class)
     names = {*inspect.signature(model.forward).parameters, *_LABELS}
     collate = partial(_collated, data_collator or _stack, names)
-    loader: Any = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
-    tables: list[pa.Table] = []
+
+    def rows_of(batch: Mapping[str, Any], first: bool) -> ExampleBatch:
+        found = sketcher.sketch(batch, loss_fn)
+        if first:
+            some = [sketcher.split_of(batch).first(batch, _CHECKED_EXAMPLES)]
+            measure_error(sketcher, some, _CHECKED_EXAMPLES, loss_fn)
+        return found
+
     with evaluation_mode(model), sketcher:
-        for batch in tqdm(loader, desc="Sketching gradients", unit="batch"):
-            moved = send_to_device(batch, device)
-            found = sketcher.sketch(moved, loss_fn)
-            if not tables:
-                first = [sketcher.split_of(moved).first(moved, _CHECKED_EXAMPLES)]
-                measure_error(sketcher, first, _CHECKED_EXAMPLES, loss_fn)
-            done = sum(table.num_rows for table in tables)
-            ids = torch.arange(done, done + len(found.losses))
-            columns = row_columns(found.rows, example_id=ids, loss=found.losses)
-            tables.append(arrow_table(QUERY, columns))
-    schema = features(QUERY, model_sketch.row_size).arrow_schema
+        return _joined(sketcher, dataset, batch_size, collate, rows_of)
+
+
+def rows_by_trainer(
+    trainer: Any, dataset: Any, model_sketch: ModelSketch, loss: str
+) -> Dataset:
+    """Return the same, by a Trainer's own collator, columns and `compute_loss`.
+
+    Raises:
+        ValueError: the loss is made of several calls of the model, or a batch has other
+            rows than one per example.
+    """
+    model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+    sketcher = ExampleSketcher(model, model_sketch, loss)
+    check_whole("sketch_dataset", sketcher.parameters.values())
+    # Its own loader may sort by length, drop examples or share them with processes.
+    loader = trainer.get_eval_dataloader(dataset)
+
+    def rows_of(batch: Mapping[str, Any], first: bool) -> ExampleBatch:
+        with _kept_gradients(sketcher.parameters.values()):
+            trainer.compute_loss(model, dict(batch)).backward()
+            found = sketcher.take()
+        if len(found.calls) > 1:
+            raise ValueError(
+                f"The loss of {type(trainer).__name__} calls the model "
+                f"{len(found.calls)} times per batch. Pass the model, and a loss_fn."
+            )
+        if first and not bool(found.losses.isnan().all()):
+            inputs = next(iter(found.calls)).inputs
+            some = [sketcher.split_of(inputs).first(inputs, _CHECKED_EXAMPLES)]
+            measure_error(sketcher, some, _CHECKED_EXAMPLES)
+        return found
+
+    size, collate = trainer.args.eval_batch_size, loader.collate_fn
+    with evaluation_mode(model), sketcher:
+        return _joined(sketcher, loader.dataset, size, collate, rows_of)
+
+
+def _joined(
+    sketcher: ExampleSketcher,
+    dataset: Any,
+    batch_size: int,
+    collate: Callable[[list[Any]], Mapping[str, Any]],
+    rows_of: Callable[[Mapping[str, Any], bool], ExampleBatch],
+) -> Dataset:
+    """Return the rows of all batches, which `rows_of` makes of each."""
+    device = next(sketcher.model.parameters()).device
+    loader: Any = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=partial(_counted, collate),
+    )
+    tables: list[pa.Table] = []
+    done = 0
+    for count, batch in tqdm(loader, desc="Sketching gradients", unit="batch"):
+        found = rows_of(send_to_device(dict(batch), device), not tables)
+        if len(found.losses) != count:
+            raise ValueError(
+                f"A batch of {count} examples gave {len(found.losses)} rows. Sketch "
+                "data of one row per example; pairs and packed examples are recorded "
+                "in training only."
+            )
+        ids = torch.arange(done, done + count)
+        columns = row_columns(found.rows, example_id=ids, loss=found.losses)
+        tables.append(arrow_table(QUERY, columns))
+        done += count
+    schema = features(QUERY, sketcher.model_sketch.row_size).arrow_schema
     table = pa.concat_tables(tables) if tables else schema.empty_table()
     return Dataset(InMemoryTable(table))
+
+
+def _counted(
+    collate: Callable[[list[Any]], Mapping[str, Any]], examples: list[Any]
+) -> tuple[int, Mapping[str, Any]]:
+    """Return a batch, and the number of its examples."""
+    return len(examples), collate(examples)
+
+
+@contextmanager
+def _kept_gradients(parameters: Iterable[Tensor]) -> Generator[None]:
+    """Within, gradients begin at none; afterwards they are those of before."""
+    before = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
 
 
 def text_inputs(model: Any, tokenizer: Any, text: str) -> list[dict[str, Any]]:

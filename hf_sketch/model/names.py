@@ -1,11 +1,17 @@
 """Parameter names as the model's author wrote them."""
 
 from collections.abc import Mapping
+from typing import Final
 
 from torch import nn
 
 from hf_sketch.model.zero import whole_shape
 
+# PeftModel.from_pretrained freezes the adapter unless it is told to train it.
+WHAT_TRAINS: Final = (
+    "call requires_grad_(True) on the parameters that train, and load an adapter with "
+    "PeftModel.from_pretrained(..., is_trainable=True)."
+)
 _WRAPPERS = ("module.", "_orig_mod.")
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."  # of each layer, under FSDP
 
@@ -24,6 +30,8 @@ def trainable_parameters(
         ValueError: they are others than those of a sketch, or of other shapes.
     """
     trainable = {n: p for n, p in named_parameters(model).items() if p.requires_grad}
+    if not trainable:
+        raise ValueError(f"The model has no trainable parameter: {WHAT_TRAINS}")
     theirs = {name: whole_shape(p) for name, p in trainable.items()}
     for name in [*shapes, *theirs]:
         if shapes.get(name) != theirs.get(name):

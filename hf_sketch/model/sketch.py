@@ -14,7 +14,7 @@ from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.coverage import Coverage
 from hf_sketch.model.group_sum import GroupSum
 from hf_sketch.model.groups import Grouping, LayerGroups, grouped_names
-from hf_sketch.model.names import named_parameters, trainable_parameters
+from hf_sketch.model.names import WHAT_TRAINS, named_parameters, trainable_parameters
 from hf_sketch.model.normalizer import Normalizer
 from hf_sketch.model.operators import Operators
 from hf_sketch.model.zero import whole_shape
@@ -81,7 +81,7 @@ class ModelSketch:
         if not self.shapes:
             raise ValueError(
                 "a sketch needs at least one trainable parameter, got none: "
-                "call requires_grad_(True) on those that train."
+                + WHAT_TRAINS
             )
         check_choice("layout", self.layout, LAYOUTS)
         check_choice("operator", self.operator, OPERATORS)

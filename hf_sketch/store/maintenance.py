@@ -1,7 +1,6 @@
-"""Maintaining stores: what is in them, whether they are whole, repairing, merging."""
+"""Maintaining stores: whether they are whole, repairing, merging."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from hf_sketch.durable import replace_file
-from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.store.header import read_header
 from hf_sketch.store.manifest import (
     Gap,
@@ -21,67 +19,9 @@ from hf_sketch.store.manifest import (
     write_manifest,
 )
 from hf_sketch.store.opening import create_store
-from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 from hf_sketch.store.shards import Shard, check_shard, describe_shard, shard_name
 
 _ASIDE = "damaged"
-
-
-def describe(directory: Path) -> str:
-    """Return what is in a store, in some lines.
-
-    Raises:
-        FileNotFoundError: there is no store.
-        ValueError: its header or a manifest was changed.
-    """
-    header, manifests = read_header(directory), read_manifests(directory)
-    coverage = header.model_sketch.coverage()
-    shards = [shard for manifest in manifests for shard in manifest.shards]
-    lines = [
-        str(directory),
-        f"  {header.settings}",
-        f"  covers {len(coverage.parameters)} parameters, {coverage.elements:,} "
-        f"elements; {len(coverage.frozen)} frozen parameters are left out",
-    ]
-    lines += _groups(header.model_sketch)
-    for kind in (PER_EXAMPLE, PER_STEP):
-        mine = [shard for shard in shards if shard.kind == kind]
-        steps = "none"
-        if mine:
-            first = min(shard.first_step for shard in mine)
-            steps = f"{first} to {max(shard.last_step for shard in mine)}"
-        rows = sum(shard.rows for shard in mine)
-        size = sum(shard.size_bytes for shard in mine)
-        lines.append(
-            f"  {kind}: {rows:,} rows in {len(mine)} files, {size / 2**20:.1f} MiB; "
-            f"steps {steps}"
-        )
-    lines.append(f"  measured error: {header.measured_error or 'not measured'}")
-    if header.unverified is not None:
-        lines.append(f"  not compared with single examples: {header.unverified}")
-    if header.unowned:
-        lines.append(
-            f"  left out of rows of examples: {header.unowned:.2g} of the norm of the "
-            "first step's gradient, which no example owns"
-        )
-    for manifest in manifests:
-        lines.append(
-            f"  process {manifest.rank} of {manifest.world_size}: "
-            f"up to step {manifest.last_step}"
-        )
-        lines += [f"    no rows {gap}" for gap in manifest.gaps]
-    lines += [f"  no files of process {rank}" for rank in missing_ranks(manifests)]
-    return "\n".join(lines)
-
-
-def _groups(sketch: ModelSketch) -> Iterator[str]:
-    """What each group of layers covers; nothing without groups."""
-    for group in dict.fromkeys(sketch.groups):
-        shapes = [
-            x for name, x in sketch.shapes if sketch.layer_groups.of[name] == group
-        ]
-        elements = sum(map(math.prod, shapes))
-        yield f"  group {group}: {len(shapes)} parameters, {elements:,} elements"
 
 
 def find_problems(directory: Path) -> list[str]:

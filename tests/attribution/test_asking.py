@@ -109,3 +109,14 @@ def test_a_store_says_in_a_line_what_it_holds():
     assert store[103].dataset["example_id"][:] == [103]
     with pytest.raises(ValueError, match=r"\{'example_id': 7\}, got none: see"):
         store[7]
+
+
+def test_a_notebook_shows_the_line_of_a_store_and_its_first_rows():
+    rows = rows_of(random_matrix(7, 0), source=["<b>web</b>"] * 7)
+    shown = rows._repr_html_()
+    assert "<p>GradientRows(7 rows of 7 examples, D=4)</p>" in shown
+    assert shown.count("&lt;b&gt;web") == 5
+    assert "<b>" not in shown
+    assert "sketch" not in shown
+    assert ">104<" in shown
+    assert ">105<" not in shown

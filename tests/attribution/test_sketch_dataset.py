@@ -1,3 +1,4 @@
+import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -167,3 +168,21 @@ def test_a_target_that_compares_examples_is_refused(language_model):
 def test_an_unknown_reduction_is_named(model, sketch):
     with pytest.raises(ValueError, match=r"loss must be one of .*, got 'max'"):
         sketch_dataset(model, tiny_dataset(2), sketch, loss="max")
+
+
+def test_an_adapter_that_was_loaded_frozen_is_explained(tmp_path):
+    def config():
+        return peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+
+    tuned = peft.get_peft_model(tiny_bert(), config())
+    tuned.save_pretrained(tmp_path)
+    sketch = ModelSketch.from_model(tuned, 64)
+    frozen = peft.PeftModel.from_pretrained(tiny_bert(), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"no trainable parameter.*is_trainable=True\)"
+    ):
+        sketch_dataset(frozen, tiny_dataset(2), sketch)
+    with pytest.raises(ValueError, match=r"got none.*is_trainable=True\)"):
+        ModelSketch.from_model(frozen, 64)
+    trained = peft.PeftModel.from_pretrained(tiny_bert(), tmp_path, is_trainable=True)
+    assert len(sketch_dataset(trained, tiny_dataset(2), sketch)) == 2

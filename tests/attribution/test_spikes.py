@@ -132,7 +132,7 @@ def test_a_run_that_hardly_varies_has_no_spikes_of_rounding():
     assert found[18] == pytest.approx(20)
 
 
-def written(directory, spikes, examples=4, steps=20, broken=()):
+def written(directory, spikes, examples=4, steps=20, broken=(), losses=None):
     """A store whose steps have the gradient (1, 0, 0, 0), or three times that.
 
     Of step s the examples are 0, 1, 2, ...; at a spike the example of that number has
@@ -143,6 +143,7 @@ def written(directory, spikes, examples=4, steps=20, broken=()):
     for step in range(1, steps + 1):
         columns = example_rows(step, [*range(examples)])
         size = 3.0 if step in spikes else 1.0
+        columns["loss"] = torch.full((examples,), (losses or {}).get(step, 0.1))
         rows = size * unit.repeat(examples, 1)
         columns["weight"] = torch.full((examples,), 1 / examples, dtype=torch.float64)
         if step in spikes:
@@ -178,6 +179,13 @@ def test_examples_that_recur_are_counted(tmp_path):
     # All steps before are equal: a deviation is 5% of their median.
     assert lines["norm_deviation"][0] == pytest.approx(2 / 0.05)
     assert lines["loss_deviation"][0] == pytest.approx(9 / 0.05)
+
+
+def test_a_loss_stands_out_where_the_gradient_does_not(tmp_path):
+    lines = written(tmp_path, {}, losses={12: 0.5}).find_spikes(carried=1.0)
+    assert lines["step"][:] == [12] * 4
+    assert lines["loss_deviation"][0] == pytest.approx(0.4 / 0.005)
+    assert lines["norm_deviation"][0] == 0
 
 
 def test_a_gradient_that_is_not_finite_stands_out_and_names_its_examples(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.store.maintenance import describe
+from hf_sketch.store.contents import describe
 from tests.helpers.trained.training import tiny_trainer
 
 

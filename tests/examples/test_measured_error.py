@@ -7,7 +7,7 @@ from torch import nn
 from hf_sketch import ExampleSketcher, ModelSketch, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.examples import measured_error
-from hf_sketch.store.maintenance import describe
+from hf_sketch.store.contents import describe
 from tests.helpers.trained.training import tiny_batch, tiny_bert, tiny_trainer
 
 SIZE = 64

@@ -11,8 +11,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_sketch import ExampleSketcher, ModelSketch, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.examples.losses import example_losses
+from hf_sketch.store.contents import describe
 from hf_sketch.store.header import read_header
-from hf_sketch.store.maintenance import describe
 from tests.helpers.tiers import full
 from tests.helpers.trained.tiny_models import FEW, MORE, tiny_inputs, tiny_model
 from tests.helpers.trained.training import tiny_batch, tiny_bert, tiny_trainer

@@ -8,7 +8,8 @@ from hf_sketch import load_sketches
 from hf_sketch.attribution.record import AttributionRecord, QueryRecord
 from hf_sketch.durable import printable, read_sealed, write_sealed
 from hf_sketch.recipes.attribute import print_record
-from hf_sketch.store.maintenance import describe, merge, repair
+from hf_sketch.store.contents import describe
+from hf_sketch.store.maintenance import merge, repair
 from tests.helpers.stores import write_store
 
 ESCAPES = "\x1b]0;mine\x07\x1b[2J \u202e"

@@ -30,7 +30,7 @@ _NOT_SHOWN = (*_OF_STEPS, "sketch", "scale", "micro_step", "rank")
 
 
 class RecordedRows(Protocol):
-    """Rows of a run's examples and of its steps."""
+    """Rows of examples and of steps."""
 
     @property
     def dataset(self) -> Dataset:
@@ -39,7 +39,7 @@ class RecordedRows(Protocol):
 
     @property
     def steps(self) -> Dataset | None:
-        """The rows of steps."""
+        """The rows of steps, if there are."""
         ...
 
 
@@ -62,10 +62,11 @@ def find_spikes(
 
     Of each such step the fewest examples are named whose shares of the gradient add up
     to `carried` of all shares; see `step_shares`. If the gradient is not finite, those
-    whose own gradients are not finite are named, with a share of NaN.
+    whose own gradients are not finite are named, with a share of NaN. docs/spikes.md
+    has an example.
 
     Args:
-        self: the store.
+        self: the store, with rows of steps and of examples.
         threshold: robust standard deviations above the median.
         window: number of recorded steps that a step is compared with.
         carried: part of the step's gradient that the named examples carry, in (0, 1].

@@ -1,0 +1,124 @@
+"""What is in a store, in words and as values."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.store.header import read_header
+from hf_sketch.store.manifest import (
+    Manifest,
+    missing_ranks,
+    read_manifests,
+    shards_of,
+)
+from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
+
+_OF_SKETCH = ("out_size", "layout", "operator", "seed")
+_OF_HEADER = ("loss", "row_dtype", "unverified", "unowned", "train_rows")
+
+
+def describe(directory: Path) -> str:
+    """Return what is in a store, in some lines.
+
+    Raises:
+        FileNotFoundError: there is no store.
+        ValueError: its header or a manifest was changed.
+    """
+    header, manifests = read_header(directory), read_manifests(directory)
+    coverage = header.model_sketch.coverage()
+    lines = [
+        str(directory),
+        f"  {header.settings}",
+        f"  covers {len(coverage.parameters)} parameters, {coverage.elements:,} "
+        f"elements; {len(coverage.frozen)} frozen parameters are left out",
+    ]
+    lines += _groups(header.model_sketch)
+    for kind, held in _shards(manifests).items():
+        steps = f"{held['first_step']} to {held['last_step']}"
+        lines.append(
+            f"  {kind}: {held['rows']:,} rows in {held['files']} files, "
+            f"{held['size_bytes'] / 2**20:.1f} MiB; "
+            f"steps {steps if held['files'] else 'none'}"
+        )
+    lines.append(f"  measured error: {header.measured_error or 'not measured'}")
+    if header.unverified is not None:
+        lines.append(f"  not compared with single examples: {header.unverified}")
+    if header.unowned:
+        lines.append(
+            f"  left out of rows of examples: {header.unowned:.2g} of the norm of the "
+            "first step's gradient, which no example owns"
+        )
+    for manifest in manifests:
+        lines.append(
+            f"  process {manifest.rank} of {manifest.world_size}: "
+            f"up to step {manifest.last_step}"
+        )
+        lines += [f"    no rows {gap}" for gap in manifest.gaps]
+    lines += [f"  no files of process {rank}" for rank in missing_ranks(manifests)]
+    return "\n".join(lines)
+
+
+def inventory(directory: Path) -> dict[str, Any]:
+    """Return what is in a store, as JSON-ready values.
+
+    Returns:
+        what `describe` says: directory, out_size, layout, operator, seed, groups, loss,
+        row_dtype, the numbers of parameters, elements and frozen parameters, rows,
+        files, size_bytes, first_step and last_step of per_example and of per_step,
+        measured_error, unverified, unowned, train_rows, processes and missing_ranks.
+
+    Raises:
+        FileNotFoundError: there is no store.
+        ValueError: its header or a manifest was changed.
+    """
+    header, manifests = read_header(directory), read_manifests(directory)
+    sketch, error = header.model_sketch, header.measured_error
+    coverage = sketch.coverage()
+    return {
+        "directory": str(directory),
+        **{name: getattr(sketch, name) for name in _OF_SKETCH},
+        "groups": list(dict.fromkeys(sketch.groups)),
+        **{name: getattr(header, name) for name in _OF_HEADER},
+        "parameters": len(coverage.parameters),
+        "elements": coverage.elements,
+        "frozen": len(coverage.frozen),
+        **_shards(manifests),
+        "measured_error": error and asdict(error),
+        "processes": [
+            {
+                "rank": manifest.rank,
+                "last_step": manifest.last_step,
+                "gaps": [asdict(gap) for gap in manifest.gaps],
+            }
+            for manifest in manifests
+        ],
+        "missing_ranks": missing_ranks(manifests),
+    }
+
+
+def _groups(sketch: ModelSketch) -> Iterator[str]:
+    """What each group of layers covers; nothing without groups."""
+    for group in dict.fromkeys(sketch.groups):
+        shapes = [
+            x for name, x in sketch.shapes if sketch.layer_groups.of[name] == group
+        ]
+        elements = sum(map(math.prod, shapes))
+        yield f"  group {group}: {len(shapes)} parameters, {elements:,} elements"
+
+
+def _shards(manifests: Sequence[Manifest]) -> dict[str, dict[str, Any]]:
+    """What there is of each kind of rows."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind in (PER_EXAMPLE, PER_STEP):
+        mine = shards_of(manifests, kind)
+        found[kind] = {
+            "rows": sum(shard.rows for shard in mine),
+            "files": len(mine),
+            "size_bytes": sum(shard.size_bytes for shard in mine),
+            "first_step": min((shard.first_step for shard in mine), default=None),
+            "last_step": max((shard.last_step for shard in mine), default=None),
+        }
+    return found
