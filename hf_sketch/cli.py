@@ -76,6 +76,11 @@ _COMMANDS = {
         takes_stores=True,
         prints=True,
     ),
+    "audit": _Command(
+        f"{_OPTIONS}.audit:AuditArguments",
+        f"{_RECIPES}.questions.audit:run_audit",
+        takes_stores=True,
+    ),
     "spikes": _Command(
         f"{_OPTIONS}.spikes:SpikesArguments",
         f"{_RECIPES}.questions.spikes:run_spikes",

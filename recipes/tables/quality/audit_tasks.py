@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -22,14 +22,13 @@ from transformers import (
 )
 
 from hf_sketch import CounterRandom
-from hf_sketch.recipes.tables.quality.lds_tasks import Digits, Perceptron
+from hf_sketch.recipes.tables.quality.lds_tasks import Digits, Perceptron, SnliHead
 from hf_sketch.recipes.texts.data_files import check_texts, read_data_file
 from hf_sketch.recipes.texts.minilm import embedded_model_path, new_model
 from hf_sketch.recipes.texts.snli_data import load_snli
 from hf_sketch.recipes.texts.snli_sample import LABELS
 
 Examples = Sequence[Mapping[str, Any]]
-Pairs = list[tuple[int, int]]
 _WINDOW = 8  # words of a passage whose source is to be guessed
 _SAME = dict(
     re.findall(
@@ -108,6 +107,30 @@ def snli_task(
     return _minilm_task(parts, ("premise", "hypothesis"), epochs, LABELS)
 
 
+def snli_head_task(
+    rows: int, test_rows: int, epochs: int, train_file: str, test_file: str
+) -> LabelTask:
+    """Return pairs of SNLI and a head on the frozen MiniLM's embeddings, by AdamW."""
+    pairs = SnliHead(rows, test_rows, epochs, train_file, test_file)
+    parts = [
+        [{**row, "labels": int(row["labels"])} for row in part]
+        for part in (pairs.rows, pairs.queries)
+    ]
+    return LabelTask(
+        *parts,
+        len(LABELS),
+        _blurred,
+        pairs.new_model,
+        default_data_collator,
+        {
+            "num_train_epochs": epochs,
+            "per_device_train_batch_size": 32,
+            "learning_rate": 1e-3,
+        },
+        4096,
+    )
+
+
 def sources_task(
     rows: int, test_rows: int, epochs: int, files: Sequence[str]
 ) -> LabelTask:
@@ -125,52 +148,6 @@ def sources_task(
     ]
     parts = [examples[:rows], examples[rows : rows + test_rows]]
     return _minilm_task(parts, ("text",), epochs, files)
-
-
-def wrong_labels(
-    task: LabelTask, fraction: float, seed: int
-) -> tuple[Examples, Tensor]:
-    """Give a random part of the training rows another label.
-
-    Returns:
-        the rows, and which of them are wrong: (rows,), bool.
-    """
-    count = len(task.train)
-    chosen = CounterRandom(seed, "flipped-labels").permutation(count)
-    wrong = torch.zeros(count, dtype=torch.bool)
-    wrong[chosen[: round(fraction * count)]] = True
-    words = CounterRandom(seed, "wrong-labels").words(0, count)
-    shifts = (1 + words % (task.classes - 1)).tolist()
-    rows = [
-        {**row, "labels": (int(row["labels"]) + shift) % task.classes} if bad else row
-        for row, shift, bad in zip(task.train, shifts, wrong.tolist(), strict=True)
-    ]
-    return rows, wrong
-
-
-def with_copies(
-    task: LabelTask, rows: Examples, wrong: Tensor, count: int, seed: int
-) -> tuple[Examples, Tensor, Pairs, Pairs]:
-    """Put copies of some rows, and near copies of others, in the place of more.
-
-    None of these have wrong labels.
-
-    Returns:
-        the rows, which labels are wrong, and the pairs of exact and of near copies, the
-        lesser number first.
-    """
-    order = CounterRandom(seed, "copies").permutation(len(rows))
-    order = order[~wrong[order]].tolist()
-    changed, pairs = list(rows), Pairs()
-    while len(pairs) < 2 * count:
-        source, place = order.pop(), order.pop()
-        copy = rows[source]
-        if len(pairs) >= count:
-            copy = task.reworded(copy)
-        if len(pairs) < count or copy is not rows[source]:
-            changed[place] = copy
-            pairs.append((min(source, place), max(source, place)))
-    return changed, wrong, pairs[:count], pairs[count:]
 
 
 def accuracy_after(
@@ -247,8 +224,14 @@ def _minilm_task(
 
 def _smudged(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """A digit with every pixel changed by up to a sixteenth, as is its resolution."""
-    ink = CounterRandom(0, "smudges").normals(0, row["x"].numel()).clamp(-1, 1)
-    return {**row, "x": (row["x"] + ink / 16).clamp(0, 1)}
+    blurred = _blurred(row)
+    return {**blurred, "x": blurred["x"].clamp(0, 1)}
+
+
+def _blurred(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An example with every feature changed by up to a sixteenth."""
+    noise = CounterRandom(0, "smudges").normals(0, row["x"].numel()).clamp(-1, 1)
+    return {**row, "x": row["x"] + noise / 16}
 
 
 def _windows(path: str, count: int) -> list[str]:
