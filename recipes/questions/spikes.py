@@ -63,7 +63,7 @@ def _print(lines: list[Line], recorded: int, top_k: int) -> None:
         print(
             f"\nStep {first['step']} (epoch {first['epoch']}): "
             f"loss {_height(first, 'loss')}, gradient norm {_height(first, 'norm')}, "
-            f"clipped by {first['clip_factor']:.3g}"
+            f"clip factor {first['clip_factor']:.3g}"
         )
         carried = sum(line["share"] for line in named)
         print(

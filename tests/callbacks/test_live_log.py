@@ -6,6 +6,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.callbacks.recording.live import LiveLog
 from hf_sketch.store.blocks import sketch_matrix
 from tests.helpers.trained.training import tiny_dataset, tiny_trainer
 
@@ -142,3 +143,29 @@ def test_a_gradient_that_is_not_finite_is_not_logged(tmp_path):
     trainer.train()
     _, second = (logs for logs in trainer.state.log_history if "loss" in logs)
     assert sketch_logs(second) == set()
+
+
+def test_a_process_that_sees_half_of_the_examples_knows_their_number():
+    """tr(Sigma) by the mean square of its examples, |G|^2 by the step of all."""
+
+    class Logging:
+        def log(self, logs):
+            self.logged = logs
+
+    rows = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) + 2
+    step = {"sketch": rows.mean(0)[None], "clip_factor": torch.ones(1)}
+    trainer, live = Logging(), LiveLog(processes=2)
+    end = live.watch(trainer)
+    weights = torch.full((3,), 1 / 6).double()
+    live.add_examples(
+        {"example_id": torch.arange(3), "weight": weights, "sketch": rows[:3]}
+    )
+    live.end_step(step)
+    trainer.log({"loss": 1.0})
+    square = float(rows.mean(0).square().sum())
+    trace = (float(rows[:3].square().sum(1).mean()) - square) * 6 / 5
+    found = trainer.logged["sketch/noise_scale"]
+    assert found == pytest.approx(trace / (square - trace / 6), rel=1e-4)
+    end()
+    trainer.log({"loss": 1.0})
+    assert trainer.logged == {"loss": 1.0}

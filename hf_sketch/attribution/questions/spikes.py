@@ -60,10 +60,9 @@ def find_spikes(
     with fewer than 10 recorded steps before them are not judged. A gradient that is NaN
     or infinite always stands out.
 
-    Of each such step the fewest examples are named whose shares of the gradient add up
-    to `carried` of all shares; see `step_shares`. If the gradient is not finite, those
-    whose own gradients are not finite are named, with a share of NaN. docs/spikes.md
-    has an example.
+    For each such step it names the fewest examples whose shares of the gradient add up
+    to `carried` of all shares; see `step_shares`. If some examples' gradients are not
+    finite, it names these, with a share of NaN. docs/spikes.md has an example.
 
     Args:
         self: the store, with rows of steps and of examples.
