@@ -50,3 +50,10 @@ def test_rows_are_those_of_ddp_and_training_is_what_it_was(stage, without, tmp_p
     for rank in (0, 1):
         got, expected = (torch.load(p / f"parts-{rank}.pt") for p in (watched, plain))
         assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_rules_are_tried_again_when_gradients_are_zero_no_longer(on_the_cpu, tmp_path):
+    names = ("deepspeed/adapters", "deepspeed/adapters-without")
+    for name in names:
+        launch(2, tmp_path, [name])
+    assert_same_rows(*(load_sketches(tmp_path / name) for name in names))

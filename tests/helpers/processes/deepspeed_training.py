@@ -9,6 +9,8 @@ from accelerate.state import PartialState
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.model.zero import whole_shape
 from tests.helpers.processes.distributed_training import SIZE, even, train
+from tests.helpers.processes.failing_trials import adapted
+from tests.helpers.wrong_rules import wrong_first_factors
 
 STAGES = (0, 1, 2, 3)
 SETTINGS = {
@@ -26,12 +28,12 @@ def micro_batches_of(stage):
     return 2 if stage else 1
 
 
-def in_stage(stage, watched, directory):
+def in_stage(stage, watched, directory, **changes):
     """Clipped steps while the learning rate falls; every parameter is split."""
     split = {"stage": stage, "stage3_param_persistence_threshold": 0}
     settings = {**SETTINGS, "zero_optimization": split}
     callbacks = [GradientSketchCallback(SIZE)] if watched else []
-    training = {**even(), **TRAINING, "deepspeed": settings}
+    training = {**even(), **TRAINING, "deepspeed": settings, **changes}
     training["gradient_accumulation_steps"] = micro_batches_of(stage)
     train(directory, *callbacks, **training)
     rank = PartialState().process_index
@@ -47,13 +49,31 @@ def own_part(parameter, rank):
     return part.clone()
 
 
-def without(micro_batches, directory):
+def without(micro_batches, directory, **changes):
     """The same by DDP."""
     training = {**even(), **TRAINING, "gradient_accumulation_steps": micro_batches}
+    training |= changes
     train(directory, GradientSketchCallback(SIZE), **training)
 
 
+def of_adapters():
+    """Their first factors have no gradients yet, and soon some that count."""
+    return {"model": adapted(), "learning_rate": 1.0}
+
+
+def adapters(directory):
+    """The rule of the first factors is wrong."""
+    with wrong_first_factors():
+        in_stage(3, True, directory, **of_adapters())
+
+
+def adapters_without(directory):
+    without(micro_batches_of(3), directory, **of_adapters())
+
+
 SCENARIOS = {
+    "deepspeed/adapters": adapters,
+    "deepspeed/adapters-without": adapters_without,
     **{f"deepspeed/without-{n}": partial(without, n) for n in MICRO_BATCHES},
     **{f"deepspeed/{stage}": partial(in_stage, stage, True) for stage in STAGES},
     **{f"deepspeed/plain-{n}": partial(in_stage, n, False) for n in STAGES},
