@@ -157,7 +157,7 @@ def test_the_threshold_is_what_the_rows_of_an_example_have_in_common():
     shared = random_matrix(EXAMPLES, 6)
     matrix = shared.repeat(EPOCHS, 1)
     store, ids = recorded(matrix)
-    matrix = shared[ids] + 0.3 * random_matrix(EPOCHS * EXAMPLES, 7)
+    matrix = shared[ids] + 0.7 * random_matrix(EPOCHS * EXAMPLES, 7)
     table = store.dataset.remove_columns("sketch").add_column("sketch", matrix.tolist())
     store = GradientRows(SKETCH, table.cast(store.dataset.features))
     unit, means, metric = dense(matrix, ids, SKETCH, 0.1)
@@ -170,9 +170,9 @@ def test_the_threshold_is_what_the_rows_of_an_example_have_in_common():
     ]
     own = sum(among) / (EPOCHS * (EPOCHS - 1))
     threshold = 0.75 * own / sum(m @ metric @ m for m in means)
-    assert 0.2 < threshold < 0.74
+    assert 0.2 < threshold < 0.65
     lines = store.find_duplicates()
-    assert len(lines)
+    assert len(lines) > len(store.find_duplicates(threshold=0.75))
     assert lines[:] == store.find_duplicates(threshold=threshold)[:]
 
 
