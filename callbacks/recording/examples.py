@@ -93,11 +93,12 @@ class FirstBatches:
     """The first batches, whose rows are compared with exact gradients once.
 
     Args:
-        examples: number of rows that are compared; 0 for none.
+        examples: number of rows that are compared, True for three; 0 for none.
     """
 
-    def __init__(self, examples: int) -> None:
-        self._examples, self._batches = examples, list[ExampleBatch]()
+    def __init__(self, examples: bool | int) -> None:
+        self._examples = MEASURED_EXAMPLES if examples is True else int(examples)
+        self._batches = list[ExampleBatch]()
 
     def add(self, batch: ExampleBatch) -> None:
         """Keep a batch, while its rows may be needed."""

@@ -21,7 +21,7 @@ from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 
 from .arriving import learning_rate, loss_scale, step_reader, steps_early
 from .compiled import uncompiled, warn_of_cost
-from .examples import MEASURED_EXAMPLES, FirstBatches, example_columns
+from .examples import FirstBatches, example_columns
 from .live import LiveLog
 from .loss_check import LossCheck
 from .origins.answers import Answers, generates_answers
@@ -84,8 +84,7 @@ class Run:
         self._find: FindOrigins | None = None  # whose rows calls' batches are
         self._losses: LossCheck | None = None
         self._steps: StepReader | None = None
-        measured = MEASURED_EXAMPLES if measure_error is True else int(measure_error)
-        self._engine, self._measured = trainer.deepspeed, measured
+        self._engine, self._measured = trainer.deepspeed, measure_error
         self._rate, self._loss_scale = 0.0, 1.0
         self._live = LiveLog(args.world_size)
         self._open(header, trainer, model, loader, per_step, per_example)
@@ -105,10 +104,9 @@ class Run:
         """Begin an optimizer step."""
         self._micro_step, self._total = 0, None
         self._live.start_step()
-        if self._steps is not None:
-            self._steps.start_step()
-        if self._sketcher is not None:
-            self._sketcher.begin_step()
+        for reader in (self._steps, self._sketcher):
+            if reader is not None:
+                reader.start_step()
 
     @contextmanager
     def micro_batch(self, collated: Any) -> Generator[None]:

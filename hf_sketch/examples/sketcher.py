@@ -97,9 +97,9 @@ class ExampleSketcher:
         while self._handles:
             self._handles.pop().remove()
 
-    def begin_step(self) -> None:
+    def start_step(self) -> None:
         """Note that the optimizer may have stepped, so that rules are tried again."""
-        self._reading.zeros.begin_step()
+        self._reading.zeros.start_step()
 
     def take(self, loss_scale: float = 1.0) -> ExampleBatch:
         """Return the rows of the batch whose backward pass has just run.

@@ -34,7 +34,7 @@ class ZeroGradients:
             (self._seen if is_seen else self._zero).add(kind_of(name))
         self._zero -= self._seen
 
-    def begin_step(self) -> None:
+    def start_step(self) -> None:
         """Note that the optimizer may have stepped."""
         self.are_due = bool(self._zero) and self._trials < _TRIALS
 
