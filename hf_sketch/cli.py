@@ -80,6 +80,7 @@ _COMMANDS = {
         f"{_OPTIONS}.audit:AuditArguments",
         f"{_RECIPES}.questions.audit:run_audit",
         takes_stores=True,
+        prints=True,
     ),
     "spikes": _Command(
         f"{_OPTIONS}.spikes:SpikesArguments",

@@ -83,6 +83,11 @@ def test_the_worst_are_left_out_of_a_new_training_file(classifier, tmp_path, cap
         audit(classifier, "--drop=1", f"--output_file={clean}")
 
 
+def test_json_is_what_the_file_has(classifier, capsys):
+    path = audit(classifier, "--json")
+    assert json.loads(capsys.readouterr().out) == lines_of(path)
+
+
 @pytest.mark.parametrize(
     ("given", "count"), [(None, 0), ("2%", 20), ("0.25%", 2), ("50", 50)]
 )
