@@ -19,7 +19,7 @@ from hf_sketch.attribution.loading import load_sketches
 from hf_sketch.attribution.record import FILE as ATTRIBUTION
 from hf_sketch.attribution.record import QueryRecord, load_attribution
 from hf_sketch.durable import printable, replace_file
-from hf_sketch.report.training import examples_table, loss_ends
+from hf_sketch.report.training import examples_table, loss_ends, spikes_table
 from hf_sketch.spectra.files import DIRECTORY as CURVATURE
 from hf_sketch.spectra.files import load_spectra
 from hf_sketch.store.header import HEADER
@@ -67,6 +67,9 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
         )
     if store := sections["recorded"] and sections["recorded"]["store"]:
         texts = sections["attribution"]["texts"] if sections["attribution"] else {}
+        spikes = sections["recorded"]["spikes"] or []
+        named = {example: None for spike in spikes for example, _ in spike["named"]}
+        texts = {**named, **texts}
         sections["recorded"]["examples"] = examples_table(store, texts)
     page = _rendered(directory.resolve().name, sections)
     path = directory / "report.html" if path is None else Path(path)
@@ -113,6 +116,7 @@ def _recorded(directory: Path) -> dict[str, Any]:
         "steps": column(store.dataset, "step"),
         "broken": int(np.logical_not(column(store.dataset, "finite")).sum()),
         "losses": loss_ends(store),
+        "spikes": spikes_table(store),
     }
 
 

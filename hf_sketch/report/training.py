@@ -9,6 +9,8 @@ from hf_sketch.attribution.collection import GradientRows
 from hf_sketch.attribution.columns import column
 
 _WORST = 100
+_SPIKES = 50
+_NAMED = 5  # examples of a spike
 _ENDS = 20
 
 
@@ -60,3 +62,27 @@ def examples_table(
         }
         for place in worst[(np.arange(len(worst)) < _WORST) | named]
     ]
+
+
+def spikes_table(store: GradientRows) -> list[dict[str, Any]] | None:
+    """Return the 50 steps that stand out most, in order, with their strongest examples.
+
+    None if the store cannot tell: it lacks rows of steps or of examples, or is of
+    several runs.
+    """
+    if store.steps is None or not len(store.steps) or not len(store.dataset):
+        return None
+    steps = column(store.steps, "step")
+    if len(np.unique(steps)) < len(steps):
+        return None
+    spikes: dict[int, dict[str, Any]] = {}
+    for line in store.find_spikes().to_list():
+        spike = spikes.setdefault(line["step"], {**line, "named": []})
+        spike["named"].append((line["example_id"], line["share"]))
+    for spike in spikes.values():
+        height = spike["loss_deviation"], spike["norm_deviation"]
+        spike["height"] = float(np.nanmax(height))
+        spike["more"] = max(0, len(spike["named"]) - _NAMED)
+        spike["named"] = spike["named"][:_NAMED]
+    highest = sorted(spikes.values(), key=lambda spike: -spike["height"])[:_SPIKES]
+    return sorted(highest, key=lambda spike: spike["step"])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
-from hf_sketch.report.training import examples_table, loss_ends
+from hf_sketch.report.training import examples_table, loss_ends, spikes_table
 
 
 def test_examples_that_are_only_mentioned_come_along():
@@ -31,3 +31,21 @@ def test_the_ends_of_the_loss_are_means_over_a_20th_of_the_steps():
     assert loss_ends(store) == pytest.approx((197, sum(last) / len(last)))
     rows["loss"] = [float("nan")] * len(steps)
     assert loss_ends(SimpleNamespace(dataset=Dataset.from_dict(rows))) is None
+
+
+def test_spikes_have_their_strongest_examples():
+    lines = {"step": [9, 9, 9, 9, 9, 9, 4], "example_id": [*range(7)]}
+    lines |= {"share": [0.5, 0.2, 0.1, 0.1, 0.05, 0.05, float("nan")]}
+    lines |= {"loss_deviation": [9.0] * 6 + [float("nan")]}
+    lines |= {"norm_deviation": [12.0] * 6 + [float("inf")]}
+    store = SimpleNamespace(
+        dataset=Dataset.from_dict({"step": [4, 9]}),
+        steps=Dataset.from_dict({"step": [4, 9]}),
+        find_spikes=lambda: Dataset.from_dict(lines),
+    )
+    first, second = spikes_table(store)
+    assert (first["step"], second["step"]) == (4, 9)
+    assert second["named"] == list(zip(range(5), lines["share"], strict=False))
+    assert (second["more"], second["height"]) == (1, 12)
+    store.steps = Dataset.from_dict({"step": [4, 4]})  # of two runs
+    assert spikes_table(store) is None
