@@ -24,6 +24,7 @@ from hf_sketch.attribution.queries import query_matrix
 from hf_sketch.attribution.questions.duplicates import find_duplicates
 from hf_sketch.attribution.questions.mislabeled import find_mislabeled
 from hf_sketch.attribution.questions.spikes import find_spikes
+from hf_sketch.attribution.questions.what_if import what_if
 from hf_sketch.attribution.scores import dense_scores, group_scores, self_scores
 from hf_sketch.attribution.shares import RowShare
 from hf_sketch.attribution.sketching import sketched_rows, text_inputs
@@ -97,7 +98,7 @@ class GradientRows:
             ValueError: there is no such column, or no such row.
         """
         part = matching_rows(self.dataset, values)
-        return replace(self, dataset=part, recorded=self._covariance)
+        return replace(self, dataset=part, recorded=self.covariance)
 
     def join(
         self, dataset: Dataset, *names: str, on: str | None = None
@@ -115,7 +116,7 @@ class GradientRows:
             ValueError: an example is not in the dataset.
         """
         rows = with_columns(self.dataset, dataset, names, on)
-        return replace(self, dataset=rows, recorded=self._covariance)
+        return replace(self, dataset=rows, recorded=self.covariance)
 
     def step_rows(self) -> "GradientRows":
         """Return one row per optimizer step instead, for queries of the trajectory.
@@ -144,7 +145,7 @@ class GradientRows:
             damping: positive, in units of tr(C) / number of examples.
         """
         shape = self.model_sketch.layer_groups.shape
-        return self._covariance.method(damping, self.split, shape)
+        return self.covariance.method(damping, self.split, shape)
 
     def build_index(
         self,
@@ -272,6 +273,7 @@ class GradientRows:
     find_spikes = find_spikes
     find_mislabeled = find_mislabeled
     find_duplicates = find_duplicates
+    what_if = what_if
 
     def scored_by(self, method: str | Method, layers: Layers | None = None) -> Method:
         """Return the method of a name, checked against the rows, of some layers."""
@@ -291,6 +293,6 @@ class GradientRows:
         return (RowShare.of_process if self.split else RowShare)(self.dataset)
 
     @cached_property
-    def _covariance(self) -> Covariance:
+    def covariance(self) -> Covariance:
         """That of all rows."""
         return self.recorded or Covariance(self.dataset)

@@ -26,7 +26,7 @@ class Covariance:
     """
 
     dataset: Dataset
-    _matrix: Tensor | None = None
+    _moments: "Moments | None" = None
     _methods: dict[float, Preconditioned] = field(default_factory=dict)
 
     def method(
@@ -40,23 +40,58 @@ class Covariance:
             shape: of a row, see `covariance`.
         """
         if damping not in self._methods:
-            if self._matrix is None:
-                share = RowShare.of_process if split else RowShare
-                self._matrix = covariance(share(self.dataset), shape)
-            made = Preconditioned(self._matrix, self._examples(), damping)
+            moments = self._of_all(split, shape)
+            made = Preconditioned(moments.mean, _examples(self.dataset), damping)
             _log_dimension(made)
             self._methods[damping] = made
         return self._methods[damping]
 
-    def _examples(self) -> int:
-        """The number of different examples, or else of rows."""
-        if "example_id" not in self.dataset.column_names:
-            return len(self.dataset)
-        ids = formatted(self.dataset, "numpy", ["example_id"])["example_id"][:]
-        return len(np.unique(ids))
+    def without(self, rows: Dataset, shape: Sequence[int]) -> Preconditioned:
+        """Return the method of the other rows, with a damping of 1.
+
+        Args:
+            rows: all those of some examples.
+            shape: of a row, see `covariance`.
+
+        Raises:
+            ValueError: no other example is there.
+        """
+        every, part = self._of_all(False, shape), covariance(RowShare(rows), shape)
+        examples = _examples(self.dataset) - _examples(rows)
+        if examples < 1:
+            raise ValueError(
+                f"some examples must stay, got all {_examples(rows)} to remove: name "
+                "fewer of them."
+            )
+        count = every.count - part.count
+        mean = (every.mean * every.count - part.mean * part.count) / count
+        return Preconditioned(mean, examples)
+
+    def _of_all(self, split: bool, shape: Sequence[int]) -> "Moments":
+        """Take it in one pass, at the first call."""
+        if self._moments is None:
+            share = RowShare.of_process if split else RowShare
+            self._moments = covariance(share(self.dataset), shape)
+        return self._moments
 
 
-def covariance(share: RowShare, shape: Sequence[int]) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """The mean of r r^T over rows r, and their number."""
+
+    mean: Tensor
+    count: int
+
+
+def _examples(dataset: Dataset) -> int:
+    """The number of different examples, or else of rows."""
+    if "example_id" not in dataset.column_names:
+        return len(dataset)
+    ids = formatted(dataset, "numpy", ["example_id"])["example_id"][:]
+    return len(np.unique(ids))
+
+
+def covariance(share: RowShare, shape: Sequence[int]) -> Moments:
     """The mean of r r^T over all finite rows r, float64.
 
     Args:
@@ -73,7 +108,7 @@ def covariance(share: RowShare, shape: Sequence[int]) -> Tensor:
         total += (numbers @ numbers.mT).double()
         count += len(sketches)
     count = int(share.summed(torch.tensor(count)))
-    return share.summed(total) / max(1, count)
+    return Moments(share.summed(total) / max(1, count), count)
 
 
 def _log_dimension(method: Preconditioned) -> None:
