@@ -82,6 +82,12 @@ _COMMANDS = {
         takes_stores=True,
         prints=True,
     ),
+    "select": _Command(
+        f"{_OPTIONS}.select:SelectArguments",
+        f"{_RECIPES}.questions.select:run_select",
+        training=f"{_RECIPES}.questions.select:SelectTrainingArguments",
+        defaults=f"{_OPTIONS}.select:SELECT_TRAINING",
+    ),
     "spikes": _Command(
         f"{_OPTIONS}.spikes:SpikesArguments",
         f"{_RECIPES}.questions.spikes:run_spikes",

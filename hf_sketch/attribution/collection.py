@@ -233,10 +233,9 @@ class GradientRows:
             ValueError: the model is of another kind; see also `attribute`.
         """
         inputs = text_inputs(model, processing_class, text)
-        rows = sketched_rows(
-            model, inputs, self.model_sketch, processing_class=processing_class
-        )
-        return self.attribute(GradientRows(self.model_sketch, rows), **options)
+        sketch = self.model_sketch
+        rows = sketched_rows(model, inputs, sketch, processing_class=processing_class)
+        return self.attribute(GradientRows(sketch, rows), **options)
 
     def scores(
         self,

@@ -1,0 +1,1 @@
+"""Choosing training data for a target."""
