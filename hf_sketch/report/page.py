@@ -16,10 +16,16 @@ from markupsafe import Markup
 
 from hf_sketch.attribution.columns import column
 from hf_sketch.attribution.loading import load_sketches
+from hf_sketch.attribution.questions.mislabeled import FILE as AUDIT
 from hf_sketch.attribution.record import FILE as ATTRIBUTION
 from hf_sketch.attribution.record import QueryRecord, load_attribution
 from hf_sketch.durable import printable, replace_file
-from hf_sketch.report.training import examples_table, loss_ends, spikes_table
+from hf_sketch.report.training import (
+    audit_table,
+    examples_table,
+    loss_ends,
+    spikes_table,
+)
 from hf_sketch.spectra.files import DIRECTORY as CURVATURE
 from hf_sketch.spectra.files import load_spectra
 from hf_sketch.store.header import HEADER
@@ -32,11 +38,12 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
     """Write one page about everything that hf_sketch left in a Trainer's output_dir.
 
     Answers come first: the figures that matter as cards, what `hf-sketch attribute`
-    answered, and the examples with the largest loss. Then follow what was recorded
-    (coverage, measured error, loss and gradient norm by step), the Hessian's spectra
-    and the search for the intrinsic dimension, each if it is there. The page is one
-    file that opens offline; its content security policy lets nothing else load, and
-    control characters in texts are spelled out. Needs the extra `plot`.
+    and `hf-sketch audit` found, the examples with the largest loss, and the steps that
+    stand out. Then follow what was recorded (coverage, measured error, loss and
+    gradient norm by step), the Hessian's spectra and the search for the intrinsic
+    dimension, each if it is there. The page is one file that opens offline; its content
+    security policy lets nothing else load, and control characters in texts are spelled
+    out. Needs the extra `plot`.
 
     Args:
         directory: the output_dir.
@@ -52,6 +59,7 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
     directory = Path(directory)
     parts = {
         "attribution": (directory / ATTRIBUTION, _attribution),
+        "audit": (directory / AUDIT, _audit),
         "recorded": (store_directory(directory) / HEADER, _recorded),
         "spectra": (directory / CURVATURE, _spectra),
         "search": (directory / SEARCH, _search),
@@ -69,7 +77,9 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
         texts = sections["attribution"]["texts"] if sections["attribution"] else {}
         spikes = sections["recorded"]["spikes"] or []
         named = {example: None for spike in spikes for example, _ in spike["named"]}
-        texts = {**named, **texts}
+        audited = sections["audit"] or []
+        known = {line["example_id"]: line["text"] for line in audited}
+        texts = {**named, **known, **texts}
         sections["recorded"]["examples"] = examples_table(store, texts)
     page = _rendered(directory.resolve().name, sections)
     path = directory / "report.html" if path is None else Path(path)
@@ -128,6 +138,10 @@ def _attribution(directory: Path) -> dict[str, Any]:
         "queries": [*map(_query, record.queries)],
         "texts": {line["example_id"]: line.get("text") for line in lines},
     }
+
+
+def _audit(directory: Path) -> list[dict[str, Any]]:
+    return audit_table(directory / AUDIT)
 
 
 def _query(query: QueryRecord) -> dict[str, Any]:

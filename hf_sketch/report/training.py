@@ -1,6 +1,9 @@
 """What the page says of training: its loss, and the examples that stayed hard."""
 
+import json
 from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,6 +65,12 @@ def examples_table(
         }
         for place in worst[(np.arange(len(worst)) < _WORST) | named]
     ]
+
+
+def audit_table(path: Path) -> list[dict[str, Any]]:
+    """Return the 100 most suspicious examples of `hf-sketch audit`, in its order."""
+    with path.open() as lines:
+        return [json.loads(line) for line in islice(lines, _WORST)]
 
 
 def spikes_table(store: GradientRows) -> list[dict[str, Any]] | None:

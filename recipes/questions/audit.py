@@ -9,8 +9,10 @@ from typing import Any
 from datasets import Dataset
 
 from hf_sketch import GradientRows, load_sketches
+from hf_sketch.attribution.questions.mislabeled import FILE
 from hf_sketch.durable import replace_file
 from hf_sketch.recipes.options.audit import AuditArguments
+from hf_sketch.recipes.texts.data_files import count_or_share
 from hf_sketch.recipes.texts.shown import (
     columns_of_texts,
     read_trained_rows,
@@ -20,7 +22,6 @@ from hf_sketch.recipes.texts.shown import (
 from hf_sketch.sketches.choices import check_count
 from hf_sketch.store.locations import is_remote, store_directory
 
-FILE = "audit.jsonl"
 Line = dict[str, Any]
 
 
@@ -39,7 +40,9 @@ def run_audit(arguments: AuditArguments, directories: list[str]) -> list[Line]:
     _check_outputs(arguments)
     store = load_sketches(directories[0])
     train = read_trained_rows(store, arguments.train_file)
-    dropped = dropped_count(arguments.drop, len(train))
+    dropped = 0
+    if arguments.drop is not None:
+        dropped = count_or_share("--drop", arguments.drop, len(train), len(train) - 1)
     columns = columns_of_texts(train, arguments.text_columns)
     texts = texts_of(train, [name for name in columns if name != "source"])
     pairs: list[Line] = store.find_duplicates(arguments.threshold).to_list()
@@ -53,28 +56,6 @@ def run_audit(arguments: AuditArguments, directories: list[str]) -> list[Line]:
         worst = {line["example_id"] for line in lines[:dropped]}
         _write_without(train, worst, arguments.output_file)
     return lines
-
-
-def dropped_count(given: str | None, rows: int) -> int:
-    """Return how many of some rows "2%" or "50" of them are.
-
-    Raises:
-        ValueError: it is neither, or leaves no rows.
-    """
-    if given is None:
-        return 0
-    share = given.endswith("%")
-    try:
-        value = float(given.removesuffix("%")) if share else int(given)
-    except ValueError:
-        value = math.nan
-    count = round(value * rows / 100) if share and math.isfinite(value) else value
-    if not 0 < count < rows:
-        raise ValueError(
-            f"--drop must be a share or a number that takes some of {rows} rows and "
-            f"leaves some, got {given!r}. Pass e.g. --drop 2%."
-        )
-    return int(count)
 
 
 def example_lines(

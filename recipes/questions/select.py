@@ -21,7 +21,6 @@ from hf_sketch.recipes.selection.choice import (
     best_rows,
     diverse_rows,
     over_tasks,
-    rows_to_keep,
 )
 from hf_sketch.recipes.selection.comparison import (
     compared_settings,
@@ -34,7 +33,11 @@ from hf_sketch.recipes.selection.recording import (
     sketched,
     with_adapters,
 )
-from hf_sketch.recipes.texts.data_files import check_columns, read_data_file
+from hf_sketch.recipes.texts.data_files import (
+    check_columns,
+    count_or_share,
+    read_data_file,
+)
 from hf_sketch.recipes.texts.shown import shortened, texts_of
 from hf_sketch.recipes.texts.text_rows import (
     TextModel,
@@ -86,7 +89,8 @@ def run_select(
     text_model = load_text_model(arguments.model_name_or_path)
     pool = _read(arguments, text_model, arguments.train_file)
     queries = _read(arguments, text_model, arguments.query_file)
-    count = rows_to_keep(arguments.keep, len(pool.rows))
+    rows = len(pool.rows)
+    count = count_or_share("--keep", arguments.keep, rows, rows)
     _tasks(arguments, queries)  # before training
     held_out = queries
     if baselines:

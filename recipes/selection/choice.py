@@ -6,26 +6,6 @@ import torch
 from torch import Tensor
 
 
-def rows_to_keep(keep: str, rows: int) -> int:
-    """The number of rows that "5%" or "200" stands for.
-
-    Raises:
-        ValueError: it is no number or share, or leaves no row, or more than there are.
-    """
-    try:
-        share = keep.endswith("%")
-        count = float(keep.rstrip("%")) * rows / 100 if share else int(keep)
-        count = round(count)
-    except (ValueError, OverflowError):
-        count = 0
-    if not 1 <= count <= rows:
-        raise ValueError(
-            f"keep must be a number of rows or a share that is 1 to {rows} rows, got "
-            f"{keep!r}: pass e.g. 5% or 100."
-        )
-    return count
-
-
 def over_tasks(scores: Tensor, tasks: Sequence[str], how: str) -> Tensor:
     """The largest or the mean score over tasks, of the mean over a task's queries.
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,6 +52,32 @@ def check_data_file(path: str) -> str:
     if not file.is_file():
         raise FileNotFoundError(f"a data file must be there, got no file at {path}.")
     return _READERS[ending]
+
+
+def count_or_share(option: str, given: str, rows: int, most: int) -> int:
+    """Return how many of some rows "2%" or "50" of them are.
+
+    Args:
+        option: that was given, for the error.
+        given: a number, or a share in percent.
+        rows: their number.
+        most: the largest result allowed; the least is 1.
+
+    Raises:
+        ValueError: it is neither, or out of range.
+    """
+    share = given.endswith("%")
+    try:
+        value = float(given.removesuffix("%")) if share else int(given)
+    except ValueError:
+        value = math.nan
+    count = round(value * rows / 100) if share and math.isfinite(value) else value
+    if not 1 <= count <= most:
+        raise ValueError(
+            f"{option} must be a share or a number that is 1 to {most} of {rows} rows, "
+            f"got {given!r}. Pass e.g. {option} 2%."
+        )
+    return int(count)
 
 
 def check_columns(dataset: Dataset, columns: Sequence[str], source: str) -> None:

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from hf_sketch import load_sketches
 from hf_sketch.cli import console, main
-from hf_sketch.recipes.questions.audit import dropped_count
+from hf_sketch.recipes.texts.data_files import count_or_share
 from tests.helpers.trained.text_classifier import ROWS, trained_classifier
 
 SOURCES = ["web", "book\x1b[31m"]
@@ -88,17 +88,17 @@ def test_json_is_what_the_file_has(classifier, capsys):
     assert json.loads(capsys.readouterr().out) == lines_of(path)
 
 
-@pytest.mark.parametrize(
-    ("given", "count"), [(None, 0), ("2%", 20), ("0.25%", 2), ("50", 50)]
-)
+@pytest.mark.parametrize(("given", "count"), [("2%", 20), ("0.25%", 2), ("50", 50)])
 def test_a_share_or_a_number_is_dropped(given, count):
-    assert dropped_count(given, 1000) == count
+    assert count_or_share("--drop", given, 1000, 999) == count
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "100%", "1000", "nan%", "2.5", "some"])
 def test_other_shares_are_refused(given):
-    with pytest.raises(ValueError, match=rf"some of 1000 rows .* got '{given}'. Pass"):
-        dropped_count(given, 1000)
+    with pytest.raises(
+        ValueError, match=rf"1 to 999 of 1000 rows, got '{given}'. Pass"
+    ):
+        count_or_share("--drop", given, 1000, 999)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""The page's section on steps that stand out."""
+"""The page's sections on steps that stand out, and on suspicious examples."""
 
+import json
 import re
 
 import torch
@@ -35,3 +36,25 @@ def test_a_planted_spike_is_named_on_the_page(tmp_path):
     assert spike[0] == "21"
     assert "#121</a> 100%" in spike[1]
     assert "<b>1</b><span>steps stand out" in page
+
+
+def test_suspicious_examples_are_on_the_page_with_their_texts(tmp_path):
+    lines = [
+        {
+            "example_id": 100 - i,
+            "suspicion": 9.5 - i if i else None,
+            "losses": [1.25, None],
+            "why": f"reason {i}",
+            "text": f"<b>text {i}</b>",
+        }
+        for i in range(120)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "audit.jsonl").write_text(text)
+    page = write_report(tmp_path).read_text()
+    section = page[page.index('<section id="audit">') :]
+    assert section.count("<tr>") == 1 + 100
+    assert "&lt;b&gt;text 99&lt;/b&gt;" in section
+    assert "text 100" not in section
+    assert "<td>8.50</td>" in section
+    assert "1.25 -" in section

@@ -1,7 +1,7 @@
 """Examples whose labels may be wrong, by what training recorded of them."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from hf_sketch.attribution.answers import with_texts
 from hf_sketch.attribution.columns import column
 from hf_sketch.attribution.queries import SketchedRows
 from hf_sketch.attribution.questions.directions import Directions
+
+FILE: Final = "audit.jsonl"  # of `hf-sketch audit`, beside the checkpoints
 
 _FEATURES = Features(
     example_id=Value("int64"),
