@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,31 @@ def sync_directory(path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+@contextmanager
+def new_directory(path: Path) -> Generator[Path]:
+    """Fill a new directory whole or not at all.
+
+    Yields a hidden directory beside it, which is renamed at the end and removed after
+    an error. What a process that was killed has left there is removed first.
+
+    Raises:
+        FileExistsError: there is something of that name.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists. Pass the name of a new directory.")
+    part = path.with_name(f".{path.name}.part")
+    if part.exists():
+        shutil.rmtree(part)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.rename(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    sync_directory(path.parent)
 
 
 def set_aside(directory: Path) -> Path:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_sketch.durable import new_directory
 from hf_sketch.store.blocks import row_blocks, sketch_matrix
 
 _FILE_ELEMENTS = 2**28
@@ -22,6 +23,8 @@ def export_sketches(
     datasets: Mapping[str, Dataset | None], to: str, output: Path
 ) -> list[Path]:
     """Write all rows to a new directory, sketches in float32, memory bounded.
+
+    If it is interrupted there is no such directory.
 
     Args:
         datasets: the rows of each kind; None or an empty one writes no file.
@@ -38,12 +41,12 @@ def export_sketches(
     """
     if to not in FORMATS:
         raise ValueError(f"to is {to!r}. Pass one of {tuple(FORMATS)}.")
-    output.mkdir(parents=True)
     written: list[Path] = []
-    for kind, dataset in datasets.items():
-        if dataset is not None and len(dataset):
-            written += FORMATS[to](dataset, output, kind)
-    return written
+    with new_directory(output) as part:
+        for kind, dataset in datasets.items():
+            if dataset is not None and len(dataset):
+                written += FORMATS[to](dataset, part, kind)
+    return [output / path.name for path in written]
 
 
 def _to_parquet(dataset: Dataset, output: Path, kind: str) -> list[Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from hf_sketch.durable import replace_file
+from hf_sketch.durable import new_directory, replace_file
 from hf_sketch.store.header import read_header
 from hf_sketch.store.manifest import (
     Gap,
@@ -94,7 +94,7 @@ def repair(directory: Path) -> list[str]:
 
 
 def merge(directories: Sequence[Path], output: Path) -> None:
-    """Copy stores of one map into a new one.
+    """Copy stores of one map into a new one, whole or not at all.
 
     Processes keep their ranks unless two stores share one; then all ranks are numbered
     again.
@@ -126,13 +126,14 @@ def merge(directories: Sequence[Path], output: Path) -> None:
     if len(set(ranks)) < len(ranks):
         ranks = list(range(len(sources)))
     world_size = max([len(sources), *(m.world_size for _, m in sources)])
-    create_store(output, headers[0], Manifest(ranks[0]))
-    for rank, (directory, manifest) in zip(ranks, sources, strict=True):
-        shards = tuple(
-            _copy(directory, shard, output, rank)
-            for shard in tqdm(manifest.shards, desc=f"Copying {directory}")
-        )
-        write_manifest(output, Manifest(rank, world_size, shards, manifest.gaps))
+    with new_directory(output) as part:
+        create_store(part, headers[0], Manifest(ranks[0]))
+        for rank, (directory, manifest) in zip(ranks, sources, strict=True):
+            shards = tuple(
+                _copy(directory, shard, part, rank)
+                for shard in tqdm(manifest.shards, desc=f"Copying {directory}")
+            )
+            write_manifest(part, Manifest(rank, world_size, shards, manifest.gaps))
 
 
 def _problem_of(directory: Path, shard: Shard) -> str | None:

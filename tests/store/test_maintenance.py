@@ -1,3 +1,7 @@
+import errno
+import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -143,3 +147,46 @@ def test_an_unknown_format_is_named(tmp_path):
     output = str(tmp_path / "out")
     with pytest.raises(ValueError, match=r"to is 'csv'. Pass one of"):
         main(["export", str(store), "--to", "csv", "--output_dir", output])
+
+
+KILLED = """
+import os, signal, sys
+from hf_sketch.cli import main
+left, real = [3], os.replace
+def replace(*paths):
+    real(*paths)
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replace
+main(["merge", sys.argv[1], "--output_dir", sys.argv[2]])
+"""
+
+
+def test_a_killed_merge_leaves_nothing_that_opens_and_can_be_repeated(tmp_path):
+    store, output = write_store(tmp_path / "sketches"), tmp_path / "joined"
+    command = [sys.executable, "-c", KILLED, str(store), str(output)]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert not output.exists()
+    assert (tmp_path / ".joined.part").exists()
+    main(["merge", str(store), "--output_dir", str(output)])
+    assert len(load_sketches(output).dataset) == len(load_sketches(store).dataset)
+    assert not (tmp_path / ".joined.part").exists()
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    store, output = write_store(tmp_path / "sketches"), tmp_path / "out"
+    command = ["export", str(store), "--to", "npy", "--output_dir", str(output)]
+    with monkeypatch.context() as broken:
+        broken.setattr(np.lib.format, "open_memmap", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            main(command)
+    assert [path.name for path in tmp_path.iterdir()] == ["sketches"]
+    main(command)
+    assert (output / "per_example.sketch.npy").exists()
+    with pytest.raises(FileExistsError, match=r"out exists\. Pass the name"):
+        main(command)
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
