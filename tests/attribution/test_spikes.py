@@ -1,6 +1,7 @@
 """Steps that stand out and the examples that made them, beside dense gradients."""
 
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,8 +133,10 @@ def test_a_run_that_hardly_varies_has_no_spikes_of_rounding():
     assert found[18] == pytest.approx(20)
 
 
-def written(directory, spikes, examples=4, steps=20, broken=(), losses=None):
+def written(directory, spikes, steps=20, broken=(), losses=None, short=()):
     """A store whose steps have the gradient (1, 0, 0, 0), or three times that.
+
+    A step has four examples, a short one has one.
 
     Of step s the examples are 0, 1, 2, ...; at a spike the example of that number has
     the whole gradient, else each an equal part.
@@ -141,6 +144,7 @@ def written(directory, spikes, examples=4, steps=20, broken=(), losses=None):
     writer = SketchWriter(directory / "sketches", Header(SKETCH))
     unit = torch.eye(4)[:1]
     for step in range(1, steps + 1):
+        examples = 1 if step in short else 4
         columns = example_rows(step, [*range(examples)])
         size = 3.0 if step in spikes else 1.0
         columns["loss"] = torch.full((examples,), (losses or {}).get(step, 0.1))
@@ -194,6 +198,15 @@ def test_a_gradient_that_is_not_finite_stands_out_and_names_its_examples(tmp_pat
     assert lines["example_id"][:] == [1]
     assert lines["share"][0] != lines["share"][0]
     assert lines["norm_deviation"][:] == [float("inf")]
+
+
+def test_a_step_of_few_examples_does_not_stand_out_by_its_noise(tmp_path):
+    store = written(tmp_path / "a", {15: 0, 18: 0}, short=(15,))
+    assert set(store.find_spikes()["step"]) == {18}
+    broken = written(tmp_path / "b", {}, broken=(15,))
+    rows = [r for r in range(80) if broken.dataset[r]["step"] != 15 or r % 4 == 1]
+    alone = replace(broken, dataset=broken.dataset.select(rows))
+    assert set(alone.find_spikes()["step"]) == {15}
 
 
 def test_a_run_without_spikes_has_no_lines(tmp_path):

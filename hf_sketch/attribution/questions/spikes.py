@@ -24,6 +24,7 @@ Array = np.ndarray[Any, Any]
 
 _LEAST = 10  # steps before the first one that is judged
 _NORMAL = 1.4826  # standard deviations of a Gaussian per median absolute deviation
+_SHORT = 0.5  # of the median number of examples
 _FLOOR = 0.05  # of the median: deviations of a run that hardly varies are not spikes
 _OF_STEPS = ("step", "epoch", "learning_rate", "clip_factor")
 _NOT_SHOWN = (*_OF_STEPS, "sketch", "scale", "micro_step", "rank")
@@ -57,8 +58,9 @@ def find_spikes(
     A step stands out if its value lies more than `threshold` robust standard deviations
     above the median of the recorded steps before it. The deviation is 1.4826 times the
     median absolute deviation of those steps, and at least 5% of their median. Steps
-    with fewer than 10 recorded steps before them are not judged. A gradient that is NaN
-    or infinite always stands out.
+    with fewer than 10 recorded steps before them are not judged, nor are those with
+    less than half the usual number of examples, as the last of an epoch often: their
+    mean gradient is noisier. A gradient that is NaN or infinite always stands out.
 
     For each such step it names the fewest examples whose shares of the gradient add up
     to `carried` of all shares; see `step_shares`. If some examples' gradients are not
@@ -91,6 +93,8 @@ def find_spikes(
     run = _recorded_run(self.dataset, self.steps)
     by_loss = deviations_before(run.loss, window)
     by_norm = deviations_before(run.norm, window)
+    short = run.counts < _SHORT * np.median(run.counts)
+    by_loss[short] = by_norm[short] = np.nan
     by_norm[~np.isfinite(run.norm)] = np.inf
     # NaN, of steps that are not judged, is not greater.
     found = ((by_loss > threshold) | (by_norm > threshold)).nonzero()[0]
@@ -141,6 +145,11 @@ class _RecordedRun:
     places: Array
     loss: Array
     norm: Array
+
+    @property
+    def counts(self) -> Array:
+        """The number of examples of each step, (steps,)."""
+        return np.array([len(own) for own in self.rows], np.int64)
 
 
 def _recorded_run(examples: Dataset, steps: Dataset | None) -> _RecordedRun:
@@ -209,7 +218,7 @@ def _lines(
         "step_norm": run.norm[at],
         "loss_deviation": by_loss[spike],
         "norm_deviation": by_norm[spike],
-        "step_examples": np.array([len(own) for own in run.rows], np.int64)[at],
+        "step_examples": run.counts[at],
         "share": shares,
     }
     counts = {"spikes": _counts(pairs, mine), "rows": _counts(ids, mine)}
