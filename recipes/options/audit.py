@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class AuditArguments:
-    """Find the training examples of a run that may have wrong labels or are duplicates.
+    """Find the training examples of a run that may be mislabeled or are duplicates.
 
     Suspicion is the mean of an example's excess loss and of its disagreement with the
     others, both in standard deviations: see docs/audit.md. Nothing is trained and no
@@ -14,19 +14,21 @@ class AuditArguments:
 
     train_file: str = field(
         metadata={
-            "help": "The training rows (.json, .jsonl, .csv or .txt, optionally with "
-            ".gz) in their order."
+            "help": "The run's training file (.json, .jsonl, .csv or .txt, optionally "
+            "with .gz), with its rows in the same order."
         }
     )
     text_columns: str | None = field(
         default=None,
-        metadata={"help": "Columns to show, comma-separated; by default all texts."},
+        metadata={
+            "help": "Columns to show, comma-separated; by default all text columns."
+        },
     )
     threshold: float | None = field(
         default=None,
         metadata={
-            "help": "Least cosine of duplicates, in (0, 1]; by default measured on the "
-            "store."
+            "help": "Smallest cosine of duplicates, in (0, 1]; by default derived from "
+            "the store."
         },
     )
     top_k: int = field(
@@ -43,11 +45,11 @@ class AuditArguments:
     drop: str | None = field(
         default=None,
         metadata={
-            "help": "Share (2%%) or number (50) of the most suspicious examples, which "
+            "help": "Share (2%%) or number (50) of the most suspicious examples that "
             "output_file leaves out."
         },
     )
     output_file: str | None = field(
         default=None,
-        metadata={"help": "New .jsonl file for the training rows without those."},
+        metadata={"help": "New .jsonl file for the training rows that are left."},
     )

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 @dataclass
 class SelectArguments:
-    """Choose the training data of a pool that serves a target best, as LESS does.
+    """Choose the training rows of a pool that best serve a target, as LESS does.
 
     A short run with LoRA on the pool records each example's gradient in Adam's
     geometry. An example's score is its mean cosine with the gradients of the target's
-    examples; of several tasks, the largest counts.
+    examples. With several tasks, the largest score counts.
     """
 
     model_name_or_path: str = field(metadata={"help": "Any text model to fine-tune."})
@@ -27,25 +27,25 @@ class SelectArguments:
     )
     task_column: str = field(
         default="task",
-        metadata={"help": "Column of query_file with each row's task, if it is there."},
+        metadata={"help": "Column of query_file with each row's task, if it has one."},
     )
     over_tasks: str = field(
         default="max",
-        metadata={"help": "A score over several tasks: max, as in LESS, or mean."},
+        metadata={"help": "Score over several tasks: their max, as in LESS, or mean."},
     )
     diversity: float = field(
         default=0.0,
         metadata={
-            "help": "Weight in [0, 1) of unlikeness to the rows chosen before; 0 ranks "
-            "by scores alone."
+            "help": "Weight in [0, 1) of dissimilarity from the rows already chosen; 0 "
+            "ranks by scores alone."
         },
     )
     warmup_share: float = field(
         default=0.05,
-        metadata={"help": "Share of the run before it records, for Adam's moments."},
+        metadata={"help": "Share of the run that only warms up Adam's moments."},
     )
     text_columns: str | None = field(
-        default=None, metadata={"help": "Columns of the texts, comma-separated."}
+        default=None, metadata={"help": "Text columns, comma-separated."}
     )
     max_length: int = field(default=256, metadata={"help": "Tokens kept per row."})
     out_size: int = field(default=4096, metadata={"help": "Numbers per sketch."})
@@ -53,13 +53,13 @@ class SelectArguments:
     baseline: str | None = field(
         default=None,
         metadata={
-            "help": "Other choices to compare with: random, bm25, rds (cosine of mean "
-            "hidden states), comma-separated. Then every second row of query_file is "
+            "help": "Comma-separated methods to compare with: random, bm25, rds "
+            "(cosine of mean hidden states). Every second row of query_file is then "
             "held out, and a fresh adapter is trained on each choice."
         },
     )
     compare_epochs: float = field(
-        default=3.0, metadata={"help": "Epochs on each choice that is compared."}
+        default=3.0, metadata={"help": "Training epochs on each compared choice."}
     )
 
 

@@ -5,24 +5,26 @@ from dataclasses import dataclass, field
 
 @dataclass
 class SpikesArguments:
-    """List the steps whose loss or gradient norm stands out, and the examples behind.
+    """List steps whose loss or gradient norm stands out, and the examples behind them.
 
     A step stands out if its value lies more than `threshold` robust standard deviations
     above the median of the recorded steps before it. An example's share is the part of
-    the step's gradient that it contributed: shares add up to 100%, and an example that
-    pulled the other way has a negative one.
+    the step's gradient that it contributed. Shares add up to 100%, and an example that
+    pulled the other way has a negative share.
     """
 
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "The training rows (.json, .jsonl, .csv or .txt) in their order, "
-            "to show the texts of the examples."
+            "help": "The run's training file (.json, .jsonl, .csv or .txt), with its "
+            "rows in the same order, to show the texts of the examples."
         },
     )
     text_columns: str | None = field(
         default=None,
-        metadata={"help": "Columns to show, comma-separated; by default all texts."},
+        metadata={
+            "help": "Columns to show, comma-separated; by default all text columns."
+        },
     )
     threshold: float = field(
         default=8.0, metadata={"help": "Robust standard deviations above the median."}
@@ -41,7 +43,7 @@ class SpikesArguments:
     output_file: str | None = field(
         default=None,
         metadata={
-            "help": "JSON lines file for the named examples, each with its id, its "
-            "steps and its row of the training file, as a list to quarantine."
+            "help": "Quarantine list: a JSON lines file of the named examples, each "
+            "with its id, its steps and its row of the training file."
         },
     )

@@ -25,15 +25,14 @@ class Directions:
     to unit length first. Rows that are not finite count as 0.
 
     Shapes:
-        ids (examples,); codes (rows,): which of the examples each row is of; counts
-        (examples,)
+        ids (examples,); codes (rows,); counts (examples,)
 
     Args:
         dataset: the rows.
         ids: the examples, sorted.
-        codes: the example of each row.
+        codes: the place in `ids` of each row's example.
         counts: rows of each example.
-        shape: of a row: (out_size,), or (groups, out_size).
+        shape: shape of a row: (out_size,), or (groups, out_size).
         at_once: examples per block.
     """
 
@@ -46,16 +45,16 @@ class Directions:
 
     @classmethod
     def of_rows(cls, rows: SketchedRows) -> "Directions":
-        """Return the directions of the examples that some rows are of.
+        """Return the directions of the examples that have rows here.
 
         Raises:
-            ValueError: the rows are of steps.
+            ValueError: the rows belong to steps.
         """
         names = rows.dataset.column_names
         if EXAMPLE not in names:
             raise ValueError(
                 f"Only rows of examples can be compared, got the columns {names}. Use "
-                "the store itself in place of store.step_rows()."
+                "the store itself instead of store.step_rows()."
             )
         groups = row_groups(rows.dataset, EXAMPLE)
         sketch = rows.model_sketch
@@ -73,7 +72,7 @@ class Directions:
         """Yield the finite rows of the block from example `start` on, at unit length.
 
         Yields:
-            which of the block's examples each row is of, (n,), and the rows.
+            the place in the block of each row's example, (n,), and the rows.
         """
         within = (self.codes >= start) & (self.codes < start + self.at_once)
         numbers = within.nonzero().squeeze(1)
@@ -88,7 +87,7 @@ class Directions:
             yield here[finite], unit[finite]
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield which examples a block has, and their directions, (b, row_size)."""
+        """Yield each block's slice of the examples and its directions (b, row_size)."""
         for start in self.starts:
             stop = min(start + self.at_once, len(self.ids))
             yield slice(start, stop), self.block(start)
@@ -104,8 +103,8 @@ class Directions:
     def metric(self, damping: float) -> Preconditioned:
         """Return the inverse of C + damping * tr(C) / examples, C the mean of u u^T.
 
-        u are the rows at unit length. The metric weighs what many rows share less than
-        what tells them apart.
+        u are the rows at unit length. The metric gives what many rows share less weight
+        than what distinguishes them.
 
         Raises:
             ValueError: no row has a gradient.

@@ -1,4 +1,4 @@
-"""Pairs of examples that taught the model the same."""
+"""Pairs of examples that trained the model in the same direction."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -12,9 +12,9 @@ from hf_sketch.attribution.queries import SketchedRows
 from hf_sketch.attribution.questions.directions import Directions
 from hf_sketch.examples.measured_error import MeasuredError
 
-_DAMPING = 0.1  # of the metric: less than for scores, to tell examples apart
+_DAMPING = 0.1  # of the metric: less than for scores, to distinguish examples
 _SHARE = 0.75  # of the similarity of an example with itself
-_LEAST = 0.1  # similarity with itself that is taken for one
+_LEAST = 0.1  # the smallest similarity with itself that is assumed
 _FEATURES = Features(
     example_id=Value("int64"), other_id=Value("int64"), cosine=Value("float32")
 )
@@ -34,29 +34,31 @@ def find_duplicates(
 ) -> Dataset:
     """Return the pairs of examples that trained the model in the same direction.
 
-    An example's direction is the mean of its rows u at unit length. The cosine of two
-    directions is taken in the metric inverse(C + 0.1 c 1), C the mean of u u^T over all
-    rows and c = tr(C) / number of examples: what many examples share, such as a label,
-    makes no duplicates. Copies with different labels pull apart and are not found.
+    An example's direction is the mean of its rows, each scaled to unit length (u). The
+    cosine of two directions is taken in the metric inverse(C + 0.1 c 1), where C is the
+    mean of u u^T over all rows and c = tr(C) / number of examples. In this metric,
+    sharing what many examples share, such as a label, makes no duplicates. Copies with
+    different labels pull in different directions and are not found.
 
-    Time grows with the square of the number of examples. Rows are read in blocks, two
-    of which are held at once (256 MiB).
+    Time grows with the square of the number of examples. Rows are read in blocks, and
+    two blocks are in memory at once (256 MiB).
 
     Args:
         self: the store.
-        threshold: least cosine of a pair. By default 0.75 times the cosine that a copy
-            would have, as measured on the store: the mean cosine of an example's rows
-            of different epochs, which changes of the model, dropout and the sketch keep
-            below 1. Where each example has one row it is 1 - `measured_error`.
-        max_pairs: number of pairs to return at most; those of the greatest cosines.
+        threshold: smallest cosine of a pair. Defaults to 0.75 times the cosine that a
+            copy would have, as measured on the store: the mean cosine between an
+            example's rows from different epochs. Changes of the model, dropout and the
+            sketch keep it below 1. If each example has one row, that cosine is taken as
+            1 minus the relative error in `measured_error`.
+        max_pairs: largest number of pairs to return; the largest cosines are kept.
 
     Returns:
-        one line per pair, from the greatest cosine to the least: example_id (the
-        lesser), other_id and cosine.
+        one line per pair, the largest cosine first: example_id (the smaller id),
+        other_id and cosine.
 
     Raises:
-        ValueError: the rows are of steps or have no gradient, or `threshold` is outside
-            (0, 1].
+        ValueError: the rows belong to steps or have no gradient, or `threshold` is
+            outside (0, 1].
 
     Examples:
         >>> import torch
@@ -95,7 +97,7 @@ def find_duplicates(
 def _similar(
     directions: Directions, metric: Preconditioned, threshold: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """By blocks, pairs of examples (n, 2), the lesser first, and their cosines (n,)."""
+    """Yield pairs of examples (n, 2), the earlier first, and their cosines (n,)."""
     norms = torch.zeros(len(directions.ids))
     for examples, block in directions.blocks():
         solved = metric.transform(block)
@@ -116,7 +118,7 @@ def _similar(
 def _of_copies(
     directions: Directions, metric: Preconditioned, error: MeasuredError | None
 ) -> float:
-    """The cosine that an example's copy would have with it, by those of one block."""
+    """The cosine that a copy would have with its example, measured on one block."""
     block, counts = directions.block(0), directions.counts[: directions.at_once]
     own = torch.zeros(len(block), dtype=torch.float64)
     for here, unit in directions.rows(0):

@@ -1,4 +1,4 @@
-"""Examples whose labels may be wrong, by what training recorded of them."""
+"""Examples whose labels may be wrong, judging by what training recorded."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -30,7 +30,7 @@ def find_mislabeled(
     dataset: Dataset | None = None,
     id2label: Mapping[int, str] | None = None,
 ) -> Dataset:
-    """Return one line per example, the most suspicious of a wrong label first.
+    """Return one line per example, the one most likely mislabeled first.
 
     Suspicion is the mean of two figures, each in standard deviations from the mean over
     the examples, and uses neither labels nor settings:
@@ -38,26 +38,27 @@ def find_mislabeled(
     - excess_loss: the example's loss above the mean of its epoch, averaged over the
       recorded epochs.
     - disagreement: -sum_j d_i @ inverse(C + c 1) @ d_j over all other examples j. An
-      example's direction d is the mean of its rows u at unit length, C the mean of
-      u u^T over all rows, and c = tr(C) / number of examples.
+      example's direction d is the mean of its rows, each scaled to unit length (u), C
+      is the mean of u u^T over all rows, and c = tr(C) / number of examples.
 
-    An example without a recorded loss has its disagreement as suspicion.
-    docs/audit.md says how well this finds wrong labels. Rows are read in three passes,
-    two of them in blocks of examples; memory grows by some numbers per example and row.
+    If an example has no recorded loss, its suspicion is its disagreement.
+    docs/audit.md shows how well this finds wrong labels. Rows are read in three passes,
+    two of them in blocks of examples. Memory grows by a few numbers per example and
+    row.
 
     Args:
         self: the store.
-        dataset: the `train_dataset` with its texts; these and labels come along.
-        id2label: names of its labels, if they are no `ClassLabel`.
+        dataset: the `train_dataset`; its texts and labels are added to the lines.
+        id2label: names of its labels, if they are not a `ClassLabel`.
 
     Returns:
-        example_id, suspicion, excess_loss, disagreement, losses (one per epoch, from
-        the first that any example has to the last; NaN where there is none) and
-        gradient_norm (mean over the example's rows).
+        example_id, suspicion, excess_loss, disagreement, losses (one per epoch from the
+        first recorded to the last; NaN if the example has none there) and gradient_norm
+        (mean over the example's rows).
 
     Raises:
-        ValueError: the rows are of steps or have no gradient, or an example is not in
-            the dataset.
+        ValueError: the rows belong to steps or have no gradient, or an example is not
+            in the dataset.
 
     Examples:
         >>> import torch
@@ -145,14 +146,14 @@ def _means(
 
 
 def _means_of(values: np.ndarray[Any, Any], axis: int) -> np.ndarray[Any, Any]:
-    """Means along an axis of what is no NaN; NaN where there is nothing."""
+    """Means along an axis over what is not NaN; NaN where there is nothing."""
     known = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return np.where(known, values, 0).sum(axis) / known.sum(axis)
 
 
 def _standard(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """In standard deviations from the mean of what is no NaN; 0 if all are equal."""
+    """In standard deviations from the mean of what is not NaN; 0 if all are equal."""
     centred = values - _means_of(values, 0)
     spread = np.sqrt(_means_of(centred**2, 0))
     return centred / spread if spread > 0 else centred

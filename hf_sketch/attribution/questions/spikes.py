@@ -1,4 +1,4 @@
-"""Steps of training that stand out, and the examples that made them."""
+"""Steps of training that stand out, and the examples that caused them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class RecordedRows(Protocol):
 
     @property
     def steps(self) -> Dataset | None:
-        """The rows of steps, if there are."""
+        """The rows of steps, if there are any."""
         ...
 
 
@@ -58,34 +58,35 @@ def find_spikes(
     A step stands out if its value lies more than `threshold` robust standard deviations
     above the median of the recorded steps before it. The deviation is 1.4826 times the
     median absolute deviation of those steps, and at least 5% of their median. Steps
-    with fewer than 10 recorded steps before them are not judged, nor are those with
-    less than half the usual number of examples, as the last of an epoch often: their
-    mean gradient is noisier. A gradient that is NaN or infinite always stands out.
+    with fewer than 10 recorded steps before them are not judged. Neither are steps with
+    fewer than half the median number of examples, often the last of an epoch, because
+    their mean gradient is noisier. A step whose gradient is NaN or infinite always
+    stands out.
 
-    For each such step it names the fewest examples whose shares of the gradient add up
-    to `carried` of all shares; see `step_shares`. If some examples' gradients are not
-    finite, it names these, with a share of NaN. docs/spikes.md has an example.
+    Each such step is listed with the fewest examples whose shares of the gradient add
+    up to `carried` of all shares; see `step_shares`. If some examples' gradients are
+    not finite, these are listed, with a share of NaN. docs/spikes.md has an example.
 
     Args:
         self: the store, with rows of steps and of examples.
         threshold: robust standard deviations above the median.
         window: number of recorded steps that a step is compared with.
         carried: part of the step's gradient that the named examples carry, in (0, 1].
-        dataset: the `train_dataset` with its texts; these and labels come along.
-        id2label: names of its labels, if they are no `ClassLabel`.
+        dataset: the `train_dataset`; its texts and labels are added to the lines.
+        id2label: names of its labels, if they are not a `ClassLabel`.
 
     Returns:
-        a line per step and named example, in the order of the steps and from the
-        greatest share: step, epoch, learning_rate, step_loss (the weighted sum of the
-        examples'; NaN if losses were not recorded), step_norm (of the gradient before
-        clipping), loss_deviation and norm_deviation (what `threshold` is compared
-        with; NaN if not judged), clip_factor, step_examples (their number), share, the
-        columns of the example's row, `spikes` (the number of these steps that name the
-        example) and `rows` (the number of its rows in the store).
+        one line per step and named example, in the order of the steps and with the
+        largest share first: step, epoch, learning_rate, step_loss (the weighted sum of
+        its examples' losses; NaN if losses were not recorded), step_norm (the gradient
+        norm before clipping), loss_deviation and norm_deviation (what `threshold` is
+        compared with; NaN if not judged), clip_factor, step_examples (their number),
+        share, the columns of the example's row, `spikes` (the number of these steps
+        that name the example) and `rows` (the number of its rows in the store).
 
     Raises:
         ValueError: a setting is out of range, rows of steps or of examples are missing,
-            a step is there twice, or an example is not in the dataset.
+            a step has two rows, or an example is not in the dataset.
     """
     check_count("window", window, least=_LEAST)
     check_number("threshold", threshold, least=0)
@@ -106,10 +107,11 @@ def find_spikes(
 def deviations_before(values: Array, window: int) -> Array:
     """Return how far each value lies above the median of those before it.
 
-    In robust standard deviations, see `find_spikes`; NaN where too few are before it.
+    The unit is robust standard deviations, see `find_spikes`. Values with too few
+    before them give NaN.
 
     Shapes:
-        values (n,), of which those that are not finite are skipped -> (n,)
+        values (n,) -> (n,); values that are not finite do not enter the median
     """
     found = np.full(len(values), np.nan)
     for place, value in enumerate(values):
@@ -134,9 +136,9 @@ class _RecordedRun:
         examples: the rows of examples.
         steps: the rows of steps.
         rows: places of each step's rows in `examples`.
-        places: of each step in `steps`.
-        loss: of each step, the weighted sum of the examples'.
-        norm: of each step's gradient before clipping; NaN if it is not finite.
+        places: place of each step in `steps`.
+        loss: loss of each step, the weighted sum of its examples' losses.
+        norm: norm of each step's gradient before clipping; NaN if it is not finite.
     """
 
     examples: Dataset
@@ -156,13 +158,13 @@ def _recorded_run(examples: Dataset, steps: Dataset | None) -> _RecordedRun:
     """Match the rows of steps with those of examples."""
     if steps is None or not len(steps) or "step" not in examples.column_names:
         raise ValueError(
-            "Spikes are found in rows of steps and of examples, recorded together. "
+            "Finding spikes needs rows of steps and of examples, recorded together. "
             "Record with GradientSketchCallback(per_step=True, per_example=True)."
         )
     numbers, places = np.unique(column(steps, "step"), return_index=True)
     if len(numbers) < len(steps):
         raise ValueError(
-            f"{len(steps)} rows of steps are of {len(numbers)} different steps, as of "
+            f"The store has {len(steps)} step rows of {len(numbers)} steps, perhaps of "
             "several runs. Call find_spikes on the store of each run."
         )
     entered = column(examples, "step")

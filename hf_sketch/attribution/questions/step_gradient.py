@@ -43,10 +43,10 @@ def noise_and_signal(
         rows (n, out_size), weights (n,), gradient (out_size,) -> (), ()
 
     Args:
-        rows: of the step's examples, or of some of them.
-        weights: of the examples in the step.
-        gradient: the step's, before clipping.
-        examples: B, at least 2; the number of examples of the whole step.
+        rows: rows of the step's examples, or of some of them.
+        weights: weights of these examples in the step.
+        gradient: the step's gradient, before clipping.
+        examples: B, at least 2; the number of examples in the whole step.
 
     Reference:
         McCandlish et al. 2018, arXiv:1812.06162, eq. (2.9) and appendix A.1, with

@@ -32,12 +32,12 @@ class RecordedRows(SketchedRows, Protocol):
 
     @property
     def covariance(self) -> Covariance:
-        """Of all rows of the store."""
+        """The covariance of all rows of the store."""
         ...
 
     @property
     def measured_error(self) -> MeasuredError | None:
-        """Of inner products of the rows."""
+        """The error of the rows' inner products, if it was measured."""
         ...
 
 
@@ -45,17 +45,17 @@ class RecordedRows(SketchedRows, Protocol):
 class WhatIf:
     """The estimated change of losses if training had not seen some examples.
 
-    All changes are in the unit of the queries' loss; a positive one says that the loss
-    would be larger without the examples. [low, high] is a 90% interval for the change
-    in the mean over retrainings; a single one adds its own noise to that.
+    All changes are in the unit of the queries' loss; a positive change means that the
+    loss would be larger without the examples. [low, high] is a 90% interval for the
+    mean change over retrainings; a single retraining adds its own noise.
 
     Args:
-        change: of the mean loss over the queries.
-        low: end of its interval.
-        high: the other.
-        removed: number of examples that are thought away.
+        change: change of the mean loss over the queries.
+        low: lower end of its interval.
+        high: upper end of its interval.
+        removed: number of examples removed.
         examples: number of all examples.
-        queries: a line per query: query (its row), query_id, change, low and high.
+        queries: one line per query: query (its row), query_id, change, low and high.
     """
 
     change: float
@@ -81,18 +81,19 @@ def what_if(
     """Estimate how the queries' losses would differ without some examples.
 
     The estimate is the sum of the scores that method="preconditioned" gives the
-    examples, with the covariance of the rows that stay, over the number of examples
-    that stay; an example with several rows counts with their mean. Its interval is
-    2 (a^2 + b^2 + c^2 + d^2)^(1/2) to both sides, where
+    examples, with the covariance of the rows that stay, divided by the number of
+    examples that stay. An example with several rows counts with their mean. The
+    interval extends 2 (a^2 + b^2 + c^2 + d^2)^(1/2) to both sides, where
 
     - a is the standard deviation over the times that training saw the examples,
     - b is the root of the sum of the examples' squared effects,
-    - c is the difference from the estimate with the covariance of all rows, by which
-      the examples' effects do not add up,
+    - c is the difference from the estimate with the covariance of all rows, which shows
+      how far the examples' effects are from adding up,
     - d is the sketch's error of an inner product, as measured during training.
 
-    docs/attribution.md says how often such intervals hold the truth, and when they do
-    not: removing most of a class changes more than any linear estimate says.
+    docs/attribution.md shows how often such intervals hold the measured change, and
+    when they do not: removing most of a class changes more than any linear estimate
+    predicts.
 
     Args:
         self: the store.
@@ -101,8 +102,8 @@ def what_if(
         queries: rows of the same map, as in `attribute`.
 
     Raises:
-        ValueError: no row is of these examples, or no example would stay; see also
-            `attribute`.
+        ValueError: no row belongs to these examples, or no example would stay; see
+            also `attribute`.
 
     Examples:
         >>> from datasets import Dataset
@@ -148,10 +149,10 @@ class _Part:
     """Examples to be removed, and the scores with and without their rows.
 
     Args:
-        rows: theirs, all finite.
+        rows: rows of these examples, all finite.
         whole: solves with the covariance of all rows.
-        staying: solves with that of the others.
-        relative_error: of inner products of sketches.
+        staying: solves with the covariance of the other rows.
+        relative_error: relative error of inner products of sketches.
     """
 
     rows: Dataset
@@ -161,7 +162,7 @@ class _Part:
 
     @classmethod
     def of(cls, store: RecordedRows, values: Mapping[str, Any]) -> "_Part":
-        """Of a store's examples."""
+        """Return the part with the examples of a store that have these values."""
         ids = np.unique(column(matching_rows(store.dataset, values), EXAMPLE))
         every = store.covariance.dataset
         rows = matching_rows(every, {EXAMPLE: ids, "finite": True})
@@ -184,7 +185,7 @@ class _Part:
 
     @property
     def queries_at_once(self) -> int:
-        """So many that their scores of all examples take 128 MiB."""
+        """The number of queries whose scores of all these examples fit in 128 MiB."""
         return max(1, _SUMS_AT_ONCE // self.count)
 
     def effects(self, queries: QueryMatrix) -> tuple[Tensor, Tensor]:
@@ -208,7 +209,7 @@ class _Part:
         return change, torch.stack(errors).square().sum(0).sqrt()
 
     def _sketch_error(self, queries: QueryMatrix, rows_met: Tensor) -> Tensor:
-        """That of the sum's inner product with the solved queries, (queries,)."""
+        """The sketch's error of the sum's product with solved queries, (queries,)."""
         total = torch.zeros(self.whole.covariance[..., 0].numel(), dtype=torch.float64)
         for block in RowShare(self.rows).blocks():
             weights = 1 / rows_met[block.start : block.start + len(block.kept)]
@@ -219,7 +220,7 @@ class _Part:
 
 
 def _times(rows: Dataset) -> RowGroups:
-    """The rows by how often training had seen their example before."""
+    """Group the rows by how often training had seen their example before."""
     ids = column(rows, EXAMPLE)
     order = ids.argsort(kind="stable")
     _, counts = np.unique(ids, return_counts=True)
