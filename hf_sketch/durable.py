@@ -95,9 +95,8 @@ def new_directory(path: Path) -> Generator[Path]:
     try:
         yield part
         part.rename(path)
-    except BaseException:
+    finally:
         shutil.rmtree(part, ignore_errors=True)
-        raise
     sync_directory(path.parent)
 
 
