@@ -135,7 +135,7 @@ def _counted(
 
 @contextmanager
 def _kept_gradients(parameters: Iterable[Tensor]) -> Generator[None]:
-    """Within, gradients begin at none; afterwards they are those of before."""
+    """Clear gradients within the context, and restore them afterwards."""
     before = [(parameter, parameter.grad) for parameter in parameters]
     for parameter, _ in before:
         parameter.grad = None

@@ -32,7 +32,7 @@ class Media:
         starts: of each input with rows end to end, its name, the rows at which examples
             start, and the number of rows. Also of tiles, without those that are zero,
             and, under "", of what the model puts in place of the tokens.
-        unknown: inputs of which this cannot be told.
+        unknown: inputs whose examples are unknown.
     """
 
     starts: tuple[tuple[str, Starts], ...] = ()
@@ -57,7 +57,7 @@ class Media:
         )
 
     def within(self, length: int) -> set[Starts]:
-        """Return the ways in which so many rows may belong to the examples."""
+        """Return the ways in which this number of rows may belong to examples."""
         return {starts for _, starts in self.starts if starts[-1] == length}
 
     def lacks(self, name: str, first: int, count: int) -> bool:
@@ -156,7 +156,7 @@ class _Owners:
         return found
 
     def _starts(self, name: str, x: Tensor) -> Starts | None:
-        """Return where examples start in an input; None if that cannot be told."""
+        """Return where examples start in an input; None if that is unknown."""
         rows = len(x)
         if rows == self._size and (self._stacked or all(self._counts)):
             return _summed([1] * rows)

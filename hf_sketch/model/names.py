@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_sketch.model.zero import whole_shape
 
-# PeftModel.from_pretrained freezes the adapter unless it is told to train it.
+# PeftModel.from_pretrained freezes the adapter unless it is passed is_trainable=True.
 WHAT_TRAINS: Final = (
     "call requires_grad_(True) on the parameters that train, and load an adapter with "
     "PeftModel.from_pretrained(..., is_trainable=True)."

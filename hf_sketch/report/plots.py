@@ -240,7 +240,7 @@ def plot_gradient_norm(store: GradientRows) -> Figure:
     steps: Dataset | None = store.steps
     if steps is None:
         raise ValueError(
-            "the norms are those of rows of steps, got none: record them by "
+            "gradient norms come from rows of steps, got none: record them with "
             "GradientSketchCallback."
         )
     norms = column(steps, "gradient_norm")

@@ -1,4 +1,4 @@
-"""A run with LoRA that records its pool in Adam's geometry, and goes on if it ended."""
+"""A resumable run with LoRA that records its pool in Adam's geometry."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,9 +73,9 @@ def recorded_pool(
 ) -> GradientRows:
     """Train on the pool and return the rows that were recorded.
 
-    A first part of the steps only trains. From its checkpoint, whose second moments
-    divide all gradients, training goes on and records. A run that was interrupted goes
-    on from its last checkpoint.
+    The first steps only train. From their checkpoint, whose second moments divide all
+    gradients, training continues and records. An interrupted run resumes from its last
+    checkpoint.
 
     Args:
         text_model: with adapters, which are trained.
@@ -111,7 +111,7 @@ class PoolRows:
 
     Args:
         recorded: while training ran.
-        rest: of the examples that training did not record, as those of the warm-up, at
+        rest: rows of examples that training did not record, as in the warm-up, at
             the model's present weights; None if there are none.
         missing: the numbers of these examples in the pool.
     """

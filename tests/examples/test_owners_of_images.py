@@ -32,7 +32,7 @@ def test_rows_of_images_are_found_by_the_tokens_in_their_place():
     assert split.within(torch.zeros(12, 3)) == Runs(3)  # of tokens
     assert split.within(torch.zeros(9, 3)) is None  # of who knows what
     assert dict(split.some(1, 2).media.starts)["pixel_values"] == (0, 8, 24)
-    # As many patches as tokens: of whom a row is cannot be told.
+    # As many patches as tokens: whose a row is remains open.
     inputs["input_ids"] = ids.repeat(1, 2)
     assert split_of(inputs, "input_ids", IMAGE).within(torch.zeros(24, 3)) is None
 

@@ -8,7 +8,7 @@ from hf_sketch.examples.rules.linear import Linear
 def wrong_first_factors():
     """Within, the rule of linear layers doubles the gradients of LoRA's first factor.
 
-    By the model's first weights it cannot be told: they are zero.
+    The model's first weights do not show it: they are zero.
     """
     right = Linear.backward
 

@@ -1,4 +1,4 @@
-"""Choosing rows of a pool: planted topics are found, and runs go on."""
+"""Choosing rows of a pool: planted topics are found, and runs resume."""
 
 import json
 import math

@@ -43,4 +43,4 @@ class ZeroGradients:
         """Why trials have ended; None if all was seen, or another trial may come."""
         if not self._zero or self._trials < _TRIALS:
             return None
-        return f"those of {min(self._zero)} were zero in {_TRIALS} trials"
+        return f"the gradients of {min(self._zero)} were zero in {_TRIALS} trials"

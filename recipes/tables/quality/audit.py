@@ -44,7 +44,7 @@ class AuditStudyArguments(ReportArguments):
     """Wrong labels and copies planted, looked for, and left out of a new training.
 
     Scores are those of `find_mislabeled`, its parts, and the loss of the last epoch.
-    Trainings are kept in output_dir: an interrupted study goes on.
+    Trainings are kept in output_dir: an interrupted study resumes.
     """
 
     task: str = field(
