@@ -293,5 +293,5 @@ class GradientRows:
 
     @cached_property
     def covariance(self) -> Covariance:
-        """That of all rows."""
+        """The covariance of all rows of the store, taken when it is first needed."""
         return self.recorded or Covariance(self.dataset)
