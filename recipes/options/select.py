@@ -25,6 +25,13 @@ class SelectArguments:
     keep: str = field(
         default="5%", metadata={"help": "Rows to choose: a number, or a share (5%%)."}
     )
+    sketches: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a run that recorded the pool: choose by its rows and its"
+            " last checkpoint instead of training."
+        },
+    )
     task_column: str = field(
         default="task",
         metadata={"help": "Column of query_file with each row's task, if it has one."},

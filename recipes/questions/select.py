@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import TrainingArguments, set_seed
 
+from hf_sketch import GradientRows, load_sketches
 from hf_sketch.durable import replace_file
 from hf_sketch.recipes.options.select import SELECT_TRAINING, SelectArguments
 from hf_sketch.recipes.selection.baselines import (
@@ -31,6 +32,7 @@ from hf_sketch.recipes.selection.recording import (
     PoolRows,
     recorded_pool,
     sketched,
+    trained_model,
     with_adapters,
 )
 from hf_sketch.recipes.texts.data_files import (
@@ -38,7 +40,7 @@ from hf_sketch.recipes.texts.data_files import (
     count_or_share,
     read_data_file,
 )
-from hf_sketch.recipes.texts.shown import shortened, texts_of
+from hf_sketch.recipes.texts.shown import check_trained_rows, shortened, texts_of
 from hf_sketch.recipes.texts.text_rows import (
     TextModel,
     load_text_model,
@@ -152,14 +154,7 @@ def _by_gradients(
     count: int,
 ) -> tuple[Tensor, Tensor]:
     """Scores of the pool and the rows chosen by them, (rows,) and (count,)."""
-    text_model = _new_model(arguments)
-    store = recorded_pool(
-        text_model,
-        pool.inputs,
-        training,
-        warmup_share=arguments.warmup_share,
-        out_size=arguments.out_size,
-    )
+    text_model, store = _recorded(arguments, training, pool)
     rows = PoolRows.of(text_model, store, pool.inputs)
     scores = rows.scores(sketched(text_model, store, queries.inputs))
     total = over_tasks(scores, _tasks(arguments, queries), arguments.over_tasks)
@@ -169,6 +164,25 @@ def _by_gradients(
     directions = rows.directions(candidates.tolist())
     places = diverse_rows(total[candidates], directions, count, arguments.diversity)
     return total, candidates[places]
+
+
+def _recorded(
+    arguments: SelectArguments, training: TrainingArguments, pool: _Data
+) -> tuple[TextModel, GradientRows]:
+    """The trained model and the rows of the pool: those at hand, or of a new run."""
+    if arguments.sketches is not None:
+        store = load_sketches(arguments.sketches)
+        check_trained_rows(store, pool.rows, arguments.train_file)
+        return trained_model(arguments.sketches), store
+    text_model = _new_model(arguments)
+    store = recorded_pool(
+        text_model,
+        pool.inputs,
+        training,
+        warmup_share=arguments.warmup_share,
+        out_size=arguments.out_size,
+    )
+    return text_model, store
 
 
 def _new_model(arguments: SelectArguments) -> TextModel:

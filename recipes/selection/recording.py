@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, TaskType, get_peft_model
+from peft.utils import CONFIG_NAME as ADAPTERS_CONFIG
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import (
@@ -19,13 +20,15 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CONFIG_NAME
 
 from hf_sketch import GradientRows, load_sketches, sketch_dataset
 from hf_sketch.attribution.columns import column
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.recipes.texts.text_rows import TextModel
+from hf_sketch.recipes.texts.text_rows import TextModel, load_text_model
 from hf_sketch.store.blocks import sketch_matrix
 
+_SAVED_MODEL = (CONFIG_NAME, ADAPTERS_CONFIG)
 _TASKS = {
     "causal": TaskType.CAUSAL_LM,
     "seq2seq": TaskType.SEQ_2_SEQ_LM,
@@ -103,6 +106,26 @@ def recorded_pool(
     trainer.add_callback(GradientSketchCallback(out_size, normalize="adam"))
     trainer.train(resume_from_checkpoint=last)
     return load_sketches(str(training.output_dir))
+
+
+def trained_model(directory: str) -> TextModel:
+    """Load the model of a run as training left it.
+
+    Args:
+        directory: the run's output_dir. Its last checkpoint is used, or what
+            `Trainer.save_model` saved there if it has none.
+
+    Raises:
+        FileNotFoundError: it has neither.
+    """
+    last = get_last_checkpoint(directory) if Path(directory).is_dir() else None
+    saved = [Path(directory) / name for name in _SAVED_MODEL]
+    if last is None and not any(path.is_file() for path in saved):
+        raise FileNotFoundError(
+            f"{directory} must have a checkpoint, got none: pass the output_dir of a "
+            "run that saved one."
+        )
+    return load_text_model(last or directory)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,24 @@ def read_trained_rows(store: GradientRows, path: str) -> Dataset:
         ValueError: it cannot be read, or has other rows than the store's ids count.
     """
     dataset = read_data_file(path)
+    check_trained_rows(store, dataset, path)
+    return dataset
+
+
+def check_trained_rows(store: GradientRows, dataset: Dataset, path: str) -> None:
+    """Raise ValueError if a file's rows are not those that a store's run trained on.
+
+    Args:
+        store: the run's rows.
+        dataset: the file's.
+        path: of the file, for the message.
+    """
     rows = store.directory and read_header(store.directory).train_rows
     if rows not in (None, len(dataset)):
         raise ValueError(
             f"{path} has {len(dataset)} rows, and the run was trained on {rows}: pass "
             "these rows, in their order, as after any filtering."
         )
-    return dataset
 
 
 def columns_of_texts(dataset: Dataset, given: str | None = None) -> list[str]:

@@ -1,11 +1,14 @@
 """Texts as a model's training examples, for any model that has a loss on text."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -57,11 +60,15 @@ class TextModel:
 
 
 def load_text_model(path: str) -> TextModel:
-    """A model of a folder or of the Hub, by what its configuration says it is.
+    """Load a model from a folder or the Hub, by what its configuration says it is.
+
+    A folder of adapters gives its base model with them, trainable as in training.
 
     Raises:
         ValueError: it is not a classifier of sequences nor a language model.
     """
+    if (Path(path) / CONFIG_NAME).is_file():
+        return _with_saved_adapters(path)
     config = AutoConfig.from_pretrained(path)
     name = (config.architectures or ["no architecture"])[0]
     if name.endswith("ForSequenceClassification"):
@@ -78,6 +85,17 @@ def load_text_model(path: str) -> TextModel:
         )
     tokenizer = AutoTokenizer.from_pretrained(path)
     return TextModel(kind, auto.from_pretrained(path).eval(), with_padding(tokenizer))
+
+
+def _with_saved_adapters(path: str) -> TextModel:
+    """Load the base model of saved adapters, with them and with their tokenizer."""
+    config = PeftConfig.from_pretrained(path)
+    base = load_text_model(str(config.base_model_name_or_path))
+    model: Any = PeftModel.from_pretrained(base.model, path, is_trainable=True).eval()
+    if not (Path(path) / "tokenizer_config.json").is_file():
+        return replace(base, model=model)
+    tokenizer = with_padding(AutoTokenizer.from_pretrained(path))
+    return TextModel(base.kind, model, tokenizer)
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -16,6 +16,9 @@ from hf_sketch.recipes.selection.choice import (
     over_tasks,
 )
 from hf_sketch.recipes.texts.minilm import embedded_model_path
+from hf_sketch.store.header import Header
+from hf_sketch.store.writer import SketchWriter
+from tests.helpers.stores import SKETCH
 
 SEA = ["the sea carries ships to the harbour", "waves of the sea wash the harbour"]
 COOK = ["boil the rice and add salt to the pan", "add butter to the pan and boil it"]
@@ -87,6 +90,22 @@ def test_rows_of_the_queries_topic_are_chosen_and_runs_go_on(
     select(language, tmp_path)
     assert load_sketches(tmp_path / "run").dataset["sketch"][:] == before
     assert chosen(tmp_path) == rows
+    # Nor does a recorded run at hand train: its rows and its checkpoint do.
+    (tmp_path / "again").mkdir()
+    select(language, tmp_path / "again", f"--sketches={tmp_path / 'run'}")
+    assert not (tmp_path / "again" / "run").exists()
+    assert chosen(tmp_path / "again") == rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [(40, "must have a checkpoint"), (39, "trained on 39")]
+)
+def test_a_run_at_hand_must_have_a_model_and_the_pools_rows(
+    language, tmp_path, rows, message
+):
+    SketchWriter(tmp_path / "done" / "sketches", Header(SKETCH, train_rows=rows))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        select(language, tmp_path, f"--sketches={tmp_path / 'done'}")
 
 
 @pytest.mark.full
