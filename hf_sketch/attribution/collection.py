@@ -149,11 +149,11 @@ class GradientRows:
 
     def build_index(
         self,
-        method: str | Method = "dot",
+        method: str | Method = "preconditioned",
         lists: int | None = None,
         probed: int | None = None,
     ) -> RowIndex:
-        """Build an index for approximate search; `RowIndex.recall` measures its loss.
+        """Index single rows for approximate search, whose loss `RowIndex.recall` gives.
 
         Args:
             method: as in `attribute`.
@@ -163,7 +163,7 @@ class GradientRows:
         Raises:
             ModuleNotFoundError: FAISS is missing.
         """
-        return index_rows(self.dataset, self.scored_by(method), lists, probed)
+        return index_rows(self.dataset, lambda: self.scored_by(method), lists, probed)
 
     def attribute(
         self,

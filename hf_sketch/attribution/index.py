@@ -1,6 +1,7 @@
 """Approximate search of a store's rows, by FAISS; needs the extra `faiss`."""
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,9 +64,18 @@ class RowIndex:
 
 
 def index_rows(
-    dataset: Dataset, method: Method, lists: int | None, probed: int | None
+    dataset: Dataset,
+    scored_by: Callable[[], Method],
+    lists: int | None,
+    probed: int | None,
 ) -> RowIndex:
     """Put all finite rows into inverted lists, in two passes.
+
+    Args:
+        dataset: the rows.
+        scored_by: returns what scores are; it may read all rows, so it is called last.
+        lists: their number; None for the default.
+        probed: lists that a search looks at; None for the default.
 
     Raises:
         ModuleNotFoundError: FAISS is not installed.
@@ -86,6 +96,7 @@ def index_rows(
             "probed must be in [1, lists], and lists at most the number of rows, got "
             f"{probed}, {lists} and {len(dataset)} rows: pass smaller ones."
         )
+    method = scored_by()
     out_size: int = dataset.features["sketch"].length
     flat = faiss.IndexFlatIP(out_size)
     index = faiss.IndexIVFFlat(flat, out_size, lists, faiss.METRIC_INNER_PRODUCT)
