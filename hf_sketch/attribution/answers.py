@@ -52,13 +52,13 @@ def answers(
     if groups == EXAMPLE and EXAMPLE not in dataset.column_names:
         groups = None
     if groups is None:
-        return _lines(ids, *best_rows(share, queries, method, *counts), dataset)
+        return answer_lines(ids, *best_rows(share, queries, method, *counts), dataset)
     grouped = row_groups(dataset, groups)
     if groups == EXAMPLE and grouped.count == len(dataset):
-        lines = _lines(ids, *best_rows(share, queries, method, *counts), dataset)
+        lines = answer_lines(ids, *best_rows(share, queries, method, *counts), dataset)
         return lines.add_column("rows", np.ones(len(lines), dtype=np.int64))
     found = best_groups(share, queries, method, grouped, *counts)
-    return _lines(ids, *found, _group_columns(dataset, groups, grouped))
+    return answer_lines(ids, *found, group_columns(dataset, groups, grouped))
 
 
 def check_lines(top_k: int, bottom_k: int) -> None:
@@ -99,8 +99,8 @@ def with_texts(
     return lines
 
 
-def _group_columns(dataset: Dataset, name: str, groups: RowGroups) -> Dataset:
-    """What answers say of each group: its value and its number of rows.
+def group_columns(dataset: Dataset, name: str, groups: RowGroups) -> Dataset:
+    """Return what answers say of each group: its value and its number of rows.
 
     Of an example they also say what its last row has in the other columns.
     """
@@ -113,10 +113,10 @@ def _group_columns(dataset: Dataset, name: str, groups: RowGroups) -> Dataset:
     return taken_rows(dataset, last, names).add_column("rows", counts)
 
 
-def _lines(
+def answer_lines(
     ids: np.ndarray[Any, Any], best: BestRows, worst: BestRows, about: Dataset
 ) -> Dataset:
-    """A line for each query and place: its score, and the columns of its place."""
+    """Return a line for each query and place: its score, and its place's columns."""
     places = torch.cat([best.places, worst.places.flip(1)], 1)
     scores = torch.cat([best.scores, -worst.scores.flip(1)], 1)
     top, bottom = best.places.shape[1], worst.places.shape[1]

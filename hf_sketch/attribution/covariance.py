@@ -41,7 +41,7 @@ class Covariance:
         """
         if damping not in self._methods:
             moments = self._of_all(split, shape)
-            made = Preconditioned(moments.mean, _examples(self.dataset), damping)
+            made = Preconditioned(moments.mean, example_count(self.dataset), damping)
             _log_dimension(made)
             self._methods[damping] = made
         return self._methods[damping]
@@ -57,15 +57,14 @@ class Covariance:
             ValueError: no other example is there.
         """
         every, part = self._of_all(False, shape), covariance(RowShare(rows), shape)
-        examples = _examples(self.dataset) - _examples(rows)
+        examples = example_count(self.dataset) - example_count(rows)
         if examples < 1:
             raise ValueError(
-                f"some examples must stay, got all {_examples(rows)} to remove: name "
-                "fewer of them."
+                f"some examples must stay, got all {example_count(rows)} to remove: "
+                "name fewer of them."
             )
-        count = every.count - part.count
-        mean = (every.mean * every.count - part.mean * part.count) / count
-        return Preconditioned(mean, examples)
+        staying = Moments(every.total - part.total, every.count - part.count)
+        return Preconditioned(staying.mean, examples)
 
     def _of_all(self, split: bool, shape: Sequence[int]) -> "Moments":
         """Take it in one pass, at the first call."""
@@ -77,14 +76,19 @@ class Covariance:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """The mean of r r^T over rows r, and their number."""
+    """The sum of r r^T over rows r, and their number."""
 
-    mean: Tensor
+    total: Tensor
     count: int
 
+    @property
+    def mean(self) -> Tensor:
+        """The mean of r r^T; zeros for no rows."""
+        return self.total / max(1, self.count)
 
-def _examples(dataset: Dataset) -> int:
-    """The number of different examples, or else of rows."""
+
+def example_count(dataset: Dataset) -> int:
+    """Return the number of different examples, or else of rows."""
     if "example_id" not in dataset.column_names:
         return len(dataset)
     ids = formatted(dataset, "numpy", ["example_id"])["example_id"][:]
@@ -92,11 +96,11 @@ def _examples(dataset: Dataset) -> int:
 
 
 def covariance(share: RowShare, shape: Sequence[int]) -> Moments:
-    """The mean of r r^T over all finite rows r, float64.
+    """Return the sum of r r^T over all finite rows r, float64.
 
     Args:
         share: the rows.
-        shape: of each: (out_size,), or (groups, out_size) for a mean of each group,
+        shape: of each: (out_size,), or (groups, out_size) for a sum for each group,
             (groups, out_size, out_size).
     """
     total = torch.zeros(*shape, shape[-1], dtype=torch.float64)
@@ -108,7 +112,7 @@ def covariance(share: RowShare, shape: Sequence[int]) -> Moments:
         total += (numbers @ numbers.mT).double()
         count += len(sketches)
     count = int(share.summed(torch.tensor(count)))
-    return Moments(share.summed(total) / max(1, count), count)
+    return Moments(share.summed(total), count)
 
 
 def _log_dimension(method: Preconditioned) -> None:

@@ -161,14 +161,21 @@ def best_groups(
     Scores of all groups are held for as many queries as fit into 512 MiB, at least one.
     """
     found: list[tuple[BestRows, BestRows]] = []
-    numbers = torch.arange(groups.count)
     for part in queries.split(max(1, _SUMS_AT_ONCE // max(1, groups.count))):
         scores = group_scores(share, part, method, groups)
-        none = BestRows.none(len(scores))
-        best = none.and_of(scores, numbers, top)
-        found.append((best, none.and_of(-scores, numbers, bottom)))
+        found.append(best_places(scores, top, bottom))
     best, worst = map(BestRows.joined, zip(*found, strict=True))
     return best, worst
+
+
+def best_places(scores: Tensor, top: int, bottom: int) -> tuple[BestRows, BestRows]:
+    """Where the greatest and the least scores are (these first, and negated).
+
+    Shapes:
+        scores (queries, n)
+    """
+    none, places = BestRows.none(len(scores)), torch.arange(scores.shape[1])
+    return none.and_of(scores, places, top), none.and_of(-scores, places, bottom)
 
 
 def dense_scores(share: RowShare, queries: QueryMatrix, method: Method) -> Tensor:
@@ -186,6 +193,18 @@ def group_scores(
 
     A mean over no rows is NaN.
     """
+    sums, rows_met = group_sums(share, queries, method, groups)
+    return sums / rows_met if method.averaged else sums
+
+
+def group_sums(
+    share: RowShare, queries: QueryMatrix, method: Method, groups: "RowGroups"
+) -> tuple[Tensor, Tensor]:
+    """Sums over the finite rows of each group, and their numbers.
+
+    Shapes:
+        -> (queries, groups), (groups,), float64
+    """
     shape = len(queries.states[0]), groups.count
     sums = torch.zeros(shape, dtype=torch.float64)
     rows_met = torch.zeros(groups.count, dtype=torch.float64)
@@ -193,8 +212,7 @@ def group_scores(
         codes = groups.codes[rows]
         sums.index_add_(1, codes, scores.double())
         rows_met += torch.bincount(codes, minlength=groups.count)
-    sums = share.summed(sums)
-    return sums / share.summed(rows_met) if method.averaged else sums
+    return share.summed(sums), share.summed(rows_met)
 
 
 def self_scores(share: RowShare, method: Method) -> Tensor:

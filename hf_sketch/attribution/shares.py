@@ -16,6 +16,20 @@ from hf_sketch.processes import processes, reduced
 from hf_sketch.store.blocks import RowBlock, block_rows, row_blocks
 
 
+def shared_rows(total: int, at_once: int, number: int, count: int) -> range:
+    """Return the row numbers of one of `count` shares, which begin where blocks do.
+
+    Args:
+        total: number of all rows.
+        at_once: rows of a block.
+        number: of the share.
+        count: of shares.
+    """
+    blocks = -(-total // at_once)
+    edges = [(number + i) * blocks // count * at_once for i in (0, 1)]
+    return range(min(edges[0], total), min(edges[1], total))
+
+
 @dataclass(frozen=True)
 class RowShare:
     """Rows that this process reads, of those that all read together.
@@ -43,10 +57,8 @@ class RowShare:
         Shares begin where blocks do, so that all products are of the same blocks, and
         the same to the last bit, for any number of processes.
         """
-        at_once, total = block_rows(self.dataset), len(self.dataset)
-        blocks = -(-total // at_once)
-        edges = [(self.number + i) * blocks // self.count * at_once for i in (0, 1)]
-        return range(min(edges[0], total), min(edges[1], total))
+        at_once = block_rows(self.dataset)
+        return shared_rows(len(self.dataset), at_once, self.number, self.count)
 
     def blocks(self, method: Method | None = None) -> Iterator[RowBlock]:
         """The rows in order, with what a method needs of them, under a progress bar."""

@@ -1,0 +1,1 @@
+"""Attribution in independent tasks, for engines that spread them over machines."""
