@@ -1,5 +1,6 @@
 """Copies of a store's rows in other formats."""
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,8 +29,9 @@ def export_sketches(
 
     Args:
         datasets: the rows of each kind; None or an empty one writes no file.
-        to: "parquet", one file per kind; "npy", one file per column; "safetensors",
-            files of up to 2**28 numbers with one tensor per column.
+        to: "parquet", one file per kind; "lance", one dataset per kind; "npy", one file
+            per column; "safetensors", files of up to 2**28 numbers with one tensor per
+            column.
         output: the new directory.
 
     Returns:
@@ -38,6 +40,7 @@ def export_sketches(
     Raises:
         ValueError: the format is unknown.
         FileExistsError: the directory exists.
+        ModuleNotFoundError: "lance" needs pylance, which is not installed.
     """
     if to not in FORMATS:
         raise ValueError(f"to is {to!r}. Pass one of {tuple(FORMATS)}.")
@@ -51,20 +54,39 @@ def export_sketches(
 
 def _to_parquet(dataset: Dataset, output: Path, kind: str) -> list[Path]:
     path = output / f"{kind}.parquet"
-    size: int = dataset.features["sketch"].length
-    columns: Any = dataset.select_columns(_plain_columns(dataset)).with_format("arrow")
     with ExitStack() as stack:
         writer: pq.ParquetWriter | None = None
-        for block in tqdm(row_blocks(dataset), desc="Exporting"):
-            part = block.sketches
-            flat = pa.array(part.reshape(-1).numpy())
-            sketches = pa.FixedSizeListArray.from_arrays(flat, size)
-            table = columns[block.start : block.start + len(part)]
-            table = table.append_column("sketch", sketches).replace_schema_metadata()
+        for table in _tables(dataset):
             if writer is None:
                 writer = stack.enter_context(pq.ParquetWriter(path, table.schema))
             writer.write_table(table)
     return [path]
+
+
+def _to_lance(dataset: Dataset, output: Path, kind: str) -> list[Path]:
+    try:
+        lance = importlib.import_module("lance")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'Export to Lance needs pylance. Call pip install "hf-sketch[lance]".'
+        ) from error
+    path = output / f"{kind}.lance"
+    schema = next(_tables(dataset.select([0]))).schema
+    batches = (batch for table in _tables(dataset) for batch in table.to_batches())
+    lance.write_dataset(pa.RecordBatchReader.from_batches(schema, batches), str(path))
+    return [path]
+
+
+def _tables(dataset: Dataset) -> Iterator[pa.Table]:
+    """All columns block by block, the sketches in float32."""
+    size: int = dataset.features["sketch"].length
+    columns: Any = dataset.select_columns(_plain_columns(dataset)).with_format("arrow")
+    for block in tqdm(row_blocks(dataset), desc="Exporting"):
+        part = block.sketches
+        flat = pa.array(part.reshape(-1).numpy())
+        sketches = pa.FixedSizeListArray.from_arrays(flat, size)
+        table = columns[block.start : block.start + len(part)]
+        yield table.append_column("sketch", sketches).replace_schema_metadata()
 
 
 def _to_npy(dataset: Dataset, output: Path, kind: str) -> list[Path]:
@@ -108,6 +130,7 @@ def _plain_columns(dataset: Dataset) -> list[str]:
 
 FORMATS: dict[str, Callable[[Dataset, Path, str], list[Path]]] = {
     "parquet": _to_parquet,
+    "lance": _to_lance,
     "npy": _to_npy,
     "safetensors": _to_safetensors,
 }

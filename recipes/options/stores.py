@@ -31,7 +31,7 @@ class MergeArguments:
 class ExportArguments:
     """Copy the rows of a store to files of another format."""
 
-    to: str = field(metadata={"help": "Format: parquet, npy or safetensors."})
+    to: str = field(metadata={"help": "Format: parquet, lance, npy or safetensors."})
     output_dir: str = field(metadata={"help": "New folder for the files."})
 
 
