@@ -108,6 +108,7 @@ _COMMANDS = {
             "info",
             "verify",
             "repair",
+            "upgrade",
             "merge",
             "export",
         )

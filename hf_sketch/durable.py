@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and JSON that carries its checksum."""
 
+import errno
 import json
 import os
 import shutil
@@ -65,6 +66,31 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
     """
     Draft(path, data).finish()
     sync_directory(path.parent)
+
+
+def append_file(path: Path, size_bytes: int, data: bytes) -> None:
+    """Add to a file of a known length, and sync it.
+
+    Raises:
+        OSError: there is no room, then the file is as before; or it has another length,
+            as another process writes to it.
+    """
+    file = os.open(path, os.O_WRONLY)
+    try:
+        found = os.fstat(file).st_size
+        if found != size_bytes:
+            what = f"{path.name} has {found} bytes, not {size_bytes}"
+            raise OSError(errno.EBUSY, f"another process writes here: {what}")
+        try:
+            os.lseek(file, size_bytes, os.SEEK_SET)
+            while data:
+                data = data[os.write(file, data) :]
+            os.fsync(file)
+        except OSError:
+            os.ftruncate(file, size_bytes)
+            raise
+    finally:
+        os.close(file)
 
 
 def sync_directory(path: Path) -> None:

@@ -12,6 +12,7 @@ from hf_sketch.recipes.options.stores import (
     RepairArguments,
     ReportArguments,
     SpectrumArguments,
+    UpgradeArguments,
     VerifyArguments,
 )
 from hf_sketch.recipes.spectrum_report import print_spectra, summary_of
@@ -19,7 +20,7 @@ from hf_sketch.report.page import write_report
 from hf_sketch.store.contents import describe, inventory
 from hf_sketch.store.export import export_sketches
 from hf_sketch.store.locations import is_remote, store_directory
-from hf_sketch.store.maintenance import find_problems, merge, repair
+from hf_sketch.store.maintenance import find_problems, merge, repair, upgrade
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 
 
@@ -40,13 +41,16 @@ def run_verify(arguments: VerifyArguments, directories: list[str]) -> list[str]:
 
 def run_repair(arguments: RepairArguments, directories: list[str]) -> None:
     """Repair each store and print how."""
-    if remote := [directory for directory in directories if is_remote(directory)]:
-        raise ValueError(
-            f"repair takes directories, got {remote}: mend a copy of it, and put that "
-            "in its place."
-        )
-    done = [line for d in directories for line in repair(store_directory(d))]
+    stores = _stores_here("repair", directories)
+    done = [line for store in stores for line in repair(store)]
     print("\n".join(done) or "there was nothing to mend")
+
+
+def run_upgrade(arguments: UpgradeArguments, directories: list[str]) -> None:
+    """Bring each store to the newest version of the format and print how."""
+    stores = _stores_here("upgrade", directories)
+    done = [line for store in stores for line in upgrade(store)]
+    print("\n".join(done) or "the format was the newest one")
 
 
 def run_merge(arguments: MergeArguments, directories: list[str]) -> None:
@@ -93,3 +97,13 @@ def run_report(arguments: ReportArguments, directories: list[str]) -> None:
         )
     for directory in directories:
         print(f"saved {write_report(directory, arguments.output_file)}")
+
+
+def _stores_here(command: str, directories: list[str]) -> list[Path]:
+    """The stores that a command changes, which must be on this machine."""
+    if remote := [directory for directory in directories if is_remote(directory)]:
+        raise ValueError(
+            f"{command} takes directories, got {remote}. Change a copy of the store, "
+            "and put that in its place."
+        )
+    return [store_directory(directory) for directory in directories]

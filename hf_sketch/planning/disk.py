@@ -1,15 +1,14 @@
 """How many bytes rows take on disk, by arithmetic alone."""
 
-import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import pyarrow as pa
 import torch
 from datasets import Features
 
-from hf_sketch.store.manifest import Manifest
+from hf_sketch.store.log import entry_bytes
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP, arrow_table, features, joined
 from hf_sketch.store.shards import Shard
 
@@ -90,8 +89,7 @@ class StoreSize:
         files: Arrow files.
         files_a_rank: those of the rank that has most.
         total_bytes: of all files.
-        manifest_bytes: of the largest manifest at the end; it is written anew with each
-            file.
+        manifest_bytes: of the largest manifest at the end.
     """
 
     rows: int
@@ -128,14 +126,17 @@ def store_size(
     own, own_bytes = _rank_files(kinds, steps, flush_steps)
     others, others_bytes = _rank_files(kinds[:1], steps, flush_steps)
     files = own + (ranks - 1) * others
-    entry = _entry_bytes(examples.kind)
+    entry = _bytes_per_file([kind.kind for kind, _ in kinds])
+    alone = _bytes_per_file([examples.kind])
     return StoreSize(
         rows=rows_a_step * steps * ranks,
         row_bytes=examples.row_bytes,
         step_rows=steps if per_step else 0,
         files=files,
         files_a_rank=own,
-        total_bytes=own_bytes + (ranks - 1) * others_bytes + files * entry,
+        total_bytes=own_bytes
+        + own * entry
+        + (ranks - 1) * (others_bytes + others * alone),
         manifest_bytes=own * entry,
     )
 
@@ -162,12 +163,11 @@ def _rank_files(
     return len(kinds) * sum(times for _, times in parts), total
 
 
-def _entry_bytes(kind: str) -> int:
-    """Of a file's entry in the manifest."""
-    name = f"{kind}-00000-000001.arrow"
-    shard = Shard(name, kind, 1000, 10**6, 10**6, 10**7, 1000, _DIGEST, _DIGEST)
-    with_one = json.dumps(asdict(Manifest(shards=(shard,))), indent=1)
-    return len(with_one) - len(json.dumps(asdict(Manifest()), indent=1))
+def _bytes_per_file(kinds: list[str]) -> int:
+    """Of a file's part of the entry of a flush in the manifest."""
+    rest = 1000, 10**6, 10**6, 10**7, 1000, _DIGEST, _DIGEST
+    shards = [Shard(f"{kind}-00000-000001.arrow", kind, *rest) for kind in kinds]
+    return round(entry_bytes(shards) / len(kinds))
 
 
 def _bits(kind: pa.DataType) -> int:

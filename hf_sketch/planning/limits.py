@@ -69,10 +69,3 @@ def _of_the_store(plan: Plan) -> Iterator[str]:
             f"the store has {store.files:,} files, and Linux maps {_MAPPED_FILES:,} per"
             " process: raise vm.max_map_count to open it as one"
         )
-    rewritten = store.files_a_rank * store.manifest_bytes / 2
-    if rewritten > store.total_bytes / store.files * store.files_a_rank:
-        yield (
-            f"a rank rewrites its manifest with each of its {store.files_a_rank:,} "
-            f"files, {rewritten:.3g} bytes in all, more than its rows: record on more "
-            "ranks, or fewer steps"
-        )

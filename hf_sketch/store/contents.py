@@ -8,12 +8,8 @@ from typing import Any
 
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.store.header import read_header
-from hf_sketch.store.manifest import (
-    Manifest,
-    missing_ranks,
-    read_manifests,
-    shards_of,
-)
+from hf_sketch.store.log import read_manifests
+from hf_sketch.store.manifest import Manifest, missing_ranks, shards_of
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 
 _OF_SKETCH = ("out_size", "layout", "operator", "seed")

@@ -117,7 +117,8 @@ def _read_version_1(
 
 
 # Every version that a release wrote keeps its line, so that its stores open for good.
-READERS: Final = {1: _read_version_1}
+# Version 2 differs in the manifests alone.
+READERS: Final = {1: _read_version_1, 2: _read_version_1}
 FORMAT_VERSION: Final = max(READERS)
 
 
@@ -161,6 +162,11 @@ def read_header(directory: Path) -> Header:
     header = READERS[version](content, _read_normalizer(directory, content))
     _verify(path, header.model_sketch.check_value(), content["check_value"])
     return header
+
+
+def is_current(directory: Path) -> bool:
+    """Return whether a store's header has the newest version."""
+    return read_sealed(directory / HEADER)["format_version"] == FORMAT_VERSION
 
 
 def _write_normalizer(path: Path, normalizer: Normalizer) -> None:

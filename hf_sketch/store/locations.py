@@ -12,8 +12,15 @@ from fsspec.spec import AbstractFileSystem
 from huggingface_hub import HfApi, constants, snapshot_download
 
 from hf_sketch.store.header import HEADER, NORMALIZER
-from hf_sketch.store.manifest import read_manifests
-from hf_sketch.store.shards import Shard
+from hf_sketch.store.log import (
+    file_names,
+    is_of_manifest,
+    manifest_files,
+    read_log,
+    read_manifests,
+    remove_leftovers,
+)
+from hf_sketch.store.manifest import Manifest
 
 _FOLDER = "sketches"
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -63,6 +70,7 @@ def push_store(
             "which have a store."
         )
     api = HfApi(token=token)
+    ranks = [manifest.rank for manifest in read_manifests(directory)]
     api.create_repo(repo_id, private=private, repo_type="dataset", exist_ok=True)
     commit = api.upload_folder(
         repo_id=repo_id,
@@ -71,6 +79,8 @@ def push_store(
         repo_type="dataset",
         commit_message="Upload sketches",
         ignore_patterns=["*.tmp"],
+        # What an earlier push has left of these processes; other files stay.
+        delete_patterns=[p for r in ranks for p in (f"*-{r:05d}-*", f"*-{r:05d}.*")],
     )
     return commit.commit_url
 
@@ -107,24 +117,29 @@ def fetch_store(url: str, **options: object) -> Path:
 
 def _update(files: AbstractFileSystem, root: str, directory: Path) -> None:
     """Download what a copy lacks, manifests before the shards that they list."""
-    before = {shard.file: shard for shard in _shards(directory)}
-    manifests = [str(path) for path in files.glob(f"{root}/manifest-*.json")]
-    for old in directory.glob("manifest-*.json"):
+    before = {s.file: s for m in _manifests(directory) for s in m.shards}
+    found = [str(path) for path in files.glob(f"{root}/manifest-*")]
+    manifests = [path for path in found if is_of_manifest(path.rpartition("/")[2])]
+    for old in directory.glob("manifest-*"):
         old.unlink()
     normalizers = [str(path) for path in files.glob(f"{root}/{NORMALIZER}")]
     _fetch(files, [f"{root}/{HEADER}", *normalizers, *manifests], directory)
     lacking: list[str] = []
-    for shard in _shards(directory):
-        path = directory / shard.file
-        if before.get(shard.file, shard) != shard:  # of another run at the same URL
-            path.unlink(missing_ok=True)
-        if not path.is_file() or path.stat().st_size != shard.size_bytes:
-            lacking.append(f"{root}/{shard.file}")
+    for manifest in _manifests(directory):
+        remove_leftovers(directory, manifest)
+        for shard in manifest.shards:
+            path = directory / shard.file
+            if before.get(shard.file, shard) != shard:  # of another run at this URL
+                path.unlink(missing_ok=True)
+            if not path.is_file() or path.stat().st_size != shard.size_bytes:
+                lacking.append(f"{root}/{shard.file}")
     _fetch(files, lacking, directory)
 
 
-def _shards(directory: Path) -> list[Shard]:
-    return [s for manifest in read_manifests(directory) for s in manifest.shards]
+def _manifests(directory: Path) -> list[Manifest]:
+    """What the copied manifests list, whichever files the copy has."""
+    names = manifest_files(file_names(directory))
+    return [read_log(directory / name, frozenset()).manifest for name in names]
 
 
 def _fetch(files: AbstractFileSystem, paths: list[str], directory: Path) -> None:

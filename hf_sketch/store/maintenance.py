@@ -1,6 +1,7 @@
 """Maintaining stores: whether they are whole, repairing, merging."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,16 +9,22 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from hf_sketch.durable import new_directory, replace_file
-from hf_sketch.store.header import read_header
-from hf_sketch.store.manifest import (
-    Gap,
-    Manifest,
-    manifest_paths,
-    missing_ranks,
-    read_manifest,
-    read_manifests,
-    write_manifest,
+from hf_sketch.store.header import (
+    FORMAT_VERSION,
+    Header,
+    is_current,
+    read_header,
+    write_header,
 )
+from hf_sketch.store.log import (
+    file_names,
+    manifest_files,
+    read_log,
+    read_manifests,
+    torn_bytes,
+    write_log,
+)
+from hf_sketch.store.manifest import KINDS, Gap, Manifest, missing_ranks
 from hf_sketch.store.opening import create_store
 from hf_sketch.store.shards import Shard, check_shard, describe_shard, shard_name
 
@@ -36,11 +43,14 @@ def find_problems(directory: Path) -> list[str]:
         read_header(directory)
     except (FileNotFoundError, ValueError) as error:
         problems.append(str(error))
-    for path in manifest_paths(directory):
+    names = file_names(directory)
+    for path in (directory / name for name in manifest_files(names)):
         try:
-            manifests.append(read_manifest(path))
+            manifests.append(read_log(path, names).manifest)
         except ValueError as error:
             problems.append(str(error))
+            continue
+        problems += _cut_off(path, manifests[-1], names)
     for shard in tqdm([s for m in manifests for s in m.shards], desc="Verifying"):
         if problem := _problem_of(directory, shard):
             problems.append(problem)
@@ -66,16 +76,21 @@ def repair(directory: Path) -> list[str]:
     Raises:
         ValueError: the header cannot be read.
     """
-    read_header(directory)
+    header = read_header(directory)
     done: list[str] = []
-    for path in manifest_paths(directory):
+    names = file_names(directory)
+    for path in (directory / name for name in manifest_files(names)):
         try:
-            manifest = read_manifest(path)
+            manifest = read_log(path, names).manifest
         except ValueError:
             manifest = _rebuild_manifest(directory, path)
-            _set_aside(directory, path.name)
-            write_manifest(directory, manifest)
+            _copy_aside(directory, path.name)
+            _replace_manifest(directory, header, manifest)
             done.append(f"{path.name} was rebuilt from {len(manifest.shards)} files")
+        if torn := torn_bytes(path):
+            _copy_aside(directory, path.name)
+            _replace_manifest(directory, header, manifest)
+            done.append(f"{torn} bytes of an entry at the end of {path.name} were cut")
         kept: list[Shard] = []
         gaps = list(manifest.gaps)
         for shard in tqdm(manifest.shards, desc="Verifying"):
@@ -88,8 +103,28 @@ def repair(directory: Path) -> list[str]:
             gaps.append(Gap(shard.first_step, reason, shard.last_step))
             done.append(f"{shard.file} with {shard.rows} rows was set aside: {problem}")
         if len(kept) < len(manifest.shards):
-            changed = replace(manifest, shards=tuple(kept), gaps=tuple(gaps))
-            write_manifest(directory, changed)
+            changed = replace(manifest.with_shards(kept), gaps=tuple(gaps))
+            _replace_manifest(directory, header, changed)
+    return done
+
+
+def upgrade(directory: Path) -> list[str]:
+    """Bring a store of an earlier version of the format to the newest one, in place.
+
+    Returns:
+        what was done.
+
+    Raises:
+        ValueError: the header or a manifest was changed.
+    """
+    header, done = read_header(directory), list[str]()
+    for path in sorted(directory.glob("manifest-*.json")):
+        manifest = read_log(path, frozenset()).manifest
+        if path.with_suffix(".jsonl").exists():  # a crash came before it was removed
+            path.unlink()
+        else:
+            _replace_manifest(directory, header, manifest)
+        done.append(f"{path} is now of format version {FORMAT_VERSION}")
     return done
 
 
@@ -133,7 +168,18 @@ def merge(directories: Sequence[Path], output: Path) -> None:
                 _copy(directory, shard, part, rank)
                 for shard in tqdm(manifest.shards, desc=f"Copying {directory}")
             )
-            write_manifest(part, Manifest(rank, world_size, shards, manifest.gaps))
+            write_log(part, Manifest(rank, world_size, shards, manifest.gaps))
+
+
+def _cut_off(path: Path, manifest: Manifest, names: Collection[str]) -> Iterator[str]:
+    """What a crash, or a cut of the manifest, has left of the latest flush."""
+    fix = "Its rows are left out; training that resumes records them again."
+    if torn := torn_bytes(path):
+        yield f"{path} ends in {torn} bytes of an entry that is not whole. {fix}"
+    for kind in KINDS:
+        name = shard_name(kind, manifest.rank, manifest.next_number)
+        if name in names:
+            yield f"{path} does not list {name}. {fix}"
 
 
 def _problem_of(directory: Path, shard: Shard) -> str | None:
@@ -168,6 +214,20 @@ def _set_aside(directory: Path, name: str) -> None:
     aside.mkdir(exist_ok=True)
     if (directory / name).exists():
         (directory / name).replace(aside / name)
+
+
+def _copy_aside(directory: Path, name: str) -> None:
+    """Copy a file that will be replaced to the directory of damaged ones."""
+    aside = directory / _ASIDE
+    aside.mkdir(exist_ok=True)
+    shutil.copy2(directory / name, aside / name)
+
+
+def _replace_manifest(directory: Path, header: Header, manifest: Manifest) -> None:
+    """Write a manifest, after a header that says which version it has."""
+    if not is_current(directory):
+        write_header(directory, header)
+    write_log(directory, manifest)
 
 
 def _check_apart(sources: Sequence[tuple[Path, Manifest]]) -> None:

@@ -1,15 +1,15 @@
 """What each process has written to a store: its files, and the steps that lack rows."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from hf_sketch.durable import printable, read_sealed, write_sealed
+from hf_sketch.durable import printable, read_sealed
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 from hf_sketch.store.shards import Shard, shard_name
 
-_FULL: Final = ".full"
+KINDS: Final = (PER_EXAMPLE, PER_STEP)
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,14 @@ class Manifest:
         world_size: the most processes that took part in a run beside it.
         shards: its files, in the order in which they were written.
         gaps: steps that lack rows.
+        numbers: a running number that no earlier file has passed, even if it is gone.
     """
 
     rank: int = 0
     world_size: int = 1
     shards: tuple[Shard, ...] = ()
     gaps: tuple[Gap, ...] = ()
-
-    @property
-    def file(self) -> str:
-        """Its name within the store's directory."""
-        return f"manifest-{self.rank:05d}.json"
+    numbers: int = 0
 
     @property
     def last_step(self) -> int:
@@ -62,73 +59,16 @@ class Manifest:
 
     @property
     def next_number(self) -> int:
-        """The running number of its next file."""
-        return 1 + max((shard.number for shard in self.shards), default=0)
+        """The running number of its next file, greater than all before."""
+        return 1 + max([self.numbers, *(shard.number for shard in self.shards)])
 
+    def plus(self, shards: Sequence[Shard], gaps: Sequence[Gap] = ()) -> "Manifest":
+        """Return it with more files and gaps."""
+        return replace(self, shards=(*self.shards, *shards), gaps=(*self.gaps, *gaps))
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Replace a process's manifest in one step: readers see the old or the new one."""
-    path = directory / manifest.file
-    write_sealed(path, asdict(manifest))
-    path.with_suffix(_FULL).unlink(missing_ok=True)
-
-
-def mark_full(directory: Path, manifest: Manifest) -> None:
-    """Note that rows after a manifest's are missing, where it cannot be replaced.
-
-    The note is an empty file: a full disk has room for a name, but for no byte.
-
-    Raises:
-        OSError: there is no room for that either.
-    """
-    (directory / manifest.file).with_suffix(_FULL).touch()
-
-
-def manifest_paths(directory: Path) -> list[Path]:
-    """Return the manifest files of a store, by rank."""
-    return sorted(directory.glob("manifest-*.json"))
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Read one process's manifest.
-
-    Raises:
-        ValueError: the file was changed, or lists files outside of the store.
-    """
-    content = read_sealed(path, f"restore it, or run hf-sketch repair {path.parent}")
-    shards = tuple(Shard(**shard) for shard in content["shards"])
-    for shard in shards:
-        _check_name(path, shard, content["rank"])
-    gaps = tuple(
-        Gap(gap["first_step"], printable(gap["reason"]), gap["last_step"])
-        for gap in content["gaps"]
-    )
-    manifest = Manifest(content["rank"], content["world_size"], shards, gaps)
-    if path.with_suffix(_FULL).exists():
-        gap = Gap(manifest.last_step + 1, "the disk was full")
-        manifest = replace(manifest, gaps=(*gaps, gap))
-    return manifest
-
-
-def _check_name(path: Path, shard: Shard, rank: int) -> None:
-    """Raise unless a shard has the name that its process gives, in the same folder."""
-    number = Path(shard.file).stem.rpartition("-")[2]
-    own = number.isdecimal() and shard_name(shard.kind, rank, int(number)) == shard.file
-    if shard.kind not in (PER_EXAMPLE, PER_STEP) or not own:
-        raise ValueError(
-            f"{path} lists {printable(shard.file)!r}, which is no file of this store: "
-            "get the store from somebody you trust, or run hf-sketch repair "
-            f"{path.parent}."
-        )
-
-
-def read_manifests(directory: Path) -> list[Manifest]:
-    """Read the manifests of all processes that have one, by rank.
-
-    Raises:
-        ValueError: one was changed.
-    """
-    return [read_manifest(path) for path in manifest_paths(directory)]
+    def with_shards(self, shards: Sequence[Shard]) -> "Manifest":
+        """Return it with other files; numbers of those that go are not used again."""
+        return replace(self, shards=tuple(shards), numbers=self.next_number - 1)
 
 
 def missing_ranks(manifests: Sequence[Manifest]) -> list[int]:
@@ -142,3 +82,64 @@ def shards_of(manifests: Sequence[Manifest], kind: str) -> list[Shard]:
     """Return all shards of a kind, by step, then by rank."""
     shards = [s for m in manifests for s in m.shards if s.kind == kind]
     return sorted(shards, key=lambda shard: shard.first_step)
+
+
+def manifest_of(path: Path, contents: Sequence[Mapping[str, Any]]) -> Manifest:
+    """Return what the lines of a log say together.
+
+    Raises:
+        ValueError: they list what is no file of the store.
+    """
+    rank = int(path.stem.rpartition("-")[2])
+    try:
+        first, *_ = contents
+        shards = [_shard(rank, *row) for line in contents for row in line["shards"]]
+        gaps = [
+            Gap(start, printable(reason), end)
+            for line in contents
+            for start, reason, end in line["gaps"]
+        ]
+        if first["rank"] != rank:
+            raise ValueError(f"files of process {first['rank']}")
+        world_size, numbers = first["world_size"], first["numbers"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _stranger(path, str(error)) from None
+    return Manifest(rank, world_size, tuple(shards), tuple(gaps), numbers)
+
+
+def read_version_1(path: Path) -> Manifest:
+    """Read a manifest of version 1, which each flush has replaced.
+
+    Raises:
+        ValueError: it was changed, or lists what is no file of the store.
+    """
+    content = read_sealed(path, f"restore it, or run hf-sketch repair {path.parent}")
+    shards = tuple(Shard(**shard) for shard in content["shards"])
+    for shard in shards:
+        number = Path(shard.file).stem.rpartition("-")[2]
+        own = number.isdecimal() and shard.file == shard_name(
+            shard.kind, content["rank"], int(number)
+        )
+        if shard.kind not in KINDS or not own:
+            raise _stranger(path, repr(printable(shard.file)))
+    gaps = tuple(
+        Gap(gap["first_step"], printable(gap["reason"]), gap["last_step"])
+        for gap in content["gaps"]
+    )
+    return Manifest(content["rank"], content["world_size"], shards, gaps)
+
+
+def _shard(rank: int, kind: str, number: int, *rest: Any) -> Shard:
+    *counts, head_digest, file_digest = rest
+    numbers = all(type(x) is int and x >= 0 for x in (number, *counts))
+    texts = all(isinstance(x, str) for x in (head_digest, file_digest))
+    if kind not in KINDS or not numbers or not texts:
+        raise ValueError(printable(repr((kind, number, *rest))))
+    return Shard(shard_name(kind, rank, number), kind, *rest)
+
+
+def _stranger(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"{path} lists {what}, which is no file of this store: get the store from "
+        f"somebody you trust, or run hf-sketch repair {path.parent}."
+    )

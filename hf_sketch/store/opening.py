@@ -9,8 +9,15 @@ from typing import Literal
 import pyarrow as pa
 
 from hf_sketch.durable import set_aside, sync_directory
-from hf_sketch.store.header import HEADER, Header, read_header, write_header
-from hf_sketch.store.manifest import Manifest, read_manifests, write_manifest
+from hf_sketch.store.header import (
+    HEADER,
+    Header,
+    is_current,
+    read_header,
+    write_header,
+)
+from hf_sketch.store.log import Log, read_logs, remove_leftovers, write_log
+from hf_sketch.store.manifest import Manifest
 from hf_sketch.store.shards import read_shard, write_shard
 
 
@@ -100,20 +107,21 @@ def _step_problem(
 
 def open_store(
     directory: Path, ours: Header, resume_step: int, rank: int, world_size: int
-) -> tuple[Header, Manifest]:
+) -> tuple[Header, Log]:
     """Make a store ready for one process's rows.
 
     A process drops later rows of its own, and of ranks that take part no longer, but
     never those of another process, which may have begun to write.
 
     Returns:
-        the store's header and the process's manifest.
+        the store's header, and the process's log.
 
     Raises:
         ValueError: the store is refused.
         OSError: the directory cannot be written.
     """
-    manifests = read_manifests(directory)
+    logs = read_logs(directory)
+    manifests = [log.manifest for log in logs]
     theirs = _known_header(directory, manifests)
     opening = decide_opening(ours, theirs, manifests, resume_step, rank)
     if opening.action == "refuse":
@@ -122,23 +130,33 @@ def open_store(
         aside = set_aside(directory)
         message = f"Renamed {directory} to {aside.name}: {opening.reason}."
         warnings.warn(message, stacklevel=3)
-        theirs, manifests = None, []
-    found = Manifest(rank, 0)
-    for manifest in manifests:
-        if manifest.rank == rank or manifest.rank >= world_size:
-            kept = _drop_later_rows(directory, manifest, resume_step)
-            found = kept if manifest.rank == rank else found
-    own = replace(found, world_size=max(world_size, found.world_size))
+        theirs, logs = None, []
+    if theirs is not None:
+        _update_header(directory, theirs, opening.header)
+    gone = [log for log in logs if log.manifest.rank >= world_size]
+    mine = [log for log in logs if log.manifest.rank == rank]
+    for log in gone:
+        _drop_later_rows(directory, log, resume_step)
+    own = Log(Manifest(rank, world_size))
+    for log in mine:
+        own = _drop_later_rows(directory, log, resume_step, world_size)
     if theirs is None:
-        create_store(directory, opening.header, own)
-    elif opening.header != theirs:
-        write_header(directory, opening.header)
-    if theirs is not None and own != found:
-        write_manifest(directory, own)
+        own = create_store(directory, opening.header, own.manifest)
+    elif not own.size_bytes:
+        own = write_log(directory, own.manifest)
     return opening.header, own
 
 
-def create_store(directory: Path, header: Header, manifest: Manifest) -> None:
+def _update_header(directory: Path, old: Header, new: Header) -> None:
+    """Write the header if it changed, or if releases that know no logs would read it.
+
+    Those must refuse the store before one of its manifests is a log.
+    """
+    if new != old or not is_current(directory):
+        write_header(directory, new)
+
+
+def create_store(directory: Path, header: Header, manifest: Manifest) -> Log:
     """Write a header and a process's manifest: both are there, or neither.
 
     Raises:
@@ -146,16 +164,17 @@ def create_store(directory: Path, header: Header, manifest: Manifest) -> None:
     """
     try:
         if directory.is_dir():
-            write_manifest(directory, manifest)
+            log = write_log(directory, manifest)
             write_header(directory, header)
-            return
+            return log
         directory.parent.mkdir(parents=True, exist_ok=True)
         made = directory.with_name(directory.name + ".tmp")
         made.mkdir(exist_ok=True)
-        write_manifest(made, manifest)
+        log = write_log(made, manifest)
         write_header(made, header)
         made.replace(directory)
         sync_directory(directory.parent)
+        return log
     except OSError as error:
         raise OSError(
             error.errno,
@@ -176,20 +195,28 @@ def _known_header(directory: Path, manifests: Sequence[Manifest]) -> Header | No
         return None
 
 
-def _drop_later_rows(directory: Path, manifest: Manifest, last_step: int) -> Manifest:
-    """Drop the rows of steps after `last_step`, and return what the manifest says."""
+def _drop_later_rows(
+    directory: Path, log: Log, last_step: int, world_size: int = 0
+) -> Log:
+    """Drop the rows of steps after `last_step`, and return what is left.
+
+    The new manifest is there before an old file goes, so a crash in between leaves one
+    or the other.
+    """
+    manifest = log.manifest
     later = [shard for shard in manifest.shards if shard.last_step > last_step]
-    gaps = tuple(gap for gap in manifest.gaps if gap.first_step <= last_step)
-    if not later and gaps == manifest.gaps:
-        return manifest
     kept = [shard for shard in manifest.shards if shard not in later]
     crossing = [shard for shard in later if shard.first_step <= last_step]
     for number, shard in enumerate(crossing, manifest.next_number):
         table = read_shard(directory, shard)
         earlier = table.filter(pa.array(table["step"].to_numpy() <= last_step))
         kept.append(write_shard(directory, shard.kind, manifest.rank, number, earlier))
-    changed = replace(manifest, shards=tuple(kept), gaps=gaps)
-    write_manifest(directory, changed)
-    for shard in later:
-        (directory / shard.file).unlink(missing_ok=True)
-    return changed
+    changed = replace(
+        manifest.with_shards(kept) if later else manifest,
+        gaps=tuple(gap for gap in manifest.gaps if gap.first_step <= last_step),
+        world_size=max(world_size, manifest.world_size),
+    )
+    if changed != manifest or not log.size_bytes:
+        log = write_log(directory, changed)
+    remove_leftovers(directory, changed)
+    return log

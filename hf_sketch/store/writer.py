@@ -13,7 +13,8 @@ from torch import Tensor
 from hf_sketch.durable import Draft, sync_directory
 from hf_sketch.examples.measured_error import MeasuredError
 from hf_sketch.store.header import Header, write_header
-from hf_sketch.store.manifest import Gap, mark_full, write_manifest
+from hf_sketch.store.log import mark_full
+from hf_sketch.store.manifest import Gap
 from hf_sketch.store.opening import open_store
 from hf_sketch.store.rows import arrow_table, joined
 from hf_sketch.store.shards import Shard, draft_shard
@@ -66,10 +67,11 @@ class SketchWriter:
         self._buffer: _Rows = {}
         self._buffered_bytes = 0
         ours = replace(header, processes=world_size)
-        self._header, self._manifest = open_store(
+        self._rank = rank
+        self._header, self._log = open_store(
             directory, ours, resume_step, rank, world_size
         )
-        self._next_number = self._manifest.next_number
+        self._next_number = self._log.manifest.next_number
         # The first drafts, the second names: at most one of either runs at a time.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="hf-sketch-writer")
         self._drafted: Future[None] = _done()
@@ -88,7 +90,7 @@ class SketchWriter:
     @property
     def last_step(self) -> int:
         """The greatest step that has a row in the store; 0 for none."""
-        return self._manifest.last_step
+        return self._log.manifest.last_step
 
     def append(self, kind: str, columns: Mapping[str, Tensor]) -> None:
         """Add rows: every column (rows,), `sketch` (rows, out_size)."""
@@ -130,7 +132,7 @@ class SketchWriter:
         """
         found = {name: x for name, x in fields.items() if x is not None}
         known = all(getattr(self._header, name) == x for name, x in found.items())
-        if self._manifest.rank == 0 and not known:
+        if self._rank == 0 and not known:
             self._header = replace(self._header, **found)
             write_header(self.directory, self._header)
 
@@ -147,11 +149,10 @@ class SketchWriter:
         """
         self.close()
         first = 1 + (self.last_step if last_step is None else last_step)
-        gaps = (*self._manifest.gaps, Gap(first, reason))
         try:
-            write_manifest(self.directory, replace(self._manifest, gaps=gaps))
+            self._log = self._log.append(self.directory, gaps=[Gap(first, reason)])
         except OSError:
-            mark_full(self.directory, self._manifest)
+            mark_full(self.directory, self._rank)
 
     def _start(self) -> None:
         """Hand the buffer to the threads, once the rows before are in files."""
@@ -183,7 +184,7 @@ class SketchWriter:
         rows = joined(parts, self._header.row_dtype, groups)
         table = arrow_table(kind, rows)
         parts.clear()
-        return draft_shard(self.directory, kind, self._manifest.rank, number, table)
+        return draft_shard(self.directory, kind, self._rank, number, table)
 
     def _name(self, drafts: list[tuple[Draft, Shard]]) -> None:
         """Sync and name the files, then list them in the manifest."""
@@ -194,10 +195,8 @@ class SketchWriter:
                 draft.finish()
         # Their names are on the disk before a manifest has them.
         sync_directory(self.directory)
-        shards = (*self._manifest.shards, *(shard for _, shard in drafts))
-        manifest = replace(self._manifest, shards=shards)
-        write_manifest(self.directory, manifest)
-        self._manifest = manifest
+        shards = [shard for _, shard in drafts]
+        self._log = self._log.append(self.directory, shards)
 
     @contextmanager
     def _errors_explained(self) -> Generator[None]:

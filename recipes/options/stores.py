@@ -19,6 +19,11 @@ class RepairArguments:
 
 
 @dataclass
+class UpgradeArguments:
+    """Bring stores of an earlier version of the format to the newest one, in place."""
+
+
+@dataclass
 class MergeArguments:
     """Merge stores with the same map, as from several machines, into one."""
 

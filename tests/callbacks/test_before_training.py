@@ -198,7 +198,7 @@ def test_a_dry_run_says_what_the_run_then_records(tmp_path, groups):
     assert found.forecast.example_rows == len(store.dataset)
     assert found.forecast.step_rows == len(store.steps)
     written = sum(path.stat().st_size for path in store.directory.glob("*.arrow"))
-    manifest = (store.directory / "manifest-00000.json").stat().st_size
+    manifest = (store.directory / "manifest-00000.jsonl").stat().st_size
     assert found.forecast.total_bytes == pytest.approx(written + manifest, rel=0.03)
     assert found.plain_seconds > 0
     assert found.slowdown == found.recorded_seconds / found.plain_seconds

@@ -233,13 +233,14 @@ class StaysFull(FullDisk):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3:
             self.monkeypatch.setattr(Draft, "__init__", self.sync)
+            self.monkeypatch.setattr("hf_sketch.store.log.append_file", self.sync)
 
     def sync(self, *_):
         raise OSError(28, "No space left on device")
 
 
 def test_a_disk_that_stays_full_is_named_on_opening(tmp_path, monkeypatch):
-    """Also where the manifest cannot be replaced; the next one lists the gap."""
+    """Also where the manifest has no room for a line; the next one lists the gap."""
     callback = GradientSketchCallback(SIZE, on_error="warn")
     trainer = tiny_trainer(tmp_path, callback, StaysFull(monkeypatch))
     with pytest.warns(UserWarning, match="Recording stopped"):

@@ -1,12 +1,20 @@
 """Small stores with rows of whole numbers."""
 
+import json
+from pathlib import Path
+
 import torch
+import xxhash
 
 from hf_sketch import ModelSketch
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 from hf_sketch.store.writer import SketchWriter
 
+GOLDEN = {
+    1: Path(__file__).parents[1] / "golden" / "sketches",
+    2: Path(__file__).parents[1] / "golden" / "sketches-2",
+}
 SKETCH = ModelSketch((("weight", (8, 4)), ("bias", (8,))), 4)
 HEADER = Header(SKETCH, row_dtype="float16")
 
@@ -65,3 +73,23 @@ def write_store(directory, steps=(1, 2, 3), rank=0, world_size=1, header=HEADER)
         writer.flush()
     writer.close()
     return directory
+
+
+def read_lines(path):
+    """What the lines of a manifest say, without their lengths and digests."""
+    contents = [json.loads(line) for line in path.read_text().splitlines()]
+    for content in contents:
+        del content["bytes"], content["xxh3_128"]
+    return contents
+
+
+def write_lines(path, contents):
+    """Write a manifest by docs/format.md: nothing of the package is used."""
+    written, digest = b"", ""
+    for content in contents:
+        rest = json.dumps(content, separators=(",", ":"))[1:] + "\n"
+        size = len(rest) + 66
+        blank = f'{{"bytes":{size:10d},"xxh3_128":"{"0" * 32}",{rest}'
+        digest = xxhash.xxh3_128_hexdigest((digest + blank).encode())
+        written += blank.replace("0" * 32, digest, 1).encode()
+    path.write_bytes(written)

@@ -9,7 +9,7 @@ import torch
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.store.header import Header
-from hf_sketch.store.manifest import read_manifests
+from hf_sketch.store.log import read_manifests
 from hf_sketch.store.writer import SketchWriter
 from tests.helpers.processes.distributed_training import GLOBAL_BATCH, SIZE, even
 from tests.helpers.processes.launching import (

@@ -52,12 +52,26 @@ def test_every_change_is_found_and_no_wrong_row_is_given(store, contents, cases)
         path.write_bytes(damage(contents[path], how, place, bit))
         try:
             assert find_problems(store)
+            if path.suffix == ".jsonl" and how != "flip":
+                assert_the_latest_flush_is_lost_at_most(store, path)
+                return
             with pytest.raises(ValueError, match=path.name):
                 load_sketches(store)
         finally:
             path.write_bytes(contents[path])
 
     change()
+
+
+def assert_the_latest_flush_is_lost_at_most(store, path):
+    """What a crash leaves of the last line of a manifest counts for nothing."""
+    try:
+        steps = load_sketches(store).steps["step"][:]
+    except ValueError:
+        with pytest.raises(ValueError, match=path.name):
+            load_sketches(store)
+    else:
+        assert steps in ([1, 2], [1, 2, 3])
 
 
 def test_the_heads_of_large_stores_are_compared_too(store, contents, monkeypatch):

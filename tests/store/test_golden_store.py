@@ -1,7 +1,6 @@
-"""A store that the first version of the format wrote opens in every later one."""
+"""A store of each version of the format opens in every later one."""
 
-from pathlib import Path
-
+import pytest
 import torch
 
 from hf_sketch import load_sketches
@@ -9,14 +8,13 @@ from hf_sketch.durable import read_sealed
 from hf_sketch.store.blocks import sketch_matrix
 from hf_sketch.store.header import READERS
 from hf_sketch.store.maintenance import find_problems
-from tests.helpers.stores import SKETCH
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "sketches"
+from tests.helpers.stores import GOLDEN, SKETCH
 
 
-def test_the_golden_store_is_whole_and_has_its_rows():
-    assert find_problems(GOLDEN) == []
-    store = load_sketches(GOLDEN)
+@pytest.mark.parametrize("version", GOLDEN)
+def test_the_golden_store_is_whole_and_has_its_rows(version):
+    assert find_problems(GOLDEN[version]) == []
+    store = load_sketches(GOLDEN[version])
     assert store.model_sketch == SKETCH
     rows = store.dataset.with_format("torch")[:]
     assert rows["example_id"].tolist() == [100, 101, 200, 201, 300, 301]
@@ -34,5 +32,7 @@ def test_the_golden_store_is_whole_and_has_its_rows():
 
 
 def test_a_store_of_each_version_is_kept():
-    headers = GOLDEN.parent.glob("sketches*/header.json")
-    assert sorted(read_sealed(path)["format_version"] for path in headers) == [*READERS]
+    headers = {v: read_sealed(path / "header.json") for v, path in GOLDEN.items()}
+    assert {v: content["format_version"] for v, content in headers.items()} == {
+        version: version for version in READERS
+    }

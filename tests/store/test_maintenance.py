@@ -87,7 +87,7 @@ def test_a_process_that_died_early_is_told(tmp_path):
 def test_stores_of_two_machines_are_joined(tmp_path, capsys):
     one = write_store(tmp_path / "one", rank=0, world_size=2)
     other = write_store(tmp_path / "other", rank=1, world_size=2)
-    assert not (other / "manifest-00000.json").exists()
+    assert not (other / "manifest-00000.jsonl").exists()
     joined = tmp_path / "joined"
     main(["merge", str(one), str(other), "--output_dir", str(joined)])
     assert "process 1 of 2: up to step 3" in capsys.readouterr().out

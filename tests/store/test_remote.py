@@ -66,7 +66,7 @@ def test_rows_that_are_there_are_not_fetched_again(tmp_path, bucket):
     assert load_sketches(URL).dataset["step"][:] == [1, 1, 2, 2, 3, 3]
     new = sorted(p.name for p in directory.glob("*.arrow") if p.name not in known)
     assert shards(bucket) == new
-    assert "manifest-00000.json" in bucket
+    assert "manifest-00000.jsonl" in bucket
     live.close()
 
 

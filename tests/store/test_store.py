@@ -11,7 +11,13 @@ from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP, arrow_table
 from hf_sketch.store.shards import write_shard
 from hf_sketch.store.writer import SketchWriter
-from tests.helpers.stores import SKETCH, step_row, write_steps
+from tests.helpers.stores import (
+    SKETCH,
+    read_lines,
+    step_row,
+    write_lines,
+    write_steps,
+)
 
 
 @pytest.fixture
@@ -59,11 +65,16 @@ def test_shards_are_plain_arrow_files_of_datasets(store):
 
 
 def test_the_manifest_tells_each_shard(store):
-    manifest = read_sealed(store / "manifest-00000.json")
-    shards = manifest.pop("shards")
-    assert manifest == {"rank": 0, "world_size": 1, "gaps": []}
+    first, _, last = read_lines(store / "manifest-00000.jsonl")
+    assert first == {
+        "rank": 0,
+        "world_size": 1,
+        "numbers": 0,
+        "shards": [],
+        "gaps": [],
+    }
     path = store / "per_step-00000-000002.arrow"
-    data, head = path.read_bytes(), shards[1]["head_bytes"]
+    data, head = path.read_bytes(), last["shards"][0][6]
     # The body: the columns, each with room to 8 bytes, and the end of the stream.
     assert data[head:] == b"".join(
         value.ljust(-(-len(value) // 8) * 8, b"\0")
@@ -74,9 +85,9 @@ def test_the_manifest_tells_each_shard(store):
             np.arange(3, 7, dtype=np.float32).tobytes(),
         )
     ) + (b"\xff" * 4 + b"\0" * 4)
-    assert shards[1] == {
-        "file": path.name,
+    shard = {
         "kind": "per_step",
+        "number": 2,
         "rows": 1,
         "first_step": 3,
         "last_step": 3,
@@ -85,7 +96,15 @@ def test_the_manifest_tells_each_shard(store):
         "head_xxh3_128": xxhash.xxh3_128_hexdigest(data[:head]),
         "xxh3_128": xxhash.xxh3_128_hexdigest(data),
     }
+    assert last == {"shards": [[*shard.values()]], "gaps": []}
     assert not list(store.glob("*.tmp"))
+
+
+def test_the_bytes_of_a_manifest_are_pinned(store):
+    path = store / "manifest-00000.jsonl"
+    written = path.read_bytes()
+    write_lines(path, read_lines(path))
+    assert path.read_bytes() == written
 
 
 def test_the_bytes_of_a_shard_are_pinned(tmp_path):
@@ -113,7 +132,7 @@ def test_the_header_is_pinned(store):
     check_value = header.pop("check_value")
     assert header.pop("units").startswith("a row is the gradient of the example's own")
     assert header == {
-        "format_version": 1,
+        "format_version": 2,
         "model_sketch": {
             "shapes": [["weight", [8, 4]], ["bias", [8]]],
             "out_size": 4,
@@ -159,7 +178,7 @@ def test_a_missing_store_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"format_version": 99}, "format_version 99, .* up to 1. Upgrade it: pip"),
+        ({"format_version": 99}, "format_version 99, .* up to 2. Upgrade it: pip"),
         (
             {"check_value": [9.0] * 4},
             r"This installation computes another map .* store's \[9.0",
@@ -175,12 +194,12 @@ def test_a_header_of_another_making_is_named(store, change, match):
 
 @pytest.mark.parametrize(
     ("name", "fix"),
-    [("header.json", "from a copy"), ("manifest-00000.json", "run hf-sketch repair")],
+    [("header.json", "from a copy"), ("manifest-00000.jsonl", "run hf-sketch repair")],
 )
 def test_a_changed_description_is_named(store, name, fix):
     text = (store / name).read_text()
-    (store / name).write_text(text.replace("seed", "weed").replace("rows", "cows"))
-    message = rf"{name} must have the digest \w+ .* got \w+: .* {fix}"
+    (store / name).write_text(text.replace("seed", "weed").replace("step", "stop"))
+    message = rf"{name} .*must have the digest \w+ .* got \w+.* {fix}"
     with pytest.raises(ValueError, match=message):
         load_sketches(store)
 

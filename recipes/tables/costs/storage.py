@@ -20,7 +20,8 @@ from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.measure import spread
 from hf_sketch.store.blocks import row_blocks
 from hf_sketch.store.header import Header
-from hf_sketch.store.manifest import Manifest, write_manifest
+from hf_sketch.store.log import write_log
+from hf_sketch.store.manifest import Manifest
 from hf_sketch.store.opening import create_store
 from hf_sketch.store.rows import PER_EXAMPLE, ROW_DTYPES, arrow_table, decode, encode
 from hf_sketch.store.shards import write_shard
@@ -166,7 +167,7 @@ def build_store(directory: Path, shards: int, rows: int) -> None:
         )
         for number in tqdm(range(1, shards + 1), desc="Building a store")
     )
-    write_manifest(directory, Manifest(shards=written))
+    write_log(directory, Manifest(shards=written))
 
 
 def measure_opening(work: Path, shards: int, rows: int, rounds: int) -> dict[str, Any]:

@@ -105,13 +105,13 @@ def check_opens(directory, reference):
     for key, row in rows_of(directory).items():
         assert row == expected[key], key
     problems = find_problems(directory / "sketches")
-    assert not problems, problems
+    assert all("jsonl does not list" in problem for problem in problems), problems
 
 
 def check_complete(directory, reference):
     """All rows are there."""
     assert rows_of(directory) == rows_of(reference)
-    check_opens(directory, reference)
+    assert not find_problems(directory / "sketches")
 
 
 def start(action, *arguments):
