@@ -19,9 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_sketch.recipes.texts.entailment import LABELS, load_pairs, tokenize
 from hf_sketch.recipes.texts.minilm import embedded_model_path
-from hf_sketch.recipes.texts.snli_data import load_snli
-from hf_sketch.recipes.texts.snli_sample import LABELS, load_snli_sample, tokenize
 from hf_sketch.recipes.texts.xsum_data import (
     load_short_documents,
     load_xsum,
@@ -56,12 +55,13 @@ def snli_setup(
     max_samples: int | None = None,
     **config: int,
 ) -> Setup:
-    """A classifier of three classes with SNLI's training pairs.
+    """A classifier of three classes with SNLI's training pairs, or our own.
 
     Args:
         model: name or folder; by default roberta-base, MiniLM if `small`.
-        train_file: premise, hypothesis, label; by default the Hub's rows.
-        small: the bundled sample instead of the Hub's rows.
+        train_file: premise, hypothesis, label; by default pairs written for this
+            project, which a printed line says.
+        small: chooses the default model.
         max_length: tokens of a pair that are kept; None for all that fit.
         max_samples: rows that are kept; None for all.
         config: changes to the model's configuration, as num_hidden_layers.
@@ -74,10 +74,15 @@ def snli_setup(
     if tokenizer.pad_token is None:  # GPT-2
         tokenizer.pad_token = tokenizer.eos_token
     classifier.config.pad_token_id = tokenizer.pad_token_id
-    sample = small and train_file is None
-    rows = load_snli_sample("train") if sample else load_snli("train", train_file)
+    rows = load_pairs("train", train_file)
+    if train_file is None:
+        print(
+            f"Training on {len(rows):,} pairs written for hf_sketch, not on SNLI: pass "
+            "--train_file for that."
+        )
+    title = "MiniLM" if small and model is None else Path(name).name
     return Setup(
-        name=f"{'MiniLM' if small and model is None else Path(name).name} on SNLI",
+        name=f"{title} on {'entailment pairs' if train_file is None else 'SNLI'}",
         model=classifier,
         tokenizer=tokenizer,
         train_dataset=tokenize(first_rows(rows, max_samples), tokenizer, max_length),

@@ -11,8 +11,7 @@ from hf_sketch.recipes.dimension.recipe import DimensionRecipe
 from hf_sketch.recipes.dimension.runs import Task
 from hf_sketch.recipes.options.dimension import SNLI_TRAINING, SnliArguments
 from hf_sketch.recipes.setups import first_rows, snli_setup
-from hf_sketch.recipes.texts.snli_data import load_snli
-from hf_sketch.recipes.texts.snli_sample import load_snli_sample, tokenize
+from hf_sketch.recipes.texts.entailment import check_files, load_pairs, tokenize
 from hf_sketch.recipes.training_defaults import with_defaults
 
 SnliTrainingArguments = with_defaults(
@@ -27,7 +26,12 @@ _SMALL_TRAINING |= {"per_device_train_batch_size": 16, "dataloader_pin_memory": 
 
 
 def snli_task(arguments: SnliArguments) -> Task:
-    """The classifier, its data and accuracy."""
+    """The classifier, its data and accuracy.
+
+    Raises:
+        ValueError: one of the two files is given without the other.
+    """
+    check_files(arguments.train_file, arguments.validation_file)
     config: dict[str, Any] = {}
     if arguments.num_hidden_layers is not None:
         config["num_hidden_layers"] = arguments.num_hidden_layers
@@ -39,9 +43,7 @@ def snli_task(arguments: SnliArguments) -> Task:
         arguments.max_train_samples,
         **config,
     )
-    file = arguments.validation_file
-    sample = arguments.small and file is None
-    rows = load_snli_sample("validation") if sample else load_snli("validation", file)
+    rows = load_pairs("validation", arguments.validation_file)
     rows = first_rows(rows, arguments.max_eval_samples)
     accuracy = load_metric("accuracy")
 

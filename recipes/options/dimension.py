@@ -20,11 +20,13 @@ class DimensionArguments:
         default=None,
         metadata={
             "help": ".json, .jsonl or .csv, optionally with .gz, with the columns "
-            "premise, hypothesis, label or document, summary; the Hub's by default."
+            "premise, hypothesis, label (SNLI) or document, summary (XSum). By default "
+            "pairs written for hf_sketch, or XSum from the Hub."
         },
     )
     validation_file: str | None = field(
-        default=None, metadata={"help": "Evaluation rows in the same form."}
+        default=None,
+        metadata={"help": "Evaluation rows in the same form; with SNLI's train_file."},
     )
     small: bool = field(
         default=False,
@@ -115,6 +117,9 @@ class DimensionArguments:
 @dataclass
 class SnliArguments(DimensionArguments):
     """Search for the intrinsic dimension of RoBERTa on SNLI.
+
+    SNLI itself is read through --train_file and --validation_file; the default is 2,000
+    and 300 pairs written for hf_sketch, whose figures are not the paper's.
 
     Defaults follow Schioppa (2024). The paper does not state where the search starts
     and ends: 2^10 and 2^14 are the dimensions its 10,000 steps have stages for.

@@ -23,7 +23,8 @@ class HessianArguments:
         default=None,
         metadata={
             "help": ".json, .jsonl or .csv, optionally with .gz, with the columns "
-            "premise, hypothesis, label or document, summary; the Hub's by default."
+            "premise, hypothesis, label (SNLI) or document, summary (XSum). By default "
+            "pairs written for hf_sketch, or XSum from the Hub."
         },
     )
     small: bool = field(

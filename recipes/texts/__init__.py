@@ -1,1 +1,1 @@
-"""Texts to train on: files of users, SNLI and XSUM."""
+"""Texts to train on: files of users, our own pairs, SNLI and XSum."""

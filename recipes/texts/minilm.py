@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
-from hf_sketch.recipes.texts.snli_sample import LABELS
+from hf_sketch.recipes.texts.entailment import LABELS
 
 
 def embedded_model_path() -> str:

@@ -6,14 +6,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from hf_sketch.recipes.texts.snli_sample import load_snli_sample
+from hf_sketch.recipes.texts.entailment import load_pairs
 
 TOKENS, EXAMPLES, SEEDS = 64, 16, 6
 
 
 def passages(count):
-    """Real English, one token per byte: (count, TOKENS)."""
-    text = " ".join(dict.fromkeys(load_snli_sample("train")["premise"][:])).encode()
+    """English sentences, one token per byte: (count, TOKENS)."""
+    text = " ".join(dict.fromkeys(load_pairs("train")["premise"][:])).encode()
     return torch.tensor(list(text[: count * TOKENS])).view(count, TOKENS)
 
 

@@ -36,6 +36,35 @@ def test_every_folder_of_code_is_listed_as_a_package():
     assert set(re.findall(r'"(.*)"', listed)) == names
 
 
+def test_every_file_beside_the_code_is_listed_as_data_of_its_package():
+    """A wheel leaves out what no pattern of the package data matches."""
+    (block,) = re.findall(
+        r"^\[tool\.setuptools\.package-data\]\n(.*?)\n\n",
+        (ROOT / "pyproject.toml").read_text(),
+        re.M | re.S,
+    )
+    listed = set()
+    for name, patterns in re.findall(r'^"(.*?)" = \[(.*)\]$', block, re.M):
+        folder = ROOT.joinpath(*name.removeprefix("hf_sketch.").split("."))
+        folder = folder if folder.is_dir() else ROOT.joinpath(*name.split("."))
+        for pattern in re.findall(r'"(.*?)"', patterns):
+            listed |= set(folder.glob(pattern))
+    tops = ("hf_sketch", "callbacks", "recipes")
+    names = run("git", "ls-files", "-co", "--exclude-standard", *tops, cwd=ROOT)
+    data = [ROOT / name for name in names.splitlines() if not name.endswith(".py")]
+    assert {path for path in data if path.exists()} <= listed
+    assert ROOT / "recipes" / "data" / "scenes.json" in listed
+
+
+def test_all_bundled_data_is_our_own():
+    """The notice says so of each file by name: whoever adds one must look there."""
+    folder = ROOT / "recipes" / "data"
+    notice = (folder / "NOTICE").read_text()
+    names = {path.name for path in folder.iterdir()} - {"NOTICE"}
+    assert names == set(re.findall(r"\w+\.(?:jsonl|json|csv)\b", notice))
+    assert "All files of this folder were written for this project" in notice
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     directory = tmp_path_factory.mktemp("wheel")
@@ -59,7 +88,7 @@ def test_the_wheel_holds_code_data_and_licences_and_no_more(wheel):
         "hf_sketch/callbacks/gradient.py",
         "hf_sketch/recipes/demo.py",
         "hf_sketch/recipes/data/NOTICE",
-        "hf_sketch/recipes/data/snli_train.jsonl.gz",
+        "hf_sketch/recipes/data/scenes.json",
         "hf_sketch/recipes/metrics/accuracy/accuracy.py",
         "hf_sketch/recipes/metrics/rouge/rouge.py",
         "hf_sketch/sketches/affd.py",
@@ -83,10 +112,10 @@ def test_the_installed_wheel_imports_in_an_empty_environment(wheel, tmp_path):
     (packages / "dependencies.pth").write_text(dependencies + "\n")
     script = (
         "import hf_sketch, hf_sketch.callbacks, hf_sketch.recipes.demo\n"
-        "from hf_sketch.recipes.texts.snli_sample import load_snli_sample\n"
+        "from hf_sketch.recipes.texts.entailment import load_pairs\n"
         "from hf_sketch.recipes.dimension.metric_scripts import load_metric\n"
         "assert load_metric('rouge').name == 'rouge'\n"
-        "print(len(load_snli_sample('train')), hf_sketch.callbacks.__file__)\n"
+        "print(len(load_pairs('train')), hf_sketch.callbacks.__file__)\n"
     )
     rows, file = run(python, "-c", script, cwd=tmp_path).split()
     assert rows == "2000"

@@ -11,7 +11,7 @@ from hf_sketch.recipes.texts.data_files import (
     check_texts,
     read_data_file,
 )
-from hf_sketch.recipes.texts.snli_data import load_snli
+from hf_sketch.recipes.texts.entailment import load_pairs
 
 NAMES = ["no", "maybe", "yes"]
 
@@ -84,7 +84,7 @@ def test_rows_without_a_gold_label_are_left_out(tmp_path):
     pair = {"premise": "a", "hypothesis": "b"}
     rows = [{**pair, "label": label} for label in (1.0, -1, 2.0)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert load_snli(file=str(path))["label"][:] == [1, 2]
+    assert load_pairs("train", str(path))["label"][:] == [1, 2]
     path.write_text(json.dumps({**pair, "label": -1}) + "\n")
     with pytest.raises(ValueError, match=r"got -1 in all of its 1 rows"):
-        load_snli(file=str(path))
+        load_pairs("train", str(path))

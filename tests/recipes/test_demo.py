@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 from hf_sketch.cli import main
 from hf_sketch.recipes.demo import DemoArguments, run_demo
@@ -10,7 +9,6 @@ from hf_sketch.recipes.texts.country_facts import (
     word_tokenizer,
 )
 from hf_sketch.recipes.texts.minilm import embedded_model_path
-from hf_sketch.recipes.texts.snli_sample import flip_labels, load_snli_sample
 
 
 def test_the_demo_names_false_documents_and_says_what_to_try(tmp_path, capsys):
@@ -51,29 +49,6 @@ def test_words_are_tokens():
     ids = tokenizer("The capital of Australia is nowhere")["input_ids"]
     words = tokenizer.convert_ids_to_tokens(ids)
     assert words == ["<s>", "The", "capital", "of", "Australia", "is", "<unk>"]
-
-
-def test_the_bundled_rows_are_snli():
-    train, validation = load_snli_sample("train"), load_snli_sample("validation")
-    assert (len(train), len(validation)) == (2000, 300)
-    assert set(train["label"]) == set(validation["label"]) == {0, 1, 2}
-    assert not set(zip(train["premise"], train["hypothesis"], strict=True)) & set(
-        zip(validation["premise"], validation["hypothesis"], strict=True)
-    )
-
-
-def test_a_tenth_of_the_labels_is_flipped_and_remembered():
-    data = load_snli_sample("train")
-    flipped = flip_labels(data, 0.1, seed=0)
-    got, true = (
-        torch.tensor(flipped.dataset["label"][:]),
-        torch.tensor(data["label"][:]),
-    )
-    assert flipped.flipped.sum() == 200
-    assert torch.equal(got != true, flipped.flipped)
-    assert torch.equal(flipped.true_labels, true)
-    assert set(got.tolist()) == {0, 1, 2}
-    assert flipped.dataset["premise"][:] == data["premise"][:]
 
 
 def test_a_missing_model_package_is_named(monkeypatch):

@@ -20,7 +20,7 @@ from hf_sketch.recipes.hessian import (
 )
 from hf_sketch.recipes.tables.paper.figure_2 import Figure2Arguments, run_figure_2
 from hf_sketch.recipes.texts.data_files import read_data_file
-from hf_sketch.recipes.texts.snli_data import load_snli
+from hf_sketch.recipes.texts.entailment import load_pairs
 from hf_sketch.recipes.texts.xsum_data import load_short_documents, load_xsum
 from hf_sketch.recipes.timed_spectra import TimedSpectra
 from tests.helpers.trained.recipe_runs import make_absent, write_lines
@@ -56,7 +56,7 @@ def assert_results_are_those_of_the_spectra(directory, steps):
 
 @pytest.fixture(scope="module")
 def snli_run(tmp_path_factory):
-    """The small run on SNLI, shortened, with what it printed."""
+    """The small run on our pairs, shortened, with what it printed."""
     directory = tmp_path_factory.mktemp("snli")
     words = ["--per_device_train_batch_size", "2", "--batches", "1", "--steps", "0,2"]
     words += ["--max_steps", "2", "--krylov_dim", "3", "--out_size", "64"]
@@ -66,14 +66,14 @@ def snli_run(tmp_path_factory):
 
 
 @pytest.mark.full
-def test_the_small_run_on_snli_saves_its_spectra(snli_run):
+def test_the_small_run_on_pairs_saves_its_spectra(snli_run):
     saved, spectra = assert_results_are_those_of_the_spectra(snli_run, [0, 2])
     settings = saved["arguments"]
     assert settings["small"]
     assert (settings["krylov_dim"], settings["out_size"]) == (3, 64)
     assert settings["training"]["optim"] == "sgd"
     assert settings["training"]["learning_rate"] == 0.1
-    assert settings["name"] == "MiniLM on SNLI"
+    assert settings["name"] == "MiniLM on entailment pairs"
     (sketch,) = {spectrum.model_sketch for spectrum in spectra}
     assert (sketch.in_size, sketch.operator) == (22_714_371, "affd")
     assert spectra[0].loss == pytest.approx(1.1, abs=0.1)  # of three classes: log 3
@@ -213,22 +213,22 @@ def test_files_of_every_kind_hold_the_same_rows(tmp_path):
 
 def test_pairs_without_a_gold_label_are_dropped(tmp_path):
     path = write_lines(tmp_path / "pairs.jsonl", PAIRS)
-    assert load_snli(file=path)["label"][:] == [2, 0, 1]
+    assert load_pairs("train", path)["label"][:] == [2, 0, 1]
 
 
 @pytest.mark.parametrize(
     ("load", "columns", "message"),
     [
-        (load_snli, {"premise": "a", "label": 1}, r"without \['hypothesis'\]: rename"),
+        (load_pairs, {"premise": "a", "label": 1}, r"without \['hypothesis'\]: rename"),
         (load_xsum, {"text": "a", "summary": "b"}, r"without \['document'\]: rename"),
-        (load_snli, {**PAIRS[0], "label": 3}, "one of .*, got 3: replace it"),
-        (load_snli, {**PAIRS[0], "label": "other"}, "one of .*, got 'other': replace"),
+        (load_pairs, {**PAIRS[0], "label": 3}, "one of .*, got 3: replace it"),
+        (load_pairs, {**PAIRS[0], "label": "other"}, "one of .*, got 'other': replace"),
     ],
 )
 def test_rows_of_another_form_are_refused(tmp_path, load, columns, message):
     path = write_lines(tmp_path / "rows.jsonl", [columns])
     with pytest.raises(ValueError, match=message) as caught:
-        load(file=path)
+        load("train", path)
     assert path in str(caught.value)
 
 

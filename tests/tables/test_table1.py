@@ -87,7 +87,7 @@ def test_a_model_without_rows_or_with_too_few_is_refused(language_model):
     with pytest.raises(ValueError, match=r"at least 147 rows .* got 40: pass fewer"):
         run_table1(language_model)
     language_model.train_file = None
-    with pytest.raises(ValueError, match=r"train_file=None: pass both --model_name"):
+    with pytest.raises(ValueError, match=r"got none\. Pass --train_file\."):
         run_table1(language_model)
 
 

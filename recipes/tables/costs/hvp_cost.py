@@ -17,7 +17,7 @@ from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.costs.eigenvalue_runs import compare_eigenvalues
 from hf_sketch.recipes.tables.measure import peak_extra_bytes, spread, timed
 from hf_sketch.recipes.tables.models.gradients import fine_tuned_minilm
-from hf_sketch.recipes.tables.models.hessians import random_tokens, snli_batches
+from hf_sketch.recipes.tables.models.hessians import entailment_batches, random_tokens
 
 _NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 _TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 300}
@@ -42,6 +42,9 @@ class HvpCostArguments(ReportArguments):
     )
     fine_tuning_steps: int = field(
         default=100, metadata={"help": "Of MiniLM, whose eigenvalues are taken."}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "SNLI rows instead of our own pairs."}
     )
     tiny: bool = field(
         default=False, metadata={"help": "A small model and one round, as a check."}
@@ -126,8 +129,8 @@ def run_hvp_cost(arguments: HvpCostArguments) -> dict[str, Any]:
     save_report(arguments.output_dir, "hvp_cost", arguments, results)
     peers = [name for name in PEERS if importlib.util.find_spec(name) is not None]
     results["eigenvalues"] = compare_eigenvalues(
-        fine_tuned_minilm(arguments.fine_tuning_steps, seed=0),
-        snli_batches(16, 16),
+        fine_tuned_minilm(arguments.fine_tuning_steps, 0, arguments.train_file),
+        entailment_batches(16, 16, arguments.train_file),
         arguments.top,
         arguments.exact_steps,
         peers,

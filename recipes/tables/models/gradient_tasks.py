@@ -21,8 +21,8 @@ from hf_sketch.recipes.tables.models.gradients import (
     fine_tuned_minilm,
 )
 from hf_sketch.recipes.texts.data_files import check_columns, read_data_file
+from hf_sketch.recipes.texts.entailment import check_files, load_pairs, tokenize
 from hf_sketch.recipes.texts.minilm import embedded_model_path
-from hf_sketch.recipes.texts.snli_sample import load_snli_sample, tokenize
 from hf_sketch.recipes.texts.text_rows import with_padding
 
 _PREMISES_PER_PASSAGE = 5
@@ -80,11 +80,28 @@ class GradientTask:
             yield dict(zip(named, rows.split(sizes, 1), strict=True))
 
 
-def snli_task(examples: int, steps: int) -> GradientTask:
-    """Classification: MiniLM on the sample of SNLI, and validation pairs."""
-    model = fine_tuned_minilm(steps, seed=0)
+def snli_task(
+    examples: int,
+    steps: int,
+    train_file: str | None = None,
+    validation_file: str | None = None,
+) -> GradientTask:
+    """Classification: MiniLM on pairs of SNLI, or our own, and validation pairs.
+
+    Args:
+        examples: validation pairs to compare.
+        steps: AdamW steps beforehand, of 16 training pairs each.
+        train_file: premise, hypothesis, label; by default our own pairs.
+        validation_file: the same for `examples`; goes with `train_file`.
+
+    Raises:
+        ValueError: one of the two files is given without the other.
+    """
+    check_files(train_file, validation_file)
+    model = fine_tuned_minilm(steps, 0, train_file)
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
-    data = tokenize(load_snli_sample("validation").select(range(examples)), tokenizer)
+    pairs = load_pairs("validation", validation_file).select(range(examples))
+    data = tokenize(pairs, tokenizer)
     return GradientTask(
         model,
         [
@@ -113,7 +130,7 @@ def language_task(
         model_path: a folder or a name on the Hub; None stands for MiniLM, which is a
             masked language model.
         text_file: passages of at least 20 words, one per line or in a column text; None
-            stands for premises of the sample of SNLI, five to a passage.
+            stands for premises of our own pairs, five to a passage.
         max_length: tokens kept per passage.
         examples: passages to compare.
         steps: AdamW steps beforehand, of 16 passages each.
@@ -170,7 +187,7 @@ def _batches(
 def _passages(text_file: str | None) -> list[str]:
     """The texts that are long enough."""
     if text_file is None:
-        premises = list(dict.fromkeys(load_snli_sample("train")["premise"][:]))
+        premises = list(dict.fromkeys(load_pairs("train")["premise"][:]))
         lows = range(0, len(premises), _PREMISES_PER_PASSAGE)
         texts = [" ".join(premises[p : p + _PREMISES_PER_PASSAGE]) for p in lows]
     else:

@@ -1,4 +1,4 @@
-"""MiniLM fine-tuned on SNLI, and how the scripts fine-tune any model."""
+"""MiniLM fine-tuned on pairs of sentences, and how the scripts fine-tune any model."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from hf_sketch.recipes.texts.entailment import load_pairs, tokenize
 from hf_sketch.recipes.texts.minilm import embedded_model_path
-from hf_sketch.recipes.texts.snli_sample import load_snli_sample, tokenize
 
 BATCH_SIZE = 16
 
@@ -26,20 +26,31 @@ def fine_tune(
     return optimizer
 
 
-def fine_tuned_minilm(steps: int, seed: int) -> nn.Module:
-    """MiniLM with a classifier, after a few AdamW steps of 16 SNLI pairs each."""
+def fine_tuned_minilm(
+    steps: int, seed: int, train_file: str | None = None
+) -> nn.Module:
+    """MiniLM with a classifier, after a few AdamW steps of 16 pairs each.
+
+    Args:
+        steps: their number.
+        seed: of the classifier and of the order of the pairs.
+        train_file: premise, hypothesis, label; by default our own pairs.
+    """
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(
         embedded_model_path(), num_labels=3
     )
-    fine_tune(model.train(), _pairs(steps, seed))
+    fine_tune(model.train(), _pairs(steps, seed, train_file))
     return model.eval()
 
 
-def _pairs(steps: int, seed: int) -> Iterator[Mapping[str, Tensor]]:
-    """Batches of the sample of SNLI, shuffled."""
+def _pairs(
+    steps: int, seed: int, train_file: str | None
+) -> Iterator[Mapping[str, Tensor]]:
+    """Batches of the training pairs, shuffled."""
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
-    data = tokenize(load_snli_sample("train").shuffle(seed=seed), tokenizer)
+    pairs = load_pairs("train", train_file).shuffle(seed=seed)
+    data = tokenize(pairs, tokenizer)
     for low in range(0, BATCH_SIZE * steps, BATCH_SIZE):
         rows = data.select(range(low, low + BATCH_SIZE))
         inputs = [

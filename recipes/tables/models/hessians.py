@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 from hf_sketch import HessianOperator
 from hf_sketch.recipes.placement import device
+from hf_sketch.recipes.texts.entailment import load_pairs, tokenize
 from hf_sketch.recipes.texts.minilm import embedded_model_path
-from hf_sketch.recipes.texts.snli_sample import load_snli_sample, tokenize
 
 
 class FlatHessian:
@@ -40,10 +40,19 @@ class FlatHessian:
         return {name: part.view_as(parameters[name]) for name, part in parts}
 
 
-def snli_batches(examples: int, batch_size: int) -> list[dict[str, Tensor]]:
-    """Padded batches of real SNLI pairs with labels, as MiniLM takes them."""
+def entailment_batches(
+    examples: int, batch_size: int, train_file: str | None = None
+) -> list[dict[str, Tensor]]:
+    """Padded batches of pairs with labels, as MiniLM takes them.
+
+    Args:
+        examples: the first pairs of the training set.
+        batch_size: pairs per batch.
+        train_file: premise, hypothesis, label; by default our own pairs.
+    """
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
-    data = tokenize(load_snli_sample("train").select(range(examples)), tokenizer)
+    pairs = load_pairs("train", train_file).select(range(examples))
+    data = tokenize(pairs, tokenizer)
     batches: list[dict[str, Tensor]] = []
     for low in range(0, examples, batch_size):
         rows = data.select(range(low, min(low + batch_size, examples)))

@@ -20,8 +20,8 @@ from hf_sketch.recipes.tables.models.gradients import (
 )
 from hf_sketch.recipes.tables.paper.table1_eigenvalues import layers_of
 from hf_sketch.recipes.texts.data_files import read_data_file
+from hf_sketch.recipes.texts.entailment import check_files, load_pairs
 from hf_sketch.recipes.texts.minilm import embedded_model_path
-from hf_sketch.recipes.texts.snli_sample import load_snli_sample
 from hf_sketch.recipes.texts.text_rows import (
     TextModel,
     load_text_model,
@@ -43,10 +43,14 @@ class Table1Arguments(ReportArguments):
     """
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "By default MiniLM, on the sample of SNLI."}
+        default=None, metadata={"help": "By default MiniLM, on pairs of sentences."}
     )
     train_file: str | None = field(
-        default=None, metadata={"help": "Texts for another model than MiniLM."}
+        default=None,
+        metadata={"help": "Its texts; for MiniLM SNLI rows, by default our own pairs."},
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "For MiniLM: SNLI rows of the queries."}
     )
     max_length: int = field(default=128, metadata={"help": "Tokens that are kept."})
     rows: int = field(default=120, metadata={"help": "Training rows scored."})
@@ -76,12 +80,20 @@ class Study:
 
 
 def minilm_study(arguments: Table1Arguments) -> Study:
-    """MiniLM on SNLI, with validation pairs as queries."""
-    model = fine_tuned_minilm(arguments.steps, seed=0)
+    """MiniLM on SNLI or our own pairs, with validation pairs as queries.
+
+    Raises:
+        ValueError: one of the two files is given without the other.
+    """
+    files = arguments.train_file, arguments.validation_file
+    check_files(*files)
+    model = fine_tuned_minilm(arguments.steps, 0, arguments.train_file)
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
     text_model = TextModel("classification", model, tokenizer)
-    trained = load_snli_sample("train").shuffle(seed=0).select(range(arguments.rows))
-    asked = load_snli_sample("validation").select(range(arguments.queries))
+    splits = zip(("train", "validation"), files, strict=True)
+    trained, asked = (load_pairs(split, file) for split, file in splits)
+    trained = trained.shuffle(seed=0).select(range(arguments.rows))
+    asked = asked.select(range(arguments.queries))
     columns = ("premise", "hypothesis")
     rows, queries = (
         tokenized(pairs, text_model, columns, arguments.max_length)
@@ -96,12 +108,10 @@ def text_study(arguments: Table1Arguments) -> Study:
     Raises:
         ValueError: there is no file, or it has too few rows.
     """
-    if arguments.train_file is None or arguments.model_name_or_path is None:
+    if arguments.train_file is None:
         raise ValueError(
-            "a model and its rows are needed together, got "
-            f"model_name_or_path={arguments.model_name_or_path!r} and "
-            f"train_file={arguments.train_file!r}: pass both --model_name_or_path and "
-            "--train_file, or neither."
+            f"{arguments.model_name_or_path} needs texts to train on, got none. Pass "
+            "--train_file."
         )
     text_model = load_text_model(arguments.model_name_or_path)
     data = read_data_file(arguments.train_file)
@@ -168,8 +178,8 @@ def run_table1(arguments: Table1Arguments) -> dict[str, Any]:
     """Measure, print beside the paper's figures, and save."""
     if arguments.tiny:
         arguments = with_small(arguments, _TINY)
-    given = arguments.model_name_or_path or arguments.train_file
-    study = text_study(arguments) if given else minilm_study(arguments)
+    ours = arguments.model_name_or_path is None
+    study = minilm_study(arguments) if ours else text_study(arguments)
     results = measure(study, arguments)
     print("Pearson r with the scores of exact gradients of the whole model")
     found = results["sketch"]

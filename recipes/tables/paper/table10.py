@@ -59,10 +59,10 @@ class Table10Arguments(ReportArguments):
         metadata={"help": "On XSum: an encoder and a decoder of the model given."},
     )
     train_file: str | None = field(
-        default=None, metadata={"help": "By default the bundled rows."}
+        default=None, metadata={"help": "By default rows of our own."}
     )
     validation_file: str | None = field(
-        default=None, metadata={"help": "By default the bundled rows."}
+        default=None, metadata={"help": "By default rows of our own."}
     )
     num_hidden_layers: int = field(
         default=6, metadata={"help": "The first ones; with two, MiniLM learns slowly."}

@@ -18,8 +18,8 @@ from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.models.gradients import fine_tuned_minilm
 from hf_sketch.recipes.tables.models.hessians import (
     FlatHessian,
+    entailment_batches,
     relative_error,
-    snli_batches,
 )
 
 # Least and greatest error of a layer (Schioppa 2024, Tables 1 and 5).
@@ -33,7 +33,10 @@ class Table1EigenvaluesArguments(ReportArguments):
     top: int = field(default=10, metadata={"help": "Eigenvalues compared."})
     krylov_dim: int = field(default=40, metadata={"help": "Lanczos steps of each."})
     bits: int = field(default=12, metadata={"help": "log2 of the sketch size."})
-    examples: int = field(default=16, metadata={"help": "SNLI pairs of the Hessian."})
+    examples: int = field(default=16, metadata={"help": "Pairs of the Hessian."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "SNLI rows instead of our own pairs."}
+    )
     steps: int = field(default=100, metadata={"help": "Fine-tuning steps beforehand."})
 
 
@@ -67,7 +70,7 @@ def top_eigenvalues(
     """Of the Hessian in the parameters whose names start with a prefix, descending."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(prefix))
-    batches = snli_batches(arguments.examples, 16)
+    batches = entailment_batches(arguments.examples, 16, arguments.train_file)
     hessian = HessianOperator(model, batches, self_check=False)
     found = lanczos(FlatHessian(hessian), arguments.krylov_dim)
     return found.eigenvalues.flip(0)[: arguments.top]
@@ -75,10 +78,11 @@ def top_eigenvalues(
 
 def run_table1_eigenvalues(arguments: Table1EigenvaluesArguments) -> dict[str, Any]:
     """Measure, print beside the paper's figures, and save."""
-    model = fine_tuned_minilm(arguments.steps, seed=0)
+    model = fine_tuned_minilm(arguments.steps, 0, arguments.train_file)
     whole = top_eigenvalues(model, "", arguments)
     sketch = ModelSketch.from_model(model, 2**arguments.bits, operator="affd")
-    hessian = HessianOperator(model, snli_batches(arguments.examples, 16))
+    batches = entailment_batches(arguments.examples, 16, arguments.train_file)
+    hessian = HessianOperator(model, batches)
     spectrum = hessian_spectrum(SketchedHessian(hessian, sketch), arguments.krylov_dim)
     ours = spectrum.eigenvalues.flip(0)[: arguments.top]
     errors = {f"AFFD sketch of 2^{arguments.bits}": relative_error(ours, whole)}

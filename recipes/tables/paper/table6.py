@@ -54,8 +54,15 @@ class Table6Arguments(ReportArguments):
         default=None,
         metadata={
             "help": "Passages for masked and causal: .txt, or .jsonl or .csv with a "
-            "column text, optionally with .gz; by default premises of SNLI."
+            "column text, optionally with .gz; by default premises of our own pairs."
         },
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "SNLI rows for snli; by default our own pairs."},
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "The same, for the gradients compared."}
     )
     max_length: int = field(default=128, metadata={"help": "Tokens kept per passage."})
     sketches: str = field(
@@ -145,7 +152,12 @@ def run_table6(arguments: Table6Arguments) -> dict[str, Any]:
     """
     check_choice("task", arguments.task, TASKS)
     if arguments.task == "snli":
-        task = snli_task(arguments.examples, arguments.steps)
+        task = snli_task(
+            arguments.examples,
+            arguments.steps,
+            arguments.train_file,
+            arguments.validation_file,
+        )
     else:
         task = language_task(
             arguments.task == "masked",

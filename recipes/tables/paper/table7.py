@@ -14,8 +14,8 @@ from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.models.gradients import fine_tuned_minilm
 from hf_sketch.recipes.tables.models.hessians import (
     FlatHessian,
+    entailment_batches,
     relative_error,
-    snli_batches,
 )
 from hf_sketch.spectra.lanczos_run import lanczos
 
@@ -26,7 +26,7 @@ LEVELS = (0.2, 0.1, 0.05)
 
 @dataclass
 class Table7Arguments(ReportArguments):
-    """Error of sketched eigenvalues by sketch size, on MiniLM and SNLI."""
+    """Error of sketched eigenvalues by sketch size, on MiniLM and pairs."""
 
     operators: str = field(
         default="affd,afjl,qk,srht", metadata={"help": "Operators, comma-separated."}
@@ -40,7 +40,10 @@ class Table7Arguments(ReportArguments):
         default=60, metadata={"help": "Lanczos steps without a sketch."}
     )
     seeds: int = field(default=3, metadata={"help": "Seeds; the median is taken."})
-    examples: int = field(default=16, metadata={"help": "SNLI pairs of the Hessian."})
+    examples: int = field(default=16, metadata={"help": "Pairs of the Hessian."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "SNLI rows instead of our own pairs."}
+    )
     steps: int = field(default=100, metadata={"help": "Fine-tuning steps beforehand."})
 
 
@@ -51,8 +54,9 @@ def largest(eigenvalues: Tensor, count: int) -> Tensor:
 
 def measure(arguments: Table7Arguments) -> dict[str, Any]:
     """Errors for each operator, size and seed, as sketched and without the shift."""
-    model = fine_tuned_minilm(arguments.steps, seed=0)
-    hessian = HessianOperator(model, snli_batches(arguments.examples, 16))
+    model = fine_tuned_minilm(arguments.steps, 0, arguments.train_file)
+    batches = entailment_batches(arguments.examples, 16, arguments.train_file)
+    hessian = HessianOperator(model, batches)
     exact = lanczos(FlatHessian(hessian), arguments.exact_steps)
     truth = largest(exact.eigenvalues, arguments.top)
     errors: dict[str, dict[int, dict[str, list[float]]]] = {}

@@ -37,7 +37,7 @@ class AdamGeometryArguments(ReportArguments):
         default=None, metadata={"help": "Language model; by default MiniLM, masked."}
     )
     text_file: str | None = field(
-        default=None, metadata={"help": "Passages; by default premises of SNLI."}
+        default=None, metadata={"help": "Passages; by default our own pairs."}
     )
     max_length: int = field(default=128, metadata={"help": "Tokens kept per passage."})
     examples: int = field(default=48, metadata={"help": "Gradients to compare."})

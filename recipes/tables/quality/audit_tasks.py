@@ -24,9 +24,8 @@ from transformers import (
 from hf_sketch import CounterRandom
 from hf_sketch.recipes.tables.quality.lds_tasks import Digits, Perceptron, SnliHead
 from hf_sketch.recipes.texts.data_files import check_texts, read_data_file
+from hf_sketch.recipes.texts.entailment import LABELS, load_pairs
 from hf_sketch.recipes.texts.minilm import embedded_model_path, new_model
-from hf_sketch.recipes.texts.snli_data import load_snli
-from hf_sketch.recipes.texts.snli_sample import LABELS
 
 Examples = Sequence[Mapping[str, Any]]
 _WINDOW = 8  # words of a passage whose source is to be guessed
@@ -98,10 +97,10 @@ def snli_task(
 ) -> LabelTask:
     """Return pairs of SNLI and the embedded MiniLM."""
     parts = [
-        load_snli(split, file).select(range(count)).to_list()
+        load_pairs(split, file).select(range(count)).to_list()
         for split, file, count in (
             ("train", train_file, rows),
-            ("test", test_file, test_rows),
+            ("validation", test_file, test_rows),
         )
     ]
     return _minilm_task(parts, ("premise", "hypothesis"), epochs, LABELS)

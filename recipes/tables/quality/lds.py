@@ -89,7 +89,7 @@ class LdsArguments(ReportArguments):
         },
     )
     train_file: str | None = field(
-        default=None, metadata={"help": "SNLI rows instead of the bundled sample."}
+        default=None, metadata={"help": "SNLI rows instead of our own pairs."}
     )
     validation_file: str | None = field(
         default=None, metadata={"help": "The same, for queries."}

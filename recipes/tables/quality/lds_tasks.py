@@ -16,8 +16,12 @@ from transformers.utils import logging
 from hf_sketch import CounterRandom
 from hf_sketch.recipes.setups import Setup, snli_setup
 from hf_sketch.recipes.tables.quality.lds_training import Task
-from hf_sketch.recipes.texts.snli_data import load_snli
-from hf_sketch.recipes.texts.snli_sample import LABELS, load_snli_sample, tokenize
+from hf_sketch.recipes.texts.entailment import (
+    LABELS,
+    check_files,
+    load_pairs,
+    tokenize,
+)
 
 _HIDDEN = 64
 
@@ -73,15 +77,18 @@ class Digits(Task):
 
 
 class Snli(Task):
-    """Pairs of SNLI and the embedded MiniLM, by AdamW.
+    """Pairs of SNLI, or our own, and the embedded MiniLM, by AdamW.
 
     Args:
         rows: how many to train on.
         queries: how many validation pairs to ask of.
         epochs: passes over the rows.
-        train_file: premise, hypothesis, label; by default the bundled sample.
-        validation_file: the same for queries.
+        train_file: premise, hypothesis, label; by default our own pairs.
+        validation_file: the same for queries; goes with `train_file`.
         num_hidden_layers: that are kept; None for all.
+
+    Raises:
+        ValueError: one of the two files is given without the other.
     """
 
     def __init__(
@@ -93,16 +100,14 @@ class Snli(Task):
         validation_file: str | None = None,
         num_hidden_layers: int | None = None,
     ) -> None:
+        check_files(train_file, validation_file)
         level = logging.get_verbosity()
         logging.set_verbosity_error()  # the classifier is new, as it should be
         set_seed(0)
         layers = {"num_hidden_layers": num_hidden_layers} if num_hidden_layers else {}
         setup = snli_setup(None, train_file, True, max_samples=rows, **layers)
         logging.set_verbosity(level)
-        if validation_file is None:
-            pairs = load_snli_sample("validation")
-        else:
-            pairs = load_snli("validation", validation_file)
+        pairs = load_pairs("validation", validation_file)
         asked = tokenize(pairs.select(range(queries)), setup.tokenizer)
         self._model = setup.model
         self.rows, self.queries = inputs_of(setup.train_dataset), inputs_of(asked)
@@ -136,7 +141,7 @@ class Head(nn.Module):
 
 
 class SnliHead(Task):
-    """A head on the frozen MiniLM's embeddings of SNLI's sentences, by AdamW.
+    """A head on the frozen MiniLM's embeddings of such pairs, by AdamW.
 
     Its features are those of InferSent: both embeddings u and v, |u - v| and u v.
 
@@ -147,6 +152,9 @@ class SnliHead(Task):
         train_file: premise, hypothesis, label.
         validation_file: the same for queries.
         num_hidden_layers: that are kept of MiniLM.
+
+    Raises:
+        ValueError: one of the two files is given without the other.
     """
 
     def __init__(
@@ -158,13 +166,10 @@ class SnliHead(Task):
         validation_file: str | None = None,
         num_hidden_layers: int | None = None,
     ) -> None:
+        check_files(train_file, validation_file)
         layers = {"num_hidden_layers": num_hidden_layers} if num_hidden_layers else {}
         setup = snli_setup(None, train_file, True, max_samples=rows, **layers)
-        asked = (
-            load_snli_sample("validation")
-            if validation_file is None
-            else load_snli("validation", validation_file)
-        )
+        asked = load_pairs("validation", validation_file)
         pairs = setup.train_dataset, asked.select(range(queries))
         self.rows, self.queries = (embedded_pairs(setup, some) for some in pairs)
         self.collate = default_collate

@@ -29,8 +29,8 @@ from hf_sketch.attribution.columns import column
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.texts.country_facts import country_documents, word_tokenizer
+from hf_sketch.recipes.texts.entailment import LABELS, load_pairs, tokenize
 from hf_sketch.recipes.texts.minilm import embedded_model_path, new_model
-from hf_sketch.recipes.texts.snli_sample import LABELS, load_snli_sample, tokenize
 
 _THRESHOLDS = (4.0, 5.0, 6.0, 8.0, 10.0, 15.0)
 _BATCH = 16
@@ -44,7 +44,7 @@ Row = dict[str, Any]
 class PlantedSpikesArguments(ReportArguments):
     """How many planted spikes of training are found, and whom they name.
 
-    labels: MiniLM learns 480 pairs of SNLI by heart; some batches have wrong labels.
+    labels: MiniLM learns 480 pairs by heart; some batches have wrong labels.
     texts: a small language model learns sentences; some batches have texts of random
     words. Beside the shares of the gradient, as many examples are named by their loss,
     by their gradient's norm and by chance. The defaults of `find_spikes` were chosen
@@ -52,6 +52,10 @@ class PlantedSpikesArguments(ReportArguments):
     """
 
     task: str = field(default="labels", metadata={"help": "labels or texts."})
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "SNLI rows for labels; by default our own pairs."},
+    )
     seeds: str = field(default="1,2,3,4,5", metadata={"help": "Comma-separated runs."})
     steps: int = field(default=240, metadata={"help": "Optimizer steps per run."})
     bursts: int = field(default=8, metadata={"help": "Planted batches per run."})
@@ -86,10 +90,11 @@ class _InOrder(Trainer):
         return SequentialSampler(self.train_dataset)  # pyright: ignore
 
 
-def labels_task(rows: int) -> SpikeTask:
-    """Return pairs of SNLI, whose bad rows have another label."""
+def labels_task(rows: int, train_file: str | None = None) -> SpikeTask:
+    """Return pairs of SNLI, or our own, whose bad rows have another label."""
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
-    pairs = tokenize(load_snli_sample("train").select(range(rows)), tokenizer, 64)
+    pairs = load_pairs("train", train_file).select(range(rows))
+    pairs = tokenize(pairs, tokenizer, 64)
     names = ("input_ids", "attention_mask", "label")
     inputs: list[Row] = pairs.select_columns(names).to_list()
 
@@ -245,7 +250,8 @@ def run_planted_spikes(arguments: PlantedSpikesArguments) -> dict[str, Any]:
         )
     if arguments.task not in ("labels", "texts"):
         raise ValueError(f"task must be labels or texts, got {arguments.task!r}.")
-    task = texts_task() if arguments.task == "texts" else labels_task(480)
+    texts = arguments.task == "texts"
+    task = texts_task() if texts else labels_task(480, arguments.train_file)
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in map(int, arguments.seeds.split(",")):
         store, bad = planted_run(task, arguments, seed)

@@ -38,7 +38,7 @@ class RemovalsArguments(ReportArguments):
 
     task: str = field(default="digits", metadata={"help": "digits or snli_head."})
     train_file: str | None = field(
-        default=None, metadata={"help": "SNLI rows instead of the bundled sample."}
+        default=None, metadata={"help": "SNLI rows instead of our own pairs."}
     )
     validation_file: str | None = field(
         default=None, metadata={"help": "The same, for queries."}
