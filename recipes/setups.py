@@ -74,7 +74,7 @@ def snli_setup(
     if tokenizer.pad_token is None:  # GPT-2
         tokenizer.pad_token = tokenizer.eos_token
     classifier.config.pad_token_id = tokenizer.pad_token_id
-    rows = load_pairs("train", train_file)
+    rows = first_rows(load_pairs("train", train_file), max_samples)
     if train_file is None:
         print(
             f"Training on {len(rows):,} pairs written for hf_sketch, not on SNLI: pass "
@@ -85,7 +85,7 @@ def snli_setup(
         name=f"{title} on {'entailment pairs' if train_file is None else 'SNLI'}",
         model=classifier,
         tokenizer=tokenizer,
-        train_dataset=tokenize(first_rows(rows, max_samples), tokenizer, max_length),
+        train_dataset=tokenize(rows, tokenizer, max_length),
         collator=DataCollatorWithPadding(tokenizer),
     )
 

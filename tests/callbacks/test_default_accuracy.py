@@ -74,9 +74,9 @@ def test_rows_of_a_language_model_are_nearly_as_accurate_as_dense_projections(tm
     for seed in range(SEEDS):
         rows = recorded_rows(tmp_path / str(seed), model, ids, seed)
         squares.append(((rows @ rows.T - exact) / norms)[pairs].square().mean())
-    # The variance of a Gaussian matrix is (|g|^2 |h|^2 + <g, h>^2) / out_size. Over
-    # seeds the mean square is 1.4 times that, with a standard deviation of 1.1 (all
-    # pairs are off together), so 3 is 3.5 deviations of the mean of six away. Two
-    # folded sides without groups (layout="factored") have 7.5 times that variance.
+    # The variance of a Gaussian matrix is (|g|^2 |h|^2 + <g, h>^2) / out_size. Over 24
+    # seeds the mean square is 0.68 times that, with a standard deviation of 0.38 (all
+    # pairs are off together), so 1.5 is 5 deviations of the mean of six away. Two
+    # folded sides without groups (layout="factored") have 19 times that variance.
     dense = (1 + (exact / norms)[pairs].square().mean()) / rows.shape[1]
-    assert torch.stack(squares).mean() < 3 * dense
+    assert torch.stack(squares).mean() < 1.5 * dense

@@ -43,11 +43,11 @@ class HvpCostArguments(ReportArguments):
     fine_tuning_steps: int = field(
         default=100, metadata={"help": "Of MiniLM, whose eigenvalues are taken."}
     )
-    train_file: str | None = field(
-        default=None, metadata={"help": "SNLI rows instead of our own pairs."}
-    )
     tiny: bool = field(
         default=False, metadata={"help": "A small model and one round, as a check."}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "SNLI rows instead of our own pairs."}
     )
 
 

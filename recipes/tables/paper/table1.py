@@ -49,9 +49,6 @@ class Table1Arguments(ReportArguments):
         default=None,
         metadata={"help": "Its texts; for MiniLM SNLI rows, by default our own pairs."},
     )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "For MiniLM: SNLI rows of the queries."}
-    )
     max_length: int = field(default=128, metadata={"help": "Tokens that are kept."})
     rows: int = field(default=120, metadata={"help": "Training rows scored."})
     queries: int = field(default=30, metadata={"help": "Queries, of other rows."})
@@ -62,6 +59,9 @@ class Table1Arguments(ReportArguments):
     bits: int = field(default=12, metadata={"help": "log2 of the sketch size."})
     seeds: int = field(default=5, metadata={"help": "Sketches; the median is told."})
     tiny: bool = field(default=False, metadata={"help": "A few rows, as a check."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "For MiniLM: SNLI rows of the queries."}
+    )
 
 
 @dataclass(frozen=True)

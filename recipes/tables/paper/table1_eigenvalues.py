@@ -34,10 +34,10 @@ class Table1EigenvaluesArguments(ReportArguments):
     krylov_dim: int = field(default=40, metadata={"help": "Lanczos steps of each."})
     bits: int = field(default=12, metadata={"help": "log2 of the sketch size."})
     examples: int = field(default=16, metadata={"help": "Pairs of the Hessian."})
+    steps: int = field(default=100, metadata={"help": "Fine-tuning steps beforehand."})
     train_file: str | None = field(
         default=None, metadata={"help": "SNLI rows instead of our own pairs."}
     )
-    steps: int = field(default=100, metadata={"help": "Fine-tuning steps beforehand."})
 
 
 def layers_of(model: nn.Module) -> dict[str, str]:

@@ -57,13 +57,6 @@ class Table6Arguments(ReportArguments):
             "column text, optionally with .gz; by default premises of our own pairs."
         },
     )
-    train_file: str | None = field(
-        default=None,
-        metadata={"help": "SNLI rows for snli; by default our own pairs."},
-    )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "The same, for the gradients compared."}
-    )
     max_length: int = field(default=128, metadata={"help": "Tokens kept per passage."})
     sketches: str = field(
         default="grouped/srht,factored/srht,blocked/srht,blocked/affd,blocked/afjl,"
@@ -74,6 +67,13 @@ class Table6Arguments(ReportArguments):
     examples: int = field(default=48, metadata={"help": "Gradients to compare."})
     seeds: int = field(default=3, metadata={"help": "Seeds per sketch and size."})
     steps: int = field(default=60, metadata={"help": "Fine-tuning steps beforehand."})
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "SNLI rows for snli; by default our own pairs."},
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "The same, for the gradients compared."}
+    )
 
 
 def pearson_r(exact: Tensor, rows: Tensor) -> float:

@@ -41,10 +41,10 @@ class Table7Arguments(ReportArguments):
     )
     seeds: int = field(default=3, metadata={"help": "Seeds; the median is taken."})
     examples: int = field(default=16, metadata={"help": "Pairs of the Hessian."})
+    steps: int = field(default=100, metadata={"help": "Fine-tuning steps beforehand."})
     train_file: str | None = field(
         default=None, metadata={"help": "SNLI rows instead of our own pairs."}
     )
-    steps: int = field(default=100, metadata={"help": "Fine-tuning steps beforehand."})
 
 
 def largest(eigenvalues: Tensor, count: int) -> Tensor:

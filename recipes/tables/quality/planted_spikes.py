@@ -52,10 +52,6 @@ class PlantedSpikesArguments(ReportArguments):
     """
 
     task: str = field(default="labels", metadata={"help": "labels or texts."})
-    train_file: str | None = field(
-        default=None,
-        metadata={"help": "SNLI rows for labels; by default our own pairs."},
-    )
     seeds: str = field(default="1,2,3,4,5", metadata={"help": "Comma-separated runs."})
     steps: int = field(default=240, metadata={"help": "Optimizer steps per run."})
     bursts: int = field(default=8, metadata={"help": "Planted batches per run."})
@@ -64,6 +60,10 @@ class PlantedSpikesArguments(ReportArguments):
     )
     out_size: int = field(default=1024, metadata={"help": "Numbers per sketch."})
     tiny: bool = field(default=False, metadata={"help": "A few steps, as a check."})
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "SNLI rows for labels; by default our own pairs."},
+    )
 
 
 @dataclass(frozen=True)
