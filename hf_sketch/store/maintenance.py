@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hf_sketch.store.header import (
     read_header,
     write_header,
 )
+from hf_sketch.store.lock import locked
 from hf_sketch.store.log import (
     file_names,
     manifest_files,
@@ -24,7 +26,13 @@ from hf_sketch.store.log import (
     torn_bytes,
     write_log,
 )
-from hf_sketch.store.manifest import KINDS, Gap, Manifest, missing_ranks
+from hf_sketch.store.manifest import (
+    KINDS,
+    Gap,
+    Manifest,
+    missing_ranks,
+    rank_of,
+)
 from hf_sketch.store.opening import create_store
 from hf_sketch.store.shards import Shard, check_shard, describe_shard, shard_name
 
@@ -74,9 +82,14 @@ def repair(directory: Path) -> list[str]:
         what was done.
 
     Raises:
-        ValueError: the header cannot be read.
+        ValueError: the header cannot be read, or a run is writing.
     """
     header = read_header(directory)
+    with _all_locked(directory):
+        return _repair(directory, header)
+
+
+def _repair(directory: Path, header: Header) -> list[str]:
     done: list[str] = []
     names = file_names(directory)
     for path in (directory / name for name in manifest_files(names)):
@@ -115,16 +128,17 @@ def upgrade(directory: Path) -> list[str]:
         what was done.
 
     Raises:
-        ValueError: the header or a manifest was changed.
+        ValueError: the header or a manifest was changed, or a run is writing.
     """
     header, done = read_header(directory), list[str]()
-    for path in sorted(directory.glob("manifest-*.json")):
-        manifest = read_log(path, frozenset()).manifest
-        if path.with_suffix(".jsonl").exists():  # a crash came before it was removed
-            path.unlink()
-        else:
-            _replace_manifest(directory, header, manifest)
-        done.append(f"{path} is now of format version {FORMAT_VERSION}")
+    with _all_locked(directory):
+        for path in sorted(directory.glob("manifest-*.json")):
+            manifest = read_log(path, frozenset()).manifest
+            if path.with_suffix(".jsonl").exists():  # it was cut off before this
+                path.unlink()
+            else:
+                _replace_manifest(directory, header, manifest)
+            done.append(f"{path} is now of format version {FORMAT_VERSION}")
     return done
 
 
@@ -197,7 +211,7 @@ def _problem_of(directory: Path, shard: Shard) -> str | None:
 
 def _rebuild_manifest(directory: Path, path: Path) -> Manifest:
     """Make a manifest of all files of a process that can be read."""
-    rank = int(path.stem.rpartition("-")[2])
+    rank = rank_of(path.name)
     shards: list[Shard] = []
     for file in sorted(directory.glob(f"*-{rank:05d}-*.arrow")):
         try:
@@ -214,6 +228,12 @@ def _set_aside(directory: Path, name: str) -> None:
     aside.mkdir(exist_ok=True)
     if (directory / name).exists():
         (directory / name).replace(aside / name)
+
+
+def _all_locked(directory: Path) -> AbstractContextManager[None]:
+    """Hold the locks of all processes that have a manifest."""
+    names = manifest_files(file_names(directory))
+    return locked(directory, [rank_of(name) for name in names])
 
 
 def _copy_aside(directory: Path, name: str) -> None:

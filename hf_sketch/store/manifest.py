@@ -71,6 +71,11 @@ class Manifest:
         return replace(self, shards=tuple(shards), numbers=self.next_number - 1)
 
 
+def rank_of(name: str) -> int:
+    """Return the rank in the name of a manifest."""
+    return int(Path(name).stem.rpartition("-")[2])
+
+
 def missing_ranks(manifests: Sequence[Manifest]) -> list[int]:
     """Return the ranks that took part and left no manifest."""
     there = {manifest.rank for manifest in manifests}
@@ -90,7 +95,7 @@ def manifest_of(path: Path, contents: Sequence[Mapping[str, Any]]) -> Manifest:
     Raises:
         ValueError: they list what is no file of the store.
     """
-    rank = int(path.stem.rpartition("-")[2])
+    rank = rank_of(path.name)
     try:
         first, *_ = contents
         shards = [_shard(rank, *row) for line in contents for row in line["shards"]]

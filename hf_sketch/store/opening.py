@@ -16,6 +16,7 @@ from hf_sketch.store.header import (
     read_header,
     write_header,
 )
+from hf_sketch.store.lock import errors_explained
 from hf_sketch.store.log import Log, read_logs, remove_leftovers, write_log
 from hf_sketch.store.manifest import Manifest
 from hf_sketch.store.shards import read_shard, write_shard
@@ -162,7 +163,7 @@ def create_store(directory: Path, header: Header, manifest: Manifest) -> Log:
     Raises:
         OSError: the directory cannot be written.
     """
-    try:
+    with errors_explained(directory):
         if directory.is_dir():
             log = write_log(directory, manifest)
             write_header(directory, header)
@@ -175,12 +176,6 @@ def create_store(directory: Path, header: Header, manifest: Manifest) -> Log:
         made.replace(directory)
         sync_directory(directory.parent)
         return log
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"Cannot write sketches to {directory} ({error.strerror}). Give the Trainer"
-            " an output_dir that can be written.",
-        ) from error
 
 
 def _known_header(directory: Path, manifests: Sequence[Manifest]) -> Header | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_sketch.durable import Draft, sync_directory
 from hf_sketch.examples.measured_error import MeasuredError
 from hf_sketch.store.header import Header, write_header
+from hf_sketch.store.lock import take_lock
 from hf_sketch.store.log import mark_full
 from hf_sketch.store.manifest import Gap
 from hf_sketch.store.opening import open_store
@@ -30,8 +31,9 @@ class SketchWriter:
     after a failure raises it again, and no later rows are listed, so the store has no
     hidden hole.
 
-    Each process has its own writer and its own files, so there is no lock. Rank 0 makes
-    its writer first; on a file system that rank 0 does not reach, one process does.
+    Each process has its own writer and its own files, which it locks until `close`.
+    Rank 0 makes its writer first; on a file system that rank 0 does not reach, one
+    process does.
 
     Args:
         directory: the store, `<output_dir>/sketches`.
@@ -44,8 +46,8 @@ class SketchWriter:
         buffer_bytes: the most memory that rows take until they are written.
 
     Raises:
-        ValueError: the store holds rows of other settings, or another number of
-            processes resumes training with other examples per step.
+        ValueError: the store holds rows of other settings, another run writes to it, or
+            another number of processes resumes training with other examples per step.
         OSError: the directory cannot be written.
     """
 
@@ -68,9 +70,13 @@ class SketchWriter:
         self._buffered_bytes = 0
         ours = replace(header, processes=world_size)
         self._rank = rank
-        self._header, self._log = open_store(
-            directory, ours, resume_step, rank, world_size
-        )
+        with ExitStack() as on_error:
+            self._lock = take_lock(directory, rank)
+            on_error.callback(self._lock.release)
+            self._header, self._log = open_store(
+                directory, ours, resume_step, rank, world_size
+            )
+            on_error.pop_all()
         self._next_number = self._log.manifest.next_number
         # The first drafts, the second names: at most one of either runs at a time.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="hf-sketch-writer")
@@ -120,9 +126,13 @@ class SketchWriter:
             self._named.result()
 
     def close(self) -> None:
-        """Wait for what is being written; rows that are not flushed are dropped."""
+        """Wait for what is being written; rows that are not flushed are dropped.
+
+        Then another writer may follow.
+        """
         wait([self._drafted])  # which starts the naming
         self._threads.shutdown()
+        self._lock.release()
         self._buffer, self._buffered_bytes = {}, 0
 
     def note(self, **fields: Any) -> None:
