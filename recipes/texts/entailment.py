@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -23,10 +23,11 @@ _ADVERBIALS = ("mood", "company", "place", "hour", "season")  # in a sentence's 
 _KINDS = ("job", "action", *_ADVERBIALS)
 _SHOWN = 2  # kinds of facts in a premise
 _REPEATED = 3  # of four hypotheses, are in a premise's words
+Split = Literal["train", "validation"]
 Choice = TypeVar("Choice")
 
 
-def load_pairs(split: str, file: str | None = None) -> Dataset:
+def load_pairs(split: Split, file: str | None = None) -> Dataset:
     """Return pairs of sentences with labels: premise, hypothesis, label.
 
     Args:
@@ -84,7 +85,7 @@ def _pairs_of(file: str) -> Dataset:
     return kept.remove_columns("label").add_column("label", labels)
 
 
-def _own_pairs(split: str) -> Dataset:
+def _own_pairs(split: Split) -> Dataset:
     """The same pairs each time; no premise occurs twice, in one split or in both."""
     path = files("hf_sketch.recipes").joinpath("data", "scenes.json")
     scenes = json.loads(path.read_text(encoding="utf-8"))
