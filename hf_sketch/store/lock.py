@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Generator, Iterable
@@ -71,7 +70,7 @@ def take_lock(directory: Path, rank: int) -> Lock:
 
     The file is there from the start: `O_EXCL` creates it in one process only, on NFS as
     well. A lock of a process of this machine that is gone, or of an earlier writer in
-    this process, is taken over. The first process also looks at the locks of others.
+    this process, is taken over.
 
     Args:
         directory: the store, which need not be there.
@@ -84,11 +83,6 @@ def take_lock(directory: Path, rank: int) -> Lock:
     path = directory.with_name(f"{directory.name}-{rank:05d}.lock")
     with errors_explained(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        for other in _locks(directory):
-            holder = _read(other)
-            if holder is not None and holder.is_here and holder.is_another:
-                raise _taken(directory, other, holder)
     since = str(datetime.now().astimezone())
     pid = os.getpid()
     holder = _Holder(socket.gethostname(), pid, _start_of(pid) or "", since)
@@ -170,18 +164,6 @@ def _is_still(path: Path, file: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(file))
     except FileNotFoundError:
         return False
-
-
-def _locks(directory: Path) -> list[Path]:
-    name = re.compile(re.escape(directory.name) + r"-\d{5,}\.lock")
-    return [path for path in directory.parent.iterdir() if name.fullmatch(path.name)]
-
-
-def _read(path: Path) -> _Holder | None:
-    try:
-        return _parsed(path.read_bytes())
-    except FileNotFoundError:
-        return None
 
 
 def _parsed(content: bytes) -> _Holder | None:
