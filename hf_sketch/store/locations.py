@@ -99,6 +99,27 @@ def fetch_store(url: str, **options: object) -> Path:
         ImportError: the package of the file system is not installed.
         FileNotFoundError: there is no store.
     """
+    files, root = _root(url, **options)
+    key = xxhash.xxh3_128_hexdigest(files.unstrip_protocol(root).encode())
+    directory = Path(constants.HF_HOME) / "hf_sketch" / key / _FOLDER
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory.with_suffix(".lock")):
+        _update(files, root, directory)
+    return directory
+
+
+def store_url(url: str) -> str:
+    """Return the URL of the directory that has a store's header.
+
+    Raises:
+        FileNotFoundError: there is no store.
+    """
+    files, root = _root(url)
+    return files.unstrip_protocol(root)
+
+
+def _root(url: str, **options: object) -> tuple[AbstractFileSystem, str]:
+    """The file system of a URL, and the directory of the store there."""
     files, root = url_to_fs(url, **options)
     places = [root.rstrip("/"), f"{root.rstrip('/')}/{_FOLDER}"]
     root = next((p for p in places if files.isfile(f"{p}/{HEADER}")), None)
@@ -107,12 +128,7 @@ def fetch_store(url: str, **options: object) -> Path:
             f"No sketches at {url}. Pass the URL of the output_dir (or of the "
             "'sketches' directory in it) of a run with GradientSketchCallback."
         )
-    key = xxhash.xxh3_128_hexdigest(files.unstrip_protocol(root).encode())
-    directory = Path(constants.HF_HOME) / "hf_sketch" / key / _FOLDER
-    directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory.with_suffix(".lock")):
-        _update(files, root, directory)
-    return directory
+    return files, root
 
 
 def _update(files: AbstractFileSystem, root: str, directory: Path) -> None:

@@ -10,7 +10,7 @@ from datasets.fingerprint import Hasher
 from torch import Tensor
 
 from hf_sketch.attribution.answers import check_lines
-from hf_sketch.attribution.cluster.files import StoreFiles, rows_of_files
+from hf_sketch.attribution.cluster.files import StoreFiles
 from hf_sketch.attribution.cluster.folder import TaskFolder
 from hf_sketch.attribution.cluster.work import (
     CovarianceSums,
@@ -76,8 +76,9 @@ class PartTask:
     output: str
 
     def __call__(self, data: object, rank: int, world_size: int) -> object:
-        part = rows_of_files(*self.rows.part(rank, world_size))
-        self.folder.write_table(_part(self.output, rank), self.work.of_rows(part))
+        with self.rows.part(rank, world_size) as rows:
+            result = self.work.of_rows(rows)
+        self.folder.write_table(_part(self.output, rank), result)
         return data
 
 
@@ -142,6 +143,7 @@ def attribution_stages(
     groups: str | None = "example_id",
     layers: Layers | None = None,
     damping: float = 1.0,
+    url: str | None = None,
     joined_at_once: int = 64,
 ) -> list[Stage]:
     """Plan `store.attribute(queries, ...)` as stages of independent tasks.
@@ -152,7 +154,8 @@ def attribution_stages(
     example.
 
     Args:
-        store: as `load_sketches` returns it, in a directory that all machines reach.
+        store: as `load_sketches` returns it, in a directory that all machines reach,
+            or see `url`.
         queries: as in `attribute`.
         folder: for results and logs, a directory that all machines reach, or a URL.
         tasks: number of tasks that read rows, each a part; fewer if there are fewer
@@ -164,6 +167,7 @@ def attribution_stages(
         groups: as in `attribute`. None needs no sums over the rows of an example.
         layers: as in `attribute`.
         damping: of "preconditioned".
+        url: of the store; tasks then copy the files that they read from there.
         joined_at_once: results that one task joins; more of them are joined as a tree.
 
     Raises:
@@ -175,7 +179,7 @@ def attribution_stages(
     check_count("tasks", tasks)
     check_count("joined_at_once", joined_at_once, 2)
     check_damping(damping)
-    files, place = StoreFiles.of_store(store), TaskFolder.at(folder)
+    files, place = StoreFiles.of_store(store, url), TaskFolder.at(folder)
     tasks, examples = min(tasks, files.blocks), example_count(store.dataset)
     ids, matrix = query_matrix(store, queries)
     stages: list[Stage] = []

@@ -130,7 +130,7 @@ def test_preconditioned_answers_are_those_of_the_formula(tmp_path, stores, queri
 
 
 def test_files_alone_answer_what_their_rows_do(stores, queries):
-    files = StoreFiles.of_store(stores[1]).files[2:4]
+    files = [file["filename"] for file in stores[1].dataset.cache_files[2:4]]
     ids, matrix = query_matrix(stores[1], queries)
     question = Question(ids, matrix, Dot(), 2, 1)
     rows = rows_of_files(files).with_format("numpy")[:]
@@ -150,11 +150,9 @@ def test_parts_are_all_rows_in_order_and_begin_where_blocks_do(stores, count):
     files = StoreFiles.of_store(stores[EPOCHS])
     found, starts = [], []
     for number in range(count):
-        names, rows = files.part(number, count)
-        part = rows_of_files(names, rows)
-        assert rows.start < files.rows[files.files.index(names[0])]
-        starts.append(len(found))
-        found += part["sketch"][:]
+        with files.part(number, count) as part:
+            starts.append(len(found))
+            found += part["sketch"][:]
     np.testing.assert_equal(found, stores[EPOCHS].dataset["sketch"][:])
     assert all(start % 5 == 0 for start in starts)
 
