@@ -111,6 +111,7 @@ _COMMANDS = {
             "upgrade",
             "merge",
             "export",
+            "upload",
         )
     },
 }

@@ -13,6 +13,7 @@ from hf_sketch.recipes.options.stores import (
     ReportArguments,
     SpectrumArguments,
     UpgradeArguments,
+    UploadArguments,
     VerifyArguments,
 )
 from hf_sketch.recipes.spectrum_report import print_spectra, summary_of
@@ -22,6 +23,7 @@ from hf_sketch.store.export import export_sketches
 from hf_sketch.store.locations import is_remote, store_directory
 from hf_sketch.store.maintenance import find_problems, merge, repair, upgrade
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
+from hf_sketch.store.upload import upload_store
 
 
 def run_info(arguments: InfoArguments, directories: list[str]) -> list[dict[str, Any]]:
@@ -71,6 +73,16 @@ def run_export(arguments: ExportArguments, directories: list[str]) -> None:
     rows = {PER_EXAMPLE: sketches.dataset, PER_STEP: sketches.steps}
     for path in export_sketches(rows, arguments.to, Path(arguments.output_dir)):
         print(path)
+
+
+def run_upload(arguments: UploadArguments, directories: list[str]) -> None:
+    """Upload the store and print how many files of rows were sent."""
+    if len(directories) != 1:
+        raise ValueError(
+            f"upload takes one store, got {len(directories)}: call it for each."
+        )
+    sent = upload_store(store_directory(directories[0]), arguments.url)
+    print(f"sent {len(sent)} files of rows to {arguments.url}")
 
 
 def run_spectrum(

@@ -133,7 +133,7 @@ def _root(url: str, **options: object) -> tuple[AbstractFileSystem, str]:
 
 def _update(files: AbstractFileSystem, root: str, directory: Path) -> None:
     """Download what a copy lacks, manifests before the shards that they list."""
-    before = {s.file: s for m in _manifests(directory) for s in m.shards}
+    before = {s.file: s for m in copied_manifests(directory) for s in m.shards}
     found = [str(path) for path in files.glob(f"{root}/manifest-*")]
     manifests = [path for path in found if is_of_manifest(path.rpartition("/")[2])]
     for old in directory.glob("manifest-*"):
@@ -141,7 +141,7 @@ def _update(files: AbstractFileSystem, root: str, directory: Path) -> None:
     normalizers = [str(path) for path in files.glob(f"{root}/{NORMALIZER}")]
     _fetch(files, [f"{root}/{HEADER}", *normalizers, *manifests], directory)
     lacking: list[str] = []
-    for manifest in _manifests(directory):
+    for manifest in copied_manifests(directory):
         remove_leftovers(directory, manifest)
         for shard in manifest.shards:
             path = directory / shard.file
@@ -152,8 +152,8 @@ def _update(files: AbstractFileSystem, root: str, directory: Path) -> None:
     _fetch(files, lacking, directory)
 
 
-def _manifests(directory: Path) -> list[Manifest]:
-    """What the copied manifests list, whichever files the copy has."""
+def copied_manifests(directory: Path) -> list[Manifest]:
+    """Return what copied manifests list, whichever files the copy has."""
     names = manifest_files(file_names(directory))
     return [read_log(directory / name, frozenset()).manifest for name in names]
 

@@ -41,6 +41,15 @@ class ExportArguments:
 
 
 @dataclass
+class UploadArguments:
+    """Add to a store at a URL what it lacks of one here, also while a run writes it."""
+
+    url: str = field(
+        metadata={"help": "Directory for the store, such as s3://bucket/run/sketches."}
+    )
+
+
+@dataclass
 class SpectrumArguments:
     """Print the Hessian spectra that a run recorded, and optionally plot them."""
 

@@ -15,7 +15,7 @@ from hf_sketch.attribution.collection import GradientRows
 from hf_sketch.attribution.shares import shared_rows
 from hf_sketch.store.blocks import block_rows
 from hf_sketch.store.locations import is_remote, store_url
-from hf_sketch.store.manifest import read_manifests
+from hf_sketch.store.log import read_manifests
 from hf_sketch.store.shards import Shard, check_shard
 
 

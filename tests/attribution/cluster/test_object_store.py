@@ -7,6 +7,7 @@ from pyarrow import BufferReader, parquet
 
 from hf_sketch import load_sketches
 from hf_sketch.attribution.cluster.stages import attribution_stages
+from hf_sketch.store.upload import upload_store
 from tests.helpers.rows_in_memory import random_matrix, rows_of
 from tests.helpers.stores import SKETCH, write_store
 
@@ -39,7 +40,7 @@ def bucket(server, tmp_path, monkeypatch):
 
 def test_a_store_in_a_bucket_opens_like_one_on_disk(tmp_path, bucket):
     write_store(tmp_path / "sketches")
-    bucket.put(f"{tmp_path}/sketches/", f"{RUN}/sketches/", recursive=True)
+    upload_store(tmp_path / "sketches", f"{RUN}/sketches")
     here, there = load_sketches(tmp_path), load_sketches(RUN)
     assert there.model_sketch == here.model_sketch
     assert there.dataset[:] == here.dataset[:]
@@ -49,7 +50,7 @@ def test_a_store_in_a_bucket_opens_like_one_on_disk(tmp_path, bucket):
 def test_tasks_need_nothing_but_the_bucket(tmp_path, bucket, monkeypatch):
     monkeypatch.setattr("hf_sketch.store.blocks._BLOCK_ELEMENTS", 4 * 4)
     write_store(tmp_path / "sketches", steps=range(1, 7))
-    bucket.put(f"{tmp_path}/sketches/", f"{RUN}/sketches/", recursive=True)
+    upload_store(tmp_path / "sketches", f"{RUN}/sketches")
     store, queries = load_sketches(RUN), rows_of(random_matrix(3, 0), SKETCH)
     expected = store.attribute(queries, 4).to_dict()
     stages = attribution_stages(store, queries, f"{RUN}/answers", 3, 4, url=RUN)
@@ -64,7 +65,7 @@ def test_tasks_need_nothing_but_the_bucket(tmp_path, bucket, monkeypatch):
 
 def test_a_file_that_was_replaced_since_is_named(tmp_path, bucket):
     write_store(tmp_path / "sketches")
-    bucket.put(f"{tmp_path}/sketches/", f"{RUN}/sketches/", recursive=True)
+    upload_store(tmp_path / "sketches", f"{RUN}/sketches")
     store, queries = load_sketches(RUN), rows_of(random_matrix(1, 0), SKETCH)
     stages = attribution_stages(store, queries, tmp_path / "answers", 1, url=RUN)
     (path, *_) = sorted(write_store(tmp_path / "other", range(4, 5)).glob("per_e*"))
