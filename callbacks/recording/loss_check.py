@@ -65,8 +65,9 @@ class LossCheck:
         def compute(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             result = plain(*args, **kwargs)
             loss = result[0] if isinstance(result, tuple) else result
-            if isinstance(loss, Tensor) and first:
-                self._sketcher.note_loss(loss)
+            if isinstance(loss, Tensor):
+                items = kwargs.get("num_items_in_batch")
+                self._sketcher.note_loss(loss, items, first)
             if isinstance(loss, Tensor) and self._sketcher.checks_losses:
                 self._check(loss, origins_of)
             return result

@@ -126,10 +126,11 @@ class RowSink:
             self._told_of_losses = True
             warnings.warn(
                 "The loss is computed outside the model (label smoothing, or "
-                "compute_loss_func). A row is the gradient of its example's share of "
-                "the batch's loss, times the batch size, and the loss column is NaN. "
-                "A loss of one call of the model that compares examples is not "
-                "detected.",
+                "compute_loss_func) or without logits, so the loss column is NaN. "
+                "Unless it is the model's own mean over examples or tokens, a row is "
+                "the gradient of its example's share of the batch's loss, times the "
+                "batch size. A loss of one call of the model that compares examples is "
+                "not detected.",
                 stacklevel=2,
             )
 

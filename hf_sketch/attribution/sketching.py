@@ -75,7 +75,9 @@ def rows_by_trainer(
 
     def rows_of(batch: Mapping[str, Any], first: bool) -> ExampleBatch:
         with _kept_gradients(sketcher.parameters.values()):
-            trainer.compute_loss(model, dict(batch)).backward()
+            loss = trainer.compute_loss(model, dict(batch))
+            sketcher.note_loss(loss)
+            loss.backward()
             found = sketcher.take()
         if len(found.calls) > 1:
             raise ValueError(

@@ -1,6 +1,6 @@
 """A batch, from its forward pass until its rows are taken."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
@@ -68,11 +68,13 @@ class Batch:
         phase: how far the batch has come. One that is left in "forward" or "backward"
             was interrupted by an error.
         follows: it is not the first call before its backward pass.
+        log_probs: the model's, and where their tokens count: of a loss outside it.
         answers: the model's, if a loss of several calls is to be checked.
         on_gradient: called with the batch as a gradient of its tensors arrives.
         muted: nothing is read of a backward pass that is not training's.
         losses: each example's own loss; None if the model computes no loss.
-        scale: the gradient with which the loss entered the backward pass.
+        scale: the gradient with which the loss entered the backward pass; with a number
+            per example where the losses are of `log_probs`.
         failure: what went wrong in a hook, in words: the error itself would keep the
             graph alive. Nothing more is read then, and training goes on.
         called: paths of the modules whose calls gave something that trains.
@@ -96,6 +98,7 @@ class Batch:
     outputs: list[Tensor] | None = None
     phase: Literal["new", "forward", "loss", "backward", "done"] = "new"
     follows: bool = False
+    log_probs: tuple[Tensor, Tensor] | None = None
     answers: list[Tensor] = field(default_factory=list[Tensor])
     on_gradient: Callable[["Batch"], None] | None = None
     muted: bool = False
@@ -155,12 +158,20 @@ class Batch:
         if self.outputs is not None:
             self.outputs.append(tensor)
 
-    def watch_outputs(self, outputs: Iterable[Tensor], loss: Tensor | None) -> None:
+    def take_losses(self, losses: Tensor) -> Tensor:
+        """Take losses that are the examples' own, and return their sum."""
+        ones = torch.ones_like(losses)
+        self.losses = ExampleLosses(losses.detach(), ones)
+        self.scale = ones.sum() / ones.sum()
+        return losses.sum()
+
+    def watch_outputs(self, outputs: Sequence[Tensor], loss: Tensor | None) -> None:
         """Note that gradients arrive at a model's outputs, and with which factor."""
 
         def arrive(_: Tensor) -> None:
             self.begin_backward()
 
+        self.phase, self.ends = "loss", [output.grad_fn for output in outputs]
         for output in outputs:
             if output.requires_grad:
                 output.register_hook(arrive)
@@ -188,7 +199,8 @@ class Batch:
             self.on_gradient(self)
         if self.phase == "loss":
             self.phase = "backward"
-            self.ends.clear()  # which would keep the graph
+            self.ends.clear()  # which would keep the graph, as would these
+            self.log_probs = None
             # There is no public way to hear of the end of a backward pass.
             variable: Any = torch.autograd.Variable
             variable._execution_engine.queue_callback(self._end_backward)

@@ -4,13 +4,15 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_sketch.examples.media import placeholders_of
 from hf_sketch.examples.split import ExampleSplit, split_of
+
+IGNORED: Final = -100  # the label of tokens that have no loss
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,14 @@ def known_loss(output: Any, inputs: Mapping[str, Any]) -> Tensor:
             "pass loss_fn."
         )
     return loss
+
+
+def next_labels(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return what the tokens of a causal model predict, (b, t - 1), if it is there."""
+    if (shifted := inputs.get("shift_labels")) is not None:
+        return shifted
+    labels = inputs.get("labels")
+    return labels[:, 1:] if isinstance(labels, Tensor) and labels.dim() > 1 else None
 
 
 def loss_of(output: Any) -> Tensor | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sketch.examples.calls import IGNORED, next_labels
 from hf_sketch.examples.rounding import agree, tolerance
 from hf_sketch.examples.rules.base import answers_of
 from hf_sketch.examples.rules.token_losses import span_losses, token_losses
@@ -171,6 +172,19 @@ def _of_spans(
     return None
 
 
+def token_counts(
+    model: nn.Module, inputs: Mapping[str, Any], split: ExampleSplit
+) -> Tensor | None:
+    """Return the number of each example's tokens that a causal model predicts, (b,).
+
+    None for a model that is not causal, or gets no labels of tokens.
+    """
+    labels = next_labels(inputs) if is_causal(model) else None
+    if labels is None or split.within(labels) is None:
+        return None
+    return per_example(labels != IGNORED, split)
+
+
 def penalty_of(model: nn.Module, output: Any) -> Tensor | None:
     """Return the term of a model's loss that no example owns: its routers' balance."""
     config = getattr(model, "config", None)
@@ -185,8 +199,9 @@ def penalty_of(model: nn.Module, output: Any) -> Tensor | None:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether a model predicts the next token, as far as its name tells."""
-    return any(name in type(model).__name__ for name in _CAUSAL)
+    """Whether a model predicts the next token, as far as names of classes tell."""
+    classes = [kind.__name__ for kind in type(model).__mro__]
+    return any(name in kind for kind in classes for name in _CAUSAL)
 
 
 def check_reduction(reduction: str) -> None:
@@ -203,14 +218,16 @@ def _candidates(
 ) -> Iterator[tuple[Tensor, ExampleLosses]]:
     """Yield each loss that a batch may have, with what its examples' own are then."""
     for losses, counted in rules:
-        sums, counts = (_per_example(x, split) for x in (losses, counted))
+        sums, counts = (per_example(x, split) for x in (losses, counted))
         for items in (items_in_batch, counts.sum()):
             if items is not None:
-                own = _reduced(sums.detach(), counts, torch.as_tensor(items), reduction)
+                own = reduced_losses(
+                    sums.detach(), counts, torch.as_tensor(items), reduction
+                )
                 yield sums.sum() / items, own
 
 
-def _reduced(
+def reduced_losses(
     sums: Tensor, counts: Tensor, items: Tensor, reduction: str
 ) -> ExampleLosses:
     """Own losses and weights, given each example's sum and number of tokens."""
@@ -220,7 +237,7 @@ def _reduced(
     return ExampleLosses(sums / counts.clamp(min=1), counts / items.to(counts))
 
 
-def _per_example(x: Tensor, split: ExampleSplit) -> Tensor:
+def per_example(x: Tensor, split: ExampleSplit) -> Tensor:
     """The sum over each example's tokens: (b,)."""
     rows = split.rows(x)
     if rows is None:

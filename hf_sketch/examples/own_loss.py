@@ -1,15 +1,23 @@
 """The part of a batch's loss that its examples own, and what is left."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_sketch.examples.batch import Batch
-from hf_sketch.examples.calls import ModelCall, loss_of
-from hf_sketch.examples.losses import ExampleLosses, own_losses_of, penalty_of
+from hf_sketch.examples.calls import IGNORED, ModelCall, loss_of, next_labels
+from hf_sketch.examples.losses import (
+    ExampleLosses,
+    own_losses_of,
+    penalty_of,
+    per_example,
+    reduced_losses,
+    token_counts,
+)
 from hf_sketch.examples.modules.reading import Reading
+from hf_sketch.examples.rounding import tolerance
 from hf_sketch.examples.rules.base import answers_of
 from hf_sketch.sketches.operator import accumulation_dtype
 
@@ -40,12 +48,122 @@ def split_loss(
         batch.losses = own_losses_of(
             model, loss, output, batch.inputs, batch.split, reduction, penalised=True
         )
+    elif form == "tokens":
+        counts = token_counts(model, batch.inputs, batch.split)
+        assert counts is not None
+        items = batch.inputs.get("num_items_in_batch")
+        items = torch.as_tensor(counts.sum() if items is None else items)
+        counts = counts.to(accumulation_dtype(loss.dtype))
+        unknown = torch.full_like(counts, torch.nan)
+        batch.losses = reduced_losses(unknown, counts, items, reduction)
     elif form != "shares":
         weight = 1.0 if form == "sum" else 1 / size
         dtype = accumulation_dtype(loss.dtype)
         weights = loss.new_full((size,), weight, dtype=dtype)
         batch.losses = ExampleLosses(weights * torch.nan, weights)
     return loss
+
+
+class TokenMeans:
+    """Losses that others compute as the mean of a model's `log_probs` over tokens.
+
+    TRL's SFTTrainer does. The first loss of a single call shows whether it is such a
+    mean. If so, each example's own loss is known, and its weight is what the gradients
+    of its tokens' log-probabilities add up to.
+    """
+
+    def __init__(self) -> None:
+        self._found: bool | None = None
+
+    def keep(self, batch: Batch, output: Any, reduction: str) -> None:
+        """Keep a call's log-probabilities until its loss is there, or watch them."""
+        found = _log_probs_of(batch, output)
+        if found is None or self._found is False:
+            return
+        batch.log_probs = found
+        if self._found:
+            _watch_tokens(batch, *found, reduction)
+
+    def note(
+        self,
+        calls: Sequence[Batch],
+        loss: Tensor,
+        items: Tensor | int | None,
+        reduction: str,
+    ) -> None:
+        """Find out what the first loss is, before its backward pass.
+
+        Args:
+            calls: of the model, that the loss is made of.
+            loss: what is differentiated.
+            items: number of tokens that it may be divided by.
+            reduction: "mean" or "sum" over an example's tokens.
+        """
+        found = calls[0].log_probs if len(calls) == 1 else None
+        if self._found is not None or found is None or not loss.requires_grad:
+            return
+        log_probs, counted = found
+        if bool(counted.any()):
+            self._found = _is_mean(loss, log_probs, counted, items)
+            if self._found:
+                _watch_tokens(calls[0], log_probs, counted, reduction)
+
+
+def _log_probs_of(batch: Batch, output: Any) -> tuple[Tensor, Tensor] | None:
+    """Return a model's log-probabilities of labels, and where a label counts."""
+    if not isinstance(output, Mapping):
+        return None
+    fields: Mapping[str, Any] = output
+    log_probs, counted = fields.get("log_probs"), fields.get("label_mask")
+    if not isinstance(log_probs, Tensor) or not log_probs.requires_grad:
+        return None
+    if not isinstance(counted, Tensor):
+        labels = next_labels(batch.inputs)
+        counted = torch.tensor(False) if labels is None else labels != IGNORED
+    if counted.shape != log_probs.shape or batch.split.within(log_probs) is None:
+        return None
+    return log_probs, counted
+
+
+def _is_mean(
+    loss: Tensor, log_probs: Tensor, counted: Tensor, items: Tensor | int | None
+) -> bool:
+    """Return whether a loss is minus the mean of log-probabilities over tokens.
+
+    Each has the same coefficient, then: one over their number in the batch or in the
+    step, times the number of processes that share them.
+    """
+    (gradient,) = torch.autograd.grad(
+        loss, log_probs, retain_graph=True, materialize_grads=True
+    )
+    own = gradient[counted].double()
+    even, near = own.mean(), tolerance(loss.dtype, "loss")
+    total = (own * log_probs.detach()[counted]).sum()
+    shares = [-even * counted.sum()]
+    if items is not None:
+        share = -even * torch.as_tensor(items, device=even.device)
+        shares.append(share / share.round().clamp(min=1))
+    return (
+        bool((own - even).abs().max() <= near * even.abs())
+        and bool((loss.detach() - total).abs() <= near * total.abs())
+        and any(bool((share - 1).abs() <= near) for share in shares)
+    )
+
+
+def _watch_tokens(
+    batch: Batch, log_probs: Tensor, counted: Tensor, reduction: str
+) -> None:
+    """Set the examples' own losses, and watch the weights that they get."""
+    dtype = accumulation_dtype(log_probs.dtype)
+    counts = per_example(counted, batch.split).to(dtype)
+    sums = per_example(-log_probs.detach().to(dtype), batch.split)
+    batch.losses = reduced_losses(sums, counts, torch.ones_like(counts), reduction)
+
+    def read(gradient: Tensor) -> None:
+        total = per_example(-gradient.where(counted, 0).to(dtype), batch.split)
+        batch.scale = total / counts.clamp(min=1)
+
+    batch.watch(log_probs, read)
 
 
 def own_part(model: nn.Module, output: Any, penalised: bool) -> Tensor:
@@ -61,7 +179,7 @@ def own_part(model: nn.Module, output: Any, penalised: bool) -> Tensor:
 
 
 def adds_penalty(
-    loss: Tensor, ends: Collection[Any], parameters: Iterable[Tensor]
+    loss: Tensor, calls: Iterable[Batch], parameters: Iterable[Tensor]
 ) -> bool:
     """Return whether a loss is that of a model's outputs plus a term of parameters.
 
@@ -70,9 +188,10 @@ def adds_penalty(
 
     Args:
         loss: what is differentiated.
-        ends: the nodes of autograd at which the model's outputs were made.
+        calls: of the model, whose outputs these are.
         parameters: of the model.
     """
+    ends = {end for call in calls for end in call.ends}
     wanted = {id(parameter) for parameter in parameters}
     # Of each node: whether outputs, parameters and a product of both lie before it.
     found: dict[Any, tuple[bool, bool, bool]] = {}

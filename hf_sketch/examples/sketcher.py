@@ -13,12 +13,12 @@ from hf_sketch.examples.backward_pass import BackwardPass, late_call
 from hf_sketch.examples.batch import Batch, ExampleBatch, Holding
 from hf_sketch.examples.calls import ModelCall, known_loss, loss_of
 from hf_sketch.examples.coverage import ModuleCoverage
-from hf_sketch.examples.losses import ExampleLosses, check_reduction
+from hf_sketch.examples.losses import check_reduction
 from hf_sketch.examples.media import placeholders_of
 from hf_sketch.examples.modules.probe import answers_in
 from hf_sketch.examples.modules.reading import Reading
 from hf_sketch.examples.modules.trial import learn
-from hf_sketch.examples.own_loss import adds_penalty, split_loss
+from hf_sketch.examples.own_loss import TokenMeans, adds_penalty, split_loss
 from hf_sketch.examples.rules.base import tensors_of
 from hf_sketch.examples.split import ExampleSplit, split_of
 from hf_sketch.model.sketch import ModelSketch
@@ -36,11 +36,9 @@ class ExampleSketcher:
     backward pass is followed by one `take`; before it, the model may be called several
     times. Neither the loss nor any gradient nor any random number changes.
 
-    Every trainable parameter is covered: by a rule of its module (Linear, Conv1D,
-    Embedding, LayerNorm, every RMSNorm, convolutions, experts and their routers, heads
-    of fused losses), or by running the module again for each example, or the module
-    around it. Uses of one parameter add up. Documents packed into one row are examples
-    of their own.
+    Every trainable parameter is covered: by a rule of its module (docs/per_example.md
+    lists them), or by running the module again for each example, or the module around
+    it. Documents packed into one row are examples of their own.
 
     Args:
         model: a model called with named tensors.
@@ -71,6 +69,7 @@ class ExampleSketcher:
         self.recording = True
         self.keeps_answers = False  # of the model's calls, until their loss is checked
         self._reading = Reading(model, model_sketch, verify, weights_change)
+        self._token_means = TokenMeans()
         self.parameters = self._reading.parameters
         self._handles: list[RemovableHandle] = []
         self.backward_pass = BackwardPass()  # that the model's calls await
@@ -152,9 +151,7 @@ class ExampleSketcher:
             if losses is None:
                 total = known_loss(output, inputs)
             else:
-                total, ones = losses.sum(), torch.ones_like(losses)
-                batch.losses = ExampleLosses(losses.detach(), ones)
-                batch.scale = ones.sum() / ones.sum()
+                total = batch.take_losses(losses)
             torch.autograd.grad(total, outputs, allow_unused=True)
             return self.take()
         finally:
@@ -193,17 +190,21 @@ class ExampleSketcher:
         """Whether a batch awaits its backward pass, or is within it."""
         return self._reading.batch is not None
 
-    def note_loss(self, loss: Tensor) -> None:
-        """Look for a term of the loss, such as one of weights, that no example owns.
+    def note_loss(
+        self, loss: Tensor, items: Tensor | int | None = None, first: bool = False
+    ) -> None:
+        """Find out what a loss that others compute is, before its backward pass.
 
         Args:
-            loss: what is differentiated, made of the model's outputs by others.
+            loss: made of the model's outputs.
+            items: the Trainer's `num_items_in_batch`.
+            first: look for a term, too, such as one of weights, that no example owns.
         """
-        batch = self._reading.batch
-        if batch is not None and batch.phase == "loss" and loss.requires_grad:
-            parameters = self.parameters.values()
-            ends = [end for call in self.backward_pass.calls for end in call.ends]
-            batch.penalised |= adds_penalty(loss, ends, parameters)
+        calls, batch = self.backward_pass.calls, self._reading.batch
+        with self.backward_pass.muted():
+            self._token_means.note(calls, loss, items, self.loss)
+        if first and batch is not None and batch.phase == "loss" and loss.requires_grad:
+            batch.penalised |= adds_penalty(loss, calls, self.parameters.values())
 
     @property
     def penalised(self) -> bool:
@@ -289,10 +290,9 @@ class ExampleSketcher:
                 if own is not loss and own is not None:
                     batch.read_apart(own, list(self.parameters.values()))
         batch.watch_outputs(tensors_of(output), loss)
+        self._token_means.keep(batch, output, self.loss)
         if self.keeps_answers:
             batch.answers = [x for x in answers_in(output, batch.split) if x.dim()]
-        batch.phase = "loss"
-        batch.ends = [x.grad_fn for x in tensors_of(output)]
         self._reading.batch = batch
 
     def _note_reached(self, name: str, parameter: Tensor) -> None:

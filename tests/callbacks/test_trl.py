@@ -1,13 +1,15 @@
 """Rows of TRL's trainers, beside passes of each example alone."""
 
+import importlib.metadata
 import importlib.util
 from functools import partial
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PromptTuningConfig
 
-from hf_sketch import load_sketches
+from hf_sketch import load_sketches, sketch_dataset
 from hf_sketch.callbacks import GradientSketchCallback
 from tests.helpers.example_shares import ExampleShares, assert_rows_are_shares
 from tests.helpers.trained.trl_training import (
@@ -98,6 +100,60 @@ def test_fine_tuning_on_texts(tmp_path, dataset, settings):
 def test_fine_tuning_adapters_on_texts(tmp_path, more):
     make = partial(trl_trainer, name="SFT", dataset=completions(), more=more)
     assert_rows_of(tmp_path, make)
+
+
+@pytest.mark.parametrize(
+    ("per_batch", "settings"),
+    [
+        (3, {}),
+        (1, {"gradient_accumulation_steps": 2}),
+        full(3, {"gradient_accumulation_steps": 2}),
+        full(3, PADDING_FREE),
+        full(3, {"gradient_checkpointing": True}),
+        full(3, {"average_tokens_across_devices": False}),
+        full(2, {"more": lora()}),
+    ],
+)
+def test_rows_of_texts_are_gradients_of_their_own_mean_losses(
+    tmp_path, per_batch, settings
+):
+    """Whatever other texts are in the batch and in the step."""
+    sizes = {"per_device_train_batch_size": per_batch}
+    callback = GradientSketchCallback(SIZE)
+    trainer = trl_trainer(tmp_path, "SFT", completions(), callback, **settings, **sizes)
+    trainer.train()
+    store = load_sketches(tmp_path)
+    found = store.dataset.with_format("torch")[:]
+    # Some versions before return nothing but the batch's loss.
+    has_losses = Version(importlib.metadata.version("trl")) >= Version("1.15")
+    model, counts = trainer.accelerator.unwrap_model(trainer.model), {}
+    for row, example in enumerate(found["example_id"].tolist()):
+        tokens = trainer.train_dataset[example]
+        ids = torch.tensor([tokens["input_ids"]])
+        masked = torch.tensor([tokens.get("completion_mask", 1)]) == 0
+        labels = ids.masked_fill(masked, -100)
+        labels = torch.tensor([tokens.get("labels", labels[0].tolist())])
+        loss = torch.nn.functional.cross_entropy(
+            model(input_ids=ids).logits[0, :-1], labels[0, 1:]
+        )
+        model.zero_grad()
+        loss.backward()
+        named = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        expected = store.model_sketch.sketch(named)
+        torch.testing.assert_close(found["sketch"][row], expected, rtol=1e-3, atol=1e-4)
+        counts[row] = int((labels[0, 1:] != -100).sum())
+        if has_losses:
+            assert found["loss"][row] == pytest.approx(float(loss), rel=1e-5)
+    for step in found["step"].unique():
+        rows = (found["step"] == step).nonzero().flatten().tolist()
+        total = sum(counts[row] for row in rows)
+        for row in rows:
+            weight = float(found["weight"][row])
+            assert weight == pytest.approx(counts[row] / total, rel=1e-5)
+    if settings != PADDING_FREE:
+        again = sketch_dataset(trainer=trainer, dataset=trainer.train_dataset)
+        rows = again.dataset.with_format("torch")["sketch"][:][found["example_id"]]
+        torch.testing.assert_close(rows, found["sketch"], rtol=1e-3, atol=1e-4)
 
 
 def row_of_packed(trainer, number):

@@ -104,3 +104,93 @@ def test_scores_are_computed_again_in_full_precision_under_autocast():
             got = sketcher.sketch(inputs, losses)
     rows, wanted = (x.weights.unsqueeze(1) * x.rows for x in (got, expected))
     torch.testing.assert_close(rows, wanted, rtol=1e-4, atol=1e-5)
+
+
+def ratio(log_probs):
+    """The loss of policy gradients with an advantage of 1."""
+    return -(log_probs - log_probs.detach()).exp().sum() / (log_probs != 0).sum()
+
+
+@pytest.mark.parametrize(
+    ("rows", "loss_of", "is_mean"),
+    [
+        (3, lambda x: -x.sum() / (x != 0).sum(), True),
+        (1, lambda x: -x.sum() / (x != 0).sum(), True),
+        (3, lambda x: -x.sum() / 40, True),  # of the step, in this process
+        (3, lambda x: -2 * x.sum() / 40, True),  # in two that share the step
+        (3, lambda x: -x.sum() / 39, False),
+        (3, lambda x: -x.mean(1).mean(), False),  # of means of sentences
+        (3, lambda x: -(x * x.exp().detach()).sum() / (x != 0).sum(), False),
+        (1, lambda x: -0.7 * x.sum() / (x != 0).sum(), False),  # an advantage
+        (1, ratio, False),
+        (3, ratio, False),
+        (3, lambda x: functional.softplus(x.sum(1)).mean(), False),
+    ],
+)
+def test_own_losses_are_known_where_the_loss_is_a_mean_over_tokens(
+    rows, loss_of, is_mean
+):
+    """Elsewhere rows are shares, whatever the first batch's coefficients are."""
+    model = fused_llama(1.0, None, False)
+    sketch = ModelSketch.from_model(model, SIZE)
+    labels = IDS[:rows].clone()
+    labels[0, :4] = -100
+    with ExampleSketcher(model, sketch) as sketcher:
+        for _ in range(2):  # what the first batch has shown holds for the second
+            output = model(input_ids=IDS[:rows], labels=labels)
+            loss = loss_of(output.log_probs)
+            sketcher.note_loss(loss, torch.tensor(40))
+            loss.backward()
+            batch = sketcher.take()
+    assert bool(batch.losses.isnan().any()) != is_mean
+    model.zero_grad()
+    loss_of(model(input_ids=IDS[:rows], labels=labels).log_probs).backward()
+    whole = sketch.sketch({name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(batch.weights @ batch.rows, whole)
+    if not is_mean:
+        return
+    for index in range(rows):
+        model.zero_grad()
+        some = slice(index, index + 1)
+        log_probs = model(input_ids=IDS[some], labels=labels[some]).log_probs
+        own = -log_probs.sum() / (labels[some, 1:] != -100).sum()
+        own.backward()
+        row = sketch.sketch({name: p.grad for name, p in model.named_parameters()})
+        # The model computes parts in float32.
+        assert (batch.rows[index] - row).norm() < 2e-6 * row.norm()
+        assert float(batch.losses[index]) == pytest.approx(float(own.detach()))
+
+
+class LossOfTokens(FusedLlama):
+    """Returns nothing but the mean over tokens, as other fused losses do."""
+
+    def forward(self, *args, labels=None, num_items_in_batch=None, **kwargs):
+        log_probs = super().forward(*args, labels=labels, **kwargs).log_probs
+        items = (labels[:, 1:] != -100).sum()
+        if num_items_in_batch is not None:
+            items = num_items_in_batch
+        return ModelOutput(loss=-log_probs.sum() / items)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("items", [None, 40])
+def test_a_loss_alone_is_known_to_be_a_mean_over_tokens(monkeypatch, rows, items):
+    monkeypatch.setattr("tests.examples.test_fused_head.FusedLlama", LossOfTokens)
+    model = fused_llama(1.0, None, False)
+    sketch = ModelSketch.from_model(model, SIZE)
+    labels = IDS[:rows].clone()
+    labels[0, :4] = -100
+    given = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
+    with ExampleSketcher(model, sketch) as sketcher:
+        model(input_ids=IDS[:rows], labels=labels, **given).loss.backward()
+        batch = sketcher.take()
+    counts = (labels[:, 1:] != -100).sum(1).double()
+    expected = counts / (counts.sum() if items is None else items)
+    torch.testing.assert_close(batch.weights, expected)
+    for index in range(rows):
+        model.zero_grad()
+        some = slice(index, index + 1)
+        model(input_ids=IDS[some], labels=labels[some]).loss.backward()
+        row = sketch.sketch({name: p.grad for name, p in model.named_parameters()})
+        # The model computes parts in float32.
+        assert (batch.rows[index] - row).norm() < 2e-6 * row.norm()

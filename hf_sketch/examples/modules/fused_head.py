@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_sketch.examples.batch import Batch
-from hf_sketch.examples.calls import loss_of
+from hf_sketch.examples.calls import IGNORED, loss_of, next_labels
 from hf_sketch.sketches.operator import accumulation_dtype
 
 _HIDDEN = "last_hidden_state"
-_IGNORED = -100
 _KINDS: tuple[Literal["log_probs", "entropy"], ...] = ("log_probs", "entropy")
 _ELEMENTS_AT_ONCE = 2**24  # logits
 _FITTED_TOKENS = 64
@@ -142,9 +141,9 @@ class FusedHead:
         batch, hidden = current(), self._hidden
         if batch is None or hidden is None or not torch.is_grad_enabled():
             return  # as of a reference model, which may be this one without adapters
-        labels = batch.inputs.get("shift_labels")
-        if labels is None:
-            labels = batch.inputs["labels"][:, 1:]
+        labels = next_labels(batch.inputs)
+        assert labels is not None
+        if batch.inputs.get("shift_labels") is None:
             hidden = hidden[:, -labels.shape[1] - 1 : -1]
         loss, log_probs = loss_of(output), output.get("log_probs")
         if isinstance(log_probs, Tensor) and log_probs.requires_grad:
@@ -161,7 +160,7 @@ class FusedHead:
     ) -> None:
         """Add the head's gradients, given that of a mean of log-probabilities."""
         items = batch.inputs.get("num_items_in_batch")
-        counted = (labels != _IGNORED).sum() if items is None else items
+        counted = (labels != IGNORED).sum() if items is None else items
         even = (-gradient / counted).expand(labels.shape)
         self._add(batch, hidden, labels, "log_probs", even)
 
@@ -177,7 +176,7 @@ class FusedHead:
         labels, hidden = _laid_out(batch, labels), _laid_out(batch, hidden)
         dtype = accumulation_dtype(hidden.dtype)
         coefficients = _laid_out(batch, coefficients).to(dtype)
-        coefficients = coefficients.where(labels != _IGNORED, 0)
+        coefficients = coefficients.where(labels != IGNORED, 0)
         labels = labels.clamp(min=0)
         each = max(1, _ELEMENTS_AT_ONCE // (len(labels) * len(self.head.weight)))
         for start in range(0, labels.shape[1], each):
@@ -223,7 +222,7 @@ class FusedHead:
 
     def _fit(self, hidden: Tensor, labels: Tensor, log_probs: Tensor) -> None:
         """Find the temperature by the log-probabilities of some tokens, once."""
-        places = (labels != _IGNORED).nonzero(as_tuple=True)
+        places = (labels != IGNORED).nonzero(as_tuple=True)
         some = tuple(place[:_FITTED_TOKENS] for place in places)
         if self._is_fitted or log_probs.shape != labels.shape or not len(some[0]):
             return

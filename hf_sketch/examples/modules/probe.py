@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_sketch.examples.attempt import RefusalError
 from hf_sketch.examples.calls import ModelCall, loss_of
+from hf_sketch.examples.losses import token_counts
 from hf_sketch.examples.modules.passes import Passes
 from hf_sketch.examples.named_sums import NamedSums
 from hf_sketch.examples.rounding import agree, autocast_dtype, tolerance
@@ -18,7 +19,7 @@ from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.sketches.operator import accumulation_dtype
 
-LossForm = Literal["mean", "sum", "shares", "penalty"]
+LossForm = Literal["tokens", "mean", "sum", "shares", "penalty"]
 EXAMPLES = 2
 _SMALL = 1e-3  # of the largest norm: less has no direction to compare
 
@@ -177,15 +178,17 @@ def loss_form(
     """Return how the loss that a model computes adds up over examples.
 
     Returns:
-        "mean" or "sum" of the examples' own; "penalty" where a penalty on weights comes
+        "tokens" for the mean over the tokens that a causal model predicts; "mean" or
+        "sum" of the examples' own; "penalty" where a penalty on weights comes
         on top of what the model's scores give; "shares" for all others.
 
     Raises:
         RefusalError: it is no weighted sum of the examples' own losses.
     """
+    call = call.part(0, min(EXAMPLES, call.split.size))
     if call.split.size == 1:
-        return "shares"
-    call = call.part(0, EXAMPLES)
+        one = _is_over_tokens(passes, call, model_sketch, dtype)
+        return "tokens" if one else "shares"
     if _has_penalty(passes, call, model_sketch, dtype):
         return "penalty"
     try:
@@ -194,11 +197,38 @@ def loss_form(
         call = call.without("num_items_in_batch")
         _loss_weights(passes, call, model_sketch, dtype)
         return "shares"
+    if _is_over_tokens(passes, call, model_sketch, dtype):
+        return "tokens"
     forms: dict[LossForm, float] = {"mean": 1 / EXAMPLES, "sum": 1.0}
     for form, weight in forms.items():
         if bool(((weights - weight).abs() < 10 * tolerance(dtype, "row")).all()):
             return form
     return "shares"
+
+
+def _is_over_tokens(
+    passes: Passes, call: ModelCall, model_sketch: ModelSketch, dtype: torch.dtype
+) -> bool:
+    """Return whether the loss is the mean over the tokens that a causal model predicts.
+
+    Where the Trainer passes the number of the step's tokens, that divides their sum.
+    One example alone shows nothing else.
+    """
+    counted = token_counts(passes.model, call.inputs, call.split)
+    items, near = call.kwargs.get("num_items_in_batch"), tolerance(dtype, "row")
+    if counted is None or (items is None and call.split.size == 1):
+        return False
+    plain, total = call.without("num_items_in_batch"), counted.sum()
+    if items is not None:
+        of_sum = total * passes.loss_sketch(plain, model_sketch)
+        found = items * passes.loss_sketch(call, model_sketch)
+        distance = torch.linalg.vector_norm(found - of_sum)
+        if not distance <= near * torch.linalg.vector_norm(of_sum):
+            return False
+    if call.split.size == 1:
+        return True
+    weights = _loss_weights(passes, plain, model_sketch, dtype)
+    return bool(((weights - counted / total).abs() < 10 * near).all())
 
 
 def _has_penalty(
