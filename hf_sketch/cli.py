@@ -109,6 +109,7 @@ _COMMANDS = {
             "verify",
             "repair",
             "upgrade",
+            "compact",
             "merge",
             "export",
             "upload",

@@ -6,6 +6,7 @@ from typing import Any
 
 from hf_sketch import load_sketches, load_spectra
 from hf_sketch.recipes.options.stores import (
+    CompactArguments,
     ExportArguments,
     InfoArguments,
     MergeArguments,
@@ -18,6 +19,7 @@ from hf_sketch.recipes.options.stores import (
 )
 from hf_sketch.recipes.spectrum_report import print_spectra, summary_of
 from hf_sketch.report.page import write_report
+from hf_sketch.store.compaction import compact
 from hf_sketch.store.contents import describe, inventory
 from hf_sketch.store.export import export_sketches
 from hf_sketch.store.locations import is_remote, store_directory
@@ -53,6 +55,13 @@ def run_upgrade(arguments: UpgradeArguments, directories: list[str]) -> None:
     stores = _stores_here("upgrade", directories)
     done = [line for store in stores for line in upgrade(store)]
     print("\n".join(done) or "the format was the newest one")
+
+
+def run_compact(arguments: CompactArguments, directories: list[str]) -> None:
+    """Join the small files of each store and print how many are left."""
+    stores = _stores_here("compact", directories)
+    done = [line for store in stores for line in compact(store)]
+    print("\n".join(done) or "there were no small files to join")
 
 
 def run_merge(arguments: MergeArguments, directories: list[str]) -> None:

@@ -67,5 +67,6 @@ def _of_the_store(plan: Plan) -> Iterator[str]:
     if store.files > _MAPPED_FILES:
         yield (
             f"the store has {store.files:,} files, and Linux maps {_MAPPED_FILES:,} per"
-            " process: raise vm.max_map_count to open it as one"
+            " process: raise vm.max_map_count to open it as one, or join its files "
+            "with hf-sketch compact"
         )

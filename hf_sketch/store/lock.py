@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 
 from hf_sketch.durable import printable
+from hf_sketch.store.log import file_names, manifest_files
+from hf_sketch.store.manifest import rank_of
 
 _TRIES, _PAUSE_SECONDS = 50, 0.1
 
@@ -99,15 +101,15 @@ def take_lock(directory: Path, rank: int) -> Lock:
 
 
 @contextmanager
-def locked(directory: Path, ranks: Iterable[int]) -> Generator[None]:
-    """Hold the locks of some processes' files.
+def locked(directory: Path) -> Generator[None]:
+    """Hold the locks of all processes that have a manifest in a store.
 
     Raises:
         ValueError: a process writes.
     """
     with ExitStack() as held:
-        for rank in ranks:
-            held.callback(take_lock(directory, rank).release)
+        for name in manifest_files(file_names(directory)):
+            held.callback(take_lock(directory, rank_of(name)).release)
         yield
 
 

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,7 +84,7 @@ def repair(directory: Path) -> list[str]:
         ValueError: the header cannot be read, or a run is writing.
     """
     header = read_header(directory)
-    with _all_locked(directory):
+    with locked(directory):
         return _repair(directory, header)
 
 
@@ -98,11 +97,11 @@ def _repair(directory: Path, header: Header) -> list[str]:
         except ValueError:
             manifest = _rebuild_manifest(directory, path)
             _copy_aside(directory, path.name)
-            _replace_manifest(directory, header, manifest)
+            replace_manifest(directory, header, manifest)
             done.append(f"{path.name} was rebuilt from {len(manifest.shards)} files")
         if torn := torn_bytes(path):
             _copy_aside(directory, path.name)
-            _replace_manifest(directory, header, manifest)
+            replace_manifest(directory, header, manifest)
             done.append(f"{torn} bytes of an entry at the end of {path.name} were cut")
         kept: list[Shard] = []
         gaps = list(manifest.gaps)
@@ -117,7 +116,7 @@ def _repair(directory: Path, header: Header) -> list[str]:
             done.append(f"{shard.file} with {shard.rows} rows was set aside: {problem}")
         if len(kept) < len(manifest.shards):
             changed = replace(manifest.with_shards(kept), gaps=tuple(gaps))
-            _replace_manifest(directory, header, changed)
+            replace_manifest(directory, header, changed)
     return done
 
 
@@ -131,13 +130,13 @@ def upgrade(directory: Path) -> list[str]:
         ValueError: the header or a manifest was changed, or a run is writing.
     """
     header, done = read_header(directory), list[str]()
-    with _all_locked(directory):
+    with locked(directory):
         for path in sorted(directory.glob("manifest-*.json")):
             manifest = read_log(path, frozenset()).manifest
             if path.with_suffix(".jsonl").exists():  # it was cut off before this
                 path.unlink()
             else:
-                _replace_manifest(directory, header, manifest)
+                replace_manifest(directory, header, manifest)
             done.append(f"{path} is now of format version {FORMAT_VERSION}")
     return done
 
@@ -212,14 +211,30 @@ def _problem_of(directory: Path, shard: Shard) -> str | None:
 def _rebuild_manifest(directory: Path, path: Path) -> Manifest:
     """Make a manifest of all files of a process that can be read."""
     rank = rank_of(path.name)
-    shards: list[Shard] = []
+    found: list[Shard] = []
+    kept: list[Shard] = []
     for file in sorted(directory.glob(f"*-{rank:05d}-*.arrow")):
         try:
-            shards.append(describe_shard(file))
+            shard = describe_shard(file)
         except (pa.ArrowInvalid, OSError):
             _set_aside(directory, file.name)
-    shards.sort(key=lambda shard: shard.first_step)
-    return Manifest(rank, rank + 1, tuple(shards))
+            continue
+        found.append(shard)
+    # A file that was replaced may still be there: later ones have greater numbers, and
+    # no two of a manifest have rows of one step.
+    for shard in sorted(found, key=lambda shard: -shard.number):
+        if any(_overlap(shard, other) for other in kept):
+            _set_aside(directory, shard.file)
+        else:
+            kept.append(shard)
+    kept.sort(key=lambda shard: shard.first_step)
+    return Manifest(rank, rank + 1, tuple(kept))
+
+
+def _overlap(shard: Shard, other: Shard) -> bool:
+    """Whether two files have rows of one kind and step."""
+    apart = shard.last_step < other.first_step or other.last_step < shard.first_step
+    return shard.kind == other.kind and not apart
 
 
 def _set_aside(directory: Path, name: str) -> None:
@@ -230,12 +245,6 @@ def _set_aside(directory: Path, name: str) -> None:
         (directory / name).replace(aside / name)
 
 
-def _all_locked(directory: Path) -> AbstractContextManager[None]:
-    """Hold the locks of all processes that have a manifest."""
-    names = manifest_files(file_names(directory))
-    return locked(directory, [rank_of(name) for name in names])
-
-
 def _copy_aside(directory: Path, name: str) -> None:
     """Copy a file that will be replaced to the directory of damaged ones."""
     aside = directory / _ASIDE
@@ -243,8 +252,12 @@ def _copy_aside(directory: Path, name: str) -> None:
     shutil.copy2(directory / name, aside / name)
 
 
-def _replace_manifest(directory: Path, header: Header, manifest: Manifest) -> None:
-    """Write a manifest, after a header that says which version it has."""
+def replace_manifest(directory: Path, header: Header, manifest: Manifest) -> None:
+    """Write a manifest, after a header that says which version it has.
+
+    Raises:
+        OSError: it cannot be written; the old one is still there.
+    """
     if not is_current(directory):
         write_header(directory, header)
     write_log(directory, manifest)

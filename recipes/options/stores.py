@@ -24,6 +24,11 @@ class UpgradeArguments:
 
 
 @dataclass
+class CompactArguments:
+    """Join small files of stores into files of at least 256 MiB, in place."""
+
+
+@dataclass
 class MergeArguments:
     """Merge stores with the same map, as from several machines, into one."""
 

@@ -16,6 +16,7 @@ from tempfile import mkdtemp
 
 from hf_sketch import load_sketches
 from hf_sketch.store import log
+from hf_sketch.store.compaction import compact
 from hf_sketch.store.maintenance import find_problems, upgrade
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 from hf_sketch.store.writer import SketchWriter
@@ -73,6 +74,12 @@ def record(directory, steps, resume_step=0, done=lambda step: None, together=1):
             writer.flush()
             done(step)
     writer.close()
+
+
+def compacted(directory, steps):
+    """Write steps, flushed one by one, and join their files."""
+    record(directory, steps)
+    compact(directory)
 
 
 def killed(work, directory, number, side):
@@ -162,6 +169,22 @@ CASES = {
     ),
     "resume version 1": Case(
         lambda to: shutil.copytree(GOLDEN[1], to),
+        lambda to, done: record(to, [3, 4], 2, done),
+        end=[1, 2, 3, 4],
+        least=[1, 2],
+    ),
+}
+
+
+CASES |= {
+    "compact": Case(
+        lambda to: record(to, range(1, 7)),
+        lambda to, done: compact(to, 4000),
+        end=[*range(1, 7)],
+        least=[*range(1, 7)],
+    ),
+    "resume within a compacted file": Case(
+        lambda to: compacted(to, range(1, 5)),
         lambda to, done: record(to, [3, 4], 2, done),
         end=[1, 2, 3, 4],
         least=[1, 2],

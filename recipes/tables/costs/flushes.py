@@ -1,0 +1,143 @@
+"""What many flushes cost: manifests, seconds, and files before and after joining."""
+
+import dataclasses
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import torch
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from hf_sketch import ModelSketch, load_sketches
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
+from hf_sketch.recipes.tables.costs.storage import columns_of
+from hf_sketch.recipes.tables.measure import spread
+from hf_sketch.store.compaction import compact
+from hf_sketch.store.header import Header
+from hf_sketch.store.rows import PER_EXAMPLE
+from hf_sketch.store.writer import SketchWriter
+
+_WIDTH = 64
+
+
+@dataclass
+class FlushesArguments(ReportArguments):
+    """Record a store with a file per flush, join its files, and open it."""
+
+    work_dir: str | None = field(
+        default=None, metadata={"help": "On the file system to measure."}
+    )
+    flushes: int = field(default=10000, metadata={"help": "Flushes to record."})
+    rows: int = field(default=1000, metadata={"help": "int8 rows of 64 per flush."})
+    rounds: int = field(default=5, metadata={"help": "Times that a store is opened."})
+    tiny: bool = field(default=False, metadata={"help": "Small sizes, as a check."})
+
+
+def record(directory: Path, flushes: int, rows: int) -> dict[str, Any]:
+    """Write rows with a flush per step; bytes of manifests and seconds per flush."""
+    header = Header(ModelSketch((("w", (2 * _WIDTH,)),), _WIDTH), row_dtype="int8")
+    writer = SketchWriter(directory, header)
+    columns = columns_of(0, torch.randn(rows, _WIDTH))
+    path = directory / "manifest-00000.jsonl"
+    before = path.stat()
+    written = before.st_size
+    growth: list[int] = []
+    seconds: list[float] = []
+    for step in tqdm(range(1, flushes + 1), desc="Recording"):
+        columns["step"] = torch.full((rows,), step)
+        start = time.perf_counter()
+        writer.append(PER_EXAMPLE, columns)
+        writer.flush()
+        seconds.append(time.perf_counter() - start)
+        after = path.stat()
+        new = after.st_ino != before.st_ino  # a snapshot, which replaced the file
+        written += after.st_size - (0 if new else before.st_size)
+        growth.append(written)
+        before = after
+    writer.close()
+    tenth = flushes // 10
+    return {
+        "manifest_bytes": {
+            end: growth[end - 1] for end in range(tenth, flushes + 1, tenth)
+        },
+        "seconds_per_flush": {
+            end: median(seconds[end - tenth : end])
+            for end in range(tenth, flushes + 1, tenth)
+        },
+    }
+
+
+def open_once(directory: Path) -> tuple[float, int, int]:
+    """Seconds to open a store, bytes that this takes beside mapped ones, and rows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # checksums of large stores are skipped
+        before, start = psutil.Process().memory_info(), time.perf_counter()
+        dataset = load_sketches(directory).dataset
+        seconds = time.perf_counter() - start
+        after = psutil.Process().memory_info()
+    mapped = after.shared - before.shared
+    return seconds, after.rss - before.rss - mapped, len(dataset)
+
+
+def measure_opening(directory: Path, rounds: int) -> dict[str, Any]:
+    """Open a store several times, each in a process of its own."""
+    results: list[tuple[float, int, int]] = []
+    for _ in range(rounds):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            results.append(process.submit(open_once, directory).result())
+    seconds, own_bytes, rows = zip(*results, strict=True)
+    return {
+        "files": len(list(directory.glob("*.arrow"))),
+        "rows": rows[0],
+        "opening": spread(list(seconds)),
+        "own_bytes": max(own_bytes),
+    }
+
+
+def run_flushes(arguments: FlushesArguments) -> dict[str, Any]:
+    """Measure, print and save."""
+    if arguments.tiny:
+        arguments = dataclasses.replace(arguments, flushes=20, rows=10, rounds=1)
+    torch.manual_seed(0)
+    with TemporaryDirectory(dir=arguments.work_dir) as name:
+        directory = Path(name) / "sketches"
+        recorded = record(directory, arguments.flushes, arguments.rows)
+        size = sum(path.stat().st_size for path in directory.glob("*.arrow"))
+        many = measure_opening(directory, arguments.rounds)
+        start = time.perf_counter()
+        compact(directory)
+        seconds = time.perf_counter() - start
+        few = measure_opening(directory, arguments.rounds)
+    results = {
+        **recorded,
+        "bytes": size,
+        "many_files": many,
+        "joining_seconds": seconds,
+        "joined_files": few,
+    }
+    for end, written in recorded["manifest_bytes"].items():
+        print(
+            f"{end:,} flushes: {written:,} bytes of manifests; one of the last tenth "
+            f"takes {1e3 * recorded['seconds_per_flush'][end]:.1f} ms"
+        )
+    print(f"joining {size / 2**20:,.0f} MiB took {seconds:.1f} s")
+    for opened in (many, few):
+        print(
+            f"opening {opened['rows']:,} rows in {opened['files']:,} files: "
+            f"{opened['opening']['median_seconds']:.3f} s, "
+            f"{opened['own_bytes'] / 2**20:.0f} MiB"
+        )
+    print("saved", save_report(arguments.output_dir, "flushes", arguments, results))
+    return results
+
+
+if __name__ == "__main__":
+    run_flushes(*HfArgumentParser(FlushesArguments).parse_args_into_dataclasses())
