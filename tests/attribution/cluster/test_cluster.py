@@ -197,3 +197,12 @@ def test_parts_of_files_and_bad_settings_are_refused(tmp_path, stores, queries):
         attribution_stages(store, queries, tmp_path, 2, joined_at_once=1)
     with pytest.raises(ValueError, match="damping must be positive, got 0"):
         attribution_stages(store, queries, tmp_path, 2, damping=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:Skipped")
+def test_queries_of_a_model_that_changed_meet_the_nearest_state(tmp_path, stores):
+    store = stores[EPOCHS]
+    states = {step: rows_of(random_matrix(2, step), SKETCH) for step in (3, 14)}
+    options = {"top_k": 5, "method": "tracin", "bottom_k": 1}
+    run(attribution_stages(store, states, tmp_path, 3, **options))
+    assert_same_answers(tmp_path, store.attribute(states, **options))
