@@ -119,7 +119,8 @@ def ratio(log_probs):
         (3, lambda x: -x.sum() / 40, True),  # of the step, in this process
         (3, lambda x: -2 * x.sum() / 40, True),  # in two that share the step
         (3, lambda x: -x.sum() / 39, False),
-        (3, lambda x: -x.mean(1).mean(), False),  # of means of sentences
+        # The mean of the rows' means.
+        (3, lambda x: -(x.sum(1) / (x != 0).sum(1)).mean(), False),
         (3, lambda x: -(x * x.exp().detach()).sum() / (x != 0).sum(), False),
         (1, lambda x: -0.7 * x.sum() / (x != 0).sum(), False),  # an advantage
         (1, ratio, False),
