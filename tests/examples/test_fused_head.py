@@ -173,11 +173,53 @@ class LossOfTokens(FusedLlama):
         return ModelOutput(loss=-log_probs.sum() / items)
 
 
+def test_later_batches_may_weigh_examples_otherwise():
+    """Their rows are those of the own losses all the same."""
+    model = fused_llama(1.0, None, False)
+    sketch = ModelSketch.from_model(model, SIZE)
+    factors = torch.tensor([0.2, 0.0, 1.7], dtype=torch.float64)
+    with ExampleSketcher(model, sketch) as sketcher:
+        for each in (torch.full((3,), 1 / 33, dtype=torch.float64), factors):
+            log_probs = model(input_ids=IDS, labels=IDS).log_probs
+            loss = -(each @ log_probs.sum(1))
+            sketcher.note_loss(loss)
+            loss.backward()
+            batch = sketcher.take()
+    torch.testing.assert_close(batch.weights, 11 * factors)
+    for index in (0, 2):
+        model.zero_grad()
+        some = slice(index, index + 1)
+        (-model(input_ids=IDS[some], labels=IDS[some]).log_probs.mean()).backward()
+        row = sketch.sketch({name: p.grad for name, p in model.named_parameters()})
+        assert (batch.rows[index] - row).norm() < 2e-6 * row.norm()
+
+
+class LossOfRows(FusedLlama):
+    """Returns the mean of its rows' means, or the sum by what the Trainer passes."""
+
+    def forward(self, *args, labels=None, num_items_in_batch=None, **kwargs):
+        log_probs = super().forward(*args, labels=labels, **kwargs).log_probs
+        means = -log_probs.sum(1) / (labels[:, 1:] != -100).sum(1)
+        items = len(means) if num_items_in_batch is None else num_items_in_batch
+        return ModelOutput(loss=means.sum() / items)
+
+
+def made_alone(model, sketch, labels, index):
+    """The sketched gradient of an example's own mean loss."""
+    model.zero_grad()
+    some = slice(index, index + 1)
+    model(input_ids=IDS[some], labels=labels[some]).loss.backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return sketch.sketch({name: p.grad for name, p in trained.items()})
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("items", [None, 40])
-def test_a_loss_alone_is_known_to_be_a_mean_over_tokens(monkeypatch, rows, items):
-    monkeypatch.setattr("tests.examples.test_fused_head.FusedLlama", LossOfTokens)
+@pytest.mark.parametrize("kind", [LossOfTokens, LossOfRows])
+def test_a_loss_alone_shows_what_it_is_a_mean_of(monkeypatch, rows, items, kind):
+    monkeypatch.setattr("tests.examples.test_fused_head.FusedLlama", kind)
     model = fused_llama(1.0, None, False)
+    model.lm_head.requires_grad_(False)  # its own rule takes no other loss
     sketch = ModelSketch.from_model(model, SIZE)
     labels = IDS[:rows].clone()
     labels[0, :4] = -100
@@ -185,13 +227,16 @@ def test_a_loss_alone_is_known_to_be_a_mean_over_tokens(monkeypatch, rows, items
     with ExampleSketcher(model, sketch) as sketcher:
         model(input_ids=IDS[:rows], labels=labels, **given).loss.backward()
         batch = sketcher.take()
-    counts = (labels[:, 1:] != -100).sum(1).double()
-    expected = counts / (counts.sum() if items is None else items)
-    torch.testing.assert_close(batch.weights, expected)
+    divisor = 1.0
+    if kind is LossOfTokens:
+        counts = (labels[:, 1:] != -100).sum(1).double()
+        weights = counts / (counts.sum() if items is None else items)
+    elif items is None:
+        weights = torch.full((rows,), 1 / rows, dtype=torch.float64)
+    else:  # a sum, and who knows of what the items are the number
+        weights, divisor = torch.ones(rows, dtype=torch.float64), items
+    torch.testing.assert_close(batch.weights, weights)
     for index in range(rows):
-        model.zero_grad()
-        some = slice(index, index + 1)
-        model(input_ids=IDS[some], labels=labels[some]).loss.backward()
-        row = sketch.sketch({name: p.grad for name, p in model.named_parameters()})
+        row = made_alone(model, sketch, labels, index) / divisor
         # The model computes parts in float32.
         assert (batch.rows[index] - row).norm() < 2e-6 * row.norm()

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_sketch.attribution.evaluation import random_subsets, retrain_on_subsets
 from hf_sketch.recipes.setups import snli_setup
@@ -15,6 +16,7 @@ from hf_sketch.recipes.tables.quality.lds import (
     kept,
     run_lds,
     settled,
+    task_of,
 )
 from hf_sketch.recipes.tables.quality.lds_methods import Row, fisher_influence
 from hf_sketch.recipes.tables.quality.lds_tasks import (
@@ -23,6 +25,7 @@ from hf_sketch.recipes.tables.quality.lds_tasks import (
     SnliHead,
     embedded_pairs,
 )
+from hf_sketch.recipes.texts.minilm import embedded_model_path
 
 needs_digits = pytest.mark.skipif(
     importlib.util.find_spec("sklearn") is None, reason="scikit-learn has the digits"
@@ -39,6 +42,7 @@ def test_the_study_of_digits_runs_and_saves(tmp_path, capsys):
     ours = {"dot", "cosine", "preconditioned", "influence", "tracin"}
     ours |= {"preconditioned, last state", "tracin over the run"}
     exact = {"exact dot", "exact cosine", "exact preconditioned, last state"}
+    exact |= {"same label"}
     assert ours | exact <= methods
     peers = {"traker": {"traker TRAK"}, "dattri": {"dattri TRAK", "dattri TracIn"}}
     theirs = [peers[name] for name in results["peers"]]
@@ -75,6 +79,47 @@ def test_the_study_of_a_frozen_encoder_divides_rows_among_groups(tmp_path):
     assert ("exact preconditioned, last state", None, 1) in lines
 
 
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """A language model's folder and files of short texts."""
+    directory = tmp_path_factory.mktemp("language")
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
+    set_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=2, n_positions=64
+    )
+    GPT2LMHeadModel(config).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    for name, count in (("train", 24), ("asked", 3)):
+        rain = [" and rain" * (i % 3) for i in range(count)]
+        texts = [f"day {i} has {i * i} clouds{rain[i]}" for i in range(count)]
+        (directory / f"{name}.txt").write_text("\n".join(texts))
+    options = {"model_name_or_path": "model", "train_file": "train.txt"}
+    options["validation_file"] = "asked.txt"
+    return {name: str(directory / file) for name, file in options.items()}
+
+
+@pytest.mark.full
+def test_the_study_of_a_language_model_runs(tmp_path, language):
+    results = run_lds(LdsArguments(str(tmp_path), "language", tiny=True, **language))
+    methods = {line["method"] for line in results["lines"]}
+    assert {"preconditioned", "dot", "tracin over the run"} <= methods
+    assert "same label" not in methods
+    assert 9 < results["mean_loss"] < 11  # log(30522) before training
+
+
+def test_a_language_models_losses_are_means_over_each_texts_tokens(language):
+    sizes = {"rows": 4, "queries": 3}
+    task = task_of(LdsArguments("", "language", **sizes, **language))
+    model = task.new_model().eval()
+    own = [model(**task.collate([row])).loss for row in task.queries]
+    torch.testing.assert_close(task.losses(model), torch.stack(own))
+    with pytest.raises(ValueError, match="must have 40 texts, got 24: pass fewer"):
+        task_of(LdsArguments("", "language", rows=40, queries=3, **language))
+    with pytest.raises(ValueError, match="needs --model_name_or_path"):
+        task_of(LdsArguments("", "language"))
+
+
 def test_features_of_a_frozen_encoder_are_those_of_single_sentences():
     setup = snli_setup(None, None, True, max_samples=3, num_hidden_layers=1)
     pairs = setup.train_dataset
@@ -102,7 +147,7 @@ def test_a_head_trains_on_what_a_frozen_encoder_gave():
 def test_settings_that_are_given_stay_those_of_a_smaller_task():
     assert settled(LdsArguments(task="snli")).subsets == 50
     assert settled(LdsArguments(task="snli", subsets=7)).subsets == 7
-    with pytest.raises(ValueError, match=r"digits, snli_head, snli, got 'mnist': pass"):
+    with pytest.raises(ValueError, match=r"snli_head, snli, language, got 'mnist':"):
         settled(LdsArguments(task="mnist"))
 
 

@@ -1,7 +1,6 @@
 """How well scores foretell what training on subsets does: the datamodeling score."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -17,15 +16,18 @@ from hf_sketch.attribution.evaluation import (
     random_subsets,
     retrain_on_subsets,
 )
-from hf_sketch.recipes.saved_report import ReportArguments, save_report
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.paper.saved_losses import SavedLosses
+from hf_sketch.recipes.tables.quality.lds_language import LanguageModel
 from hf_sketch.recipes.tables.quality.lds_methods import (
     How,
     Row,
     Scores,
     exact_scores,
+    same_labels,
     sketched_scores,
 )
+from hf_sketch.recipes.tables.quality.lds_options import LdsArguments, settled
 from hf_sketch.recipes.tables.quality.lds_peers import (
     PACKAGES,
     PeerStudy,
@@ -38,117 +40,6 @@ from hf_sketch.recipes.tables.quality.lds_tasks import (
     SnliHead,
 )
 from hf_sketch.recipes.tables.quality.lds_training import Snapshot, Task
-from hf_sketch.recipes.training_defaults import with_small
-
-_SNLI = {
-    "rows": 240,
-    "queries": 40,
-    "subsets": 50,
-    "seeds": 1,
-    "epochs": 3,
-    "out_sizes": "1024,4096",
-    "sketch_seeds": 1,
-    "snapshots": 2,
-    "krylov_dim": 20,
-    "keep_vectors": 10,
-    "hessian_rows": 16,
-}
-_TINY = {
-    "rows": 24,
-    "queries": 3,
-    "subsets": 4,
-    "seeds": 1,
-    "epochs": 1,
-    "out_sizes": "128",  # traker loses a projection matrix of at most 100 columns
-    "sketch_seeds": 1,
-    "snapshots": 1,
-    "krylov_dim": 4,
-    "keep_vectors": 2,
-    "hessian_rows": 8,
-    "dampings": "1",
-    "influence_dampings": "0.1",
-    "peer_dampings": "0.1",
-    "hessian_dampings": "",
-}
-_SETTINGS = {"digits": {}, "snli_head": {"epochs": 3}, "snli": _SNLI}
-
-
-@dataclass
-class LdsArguments(ReportArguments):
-    """Linear datamodeling scores (LDS) of this library's methods and of other packages.
-
-    Models are trained anew on random halves of the training set; the LDS is the rank
-    correlation, over these halves, of a query's losses with the sums of its scores.
-    """
-
-    task: str = field(
-        default="digits",
-        metadata={
-            "help": "digits (a perceptron), snli_head (on the frozen MiniLM) or snli "
-            "(all of MiniLM, smaller settings)."
-        },
-    )
-    train_file: str | None = field(
-        default=None, metadata={"help": "SNLI rows instead of our own pairs."}
-    )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "The same, for queries."}
-    )
-    rows: int = field(default=1000, metadata={"help": "Rows of the training set."})
-    queries: int = field(default=200, metadata={"help": "Other rows to ask of."})
-    epochs: int = field(default=30, metadata={"help": "Passes of each training."})
-    subsets: int = field(default=100, metadata={"help": "Random halves trained on."})
-    seeds: int = field(default=2, metadata={"help": "Models of each; losses' mean."})
-    out_sizes: str = field(default="256,1024", metadata={"help": "Sketch sizes."})
-    groups: str = field(
-        default="1",
-        metadata={"help": "Groups of layers that share a sketch's numbers; several."},
-    )
-    sketch_seeds: int = field(default=3, metadata={"help": "Sketches of each size."})
-    dampings: str = field(
-        default="10,3,1,0.3,0.1",
-        metadata={"help": "Of the preconditioned score, in its unit; 1 by default."},
-    )
-    influence_dampings: str = field(
-        default="0.3,0.1,0.03,0.01", metadata={"help": "Of influence."}
-    )
-    krylov_dim: int = field(default=40, metadata={"help": "Lanczos steps of it."})
-    keep_vectors: int = field(default=20, metadata={"help": "Eigenvectors of it."})
-    hessian_rows: int = field(default=1000, metadata={"help": "Rows of its Hessian."})
-    snapshots: int = field(
-        default=3, metadata={"help": "States of training of TracIn."}
-    )
-    peers: str = field(
-        default="traker,dattri",
-        metadata={"help": "Other packages, left out where they are not installed."},
-    )
-    peer_dampings: str = field(
-        default="0,0.1,0.3,1,3,10",
-        metadata={"help": "Of TRAK, as a part of the mean eigenvalue; 0 by default."},
-    )
-    hessian_dampings: str = field(
-        default="0.03,0.01,0.003",
-        metadata={
-            "help": "Of dattri's dense Hessian, added to its diagonal. It takes "
-            "gigabytes; none if empty."
-        },
-    )
-    tiny: bool = field(default=False, metadata={"help": "A few rows, as a check."})
-
-
-def settled(arguments: LdsArguments) -> LdsArguments:
-    """With the defaults of the task.
-
-    Raises:
-        ValueError: the task is unknown.
-    """
-    if arguments.task not in _SETTINGS:
-        raise ValueError(
-            f"task must be one of {', '.join(_SETTINGS)}, got {arguments.task!r}: pass "
-            "--task digits."
-        )
-    small = _TINY if arguments.tiny else _SETTINGS[arguments.task]
-    return with_small(arguments, small)
 
 
 def task_of(arguments: LdsArguments) -> Task:
@@ -157,13 +48,22 @@ def task_of(arguments: LdsArguments) -> Task:
     if arguments.task == "digits":
         return Digits(*sizes)
     files = (arguments.train_file, arguments.validation_file)
+    if arguments.task == "language":
+        given = (arguments.model_name_or_path, *files)
+        if None in given:
+            raise ValueError(
+                "The task language needs --model_name_or_path, --train_file and "
+                f"--validation_file, got {given}. Pass all three."
+            )
+        return LanguageModel(*sizes, *map(str, given))
     kind = SnliHead if arguments.task == "snli_head" else Snli
     return kind(*sizes, *files, num_hidden_layers=1 if arguments.tiny else None)
 
 
 def ground_truth(task: Task, arguments: LdsArguments) -> tuple[Tensor, Tensor]:
     """Subsets of the rows and each query's loss after training on them."""
-    names = ("task", "train_file", "validation_file", "rows", "queries", "epochs")
+    files = ("model_name_or_path", "train_file", "validation_file")
+    names = ("task", *files, "rows", "queries", "epochs")
     saved = SavedLosses(
         Path(arguments.output_dir) / f"lds_{arguments.task}_losses.json",
         {name: getattr(arguments, name) for name in names},
@@ -178,9 +78,11 @@ def all_scores(
 ) -> Iterable[tuple[Row, Tensor]]:
     """Those of every line of the table, by sketch or projection once for each seed."""
     digits, model = isinstance(task, Digits), snapshots[-1].model
+    if not isinstance(task, LanguageModel):
+        yield Row("same label"), same_labels(task)
     sizes = _numbers(arguments.out_sizes, int)
     dampings = _numbers(arguments.dampings)
-    gram = not isinstance(task, Snli)
+    gram = not isinstance(task, (Snli, LanguageModel))
     yield from exact_scores(task, model, dampings, gram)
     how = How(
         dampings,
@@ -207,12 +109,12 @@ def _peers(study: PeerStudy, arguments: LdsArguments) -> Scores:
 
 def measure(
     task: Task, arguments: LdsArguments
-) -> tuple[dict[Row, list[float]], dict[Row, float], int]:
+) -> tuple[dict[Row, list[float]], dict[Row, float], int, float]:
     """The mean LDS of each line, once for each sketch.
 
     Returns:
         these; the standard error of each line's mean, over the queries; the number of
-        the model's elements.
+        the model's elements; the mean loss of the queries after all trainings.
     """
     subsets, losses = ground_truth(task, arguments)
     step = max(1, arguments.epochs // arguments.snapshots)
@@ -228,7 +130,7 @@ def measure(
         for row, lds in found.items()
     }
     elements = sum(p.numel() for p in snapshots[-1].model.parameters())
-    return means, errors, elements
+    return means, errors, elements, float(losses.mean())
 
 
 def kept(found: dict[Row, list[float]]) -> dict[Row, float]:
@@ -272,13 +174,18 @@ def run_lds(arguments: LdsArguments) -> dict[str, Any]:
     """Retrain, score, print and save."""
     arguments = settled(arguments)
     task = task_of(arguments)
-    found, errors, elements = measure(task, arguments)
+    found, errors, elements, mean_loss = measure(task, arguments)
     print_table(found)
     lines = [
         vars(row) | {"lds": scores, "standard_error": errors[row]}
         for row, scores in found.items()
     ]
-    results = {"elements": elements, "peers": installed(), "lines": lines}
+    results = {
+        "elements": elements,
+        "mean_loss": mean_loss,
+        "peers": installed(),
+        "lines": lines,
+    }
     name = f"lds_{arguments.task}"
     print("saved", save_report(arguments.output_dir, name, arguments, results))
     return results

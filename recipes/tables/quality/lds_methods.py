@@ -47,6 +47,19 @@ class Row:
 Scores = Iterator[tuple[Row, Tensor]]  # each (queries, rows)
 
 
+def same_labels(task: Task) -> Tensor:
+    """1 for rows with the query's label: what the classes' frequencies foretell.
+
+    Shapes:
+        returns (queries, rows)
+    """
+    queries, rows = (
+        torch.tensor([int(one["labels" if "labels" in one else "label"]) for one in of])
+        for of in _sets(task)
+    )
+    return (queries.unsqueeze(1) == rows).double()
+
+
 def exact_scores(
     task: Task, model: nn.Module, dampings: list[float], gram: bool
 ) -> Scores:

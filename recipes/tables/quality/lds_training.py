@@ -149,6 +149,10 @@ class Task(ABC):
 
 
 def example_losses(output: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """The cross-entropy of each example of a classifier's batch."""
+    """The cross-entropy of each example of a batch, in a text the mean over tokens."""
     logits, labels = output["logits"], inputs["labels"]
-    return nn.functional.cross_entropy(logits, labels, reduction="none")
+    if logits.dim() == 2:
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
+    logits, labels = logits[:, :-1].transpose(1, 2), labels[:, 1:]
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    return losses.sum(1) / (labels != -100).sum(1)
