@@ -53,7 +53,7 @@ def same_labels(task: Task) -> Tensor:
     Shapes:
         returns (queries, rows)
     """
-    queries, rows = (
+    rows, queries = (
         torch.tensor([int(one["labels" if "labels" in one else "label"]) for one in of])
         for of in _sets(task)
     )
