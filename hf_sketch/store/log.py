@@ -87,7 +87,6 @@ def write_log(directory: Path, manifest: Manifest) -> Log:
     Raises:
         OSError: it cannot be written; the old one is still there.
     """
-    manifest = replace(manifest, numbers=manifest.next_number - 1)
     content = {
         "rank": manifest.rank,
         "world_size": manifest.world_size,

@@ -43,7 +43,7 @@ class Manifest:
         world_size: the most processes that took part in a run beside it.
         shards: its files, in the order in which they were written.
         gaps: steps that lack rows.
-        numbers: a running number that no earlier file has passed, even if it is gone.
+        numbers: the greatest running number of its files that are gone; 0 for none.
     """
 
     rank: int = 0

@@ -42,7 +42,7 @@ class FlushesArguments(ReportArguments):
 
 
 def record(directory: Path, flushes: int, rows: int) -> dict[str, Any]:
-    """Write rows with a flush per step; bytes of manifests and seconds per flush."""
+    """Write rows with a flush per step; bytes of manifests, and medians of seconds."""
     header = Header(ModelSketch((("w", (2 * _WIDTH,)),), _WIDTH), row_dtype="int8")
     writer = SketchWriter(directory, header)
     columns = columns_of(0, torch.randn(rows, _WIDTH))
@@ -51,12 +51,14 @@ def record(directory: Path, flushes: int, rows: int) -> dict[str, Any]:
     written = before.st_size
     growth: list[int] = []
     seconds: list[float] = []
+    busy: list[float] = []
     for step in tqdm(range(1, flushes + 1), desc="Recording"):
         columns["step"] = torch.full((rows,), step)
-        start = time.perf_counter()
+        start, start_busy = time.perf_counter(), time.process_time()
         writer.append(PER_EXAMPLE, columns)
         writer.flush()
         seconds.append(time.perf_counter() - start)
+        busy.append(time.process_time() - start_busy)
         after = path.stat()
         new = after.st_ino != before.st_ino  # a snapshot, which replaced the file
         written += after.st_size - (0 if new else before.st_size)
@@ -64,14 +66,12 @@ def record(directory: Path, flushes: int, rows: int) -> dict[str, Any]:
         before = after
     writer.close()
     tenth = flushes // 10
+    ends = range(tenth, flushes + 1, tenth)
     return {
-        "manifest_bytes": {
-            end: growth[end - 1] for end in range(tenth, flushes + 1, tenth)
-        },
-        "seconds_per_flush": {
-            end: median(seconds[end - tenth : end])
-            for end in range(tenth, flushes + 1, tenth)
-        },
+        "manifest_bytes": {end: growth[end - 1] for end in ends},
+        "seconds_per_flush": {end: median(seconds[end - tenth : end]) for end in ends},
+        # What other programs do to the processors and the disk is not in these.
+        "cpu_seconds_per_flush": {end: median(busy[end - tenth : end]) for end in ends},
     }
 
 
@@ -126,7 +126,8 @@ def run_flushes(arguments: FlushesArguments) -> dict[str, Any]:
     for end, written in recorded["manifest_bytes"].items():
         print(
             f"{end:,} flushes: {written:,} bytes of manifests; one of the last tenth "
-            f"takes {1e3 * recorded['seconds_per_flush'][end]:.1f} ms"
+            f"takes {1e3 * recorded['seconds_per_flush'][end]:.1f} ms, of which "
+            f"{1e3 * recorded['cpu_seconds_per_flush'][end]:.2f} ms on a processor"
         )
     print(f"joining {size / 2**20:,.0f} MiB took {seconds:.1f} s")
     for opened in (many, few):
