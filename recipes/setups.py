@@ -22,8 +22,8 @@ from transformers import (
 from hf_sketch.recipes.texts.entailment import LABELS, load_pairs, tokenize
 from hf_sketch.recipes.texts.minilm import embedded_model_path
 from hf_sketch.recipes.texts.xsum_data import (
-    load_short_documents,
     load_xsum,
+    own_summaries,
     tokenize_summaries,
 )
 
@@ -106,7 +106,7 @@ def xsum_setup(
         model: name or folder; by default facebook/bart-base, a tiny BART with random
             weights if `small`.
         train_file: document, summary; by default the Hub's rows.
-        small: eight short documents of our own instead of the Hub's rows.
+        small: 300 short documents of our own instead of the Hub's rows.
         max_source_length: tokens of a document that are kept.
         max_target_length: tokens of a summary that are kept.
         max_samples: rows that are kept; None for all.
@@ -124,7 +124,7 @@ def xsum_setup(
         layers = _layers(("encoder_layers", "decoder_layers"), num_hidden_layers)
         seq2seq = AutoModelForSeq2SeqLM.from_pretrained(name, **layers)
     own = small and train_file is None
-    rows = load_short_documents() if own else load_xsum("train", train_file)
+    rows = own_summaries("train") if own else load_xsum("train", train_file)
     return Setup(
         name=f"{Path(name).name} on {'short documents' if own else 'XSum'}",
         model=seq2seq,

@@ -12,8 +12,8 @@ from hf_sketch.recipes.dimension.runs import Task
 from hf_sketch.recipes.options.dimension import XSUM_TRAINING, XsumArguments
 from hf_sketch.recipes.setups import first_rows, xsum_setup
 from hf_sketch.recipes.texts.xsum_data import (
-    load_short_documents,
     load_xsum,
+    own_summaries,
     tokenize_summaries,
 )
 from hf_sketch.recipes.training_defaults import with_defaults
@@ -44,7 +44,7 @@ def xsum_task(arguments: XsumArguments) -> Task:
     )
     file = arguments.validation_file
     own = arguments.small and file is None
-    rows = load_short_documents() if own else load_xsum("validation", file)
+    rows = own_summaries("validation") if own else load_xsum("validation", file)
     rows = first_rows(rows, arguments.max_eval_samples)
     rouge = load_metric("rouge")
 

@@ -1,19 +1,24 @@
 """Pairs of sentences for entailment: written for this project, or from a file."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hf_sketch import CounterRandom
 from hf_sketch.recipes.texts.data_files import (
     check_columns,
     check_labels,
     check_texts,
     read_data_file,
+)
+from hf_sketch.recipes.texts.scenes import (
+    fixed_numbers,
+    pick,
+    scenes,
+    sentence,
+    taken,
+    with_article,
 )
 
 LABELS = ("entailment", "neutral", "contradiction")
@@ -24,7 +29,6 @@ _KINDS = ("job", "action", *_ADVERBIALS)
 _SHOWN = 2  # kinds of facts in a premise
 _REPEATED = 3  # of four hypotheses, are in a premise's words
 Split = Literal["train", "validation"]
-Choice = TypeVar("Choice")
 
 
 def load_pairs(split: Split, file: str | None = None) -> Dataset:
@@ -87,20 +91,18 @@ def _pairs_of(file: str) -> Dataset:
 
 def _own_pairs(split: Split) -> Dataset:
     """The same pairs each time; no premise occurs twice, in one split or in both."""
-    path = files("hf_sketch.recipes").joinpath("data", "scenes.json")
-    scenes = json.loads(path.read_text(encoding="utf-8"))
-    total = sum(_SIZES.values())
-    numbers = iter(CounterRandom(0, "entailment").words(0, 32 * total).tolist())
+    words, total = scenes(), sum(_SIZES.values())
+    numbers = fixed_numbers("entailment", 32 * total)
     pairs: dict[str, dict[str, Any]] = {}
     while len(pairs) < total:
-        pair = _pair(scenes, LABELS[len(pairs) % len(LABELS)], numbers)
+        pair = _pair(words, LABELS[len(pairs) % len(LABELS)], numbers)
         pairs.setdefault(pair["premise"], pair)
     first = 0 if split == "train" else _SIZES["train"]
     return Dataset.from_list([*pairs.values()][first : first + _SIZES[split]])
 
 
 def _pair(
-    scenes: Mapping[str, Any], label: str, numbers: Iterator[int]
+    words: Mapping[str, Any], label: str, numbers: Iterator[int]
 ) -> dict[str, Any]:
     """A pair in which neither sentence alone says anything of the label.
 
@@ -109,49 +111,37 @@ def _pair(
     of another group, which excludes it.
     """
     kinds = list(_KINDS)
-    about = _taken(kinds, numbers)
-    group = _pick(scenes[about]["groups"], numbers)
-    phrase = _pick(group["phrases"], numbers)
+    about = taken(kinds, numbers)
+    group = pick(words[about]["groups"], numbers)
+    phrase = pick(group["phrases"], numbers)
     said: dict[str, str] = {}
     if label == "entailment":
         said[about] = phrase
     elif label == "contradiction":
-        others = [other for other in scenes[about]["groups"] if other is not group]
-        said[about] = _pick(_pick(others, numbers)["phrases"], numbers)
+        others = [other for other in words[about]["groups"] if other is not group]
+        said[about] = pick(pick(others, numbers)["phrases"], numbers)
     while len(said) < _SHOWN:
-        kind = _taken(kinds, numbers)
-        said[kind] = _pick(_pick(scenes[kind]["groups"], numbers)["phrases"], numbers)
+        kind = taken(kinds, numbers)
+        said[kind] = pick(pick(words[kind]["groups"], numbers)["phrases"], numbers)
     repeated = next(numbers) % 4 < _REPEATED
-    fact = phrase if repeated else _pick(group["claims"], numbers)
-    opening = scenes[about]["phrase" if repeated else "claim"]
+    fact = phrase if repeated else pick(group["claims"], numbers)
+    opening = words[about]["phrase" if repeated else "claim"]
     return {
-        "premise": _premise(scenes, said, numbers),
-        "hypothesis": _sentence(f"{opening} {fact}"),
+        "premise": _premise(words, said, numbers),
+        "hypothesis": sentence(f"{opening} {fact}"),
         "label": LABELS.index(label),
     }
 
 
 def _premise(
-    scenes: Mapping[str, Any], said: Mapping[str, str], numbers: Iterator[int]
+    scene: Mapping[str, Any], said: Mapping[str, str], numbers: Iterator[int]
 ) -> str:
     """A sentence that says these phrases, one of each kind, and no other fact."""
-    look, other = _pick(scenes["looks"], numbers), _pick(scenes["unnamed"], numbers)
-    seen = _pick(scenes["unseen"], numbers)
-    article = "an" if look[0] in "aeiou" else "a"
-    words = [f"{article} {look} {said.get('job', other)} {said.get('action', seen)}"]
+    look, other = pick(scene["looks"], numbers), pick(scene["unnamed"], numbers)
+    seen = pick(scene["unseen"], numbers)
+    who = with_article(f"{look} {said.get('job', other)}")
+    words = [f"{who} {said.get('action', seen)}"]
     words += [said[kind] for kind in _ADVERBIALS if kind in said]
     if next(numbers) % 2 and len(words) > 1:
         words.insert(0, f"{words.pop()},")
-    return _sentence(" ".join(words))
-
-
-def _pick(options: Sequence[Choice], numbers: Iterator[int]) -> Choice:
-    return options[next(numbers) % len(options)]
-
-
-def _taken(options: list[Choice], numbers: Iterator[int]) -> Choice:
-    return options.pop(next(numbers) % len(options))
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
+    return sentence(" ".join(words))

@@ -1,15 +1,33 @@
-"""XSum from the Hub or from a file, and documents of our own to try a model on."""
+"""XSum from the Hub or from a file, and summaries written for this project."""
 
-import json
-from importlib.resources import files
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_sketch.recipes.texts.data_files import check_texts, read_data_file
+from hf_sketch.recipes.texts.scenes import (
+    fixed_numbers,
+    pick,
+    scenes,
+    sentence,
+    taken,
+    with_article,
+)
 
 _NAME = "EdinburghNLP/xsum"
+_SIZES = {"train": 300, "validation": 40}
+_BESIDES = (
+    "nobody had announced it",
+    "a dog watches from afar",
+    "two children stop and stare",
+    "the neighbours have seen it before",
+    "a clock strikes somewhere",
+    "one passer-by asks why and gets no answer",
+    "it takes longer than planned",
+    "the wind turns at last",
+)
 _REVISION = "refs/convert/parquet"  # the Hub's own copy: there is no script to run
 
 
@@ -33,11 +51,46 @@ def load_xsum(split: str = "train", file: str | None = None) -> Dataset:
     return rows
 
 
-def load_short_documents() -> Dataset:
-    """Eight short documents with summaries, written for this project."""
-    path = files("hf_sketch.recipes").joinpath("data", "short_documents.jsonl")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return Dataset.from_list([json.loads(line) for line in lines])
+def own_summaries(split: Literal["train", "validation"]) -> Dataset:
+    """Return short documents with summaries, written for this project.
+
+    A document says in five sentences what a person does, and where; its summary says
+    the same in other words.
+
+    Args:
+        split: "train" (300 rows) or "validation" (40); no document occurs twice.
+    """
+    words, total = scenes(), sum(_SIZES.values())
+    numbers = fixed_numbers("summaries", 32 * total)
+    rows: dict[str, dict[str, str]] = {}
+    while len(rows) < total:
+        row = _summarized(words, numbers)
+        rows.setdefault(row["document"], row)
+    first = 0 if split == "train" else _SIZES["train"]
+    return Dataset.from_list([*rows.values()][first : first + _SIZES[split]])
+
+
+def _summarized(words: Mapping[str, Any], numbers: Iterator[int]) -> dict[str, str]:
+    """A document and its summary."""
+    kinds = ("job", "action", "place", "company", "hour", "season")
+    groups = {kind: pick(words[kind]["groups"], numbers) for kind in kinds}
+    said = {kind: pick(group["phrases"], numbers) for kind, group in groups.items()}
+    claims = {kind: pick(groups[kind]["claims"], numbers) for kind in ("job", "action")}
+    who = with_article(f"{pick(words['looks'], numbers)} {said['job']}")
+    besides = [*_BESIDES]
+    document = [
+        f"{who} {said['action']} {said['place']}",
+        taken(besides, numbers),
+        f"it happens {said['hour']}, {said['season']}",
+        f"the person is seen {said['company']}",
+        taken(besides, numbers),
+    ]
+    where = groups["place"]["claims"][0]
+    summary = f"someone who is {claims['job']} is {claims['action']} {where}"
+    return {
+        "document": " ".join(map(sentence, document)),
+        "summary": sentence(summary),
+    }
 
 
 def tokenize_summaries(

@@ -21,7 +21,8 @@ from hf_sketch.recipes.hessian import (
 from hf_sketch.recipes.tables.paper.figure_2 import Figure2Arguments, run_figure_2
 from hf_sketch.recipes.texts.data_files import read_data_file
 from hf_sketch.recipes.texts.entailment import load_pairs
-from hf_sketch.recipes.texts.xsum_data import load_short_documents, load_xsum
+from hf_sketch.recipes.texts.scenes import scenes
+from hf_sketch.recipes.texts.xsum_data import load_xsum, own_summaries
 from hf_sketch.recipes.timed_spectra import TimedSpectra
 from tests.helpers.trained.recipe_runs import make_absent, write_lines
 from tests.helpers.trained.tiny_models import tiny_model
@@ -239,8 +240,18 @@ def test_files_that_are_not_there_or_of_another_kind_are_refused(tmp_path):
         read_data_file(str(tmp_path / "rows.tsv"))
 
 
-def test_our_own_documents_are_longer_than_their_summaries():
-    rows = load_short_documents()
-    assert len(rows) == 8
-    for row in rows:
+def test_our_own_documents_say_what_their_summaries_do():
+    words = scenes()
+    splits = [own_summaries(split) for split in ("train", "validation")]
+    assert [len(rows) for rows in splits] == [300, 40]
+    documents = [row["document"] for rows in splits for row in rows]
+    assert len({*documents}) == 340
+    for row in splits[1]:
         assert 0 < 2 * len(row["summary"]) < len(row["document"])
+        for kind in ("job", "action", "place"):
+            (said,) = [
+                group
+                for group in words[kind]["groups"]
+                if any(claim in row["summary"] for claim in group["claims"])
+            ]
+            assert any(phrase in row["document"] for phrase in said["phrases"])
