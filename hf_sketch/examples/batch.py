@@ -146,7 +146,9 @@ class Batch:
         """Call `read` with the tensor's gradient, once, and let go of it then."""
         readers = [read]
 
-        def hook(gradient: Tensor) -> None:
+        def hook(gradient: Tensor | None) -> None:
+            if gradient is None:  # which DDP passes on to outputs that nobody uses
+                return
             self.begin_backward()
             while readers and not self.muted:
                 reader = readers.pop()
@@ -182,10 +184,11 @@ class Batch:
         """Note with which factor the loss enters the backward pass."""
         place = loss.output_nr
 
-        def keep_scale(gradients: tuple[Tensor, ...]) -> None:
-            if not self.muted:
+        def keep_scale(gradients: tuple[Tensor | None, ...]) -> None:
+            gradient = gradients[place]  # None as above
+            if not self.muted and gradient is not None:
                 self.begin_backward()
-                self.scale = gradients[place].detach().clone()
+                self.scale = gradient.detach().clone()
 
         # After all hooks of the loss itself: DeepSpeed's may divide its gradient.
         assert loss.grad_fn is not None

@@ -162,6 +162,44 @@ def test_own_losses_are_known_where_the_loss_is_a_mean_over_tokens(
         assert float(batch.losses[index]) == pytest.approx(float(own.detach()))
 
 
+class Sink(torch.autograd.Function):
+    """What DDP passes all outputs through; what nobody uses has the gradient None."""
+
+    @staticmethod
+    def forward(ctx, *outputs):
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
+
+
+class FusedLlamaWithLoss(FusedLlama):
+    """Returns a loss, too, which nobody need use."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        return ModelOutput(loss=-output.log_probs.mean(), **output)
+
+
+def test_outputs_without_a_gradient_are_left_out(monkeypatch):
+    monkeypatch.setattr("tests.examples.test_fused_head.FusedLlama", FusedLlamaWithLoss)
+    model = fused_llama(1.0, None, False)
+    sketch = ModelSketch.from_model(model, SIZE)
+    with ExampleSketcher(model, sketch) as sketcher:
+        output = model(input_ids=IDS, labels=IDS)
+        fields = (output.log_probs, output.entropy, output.loss)
+        log_probs, *unused = Sink.apply(*fields)
+        assert all(field.requires_grad for field in unused)
+        loss = -log_probs.mean()
+        sketcher.note_loss(loss)
+        loss.backward()
+        batch = sketcher.take()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    torch.testing.assert_close(batch.weights @ batch.rows, sketch.sketch(gradients))
+
+
 class LossOfTokens(FusedLlama):
     """Returns nothing but the mean over tokens, as other fused losses do."""
 
