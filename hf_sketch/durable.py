@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import xxhash
 
 _SEAL: Final = b'{\n "xxh3_128": "'
 _NO_DIGEST: Final = b"0" * 32
+_LEAST_PARTS: Final = 2**16
 
 
 class Draft:
@@ -156,6 +157,24 @@ def printable(text: str) -> str:
     )
 
 
+def parse_object(path: Path, data: bytes) -> dict[str, Any]:
+    """Read a JSON object of a file.
+
+    Raises:
+        ValueError: it is none; the error names the file.
+    """
+    # Python's objects take some ten times as much memory as the densest JSON.
+    if sum(map(data.count, b"[{,")) > _LEAST_PARTS + len(data) // 8:
+        raise ValueError(f"{path} has too many values for its length: restore it.")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON that can be read ({error}).") from None
+    if type(content) is not dict:
+        raise ValueError(f"{path} holds no JSON object: restore it.")
+    return cast(dict[str, Any], content)
+
+
 def read_sealed(
     path: Path, mend: str = "restore it", version: int | None = None
 ) -> dict[str, Any]:
@@ -182,7 +201,7 @@ def read_sealed(
             f"{path} must have the digest {_digest(blank).decode()} of its content, "
             f"got {got}: the file was changed or cut; {mend}."
         )
-    content = json.loads(data)
+    content = parse_object(path, data)
     del content["xxh3_128"]
     if version is not None and (found := content.pop("format_version")) != version:
         raise ValueError(

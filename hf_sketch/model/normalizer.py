@@ -172,6 +172,8 @@ class Normalizer:
         """Read what `to_bytes` wrote."""
         moments: dict[str, tuple[Tensor, ...]] = {}
         for key, x in sorted(load(content).items()):  # place by place
+            if x.dtype != torch.float32 or x.dim() != 1:
+                raise ValueError(f"{key!r} is no vector of float32")
             name = key.partition(".")[2]
             moments[name] = (*moments.get(name, ()), x)
         return cls(moments, step)

@@ -2,21 +2,86 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from math import isclose
 from pathlib import Path
 from typing import Any, Final
 
 from datasets import Features
+from safetensors import SafetensorError
 
 from hf_sketch.durable import printable, read_sealed, replace_file, write_sealed
 from hf_sketch.examples.measured_error import MeasuredError
 from hf_sketch.model.normalizer import Normalizer
-from hf_sketch.model.sketch import ModelSketch
-from hf_sketch.store.rows import ANSWER_COLUMNS, features
+from hf_sketch.model.sketch import LAYOUTS, ModelSketch
+from hf_sketch.sketches.by_name import OPERATORS
+from hf_sketch.store.checks.check_value import verify_map
+from hf_sketch.store.checks.schema import (
+    BYTES,
+    PROCESSES,
+    STEPS,
+    check_content,
+    digest,
+    flag,
+    many,
+    nullable,
+    number,
+    one_of,
+    record,
+    row,
+    text,
+    whole,
+)
+from hf_sketch.store.rows import ANSWER_COLUMNS, ROW_DTYPES, features
 
 HEADER: Final = "header.json"
 NORMALIZER: Final = "normalizer.safetensors"
-_CHECK_TOLERANCE = 1e-4
+_FIX: Final = "Restore it, or get the store from somebody you trust."
+# Each field of a map changes it, so those of later releases are refused.
+_MAP: Final = record(
+    {
+        "shapes": many(row(text, many(whole(0, 2**40), most=16))),
+        "out_size": whole(1, STEPS),
+        "layout": one_of(*LAYOUTS),
+        "seed": whole(-(2**63), 2**64 - 1),
+        "operator": one_of(*OPERATORS),
+        "frozen": many(text),
+    },
+    {
+        "groups": many(text),
+        "normalizer": record(
+            {"kind": one_of("adam"), "step": whole(0, BYTES), "xxh3_128": digest}
+        ),
+    },
+)
+_ERROR: Final = record(
+    {
+        "examples": whole(0, BYTES),
+        "pearson_r": nullable(number),
+        "relative_error": nullable(number),
+        "row_error": number,
+    },
+    {"top_found": nullable(number)},
+)
+# Other fields are those of later releases, which may be ignored.
+_RULE: Final = record(
+    {
+        "model_sketch": _MAP,
+        "loss": one_of("mean", "sum"),
+        "row_dtype": one_of(*ROW_DTYPES),
+        "measured_error": nullable(_ERROR),
+        "check_value": many(number, most=16),
+    },
+    {
+        "units": text,
+        "step_examples": nullable(whole(1, BYTES)),
+        "processes": nullable(whole(1, PROCESSES)),
+        "unverified": nullable(text),
+        "per_row": flag,
+        "answers": flag,
+        "unowned": nullable(number),
+        "train_rows": nullable(whole(0, BYTES)),
+    },
+    closed=False,
+)
 _UNITS = (
     "a row is the gradient of the example's own loss; the sum of weight * row over a "
     "step's examples is the step's gradient before clipping"
@@ -159,8 +224,13 @@ def read_header(directory: Path) -> Header:
             f"{path} has format_version {version!r}, and this hf-sketch reads versions "
             f"up to {FORMAT_VERSION}. Upgrade it: pip install --upgrade hf-sketch."
         )
-    header = READERS[version](content, _read_normalizer(directory, content))
-    _verify(path, header.model_sketch.check_value(), content["check_value"])
+    check_content(path, content, _RULE, _FIX)
+    normalizer = _read_normalizer(directory, content)
+    try:
+        header = READERS[version](content, normalizer)
+    except ValueError as error:
+        raise ValueError(f"{path} describes no map: {error}") from error
+    verify_map(path, header.model_sketch, content["check_value"])
     return header
 
 
@@ -187,16 +257,7 @@ def _read_normalizer(directory: Path, content: Mapping[str, Any]) -> Normalizer 
             f"{path} is missing, which the rows' gradients were divided by. Restore it "
             "from a copy of the store."
         )
-    return Normalizer.from_bytes(path.read_bytes(), described["step"])
-
-
-def _verify(path: Path, ours: list[float], theirs: list[float]) -> None:
-    """Raise unless this installation computes the map that made the rows."""
-    close = {"rel_tol": _CHECK_TOLERANCE, "abs_tol": _CHECK_TOLERANCE}
-    same = [isclose(a, b, **close) for a, b in zip(ours, theirs, strict=False)]
-    if len(ours) != len(theirs) or not all(same):
-        raise ValueError(
-            f"This installation computes another map than {path} describes: its check "
-            f"value is {ours}, the store's {theirs}. Open the store with the hf-sketch "
-            "version that wrote it."
-        )
+    try:
+        return Normalizer.from_bytes(path.read_bytes(), described["step"])
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. {_FIX}") from None

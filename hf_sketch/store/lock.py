@@ -170,7 +170,7 @@ def _is_still(path: Path, file: int) -> bool:
 
 def _parsed(content: bytes) -> _Holder | None:
     """Return whom a lock names; None if it was cut."""
-    with suppress(ValueError, TypeError, KeyError):
+    with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
         read = json.loads(content)
         host, since = str(read["host"]), str(read["since"])
         return _Holder(host, int(read["process"]), str(read["started"]), since)

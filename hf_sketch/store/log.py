@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import xxhash
 
-from hf_sketch.durable import append_file, printable, replace_file
+from hf_sketch.durable import append_file, parse_object, printable, replace_file
 from hf_sketch.store.manifest import (
     KINDS,
     Gap,
@@ -27,7 +27,7 @@ from hf_sketch.store.shards import Shard, shard_name
 _LOG, _VERSION_1, _FULL = ".jsonl", ".json", ".full"
 _NAME: Final = re.compile(r"manifest-(\d{5,})\.jsonl?")
 _PART: Final = re.compile(r"manifest-\d{5,}\.(jsonl?|full)")
-_LENGTH: Final = re.compile(rb'\{"bytes": *(\d+),')
+_LENGTH: Final = re.compile(rb'\{"bytes": *(\d{1,10}),')
 _HEAD: Final = b'{"bytes":%10d,"xxh3_128":"%s",'
 _NO_DIGEST: Final = b"0" * 32
 _HEAD_BYTES: Final = len(_HEAD % (0, _NO_DIGEST))
@@ -246,7 +246,7 @@ def _read_lines(path: Path) -> Log:
                 f"line {number} must have the digest {digest.decode()} of what is up to"
                 f" its end, got {printable(got)}",
             )
-        contents.append(json.loads(line))
+        contents.append(parse_object(path, line))
         sizes.append(len(line))
     size = 0 if tail else sum(sizes)
     return Log(manifest_of(path, contents), size, sizes[0], len(lines) - 1, digest)

@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 from tqdm.auto import tqdm
 
 from hf_sketch.durable import new_directory, replace_file
@@ -216,7 +215,7 @@ def _rebuild_manifest(directory: Path, path: Path) -> Manifest:
     for file in sorted(directory.glob(f"*-{rank:05d}-*.arrow")):
         try:
             shard = describe_shard(file)
-        except (pa.ArrowInvalid, OSError):
+        except (ValueError, OSError):
             _set_aside(directory, file.name)
             continue
         found.append(shard)

@@ -6,10 +6,61 @@ from pathlib import Path
 from typing import Any, Final
 
 from hf_sketch.durable import printable, read_sealed
+from hf_sketch.store.checks.arrow_head import MOST_HEAD_BYTES
+from hf_sketch.store.checks.schema import (
+    BYTES,
+    PROCESSES,
+    STEPS,
+    check_content,
+    digest,
+    many,
+    nullable,
+    one_of,
+    record,
+    row,
+    text,
+    whole,
+)
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 from hf_sketch.store.shards import Shard, shard_name
 
 KINDS: Final = (PER_EXAMPLE, PER_STEP)
+_FIX: Final = "Get the store from somebody you trust, or run hf-sketch repair on it."
+_COUNTS: Final = {
+    "rows": whole(1, BYTES),
+    "first_step": whole(0, STEPS),
+    "last_step": whole(0, STEPS),
+    "size_bytes": whole(0, BYTES),
+    "head_bytes": whole(0, MOST_HEAD_BYTES),
+    "head_xxh3_128": digest,
+    "xxh3_128": digest,
+}
+_GAP: Final = {
+    "first_step": whole(0, STEPS + 1),
+    "reason": text,
+    "last_step": nullable(whole(0, STEPS)),
+}
+_RANK: Final = whole(0, PROCESSES - 1)
+_WORLD_SIZE: Final = whole(1, PROCESSES)
+_SHARD: Final = row(one_of(*KINDS), whole(1, BYTES), *_COUNTS.values())
+_LINE: Final = {
+    "bytes": whole(0, BYTES),
+    "xxh3_128": digest,
+    "shards": many(_SHARD),
+    "gaps": many(row(*_GAP.values())),
+}
+_ENTRY: Final = record(_LINE, closed=False)
+_FIRST: Final = {"rank": _RANK, "world_size": _WORLD_SIZE, "numbers": whole(0, BYTES)}
+_SNAPSHOT: Final = record({**_LINE, **_FIRST}, closed=False)
+_VERSION_1: Final = record(
+    {
+        "rank": _RANK,
+        "world_size": _WORLD_SIZE,
+        "shards": many(record({"file": text, "kind": one_of(*KINDS), **_COUNTS})),
+        "gaps": many(record(_GAP)),
+    },
+    closed=False,
+)
 
 
 @dataclass(frozen=True)
@@ -96,19 +147,24 @@ def manifest_of(path: Path, contents: Sequence[Mapping[str, Any]]) -> Manifest:
         ValueError: they list what is no file of the store.
     """
     rank = rank_of(path.name)
-    try:
-        first, *_ = contents
-        shards = [_shard(rank, *row) for line in contents for row in line["shards"]]
-        gaps = [
-            Gap(start, printable(reason), end)
-            for line in contents
-            for start, reason, end in line["gaps"]
-        ]
-        if first["rank"] != rank:
-            raise ValueError(f"files of process {first['rank']}")
-        world_size, numbers = first["world_size"], first["numbers"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise _stranger(path, str(error)) from None
+    for number, content in enumerate(contents):
+        rule = _ENTRY if number else _SNAPSHOT
+        check_content(path, content, rule, f"This is in line {number + 1}. {_FIX}")
+    shards = [
+        Shard(shard_name(row[0], rank, row[1]), row[0], *row[2:])
+        for line in contents
+        for row in line["shards"]
+    ]
+    gaps = [
+        Gap(start, printable(reason), end)
+        for line in contents
+        for start, reason, end in line["gaps"]
+    ]
+    first = contents[0]
+    if first["rank"] != rank:
+        raise _stranger(path, f"files of process {first['rank']}")
+    _check_possible(path, shards)
+    world_size, numbers = first["world_size"], first["numbers"]
     return Manifest(rank, world_size, tuple(shards), tuple(gaps), numbers)
 
 
@@ -119,14 +175,18 @@ def read_version_1(path: Path) -> Manifest:
         ValueError: it was changed, or lists what is no file of the store.
     """
     content = read_sealed(path, f"restore it, or run hf-sketch repair {path.parent}")
+    check_content(path, content, _VERSION_1, _FIX)
+    if content["rank"] != rank_of(path.name):
+        raise _stranger(path, f"files of process {content['rank']}")
     shards = tuple(Shard(**shard) for shard in content["shards"])
     for shard in shards:
         number = Path(shard.file).stem.rpartition("-")[2]
         own = number.isdecimal() and shard.file == shard_name(
             shard.kind, content["rank"], int(number)
         )
-        if shard.kind not in KINDS or not own:
+        if not own:
             raise _stranger(path, repr(printable(shard.file)))
+    _check_possible(path, shards)
     gaps = tuple(
         Gap(gap["first_step"], printable(gap["reason"]), gap["last_step"])
         for gap in content["gaps"]
@@ -134,13 +194,14 @@ def read_version_1(path: Path) -> Manifest:
     return Manifest(content["rank"], content["world_size"], shards, gaps)
 
 
-def _shard(rank: int, kind: str, number: int, *rest: Any) -> Shard:
-    *counts, head_digest, file_digest = rest
-    numbers = all(type(x) is int and x >= 0 for x in (number, *counts))
-    texts = all(isinstance(x, str) for x in (head_digest, file_digest))
-    if kind not in KINDS or not numbers or not texts:
-        raise ValueError(printable(repr((kind, number, *rest))))
-    return Shard(shard_name(kind, rank, number), kind, *rest)
+def _check_possible(path: Path, shards: Sequence[Shard]) -> None:
+    """Raise if files cannot have what a manifest claims."""
+    if len({shard.file for shard in shards}) < len(shards):
+        raise _stranger(path, "a file twice")
+    for shard in shards:
+        inside = shard.head_bytes <= shard.size_bytes
+        if shard.first_step > shard.last_step or not inside:
+            raise _stranger(path, str(shard))
 
 
 def _stranger(path: Path, what: str) -> ValueError:

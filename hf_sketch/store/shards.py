@@ -11,6 +11,7 @@ from datasets import Dataset, Features
 from datasets.table import ConcatenationTable, MemoryMappedTable
 
 from hf_sketch.durable import Draft, sync_directory
+from hf_sketch.store.checks.arrow_head import read_head
 
 _READ_BYTES = 2**20
 _END_BYTES = 8  # what ends an Arrow stream
@@ -87,8 +88,9 @@ def describe_shard(path: Path) -> Shard:
     """Return what a file's manifest should say of it.
 
     Raises:
-        pyarrow.ArrowInvalid: it holds no rows that can be read.
+        ValueError: it holds no rows that can be read.
     """
+    read_head(path)
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_stream(source).read_all()
         table.validate(full=True)
@@ -134,15 +136,32 @@ def check_shard(directory: Path, shard: Shard, contents: bool) -> None:
             f"{path} was changed: the checksum of its first {limit} bytes is {digest}, "
             f"not {expected}. {fix}"
         )
+    head = read_head(path)
+    if (head.rows, head.size_bytes) != (shard.rows, shard.head_bytes):
+        raise ValueError(
+            f"{path} has {head.rows} rows from byte {head.size_bytes} on, its manifest "
+            f"says {shard.rows} rows from byte {shard.head_bytes} on. {fix}"
+        )
 
 
 def open_shards(directory: Path, shards: Sequence[Shard], columns: Features) -> Dataset:
-    """Return all rows, memory-mapped, in the order of the shards."""
+    """Return all rows, memory-mapped, in the order of the shards.
+
+    Raises:
+        ValueError: a file has other columns.
+    """
     if not shards:
         empty: dict[str, list[Any]] = {name: [] for name in columns}
         return Dataset.from_dict(empty, features=columns)
     files = [str(directory / shard.file) for shard in shards]
     tables = [MemoryMappedTable.from_file(file) for file in files]
+    schema = columns.arrow_schema
+    for file, table in zip(files, tables, strict=True):
+        if not table.schema.equals(schema):
+            raise ValueError(
+                f"{file} has the columns {table.schema.names} of other types than the "
+                "store's header says. Get the store from somebody you trust."
+            )
     digests = "".join(shard.xxh3_128 for shard in shards).encode()
     fingerprint = xxhash.xxh3_64_hexdigest(digests)  # `datasets` would pickle all names
     return Dataset(ConcatenationTable.from_tables(tables), fingerprint=fingerprint)
