@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import xxhash
 
-from hf_sketch.durable import append_file, parse_object, printable, replace_file
+from hf_sketch.durable import append_file, parse_object, replace_file
 from hf_sketch.store.manifest import (
     KINDS,
     Gap,
@@ -240,11 +240,11 @@ def _read_lines(path: Path) -> Log:
         found = line[_DIGEST_AT]
         digest = _digest(digest, (_HEAD % (len(line), _NO_DIGEST)) + line[_HEAD_BYTES:])
         if not line.startswith(_HEAD % (len(line), digest)):
-            got = found.decode("ascii", "replace")
+            got = ascii(found.decode("latin-1"))
             raise _damaged(
                 path,
                 f"line {number} must have the digest {digest.decode()} of what is up to"
-                f" its end, got {printable(got)}",
+                f" its end, got {got}",
             )
         contents.append(parse_object(path, line))
         sizes.append(len(line))

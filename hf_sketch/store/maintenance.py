@@ -199,9 +199,9 @@ def _problem_of(directory: Path, shard: Shard) -> str | None:
     path = directory / shard.file
     try:
         check_shard(directory, shard, contents=True)
+        found = describe_shard(path)
     except ValueError as error:
         return str(error)
-    found = describe_shard(path)
     if found == shard:
         return None
     return f"{path} holds {found}, the manifest says {shard}."

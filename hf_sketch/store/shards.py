@@ -1,6 +1,7 @@
 """Arrow files of a store, each written whole and listed with its checksums."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def describe_shard(path: Path) -> Shard:
         ValueError: it holds no rows that can be read.
     """
     read_head(path)
-    with pa.memory_map(str(path)) as source:
+    with _readable(path), pa.memory_map(str(path)) as source:
         table = pa.ipc.open_stream(source).read_all()
         table.validate(full=True)
         source.seek(0)
@@ -105,7 +106,8 @@ def read_shard(directory: Path, shard: Shard) -> pa.Table:
         ValueError: the file is missing, or differs from what was written.
     """
     check_shard(directory, shard, contents=True)
-    with pa.memory_map(str(directory / shard.file)) as source:
+    path = directory / shard.file
+    with _readable(path), pa.memory_map(str(path)) as source:
         return pa.ipc.open_stream(source).read_all()
 
 
@@ -154,17 +156,28 @@ def open_shards(directory: Path, shards: Sequence[Shard], columns: Features) -> 
         empty: dict[str, list[Any]] = {name: [] for name in columns}
         return Dataset.from_dict(empty, features=columns)
     files = [str(directory / shard.file) for shard in shards]
-    tables = [MemoryMappedTable.from_file(file) for file in files]
     schema = columns.arrow_schema
-    for file, table in zip(files, tables, strict=True):
-        if not table.schema.equals(schema):
+    tables: list[MemoryMappedTable] = []
+    for file in files:
+        with _readable(file):
+            tables.append(MemoryMappedTable.from_file(file))
+        if not tables[-1].schema.equals(schema):
             raise ValueError(
-                f"{file} has the columns {table.schema.names} of other types than the "
-                "store's header says. Get the store from somebody you trust."
+                f"{file} has the columns {tables[-1].schema.names} of other types than "
+                "the store's header says. Get the store from somebody you trust."
             )
     digests = "".join(shard.xxh3_128 for shard in shards).encode()
     fingerprint = xxhash.xxh3_64_hexdigest(digests)  # `datasets` would pickle all names
     return Dataset(ConcatenationTable.from_tables(tables), fingerprint=fingerprint)
+
+
+@contextmanager
+def _readable(path: Path | str) -> Generator[None]:
+    """Say of which file Arrow cannot read what was found sound before."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read by Arrow: {error}.") from None
 
 
 def _describe(name: str, data: memoryview, table: pa.Table) -> Shard:

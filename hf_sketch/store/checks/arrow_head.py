@@ -43,7 +43,7 @@ def read_head(path: Path) -> Head:
         ValueError: it is no file of rows.
     """
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             data = file.read(MOST_HEAD_BYTES)
             size = file.seek(0, 2)
             file.seek(max(0, size - len(_END)))
@@ -183,6 +183,7 @@ def _layout(message: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
     multiples: list[int] = []
     bits: list[int] = []
     names: list[str] = []
+    steps = False
     for field in schema.tables(1):
         names.append(field.text(0))
         _check_plain(field)
@@ -198,6 +199,10 @@ def _layout(message: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
             raise ValueError(f"{names[-1]!r} is a list of {multiple}, or nested")
         multiples.append(multiple)
         bits += 0, multiple * _bits(field)
+        if names[-1] == "step" and multiple == 1 and bits[-1] == 32:
+            steps = field.number(2, "<B") == _INT
+    if not steps:
+        raise ValueError("it has no column 'step' of int32")
     _check_metadata(schema, names)
     return tuple(multiples), tuple(bits)
 
