@@ -196,7 +196,9 @@ def read_sealed(
     digest = data[start:end]
     blank = data[:start] + _NO_DIGEST + data[end:]
     if not data.startswith(_SEAL) or digest != _digest(blank):
-        got = ascii(digest.decode("latin-1")) if data.startswith(_SEAL) else "none"
+        got = (
+            ascii(digest.decode("latin-1"))[1:-1] if data.startswith(_SEAL) else "none"
+        )
         raise ValueError(
             f"{path} must have the digest {_digest(blank).decode()} of its content, "
             f"got {got}: the file was changed or cut; {mend}."

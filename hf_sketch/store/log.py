@@ -240,7 +240,7 @@ def _read_lines(path: Path) -> Log:
         found = line[_DIGEST_AT]
         digest = _digest(digest, (_HEAD % (len(line), _NO_DIGEST)) + line[_HEAD_BYTES:])
         if not line.startswith(_HEAD % (len(line), digest)):
-            got = ascii(found.decode("latin-1"))
+            got = ascii(found.decode("latin-1"))[1:-1]
             raise _damaged(
                 path,
                 f"line {number} must have the digest {digest.decode()} of what is up to"
