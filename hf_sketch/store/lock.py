@@ -198,5 +198,5 @@ def _taken(directory: Path, path: Path, holder: _Holder) -> ValueError:
     return ValueError(
         f"Cannot write to {directory}: process {holder.process} on "
         f"{printable(holder.host)} has been writing there since {printable(since)}. "
-        f"Wait until it ends, or pass another output_dir.{gone}"
+        f"Wait for it, end it, or pass another output_dir.{gone}"
     )

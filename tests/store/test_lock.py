@@ -64,7 +64,7 @@ def test_a_second_run_is_refused_by_name_and_touches_nothing(store):
     before = {path: path.read_bytes() for path in store.iterdir()}
     message = (
         f"Cannot write to {store}: process {os.getppid()} on {HOST} has been writing "
-        r"there since 2026-11-28 20:55:01\. Wait until it ends, or pass another output"
+        r"there since 2026-11-28 20:55:01\. Wait for it, end it, or pass another output"
     )
     for resume_step in (0, 3):
         with pytest.raises(ValueError, match=message) as raised:
