@@ -1,10 +1,12 @@
 """One writer at a time: a file beside the store names the process that writes."""
 
+import errno
 import fcntl
 import json
 import os
 import socket
 import time
+import warnings
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -43,9 +45,14 @@ class _Holder:
 
     @property
     def is_another(self) -> bool:
-        """Whether it may still write, and is not this process."""
-        alive = not self.is_here or _start_of(self.process) == self.started
-        return alive and not (self.is_here and self.process == os.getpid())
+        """Whether it is alive on this machine, and not this process."""
+        alive = self.is_here and _start_of(self.process) == self.started
+        return alive and self.process != os.getpid()
+
+    def __str__(self) -> str:
+        since, _, _ = self.since.partition(".")
+        host = printable(self.host)
+        return f"process {self.process} on {host}, since {printable(since)}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,20 @@ class Lock:
     path: Path
     content: bytes
 
+    def check(self) -> None:
+        """Raise if another process writes in place of this one.
+
+        Raises:
+            OSError: it has taken the lock over, or has ended since.
+        """
+        content = None
+        with suppress(FileNotFoundError):
+            content = self.path.read_bytes()
+        if content != self.content:
+            holder = None if content is None else _parsed(content)
+            who = "" if holder is None else f", {holder}"
+            raise OSError(errno.EBUSY, f"another process writes there{who}")
+
     def release(self) -> None:
         """Remove the file, unless it is that of a later writer."""
         with suppress(FileNotFoundError):
@@ -67,7 +88,7 @@ class Lock:
                 self.path.unlink()
 
 
-def take_lock(directory: Path, rank: int) -> Lock:
+def take_lock(directory: Path, rank: int, from_afar: bool = False) -> Lock:
     """Become the only writer of a process's files.
 
     The file is there from the start: `O_EXCL` creates it in one process only, on NFS as
@@ -77,6 +98,9 @@ def take_lock(directory: Path, rank: int) -> Lock:
     Args:
         directory: the store, which need not be there.
         rank: rank of the process.
+        from_afar: take over the lock of a process on another machine as well, with a
+            warning. Most likely a scheduler has killed it, and starts the run again
+            here; if not, it finds out by `Lock.check`.
 
     Raises:
         ValueError: another process writes.
@@ -91,7 +115,7 @@ def take_lock(directory: Path, rank: int) -> Lock:
     content = json.dumps(asdict(holder)).encode()
     for _ in range(_TRIES):
         with errors_explained(directory):
-            if _write(directory, path, content):
+            if _write(directory, path, content, from_afar):
                 return Lock(path, content)
         time.sleep(_PAUSE_SECONDS)
     raise ValueError(
@@ -126,7 +150,7 @@ def errors_explained(directory: Path) -> Generator[None]:
         ) from error
 
 
-def _write(directory: Path, path: Path, content: bytes) -> bool:
+def _write(directory: Path, path: Path, content: bytes, from_afar: bool) -> bool:
     """Write a lock if there is none, or one that is stale; False to try again."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -141,8 +165,16 @@ def _write(directory: Path, path: Path, content: bytes) -> bool:
         if not _alone(file) or not _is_still(path, file):
             return False
         holder = _parsed(opened.read())
-        if holder is not None and holder.is_another:
+        if holder is not None and (
+            holder.is_another or not (holder.is_here or from_afar)
+        ):
             raise _taken(directory, path, holder)
+        if holder is not None and not holder.is_here:
+            warnings.warn(
+                f"Taking over {directory} from another run: {holder}. If it still runs,"
+                " it ends at its next write.",
+                stacklevel=4,
+            )
         opened.seek(0)
         opened.truncate()
         opened.write(content)
@@ -194,9 +226,7 @@ def _start_of(process: int) -> str | None:
 
 def _taken(directory: Path, path: Path, holder: _Holder) -> ValueError:
     gone = "" if holder.is_here else f" If that process is gone, delete {path}."
-    since, _, _ = holder.since.partition(".")
     return ValueError(
-        f"Cannot write to {directory}: process {holder.process} on "
-        f"{printable(holder.host)} has been writing there since {printable(since)}. "
-        f"Wait for it, end it, or pass another output_dir.{gone}"
+        f"Cannot write to {directory}: another run does ({holder}). Wait for it, end "
+        f"it, or pass another output_dir.{gone}"
     )

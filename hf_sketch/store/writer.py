@@ -1,5 +1,6 @@
 """Adding rows to a store, step by step."""
 
+import errno
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -71,7 +72,7 @@ class SketchWriter:
         ours = replace(header, processes=world_size)
         self._rank = rank
         with ExitStack() as on_error:
-            self._lock = take_lock(directory, rank)
+            self._lock = take_lock(directory, rank, from_afar=True)
             on_error.callback(self._lock.release)
             self._header, self._log = open_store(
                 directory, ours, resume_step, rank, world_size
@@ -201,6 +202,7 @@ class SketchWriter:
         with ExitStack() as unfinished:
             for draft, _ in drafts:
                 unfinished.callback(draft.discard)
+            self._lock.check()
             for draft, _ in drafts:
                 draft.finish()
         # Their names are on the disk before a manifest has them.
@@ -214,11 +216,14 @@ class SketchWriter:
         try:
             yield
         except OSError as error:
+            advice = "Free disk space and resume from the last checkpoint"
+            if error.errno == errno.EBUSY:
+                advice = "Pass another output_dir"
             raise OSError(
                 error.errno,
                 f"Cannot write the rows after step {self.last_step} to {self.directory}"
-                f" ({error.strerror}). Free disk space and resume from the last "
-                "checkpoint, or set on_error='warn' to continue without recording.",
+                f" ({error.strerror}). {advice}, or set on_error='warn' to continue "
+                "without recording.",
             ) from error
 
 

@@ -148,7 +148,7 @@ def test_the_small_run_on_documents_is_resumed(tmp_path, capsys):
     assert spectra[0].unit == "tokens"
     assert spectra[0].loss == pytest.approx(10.3, abs=0.3)  # log of the vocabulary
     printed = capsys.readouterr().out
-    assert "tiny BART on short documents: 8 examples" in printed
+    assert "tiny BART on short documents: 300 examples" in printed
     # The plan names the run, and the table has a line for each step.
     table = printed.splitlines()
     header = max(i for i, text in enumerate(table) if "largest eigenvalues" in text)

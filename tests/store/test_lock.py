@@ -14,8 +14,15 @@ from hf_sketch import load_sketches
 from hf_sketch.cli import main
 from hf_sketch.store.header import Header
 from hf_sketch.store.lock import take_lock
+from hf_sketch.store.rows import PER_STEP
 from hf_sketch.store.writer import SketchWriter
-from tests.helpers.stores import GOLDEN, SKETCH, write_steps, write_store
+from tests.helpers.stores import (
+    GOLDEN,
+    SKETCH,
+    step_row,
+    write_steps,
+    write_store,
+)
 
 HOST = socket.gethostname()
 
@@ -63,8 +70,8 @@ def test_a_second_run_is_refused_by_name_and_touches_nothing(store):
     hold(store)
     before = {path: path.read_bytes() for path in store.iterdir()}
     message = (
-        f"Cannot write to {store}: process {os.getppid()} on {HOST} has been writing "
-        r"there since 2026-11-28 20:55:01\. Wait for it, end it, or pass another output"
+        rf"Cannot write to {store}: another run does \(process {os.getppid()} on "
+        rf"{HOST}, since 2026-11-28 20:55:01\)\. Wait for it, end it, or pass another"
     )
     for resume_step in (0, 3):
         with pytest.raises(ValueError, match=message) as raised:
@@ -80,13 +87,42 @@ def test_a_second_run_is_refused_by_name_and_touches_nothing(store):
     assert len(load_sketches(store)) == 6  # whoever only reads needs no lock
 
 
-def test_a_lock_of_another_machine_says_which_file_to_delete(store):
+def test_a_run_goes_on_where_one_on_another_machine_was_killed(store):
+    """As a scheduler does after it has ended a run."""
     path = hold(store, host="node-7", process=1, started="0")
-    with pytest.raises(ValueError, match=r"process 1 on node-7 has .* since") as raised:
-        SketchWriter(store, Header(SKETCH), 3)
+    with pytest.warns(
+        UserWarning, match="from another run: process 1 on node-7, since"
+    ):
+        write_steps(store, [4], Header(SKETCH, row_dtype="float16"), resume_step=3)
+    assert load_sketches(store).steps["step"][:] == [1, 2, 3, 4]
+    assert not path.exists()
+
+
+def test_a_command_leaves_a_lock_of_another_machine_alone(store):
+    path = hold(store, host="node-7", process=1, started="0")
+    with pytest.raises(ValueError, match="process 1 on node-7") as raised:
+        main(["repair", str(store)])
     assert str(raised.value).endswith(f"If that process is gone, delete {path}.")
-    path.unlink()
-    write_steps(store, [4], Header(SKETCH, row_dtype="float16"), resume_step=3)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_run_whose_lock_was_taken_over_names_no_file(tmp_path, ended):
+    """Nor overwrites one of the run that has it now."""
+    store = tmp_path / "sketches"
+    writer = SketchWriter(store, Header(SKETCH))
+    writer.append(PER_STEP, step_row(1))
+    writer.flush()
+    path = hold(store, host="node-7", process=1, started="0")
+    if ended:
+        path.unlink()
+    before = {path: path.read_bytes() for path in store.iterdir()}
+    writer.append(PER_STEP, step_row(2))
+    who = "" if ended else ", process 1 on node-7, since 2026-11-28 20:55:01"
+    message = rf"after step 1 .*another process writes there{who}\)\. Pass another"
+    with pytest.raises(OSError, match=message):
+        writer.flush()
+    writer.close()
+    assert {path: path.read_bytes() for path in store.iterdir()} == before
 
 
 @pytest.mark.parametrize("kind", ["dead", "reused", "own", "empty", "cut"])
@@ -167,6 +203,7 @@ RACE = """
 import os, sys, time
 from pathlib import Path
 from hf_sketch.store.lock import take_lock
+from hf_sketch.store.rows import PER_STEP
 store = Path(sys.argv[1])
 ended = os.fork()
 if not ended:
