@@ -185,7 +185,7 @@ class Batch:
         place = loss.output_nr
 
         def keep_scale(gradients: tuple[Tensor | None, ...]) -> None:
-            gradient = gradients[place]  # None as above
+            gradient = gradients[place]  # None under DDP if the loss is unused
             if not self.muted and gradient is not None:
                 self.begin_backward()
                 self.scale = gradient.detach().clone()
