@@ -136,16 +136,20 @@ def _is_mean(
     (gradient,) = torch.autograd.grad(
         loss, log_probs, retain_graph=True, materialize_grads=True
     )
-    own = gradient[counted].double()
+    # On the CPU, since not every device has float64.
+    own, values, whole = (
+        x.detach().to("cpu", torch.float64)
+        for x in (gradient[counted], log_probs[counted], loss)
+    )
     even, near = own.mean(), tolerance(loss.dtype, "loss")
-    total = (own * log_probs.detach()[counted]).sum()
-    shares = [-even * counted.sum()]
+    total = (own * values).sum()
+    shares = [-even * len(own)]
     if items is not None:
-        share = -even * torch.as_tensor(items, device=even.device)
+        share = -even * torch.as_tensor(items).cpu()
         shares.append(share / share.round().clamp(min=1))
     return (
         bool((own - even).abs().max() <= near * even.abs())
-        and bool((loss.detach() - total).abs() <= near * total.abs())
+        and bool((whole - total).abs() <= near * total.abs())
         and any(bool((share - 1).abs() <= near) for share in shares)
     )
 
