@@ -19,7 +19,7 @@ from hf_sketch.processes import reduced
 from hf_sketch.store.rows import row_columns
 
 from .clipping import ROUNDING, norm_of
-from .steps import LeftGradients, StepReader
+from .steps import StepReader, left_gradients
 
 _LAYERWISE = ("lomo_optim",)  # packages whose optimizers step within the backward pass
 _ADDED = 1e-6  # to the norm, by DeepSpeed, before it divides by it
@@ -138,7 +138,7 @@ def step_reader(
         plain = engine is not None and isinstance(inner, Optimizer)
         seen = inner if plain else None
         return ArrivingGradients(model_sketch, parameters, engine, seen)
-    return LeftGradients(model_sketch, parameters)
+    return left_gradients(model_sketch, parameters)
 
 
 def steps_early(optimizer: Optimizer, engine: Any) -> bool:

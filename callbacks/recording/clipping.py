@@ -34,7 +34,7 @@ class ClipProbe:
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.parameters = parameters
         self.in_shards = in_row_shards(parameters.values())
-        self._each = max(1, _WITNESSES // len(parameters))
+        self._each = witnesses_each(len(parameters))
         self._witnesses: Tensor | None = None
 
     def note(self) -> None:
@@ -67,6 +67,11 @@ class ClipProbe:
         """Some elements of a parameter's gradient, or of a shard, always the same."""
         part, _ = own_part(gradient)
         return part[: self._each].to(accumulation_dtype(part.dtype))
+
+
+def witnesses_each(parameters: int) -> int:
+    """Return how many elements of each of so many parameters are witnesses, at most."""
+    return max(1, _WITNESSES // parameters)
 
 
 def norm_of(parts: Iterable[Tensor], in_shards: bool) -> Tensor:

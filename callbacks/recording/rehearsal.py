@@ -19,11 +19,10 @@ from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.planning.units import as_seconds
 
 from ..spectra.batches import draw_batches, own_randomness
-from .clipping import ClipProbe
 from .forecast import Forecast
 from .loss_check import LossCheck
 from .origins.finder import Origins, in_turn
-from .steps import step_columns
+from .steps import left_gradients
 
 _ROUNDS = 3
 
@@ -106,7 +105,7 @@ class Rehearsal:
         self, sketch: ModelSketch, sketcher: ExampleSketcher | None, per_step: bool
     ) -> tuple[float, float]:
         """Return the seconds of a plain batch and of a recorded one, the least of 3."""
-        probe = ClipProbe(sketch.parameters_of(self.model))
+        reader = left_gradients(sketch, sketch.parameters_of(self.model))
         losses = None if sketcher is None else LossCheck(self._trainer, sketcher)
 
         def recorded() -> None:
@@ -119,8 +118,8 @@ class Rehearsal:
                 if sketcher is not None:
                     sketcher.take()
             if per_step:
-                probe.note()
-                step_columns(sketch, probe, {}, 1.0)
+                reader.note()
+                reader.columns({}, 1.0)
 
         self._timed(recorded)  # the first time costs more
         rounds = [

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_sketch.examples.sketcher import ExampleSketcher
-from hf_sketch.model.fsdp import own_part
+from hf_sketch.model.fsdp import in_shards, own_part
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.processes import reduced
+from hf_sketch.sketches.multi_tensor.given import DTYPES
 from hf_sketch.store.rows import row_columns
 
-from .clipping import ClipProbe, norm_of
+from .clipping import ROUNDING, ClipProbe, norm_of, witnesses_each
 
 _SUM_TOLERANCE = 1e-3
 _LOW_PRECISION_SUM_TOLERANCE = 5e-2
@@ -66,6 +67,59 @@ class LeftGradients(StepReader):
         self, position: Mapping[str, float], loss_scale: float
     ) -> dict[str, Tensor]:
         return step_columns(self._model_sketch, self._probe, position, loss_scale)
+
+
+class GradientsAtOnce(StepReader):
+    """Reads the gradients that are left, in five launches for all of them.
+
+    Args:
+        model_sketch: a map that kernels compute.
+        parameters: what is trained, by name, on one device and in no shards.
+    """
+
+    def __init__(
+        self, model_sketch: ModelSketch, parameters: Mapping[str, Tensor]
+    ) -> None:
+        self._parameters = [parameters[name] for name, _ in model_sketch.shapes]
+        settings = witnesses_each(len(parameters)), ROUNDING
+        device = self._parameters[0].device
+        self._pass = model_sketch.whole_gradients.begin(device, *settings)
+
+    def note(self) -> None:
+        self._pass.note(self._gradients())
+
+    def columns(
+        self, position: Mapping[str, float], loss_scale: float
+    ) -> dict[str, Tensor]:
+        found = self._pass.finish(self._gradients(), loss_scale)
+        return row_columns(
+            found.row.unsqueeze(0),
+            **position,
+            gradient_norm=found.norm,
+            clip_factor=found.clip_factor,
+            finite=found.finite,
+        )
+
+    def _gradients(self) -> list[Tensor | None]:
+        """Return the gradients, those of sparse embeddings with their zeros."""
+        found = [parameter.grad for parameter in self._parameters]
+        return [x.to_dense() if x is not None and x.is_sparse else x for x in found]
+
+
+def left_gradients(
+    model_sketch: ModelSketch, parameters: Mapping[str, Tensor]
+) -> StepReader:
+    """Return what reads the gradients that are left, at once where kernels do it."""
+    given = parameters.values()
+    devices = {parameter.device for parameter in given}
+    at_once = (
+        len(devices) == 1
+        and model_sketch.whole_gradients.can_read(devices.pop())
+        and not in_shards(given)
+        and all(parameter.dtype in DTYPES for parameter in given)
+    )
+    reader = GradientsAtOnce if at_once else LeftGradients
+    return reader(model_sketch, parameters)
 
 
 def check_layout_of_shards(model_sketch: ModelSketch, probe: ClipProbe) -> None:

@@ -12,18 +12,19 @@ from torch import Tensor, nn
 
 from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.coverage import Coverage
+from hf_sketch.model.gradient_pass import WholeGradients
 from hf_sketch.model.group_sum import GroupSum
 from hf_sketch.model.groups import Grouping, LayerGroups, grouped_names
 from hf_sketch.model.names import WHAT_TRAINS, named_parameters, trainable_parameters
 from hf_sketch.model.normalizer import Normalizer
 from hf_sketch.model.operators import Operators
+from hf_sketch.model.probe import probe_of
 from hf_sketch.model.zero import whole_shape
 from hf_sketch.sketches import Sketch
 from hf_sketch.sketches.by_name import OPERATORS
 from hf_sketch.sketches.choices import check_choice, check_setting
 
 LAYOUTS = ("blocked", "factored", "flat", "grouped")
-_PROBED_ELEMENTS = 2**12
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,14 @@ class ModelSketch:
                     "the model whose gradient this is."
                 )
             rows[name] = gradient.detach().reshape(1, -1)
+        if (found := self.whole_gradients.sketch(gradients)) is not None:
+            return found
         return self.sketch_rows(rows).squeeze(0) if rows else torch.zeros(self.row_size)
+
+    @cached_property
+    def whole_gradients(self) -> WholeGradients:
+        """What sketches gradients by kernels for all tensors at once, where it can."""
+        return WholeGradients(self._operators, self.normalizer is not None)
 
     def sketch_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
         """Sketch a batch of gradients, or of parts of them.
@@ -253,22 +261,12 @@ class ModelSketch:
         return trainable_parameters(model, dict(self.shapes))
 
     def check_value(self) -> list[float]:
-        """The sketch of a fixed probe, which tells equal maps from others.
-
-        The probe is cos(0), cos(1), ... on the first elements of the first, the last,
-        the largest and the smallest parameter, and zero elsewhere.
-        """
+        """The sketch of a fixed probe, which tells equal maps from others."""
         return list(self._check_value)
 
     @cached_property
     def _check_value(self) -> tuple[float, ...]:
-        by_size = sorted(self.shapes, key=lambda item: math.prod(item[1]))
-        probed = {self.shapes[0], self.shapes[-1], by_size[0], by_size[-1]}
-        probe = {
-            name: (torch.arange(min(math.prod(shape), _PROBED_ELEMENTS)).cos(), 0)
-            for name, shape in sorted(probed)
-        }
-        return tuple(self.sketch_parts(probe)[:16].tolist())
+        return tuple(self.sketch_parts(probe_of(self.shapes))[:16].tolist())
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values, with a description of the normalizer."""

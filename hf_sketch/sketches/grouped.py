@@ -11,7 +11,7 @@ from hf_sketch.sketches.grouped_side import GroupedSide
 from hf_sketch.sketches.operator import SeededSketch, next_power_of_two
 from hf_sketch.sketches.outer import Side
 from hf_sketch.sketches.pieces import WorkingMemory
-from hf_sketch.sketches.transforms.folding import folding_signs
+from hf_sketch.sketches.transforms.folding import fold_rows, folding_signs
 from hf_sketch.sketches.transforms.hadamard import hadamard_matrix
 from hf_sketch.sketches.transforms.random import CounterRandom
 
@@ -131,7 +131,7 @@ class Grouped(SeededSketch):
             expert, row = divmod(low, height)
             high = min(last, low - row + height)
             some = rows[:, low - first : high - first]
-            matrix = _fold_rows(some, left.signs[expert], row, left.places)
+            matrix = fold_rows(some, left.signs[expert], row, left.places)
             folded += right.of(expert).fold(Side(matrix))
             low = high
         return self._join_folded(folded)
@@ -274,27 +274,20 @@ class Grouped(SeededSketch):
         """What was drawn, by device and type."""
         return {}
 
-    def _draw_rows(self, side: int) -> Tensor:
+    def group_order(self, side: int) -> Tensor:
+        """The row of the Hadamard matrix that each kept group has, on the CPU."""
         rng = CounterRandom(self.seed, f"groups/{side}/{self.stream}")
-        order = rng.permutation(self.groups)[: self.kept]
+        return rng.permutation(self.groups)[: self.kept]
+
+    def side_signs(self, side: int) -> CounterRandom:
+        """The generator of a side's signs: those of experts lie end to end."""
+        return CounterRandom(self.seed, f"sides/{side}/{self.stream}")
+
+    def _draw_rows(self, side: int) -> Tensor:
         columns = self._places(side) // self.group_sizes[side]
-        return hadamard_matrix(self.groups)[order, :columns]
+        return hadamard_matrix(self.groups)[self.group_order(side), :columns]
 
     def _draw_signs(self, side: int) -> Tensor:
         experts = self.sides[0] if len(self.sides) == 3 else 1
-        rng = CounterRandom(self.seed, f"sides/{side}/{self.stream}")
-        return folding_signs(experts * self.sides[side - 2], rng).view(experts, -1)
-
-
-def _fold_rows(rows: Tensor, signs: Tensor, first: int, places: int) -> Tensor:
-    """Fold a matrix's rows, those from `first` on: (b, rows, n) -> (b, places, n)."""
-    folded = rows.new_zeros(len(rows), places, rows.shape[2])
-    low, last = first, first + rows.shape[1]
-    signs = signs.unsqueeze(1)
-    while low < last:
-        place = low % places
-        high = min(last, low + places - place)
-        part = rows[:, low - first : high - first]
-        folded[:, place : place + high - low].addcmul_(part, signs[low:high])
-        low = high
-    return folded
+        signs = folding_signs(experts * self.sides[side - 2], self.side_signs(side))
+        return signs.view(experts, -1)

@@ -56,12 +56,12 @@ class SRHT(BlockedSketch):
 
     def finish(self, mixed: Tensor) -> Tensor:
         """The scale, and the cut of the last segment."""
-        return mixed[:, : self.out_size] * self._scale
+        return mixed[:, : self.out_size] * self.scale
 
     def finish_adjoint(self, rows: Tensor) -> Tensor:
         segments, width = self.mixed_shape
         missing = segments * width - self.out_size
-        return torch.nn.functional.pad(rows * self._scale, (0, missing))
+        return torch.nn.functional.pad(rows * self.scale, (0, missing))
 
     def square_variance(self, rows: Tensor) -> Tensor:
         return of_kept_rows(moments(rows, self.block), self.block, self.out_size)
@@ -72,7 +72,7 @@ class SRHT(BlockedSketch):
         return self.block if self.block_size is None else sys.maxsize
 
     @property
-    def _scale(self) -> float:
+    def scale(self) -> float:
         """1 / sqrt(n) of the transform and the square root of the part that is kept."""
         segments, width = self.mixed_shape
         whole = max(self.block, segments * width)

@@ -81,16 +81,16 @@ def features(
 
 
 def row_columns(sketches: Tensor, **values: Tensor | float) -> dict[str, Tensor]:
-    """The columns of rows: their sketches, what these say, and other values.
+    """The columns of rows: their sketches, other values, and what these do not say.
 
     Shapes:
         sketches (rows, out_size); each value (rows,), or a number for all rows
     """
-    columns = {
-        "gradient_norm": sketches.norm(dim=1),
-        "finite": sketches.isfinite().all(1),
-        "sketch": sketches,
-    }
+    columns = {"sketch": sketches}
+    if "gradient_norm" not in values:
+        columns["gradient_norm"] = sketches.norm(dim=1)
+    if "finite" not in values:
+        columns["finite"] = sketches.isfinite().all(1)
     for name, value in values.items():
         if not isinstance(value, Tensor):
             dtype = torch.int64 if isinstance(value, int) else torch.float64

@@ -4,34 +4,46 @@ import pytest
 import torch
 
 from hf_sketch import ModelSketch
-from hf_sketch.callbacks.recording.clipping import ClipProbe
-from hf_sketch.callbacks.recording.steps import step_columns
+from hf_sketch.callbacks.recording.steps import GradientsAtOnce, left_gradients
+from hf_sketch.model import gradient_pass
 from tests.helpers.trained.training import tiny_batch, tiny_bert
 
 SIZE = 256
+
+
+@pytest.fixture(params=[False, True], ids=["by tensor", "at once"])
+def at_once(request, monkeypatch):
+    """Whether kernels read all gradients at once, interpreted on the CPU."""
+    if request.param:
+        pytest.importorskip("triton")
+        monkeypatch.setattr(gradient_pass, "can_launch", lambda device: True)
+    return request.param
 
 
 # The Trainer undoes the scale before it clips, and leaves it on where it does not clip.
 @pytest.mark.parametrize(
     ("unscaled", "clip_factor"), [(True, 1.0), (True, 0.01), (False, 1.0)]
 )
-def test_step_rows_under_loss_scaling(unscaled, clip_factor):
+def test_step_rows_under_loss_scaling(unscaled, clip_factor, at_once):
     model, scale = tiny_bert().eval(), 1024.0
     sketch = ModelSketch.from_model(model, SIZE)
     model(**tiny_batch()).loss.backward()
     plain = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    probe = ClipProbe(sketch.parameters_of(model))
+    reader = left_gradients(sketch, sketch.parameters_of(model))
+    assert isinstance(reader, GradientsAtOnce) == at_once
     (scale * model(**tiny_batch()).loss).backward()
-    probe.note()
+    reader.note()
     if unscaled:
         for parameter in model.parameters():
             parameter.grad.mul_(clip_factor / scale)
-    row = step_columns(
-        sketch, probe, {"epoch": 0, "step": 1, "learning_rate": 1e-3}, scale
-    )
-    expected = clip_factor * sketch.sketch(plain)
+    position = {"epoch": 0, "step": 1, "learning_rate": 1e-3}
+    row = reader.columns(position, scale)
+    expected = clip_factor * sketch.sketch_rows(
+        {name: x.reshape(1, -1) for name, x in plain.items()}
+    ).squeeze(0)
     torch.testing.assert_close(row["sketch"][0], expected, rtol=1e-4, atol=1e-5)
     assert float(row["clip_factor"]) == pytest.approx(clip_factor, rel=1e-4)
     norm = torch.cat([g.flatten() for g in plain.values()]).norm()
+    assert row["finite"].tolist() == [True]
     assert float(row["gradient_norm"]) == pytest.approx(float(norm), rel=1e-4)

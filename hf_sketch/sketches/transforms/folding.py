@@ -58,3 +58,17 @@ def add_up(x: Tensor, signs: Tensor, width: int, out: Tensor | None = None) -> T
         place = folded[..., : part.shape[-1]]
         place.addcmul_(part, signs[..., start : start + width])
     return folded
+
+
+def fold_rows(rows: Tensor, signs: Tensor, first: int, places: int) -> Tensor:
+    """Fold a matrix's rows, those from `first` on: (b, rows, n) -> (b, places, n)."""
+    folded = rows.new_zeros(len(rows), places, rows.shape[2])
+    low, last = first, first + rows.shape[1]
+    signs = signs.unsqueeze(1)
+    while low < last:
+        place = low % places
+        high = min(last, low + places - place)
+        part = rows[:, low - first : high - first]
+        folded[:, place : place + high - low].addcmul_(part, signs[low:high])
+        low = high
+    return folded

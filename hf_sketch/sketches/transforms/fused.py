@@ -223,6 +223,13 @@ def _add_strips(
     )
 
 
+def whole_factors(
+    operator: HadamardBlocks, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The factors of blocks that one program holds; see `_factors`."""
+    return _factors(operator, 2, device)
+
+
 def _factors(
     operator: HadamardBlocks, count: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,119 @@
+"""Whole gradients, sketched by kernels for all tensors at once where there are any."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hf_sketch.model.operators import Operators
+from hf_sketch.sketches import SRHT, Grouped, Sketch
+from hf_sketch.sketches.multi_tensor.blocks import BlockedTensor, adds_blocks
+from hf_sketch.sketches.multi_tensor.gradient_pass import (
+    CHUNK,
+    GradientPass,
+    GradientTensors,
+    can_launch,
+)
+from hf_sketch.sketches.multi_tensor.matrices import GroupedTensor, folds_matrices
+
+
+class WholeGradients:
+    """Sketches whole gradients at once, and keeps what that needs on each device.
+
+    Args:
+        operators: those of the parameters.
+        scaled: whether gradients are scaled before they are sketched, which no kernel
+            does.
+    """
+
+    def __init__(self, operators: Operators, scaled: bool) -> None:
+        self._operators, self._scaled = operators, scaled
+        self._kept: dict[torch.device, GradientPass] = {}
+
+    def sketch(self, gradients: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the sketch of a gradient, or None if it must be read part by part.
+
+        Args:
+            gradients: by name; parameters not given count as zero.
+        """
+        device = next((x.device for x in gradients.values()), None)
+        if device is None or not self.can_read(device):
+            return None
+        given = [gradients.get(name) for name in self._operators.shapes]
+        if device not in self._kept:
+            self._kept[device] = self.begin(device)
+        kept = self._kept[device]
+        return kept.sketch(given) if kept.takes(given) else None
+
+    def can_read(self, device: torch.device) -> bool:
+        """Return whether there are kernels for all operators on a device."""
+        operators = self._operators
+        if self._scaled or operators.layout == "flat" or not can_launch(device):
+            return False
+        return all(
+            _has_kernel(of)
+            for of in (*operators.own.values(), *operators.packed.values())
+        )
+
+    def begin(
+        self, device: torch.device, witnesses: int = 0, rounding: float = 0.0
+    ) -> GradientPass:
+        """Return what sketches all parameters' gradients, in the order of the map.
+
+        Args:
+            device: where the gradients are.
+            witnesses: see `GradientPass`.
+            rounding: see `GradientPass`.
+        """
+        return GradientPass(_tensors(self._operators), device, witnesses, rounding)
+
+
+def _tensors(operators: Operators) -> GradientTensors:
+    """Return how each parameter is sketched."""
+    groups = {
+        name: i for i, name in enumerate(dict.fromkeys(operators.group_of.values()))
+    }
+    places = {name: place for place, name in enumerate(operators.shapes)}
+    sizes = {g: -(-of.shape[1] // CHUNK) * CHUNK for g, of in operators.packed.items()}
+    starts = _starts(sizes)
+    own = {name: groups[operators.group_of[name]] for name in operators.own}
+    blocked = [
+        BlockedTensor(places[name], of, own[name])
+        for name, of in operators.own.items()
+        if isinstance(of, SRHT)
+    ]
+    for number, (group, of) in enumerate(operators.packed.items()):
+        assert isinstance(of, SRHT)
+        blocked.append(BlockedTensor(len(places) + number, of, groups[group], True))
+    return GradientTensors(
+        [math.prod(shape) for shape in operators.shapes.values()],
+        blocked,
+        [
+            GroupedTensor(places[name], of, own[name])
+            for name, of in operators.own.items()
+            if isinstance(of, Grouped)
+        ],
+        {
+            places[name]: starts[operators.group_of[name]] + at.start
+            for name, at in operators.places.items()
+        },
+        [*sizes.values()],
+        operators.out_size,
+        len(groups),
+    )
+
+
+def _has_kernel(operator: Sketch) -> bool:
+    if isinstance(operator, SRHT):
+        return adds_blocks(operator)
+    return isinstance(operator, Grouped) and folds_matrices(operator)
+
+
+def _starts(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return where each group's packed vector begins."""
+    starts: dict[str, int] = {}
+    end = 0
+    for group, size in sizes.items():
+        starts[group], end = end, end + size
+    return starts

@@ -1,0 +1,1 @@
+"""A gradient of many tensors, sketched in a few launches."""

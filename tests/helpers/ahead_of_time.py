@@ -1,0 +1,111 @@
+"""Compiles every kernel for a device that need not be there.
+
+`python -m tests.helpers.ahead_of_time 90 all` prints what became of each, as JSON;
+`once` compiles each kernel for the first of its specimens alone. Triton must not
+interpret here, so that tests call it in a process of its own.
+"""
+
+import inspect
+import json
+import re
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hf_sketch.sketches.multi_tensor import (
+    block_kernels,
+    matrix_kernels,
+    row_kernels,
+)
+from hf_sketch.sketches.transforms import hadamard_kernels
+from hf_sketch.sketches.transforms.signs import RUN
+
+# What GPT-2-small's matrices have with 4096 numbers, and two shapes of small ones.
+SHAPES = (
+    (64, 8, 8, 8, 8, 1, 64, 64, 64**-0.5),
+    (8, 16, 64, 1, 64, 1, 8, 16, 8**-0.5),
+    (64, 2, 2, 2, 2, 16, 60, 64, 60**-0.5),
+)
+BLOCKS = {"LEADING": 1, "FOLDS": 1, "RUN": RUN}
+MATRICES = {"SHAPES": SHAPES[:1], "COUNT": 1}
+TENSORS = {"KIND": 0, "ALIGNED": True}
+LONG = {"RUN": RUN}
+# Of each kernel: arguments that it is compiled for, and warps.
+SPECIMENS = [
+    (row_kernels.gather, {"KIND": 3}, 4),
+    (row_kernels.add_rows, {}, 4),
+    (row_kernels.finish_row, {"ROUNDING": 1e-6}, 4),
+    *((block_kernels.sum_blocks, BLOCKS | TENSORS | {"KIND": k}, 1) for k in range(4)),
+    (block_kernels.sum_blocks, BLOCKS | TENSORS | {"LEADING": 4}, 4),
+    (block_kernels.sum_blocks, BLOCKS | TENSORS | {"FOLDS": 16, "ALIGNED": False}, 1),
+    *(
+        (matrix_kernels.sum_matrices, MATRICES | TENSORS | {"KIND": k}, 4)
+        for k in range(4)
+    ),
+    (
+        matrix_kernels.sum_matrices,
+        TENSORS | {"SHAPES": SHAPES, "COUNT": 3, "ALIGNED": False},
+        4,
+    ),
+    (hadamard_kernels.sum_whole, LONG | {"LEADING": 1, "ORDERED": True}, 1),
+    (hadamard_kernels.rotate_tiles, LONG | {"TILES": 4}, 4),
+    (hadamard_kernels.sum_strips, LONG | {"LEADING": 8}, 8),
+]
+TABLES = ("given_ptr", "streams_ptr", "matrices_ptr", "chunks_ptr")
+WORDS = ("units_ptr", "runs_ptr", "items_ptr", "orders_ptr", "order_ptr", "bounds_ptr")
+WORDS += ("ranges_ptr",)
+TYPES = {
+    **dict.fromkeys(TABLES, "*i64"),
+    **dict.fromkeys(WORDS, "*i32"),
+    "finite_ptr": "*u8",
+    "scale": "fp32",
+    "loss_scale": "fp32",
+    "start": "i64",
+    "origin": "i64",
+}
+
+
+def type_of(name):
+    default = "*fp32" if name.endswith("_ptr") else "i32"
+    return TYPES.get(name, default)
+
+
+def compiled(kernel, constants, warps, capability):
+    """What a kernel becomes on a device of this capability."""
+    names = kernel.arg_names
+    if "BFLOAT16" in names:
+        constants = constants | {"BFLOAT16": True}
+    signature = {n: "constexpr" if n in constants else type_of(n) for n in names}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if signature[name].startswith("*")
+    }
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, values, aligned)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    target = GPUTarget("cuda", capability, 32)
+    found = triton.compile(source, target=target, options=options)
+    code = found.asm["ptx"]
+    wide = r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global"
+    return {
+        "kernel": inspect.unwrap(kernel.fn).__name__,
+        "kind": constants.get("KIND"),
+        "aligned": constants.get("ALIGNED"),
+        "target": re.search(r"\.target (sm_\d+)", code)[1],
+        "bytes": len(found.asm["cubin"]),
+        "vector_reads": len(re.findall(wide, code)),
+        "products": len(re.findall(r"mma\.sync|wgmma\.mma|tcgen05\.mma", code)),
+        "atomics": len(re.findall(r"\b(?:atom|red)\.global", code)),
+    }
+
+
+if __name__ == "__main__":
+    chosen = SPECIMENS
+    if sys.argv[2] == "once":
+        chosen = {kernel: rest for kernel, *rest in reversed(SPECIMENS)}
+        chosen = [(kernel, *rest) for kernel, rest in chosen.items()]
+    found = [compiled(*specimen, int(sys.argv[1])) for specimen in chosen]
+    sys.stdout.write(json.dumps(found))

@@ -1,0 +1,55 @@
+"""Kernels compile for the devices that are in use, whether or not one is there."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+KERNELS = {"gather", "add_rows", "finish_row", "sum_blocks", "sum_matrices"}
+KERNELS |= {"sum_whole", "rotate_tiles", "sum_strips"}
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs Triton"
+)
+
+
+def compiled(capability, which, cache):
+    environment = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "tests.helpers.ahead_of_time",
+        str(capability),
+        which,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("capability", "which"),
+    [
+        (90, "once"),
+        *(pytest.param(x, "all", marks=pytest.mark.full) for x in (80, 90, 100)),
+    ],
+)
+def test_every_kernel_compiles_without_a_device(capability, which, tmp_path):
+    found = compiled(capability, which, tmp_path)
+    assert {kernel["kernel"] for kernel in found} == KERNELS
+    for kernel in found:
+        assert kernel["target"] == f"sm_{capability}"
+        assert kernel["bytes"] > 0
+        assert kernel["atomics"] == 0, kernel  # sums have one order
+        if kernel["kernel"].startswith(("sum", "rotate")):
+            assert kernel["products"] > 0, kernel
+        if kernel["aligned"] and kernel["kind"] < 3:  # 16 bytes in an instruction
+            assert kernel["vector_reads"] >= 4, kernel

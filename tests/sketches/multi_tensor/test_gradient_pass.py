@@ -1,0 +1,270 @@
+"""Kernels for all tensors at once give the plain sketch, run on the CPU if need be."""
+
+import math
+
+import pytest
+import torch
+
+from hf_sketch import ModelSketch, Normalizer
+from hf_sketch.model import gradient_pass
+from hf_sketch.sketches.multi_tensor import blocks, matrices
+from hf_sketch.sketches.multi_tensor import gradient_pass as launches
+from hf_sketch.sketches.multi_tensor.gradient_pass import GradientPass
+
+pytest.importorskip("triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PRECISION = {"cpu": 1e-6, "cuda": 1e-5}[DEVICE.type]
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+
+# Odd sizes, one element and none; matrices longer than their widths along either side,
+# and both; experts; a side that is shorter than its width; one that is in blocks.
+SHAPES = (
+    ("table", (150, 40)),
+    ("one", ()),
+    ("wide", (33, 150)),
+    ("none", (0,)),
+    ("bias", (1029,)),
+    ("experts", (3, 35, 33)),
+    ("vector", (2**16 + 1,)),
+)
+# Of three matrices in blocks and one that is packed.
+BLOCKED = (("a", (2**16,)), ("b", (2**8, 2**8 + 3)), ("c", (300,)))
+
+
+def gradients_of(shapes, *dtypes, seed=0):
+    """Normal numbers by name, of each dtype in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator).to(dtypes[i % len(dtypes)])
+        for i, (name, shape) in enumerate(shapes)
+    }
+
+
+def begin(sketch, *settings):
+    return sketch.whole_gradients.begin(DEVICE, *settings)
+
+
+def given(sketch, gradients):
+    """In the order of the map, those that are there."""
+    found = [gradients.get(name) for name, _ in sketch.shapes]
+    return [None if x is None else x.to(DEVICE) for x in found]
+
+
+def assert_plain(sketch, gradients, got=None):
+    """The kernels' sketch in float32 is that of the plain path in float64."""
+    if got is None:
+        got = begin(sketch).sketch(given(sketch, gradients))
+    assert got.dtype == FLOAT32
+    wide = {name: x.double() for name, x in gradients.items()}
+    expected = sketch.sketch(wide)
+    atol = PRECISION * expected.abs().max().item()
+    torch.testing.assert_close(got.cpu().double(), expected, rtol=0, atol=atol)
+
+
+@pytest.fixture
+def little_work_each(monkeypatch):
+    """Makes programs so small that tensors, blocks and folds are divided among them."""
+    monkeypatch.setattr(launches, "_PROGRAMS", 2**20)
+    monkeypatch.setattr(blocks, "_LEAST_UNITS", 20)
+    monkeypatch.setattr(matrices, "_LEAST_ELEMENTS", 300)
+
+
+@pytest.mark.parametrize(
+    "sketch",
+    [
+        ModelSketch(SHAPES, 256, "grouped", seed=3),
+        ModelSketch(SHAPES, 700, "grouped"),
+        ModelSketch(BLOCKED, 100, "blocked", seed=3),
+        ModelSketch(BLOCKED, 2100, "blocked"),
+        pytest.param(ModelSketch(SHAPES, 64, "grouped"), marks=pytest.mark.full),
+        pytest.param(ModelSketch(SHAPES, 4096, "grouped"), marks=pytest.mark.full),
+        pytest.param(ModelSketch(SHAPES, 1, "grouped"), marks=pytest.mark.full),
+        pytest.param(ModelSketch(SHAPES, 1024, "blocked"), marks=pytest.mark.full),
+    ],
+    ids=lambda sketch: f"{sketch.layout} {sketch.out_size}",
+)
+def test_a_gradient_of_many_tensors_has_the_plain_sketch(sketch):
+    assert_plain(sketch, gradients_of(sketch.shapes, FLOAT32))
+
+
+@pytest.mark.usefixtures("little_work_each")
+@pytest.mark.parametrize("layout", ["grouped", "blocked"])
+def test_work_may_be_divided_among_more_programs(layout):
+    shapes = SHAPES[:-1] if layout == "grouped" else BLOCKED
+    sketch = ModelSketch(shapes, 64 if layout == "grouped" else 2048, layout)
+    assert_plain(sketch, gradients_of(shapes, FLOAT32))
+
+
+def test_signs_orders_and_segments_are_the_same_bits():
+    """Small integers, and scales that are powers of two: no sum is rounded."""
+    sketch = ModelSketch(SHAPES, 64, "grouped", seed=3)
+    gradients = {
+        name: (10 * x).round().clamp(-8, 8)
+        for name, x in gradients_of(SHAPES, FLOAT32).items()
+    }
+    got = begin(sketch).sketch(given(sketch, gradients))
+    assert torch.equal(got.cpu(), sketch.sketch(gradients))
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [(BFLOAT16,), (FLOAT16,), (BFLOAT16, FLOAT32, FLOAT16)],
+    ids=["bfloat16", "float16", "mixed"],
+)
+def test_short_dtypes_are_read_as_they_are(dtypes):
+    shapes = (*SHAPES[:-1], ("vector", (2**16 + 8,)))
+    sketch = ModelSketch(shapes, 64, "grouped")
+    assert_plain(sketch, gradients_of(shapes, *dtypes))
+
+
+def test_gradients_may_be_missing_move_and_lie_apart():
+    """The table of addresses is that of each call."""
+    shapes = SHAPES[:-1]
+    sketch = ModelSketch(shapes, 64, "grouped")
+    kept = begin(sketch)
+    first, second = (gradients_of(shapes, FLOAT32, seed=seed) for seed in (1, 2))
+    del second["table"], second["bias"]
+    second["wide"] = torch.randn(150, 33).T
+    second["experts"] = torch.randn(3, 35, 34)[..., 1:]
+    for gradients in (first, second, first):
+        assert_plain(sketch, gradients, kept.sketch(given(sketch, gradients)))
+    inside = torch.randn(33 * 150 + 1)[1:].view(33, 150)  # at no multiple of 16 bytes
+    first["wide"] = inside
+    assert_plain(sketch, first, kept.sketch(given(sketch, first)))
+
+
+def test_groups_of_layers_have_sums_of_their_own():
+    shapes = (("a.0", (40, 40)), ("a.1", (40,)), ("b.0", (40, 40)), ("b.1", (7,)))
+    sketch = ModelSketch(shapes, 64, "grouped", groups=("x", "x", "y", "y"))
+    gradients = gradients_of(shapes, FLOAT32)
+    assert_plain(sketch, gradients)
+    gradients = {name: x for name, x in gradients.items() if name[0] == "b"}
+    assert not begin(sketch).sketch(given(sketch, gradients))[:64].any()
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that are launched."""
+    names = []
+    plain = GradientPass._launch
+
+    def launch(self, name, *args, **kwargs):
+        names.append(name)
+        plain(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(GradientPass, "_launch", launch)
+    return names
+
+
+@pytest.mark.parametrize("layers", [1, 12])
+def test_five_launches_make_a_row_of_any_number_of_tensors(layers, launched):
+    shapes = [("vector", (2**16,))]
+    for layer in range(layers):
+        shapes += [(f"{layer}.weight", (16, 18)), (f"{layer}.bias", (18,))]
+    sketch = ModelSketch(tuple(shapes), 16, "grouped")
+    assert len(sketch.operators) == layers + 1
+    gradients = given(sketch, gradients_of(shapes, BFLOAT16, FLOAT32))
+    kept = begin(sketch, 10)
+    kept.note(gradients)
+    assert launched == ["gather"]
+    launched.clear()
+    kept.finish(gradients, 1.0)
+    steps = ["gather", "sum_blocks", "sum_matrices", "add_rows", "finish_row"]
+    assert launched == steps
+
+
+SMALL = (("a", (40, 40)), ("b", (40,)), ("c", (3,)))
+
+
+def finished(change, loss_scale=1.0, scale=1.0):
+    """The row of a step whose gradients `change` is applied to after the note."""
+    sketch = ModelSketch(SMALL, 64, "grouped")
+    kept = begin(sketch, 8, 1e-6)
+    gradients = given(sketch, gradients_of(SMALL, FLOAT32))
+    scaled = [scale * x for x in gradients]
+    kept.note(scaled)
+    found = kept.finish([change(x) for x in scaled], loss_scale)
+    named = dict(zip(dict(SMALL), gradients, strict=True))
+    norm = math.sqrt(sum(x.double().square().sum().item() for x in gradients))
+    return found, sketch.sketch({name: x.cpu() for name, x in named.items()}), norm
+
+
+@pytest.mark.parametrize(
+    ("clipped", "unscaled", "loss_scale"),
+    [(1, 1, 1), (0.25, 1, 1), (1, 1, 8), (0.25, 1 / 8, 8), (1, 1 / 8, 8), (0, 1, 1)],
+)
+def test_a_step_says_how_it_was_clipped(clipped, unscaled, loss_scale):
+    """Also where the loss's scale was undone in between."""
+    change = clipped * unscaled
+    found, sketch, norm = finished(lambda x: change * x, loss_scale, loss_scale)
+    expected = clipped * sketch
+    torch.testing.assert_close(found.row.cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert float(found.clip_factor) == pytest.approx(clipped, rel=1e-5)
+    if clipped:
+        assert float(found.norm) == pytest.approx(norm, rel=1e-5)
+    assert bool(found.finite)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_says_so(value):
+    def spoil(x):
+        spoiled = x.clone()
+        spoiled.view(-1)[-1] = value  # no witness in the matrix
+        return spoiled
+
+    found, _, _ = finished(spoil)
+    assert not found.finite
+
+
+def test_steps_without_gradients_are_not_clipped():
+    found, _, _ = finished(lambda x: x, scale=0.0)
+    assert float(found.clip_factor) == 1.0
+    assert float(found.norm) == 0.0
+    assert not found.row.any()
+
+
+@pytest.fixture
+def with_kernels(monkeypatch):
+    """Kernels are launched wherever tensors are: on the CPU interpreted."""
+    monkeypatch.setattr(gradient_pass, "can_launch", lambda device: True)
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_a_map_sketches_whole_gradients_by_kernels(launched):
+    sketch = ModelSketch(SMALL, 64, "grouped")
+    gradients = gradients_of(SMALL, FLOAT32)
+    away = {name: x.to(DEVICE) for name, x in gradients.items() if name != "b"}
+    del gradients["b"]
+    assert_plain(sketch, gradients, sketch.sketch(away))
+    assert launched
+    launched.clear()
+    with_others = {name: x.double().to(DEVICE) for name, x in away.items()}
+    assert sketch.sketch(with_others).dtype == torch.float64
+    assert not launched
+
+
+NORMALIZER = Normalizer({n: (torch.ones(math.prod(s)),) for n, s in SMALL}, 1)
+
+
+@pytest.mark.usefixtures("with_kernels")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layout": "flat"},
+        {"layout": "factored"},
+        {"operator": "affd"},
+        {"operator": "dense"},
+        {"normalizer": NORMALIZER},
+    ],
+    ids=str,
+)
+def test_other_maps_are_read_tensor_by_tensor(settings):
+    sketch = ModelSketch(SMALL, 16, **{"layout": "grouped", **settings})
+    assert not sketch.whole_gradients.can_read(DEVICE)
+
+
+def test_the_cpu_launches_no_kernel():
+    sketch = ModelSketch(SMALL, 64, "grouped")
+    assert not sketch.whole_gradients.can_read(torch.device("cpu"))
