@@ -25,6 +25,10 @@ if TYPE_CHECKING:
         Preconditioned,
         TracIn,
     )
+    from hf_sketch.attribution.questions.trainings import (
+        CombinedScores,
+        combine_scores,
+    )
     from hf_sketch.curvature.check import CurvatureCheck
     from hf_sketch.curvature.gauss_newton import (
         EmpiricalFisherOperator,
@@ -80,6 +84,7 @@ __all__ = [
     "FJL",
     "QK",
     "SRHT",
+    "CombinedScores",
     "Composed",
     "Cosine",
     "CounterRandom",
@@ -113,6 +118,7 @@ __all__ = [
     "SymmetricOperator",
     "TracIn",
     "TraceEstimate",
+    "combine_scores",
     "concatenate_sketches",
     "estimate_trace",
     "example_losses",
@@ -136,6 +142,7 @@ _MODULES = {
     "FJL": "sketches",
     "QK": "sketches",
     "SRHT": "sketches",
+    "CombinedScores": "attribution.questions.trainings",
     "Composed": "sketches",
     "Cosine": "attribution.methods",
     "CounterRandom": "sketches",
@@ -169,6 +176,7 @@ _MODULES = {
     "SymmetricOperator": "curvature.operator",
     "TracIn": "attribution.methods",
     "TraceEstimate": "spectra.density",
+    "combine_scores": "attribution.questions.trainings",
     "concatenate_sketches": "attribution.checkpoints",
     "estimate_trace": "spectra.density",
     "example_losses": "examples.losses",

@@ -86,9 +86,9 @@ class Task(ABC):
                 optimizer.zero_grad()
         return [*snapshots, Snapshot(optimizer.param_groups[0]["lr"], model)]
 
-    def record(self, sketch: ModelSketch) -> GradientRows:
-        """Return the rows of all epochs of the training on all rows with seed 0."""
-        model, optimizer = self._start(0)
+    def record(self, sketch: ModelSketch, seed: int = 0) -> GradientRows:
+        """Return the rows of all epochs of the training on all rows with a seed."""
+        model, optimizer = self._start(seed)
         every = torch.arange(len(self.rows))
         tables: list[pa.Table] = []
         rates: list[float] = []

@@ -21,7 +21,7 @@ from hf_sketch.recipes.training_defaults import with_small
 
 _TINY = {"rows": 40, "queries": 6, "removals": 9, "seeds": 2, "epochs": 1}
 _TINY |= {"out_size": 64}
-_EPOCHS = {"digits": 30, "snli_head": 3}
+EPOCHS = {"digits": 30, "snli_head": 3}
 _LEAST, _MOST = 0.001, 0.3  # parts of the rows that are removed
 _SMALL = 0.01  # below it retraining differs by its noise alone, nearly
 _NORMAL = 1.645  # standard deviations to both sides of a 90% interval
@@ -137,7 +137,7 @@ def measure(task: Task, arguments: RemovalsArguments) -> dict[str, Any]:
     scores = run.scores(queries, groups="example_id")
     sets = removed_sets(scores, labels, arguments.removals)
     estimates, half_widths = _estimated(run, queries, sets)
-    changes = _retrained(task, arguments, sets)
+    changes = retrained(task, arguments, sets)
     truths = changes.mean(1)
     sizes = torch.tensor([len(some) for some in sets])
     small = sizes <= max(1, _SMALL * len(rows))
@@ -175,8 +175,12 @@ def _estimated(
     return torch.tensor(estimates), torch.tensor(half_widths)
 
 
-def _retrained(task: Task, arguments: RemovalsArguments, sets: list[Tensor]) -> Tensor:
-    """Changes of the losses and of their mean, (removals, seeds, queries + 1)."""
+def retrained(task: Task, arguments: RemovalsArguments, sets: list[Tensor]) -> Tensor:
+    """Return changes of the losses and of their mean by removal and training's seed.
+
+    Shapes:
+        returns (removals, seeds, queries + 1), float64
+    """
     names = ("task", "train_file", "validation_file", "rows", "queries", "epochs")
     losses = SavedLosses(
         Path(arguments.output_dir) / f"removals_{arguments.task}_losses.json",
@@ -201,12 +205,12 @@ def run_removals(arguments: RemovalsArguments) -> dict[str, Any]:
     Raises:
         ValueError: the task is unknown.
     """
-    if arguments.task not in _EPOCHS:
+    if arguments.task not in EPOCHS:
         raise ValueError(
-            f"task must be one of {', '.join(_EPOCHS)}, got {arguments.task!r}: pass "
+            f"task must be one of {', '.join(EPOCHS)}, got {arguments.task!r}: pass "
             "--task digits."
         )
-    small = _TINY if arguments.tiny else {"epochs": _EPOCHS[arguments.task]}
+    small = _TINY if arguments.tiny else {"epochs": EPOCHS[arguments.task]}
     arguments = with_small(arguments, small)
     sizes = (arguments.rows, arguments.queries, arguments.epochs)
     if arguments.task == "digits":

@@ -1,0 +1,1 @@
+"""Studies of what answers are worth beyond the score of one training."""
