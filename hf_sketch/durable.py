@@ -4,10 +4,11 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import IO, Any, Final, cast
 
 import xxhash
 
@@ -21,19 +22,24 @@ class Draft:
 
     Args:
         path: its final name.
-        data: its content.
+        write: writes its content to an open file.
 
     Raises:
         OSError: it cannot be written, here or in `finish`; then it is removed.
     """
 
-    def __init__(self, path: Path, data: bytes | memoryview) -> None:
+    def __init__(self, path: Path, write: Callable[[IO[bytes]], object]) -> None:
         self._path = path
         self._temporary = path.with_name(path.name + ".tmp")
-        self._file = self._temporary.open("wb")
+        self._file = self._temporary.open("w+b")
         with self._removed_on_error():
-            self._file.write(data)
+            write(self._file)
             self._file.flush()
+
+    @property
+    def data(self) -> memoryview:
+        """The content, mapped."""
+        return memoryview(mmap(self._file.fileno(), 0, access=ACCESS_READ))
 
     def finish(self) -> None:
         """Sync the content, then rename the file; its directory is not synced."""
@@ -65,7 +71,7 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
     Raises:
         OSError: the file cannot be written; what was there before still is.
     """
-    Draft(path, data).finish()
+    Draft(path, lambda file: file.write(data)).finish()
     sync_directory(path.parent)
 
 

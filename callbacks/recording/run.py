@@ -166,6 +166,7 @@ class Run:
     def end(self) -> None:
         """Write all rows, as training ends."""
         self.flush()
+        self._sink.writer.join_files()
         self._agree()
         self.close()
 
@@ -200,7 +201,6 @@ class Run:
         per_example: bool,
     ) -> None:
         """Open the store; an error gives the loader its sampler back."""
-        step = self.state.global_step
         with ExitStack() as opened:
             if per_example:
                 warn_of_cost(self._args)
@@ -208,7 +208,7 @@ class Run:
                 self._sketcher = ExampleSketcher(
                     model, header.model_sketch, header.loss, bool(self._measured), early
                 )
-                self._ids = followed_ids(loader, self._args, step)
+                self._ids = followed_ids(loader, self._args, self.state.global_step)
                 self._origins = OriginFinder(trainer, loader, self._sketcher)
                 self._losses = LossCheck(trainer, self._sketcher)
                 if self._ids is not None:
@@ -219,7 +219,7 @@ class Run:
                     header.model_sketch, model, self._optimizer, self._engine
                 )
             opened.callback(self._live.watch(trainer))
-            self._sink = RowSink.open(header, self._args, step)
+            self._sink = RowSink.open(header, self._args, self.state.global_step)
             opened.callback(self._sink.close)
             if per_example and self._sink.writer.has_answers:
                 self._answers = Answers(trainer)

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from hf_sketch.attribution.collection import GradientRows
-from hf_sketch.store.header import read_header
+from hf_sketch.store.header import Header, read_header
 from hf_sketch.store.locations import store_directory
 from hf_sketch.store.log import read_manifests
 from hf_sketch.store.manifest import Manifest, missing_ranks, shards_of
@@ -48,15 +50,39 @@ def load_sketches(
     header = read_header(directory)
     manifests = read_manifests(directory)
     _warn_of_missing_rows(directory, manifests)
-    shards = [shard for manifest in manifests for shard in manifest.shards]
     if verify is None:
-        verify = sum(shard.size_bytes for shard in shards) <= _VERIFIED_BYTES
+        size = sum(shard.size_bytes for m in manifests for shard in m.shards)
+        verify = size <= _VERIFIED_BYTES
         if not verify:
             warnings.warn(
                 f"Skipping the checksums of {directory}: it holds more than 1 GiB. "
                 "verify=True compares them, verify=False silences this warning.",
                 stacklevel=2,
             )
+    while True:
+        try:
+            examples, steps = _opened(
+                directory, header, manifests, verify, skip_damaged
+            )
+            break
+        except ValueError:
+            before, manifests = manifests, read_manifests(directory)
+            if _files(before) <= _files(manifests):
+                raise  # else the run that writes has joined files meanwhile
+    return GradientRows(
+        header.model_sketch, examples, steps, header.measured_error, directory
+    )
+
+
+def _opened(
+    directory: Path,
+    header: Header,
+    manifests: Sequence[Manifest],
+    verify: bool,
+    skip_damaged: bool,
+) -> tuple[Dataset, Dataset]:
+    """Return the rows of examples and of steps."""
+    shards = [shard for manifest in manifests for shard in manifest.shards]
     damaged = _damaged(directory, shards, verify, skip_damaged)
     examples, steps = (
         open_shards(
@@ -66,9 +92,11 @@ def load_sketches(
         )
         for kind in (PER_EXAMPLE, PER_STEP)
     )
-    return GradientRows(
-        header.model_sketch, examples, steps, header.measured_error, directory
-    )
+    return examples, steps
+
+
+def _files(manifests: Sequence[Manifest]) -> set[str]:
+    return {shard.file for manifest in manifests for shard in manifest.shards}
 
 
 def _damaged(
@@ -80,7 +108,7 @@ def _damaged(
         try:
             check_shard(directory, shard, contents)
         except ValueError as error:
-            if not skip:
+            if not skip or shard.file not in _files(read_manifests(directory)):
                 raise
             damaged.add(shard.file)
             warnings.warn(f"Left out {shard.rows} rows. {error}", stacklevel=3)

@@ -1,13 +1,15 @@
 """How many bytes rows take on disk, by arithmetic alone."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Final
 
 import pyarrow as pa
 import torch
 from datasets import Features
 
+from hf_sketch.store.compaction import LEAST_BYTES, MOST_FILES, is_many
 from hf_sketch.store.log import entry_bytes
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP, arrow_table, features, joined
 from hf_sketch.store.shards import Shard
@@ -109,6 +111,7 @@ def store_size(
     per_step: bool,
     ranks: int,
     flush_steps: int | None = None,
+    file_bytes: int = LEAST_BYTES,
 ) -> StoreSize:
     """The size of a store, less its header.
 
@@ -119,12 +122,14 @@ def store_size(
         per_step: whether the first rank writes a row for each step, too.
         ranks: that write.
         flush_steps: recorded steps between two checkpoints, which end a file.
+        file_bytes: length from which a file stays; shorter ones are joined.
     """
     kinds = [(examples, rows_a_step)]
     if per_step:
         kinds.append((replace(examples, kind=PER_STEP), 1))
-    own, own_bytes = _rank_files(kinds, steps, flush_steps)
-    others, others_bytes = _rank_files(kinds[:1], steps, flush_steps)
+    cuts = steps, flush_steps, file_bytes
+    own, own_bytes = _rank_files(kinds, *cuts)
+    others, others_bytes = _rank_files(kinds[:1], *cuts)
     files = own + (ranks - 1) * others
     entry = _bytes_per_file([kind.kind for kind, _ in kinds])
     alone = _bytes_per_file([examples.kind])
@@ -142,25 +147,86 @@ def store_size(
 
 
 def _rank_files(
-    kinds: list[tuple[RowFormat, int]], steps: int, flush_steps: int | None
+    kinds: list[tuple[RowFormat, int]],
+    steps: int,
+    flush_steps: int | None,
+    file_bytes: int,
 ) -> tuple[int, int]:
-    """Count one rank's files, as SketchWriter cuts them, and their bytes."""
+    """Count one rank's files, as SketchWriter cuts and joins them, and their bytes."""
     kept = getattr(torch, kinds[0][0].row_dtype).itemsize / torch.float32.itemsize
     a_step = sum(rows * kind.buffered_bytes for kind, rows in kinds)
     at_once = math.ceil(BUFFER_BYTES / (2 + kept) / a_step)
-    interval = min(flush_steps or steps, steps)
-    intervals, rest = divmod(steps, interval)
-    cuts = (
-        (at_once, intervals * (interval // at_once) + rest // at_once),
-        (interval % at_once, intervals),
-        (rest % at_once, 1),
-    )
-    parts = [(n, times) for n, times in cuts if n and times]
-    total = sum(
-        times * sum(kind.file_bytes(n * rows) for kind, rows in kinds)
-        for n, times in parts
-    )
-    return len(kinds) * sum(times for _, times in parts), total
+    files = [_Files(kind, rows, file_bytes) for kind, rows in kinds]
+    interval = flush_steps or steps
+    for start in range(0, steps, interval):
+        end = min(start + interval, steps)
+        for low in range(start, end, at_once):
+            for one in files:
+                one.flush(min(at_once, end - low))
+    small = [one.small for one in files]
+    if is_many(small):
+        for one in files:
+            one.join(len(one.small))
+    sizes = [size for one in files for size in one.sizes]
+    return len(sizes), sum(sizes)
+
+
+@dataclass
+class _Files:
+    """A rank's files of one kind.
+
+    Args:
+        kind: of their rows.
+        rows_a_step: rows of each step.
+        least_bytes: length of those that are joined no more.
+        large: bytes of each of these.
+        small: rows of the others.
+        small_bytes: theirs.
+        tiny: how many of the last ones are so short that only their number counts.
+    """
+
+    kind: RowFormat
+    rows_a_step: int
+    least_bytes: int
+    large: list[int] = field(default_factory=list[int])
+    small: list[int] = field(default_factory=list[int])
+    small_bytes: int = 0
+    tiny: int = 0
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of all of them."""
+        return [*self.large, *(_file_bytes(self.kind, rows) for rows in self.small)]
+
+    def flush(self, steps: int) -> None:
+        """Add a file, and join it with others as `newest_files` does."""
+        self._add(steps * self.rows_a_step)
+        if self.small_bytes >= self.least_bytes:
+            self.join(len(self.small))
+        elif self.tiny == MOST_FILES:
+            self.join(MOST_FILES)
+
+    def join(self, count: int) -> None:
+        """Let the last small files become one."""
+        rows = self.small[-count:]
+        del self.small[-count:]
+        self.small_bytes -= sum(_file_bytes(self.kind, one) for one in rows)
+        self.tiny = 0
+        self._add(sum(rows))
+
+    def _add(self, rows: int) -> None:
+        size = _file_bytes(self.kind, rows)
+        if size >= self.least_bytes:
+            self.large.append(size)
+            return
+        self.small.append(rows)
+        self.small_bytes += size
+        self.tiny = self.tiny + 1 if size < self.least_bytes / MOST_FILES else 0
+
+
+@lru_cache(maxsize=64)
+def _file_bytes(kind: RowFormat, rows: int) -> int:
+    return kind.file_bytes(rows)
 
 
 def _bytes_per_file(kinds: list[str]) -> int:

@@ -1,30 +1,34 @@
 """Small files of a store become few large ones."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+import mmap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from tempfile import TemporaryFile
+from typing import IO, Final
 
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from hf_sketch.durable import Draft, sync_directory
 from hf_sketch.store.header import read_header
 from hf_sketch.store.lock import locked
-from hf_sketch.store.log import read_logs, remove_leftovers
+from hf_sketch.store.log import Log, read_logs, remove_leftovers, write_log
 from hf_sketch.store.maintenance import replace_manifest
 from hf_sketch.store.manifest import KINDS, Manifest, shards_of
-from hf_sketch.store.shards import Shard, read_shard, write_shard
+from hf_sketch.store.shards import Shard, draft_shard, read_shard
 
-LEAST_BYTES: Final = 2**28
+LEAST_BYTES: Final = 7 * 2**27
+MOST_FILES: Final = 1000
+_FEW_FILES: Final = 4
 _MAPPED_FILES: Final = 4096
 
 
 def compact(directory: Path, least_bytes: int = LEAST_BYTES) -> list[str]:
     """Join a store's small files, in place.
 
-    Each process's rows stay its own, in their order. New files are there before one
-    new manifest lists them instead of the old ones, which are removed then: a crash
-    loses no row, and repeating the call ends what it has begun.
+    Each process's rows stay its own, in their order. A new file is there before a new
+    manifest lists it instead of the old ones, which are removed then: a crash loses no
+    row, and repeating the call ends what it has begun.
 
     Args:
         directory: the store.
@@ -37,29 +41,96 @@ def compact(directory: Path, least_bytes: int = LEAST_BYTES) -> list[str]:
 
     Raises:
         ValueError: a file is damaged, or a run is writing.
-        OSError: there is no room: the rows are there twice for a while.
+        OSError: there is no room: the rows of one new file are there three times for a
+            while.
     """
     header, done = read_header(directory), list[str]()
     with locked(directory):
         for log in read_logs(directory):
-            manifest = log.manifest
-            groups = [g for kind in KINDS for g in _groups(manifest, kind, least_bytes)]
-            joined = [group for group in groups if len(group) > 1]
-            if joined:
-                # If this is cut off, files of these numbers are there without a line.
-                number = manifest.next_number
-                reserved = replace(manifest, numbers=number - 1 + len(joined))
-                replace_manifest(directory, header, reserved)
-                kept = [*_join(directory, manifest.rank, number, groups)]
-                manifest = reserved.with_shards(kept)
-                replace_manifest(directory, header, manifest)
+            groups = small_files(log.manifest, least_bytes)
+            if groups:
+                replace_manifest(directory, header, log.manifest)
+            for group in tqdm(groups, desc="Joining files", disable=not groups):
+                number = log.manifest.next_number
+                log = put_in_place(directory, log, *join(directory, group, number))
+            if groups:
                 before = sum(map(len, groups))
                 done.append(
-                    f"{directory}: {before} files of process {manifest.rank} became "
-                    f"{len(kept)}"
+                    f"{directory}: {before} files of process {log.manifest.rank} became"
+                    f" {len(groups)}"
                 )
-            remove_leftovers(directory, manifest)
+            remove_leftovers(directory, log.manifest)
     return done
+
+
+def small_files(manifest: Manifest, least_bytes: int) -> list[list[Shard]]:
+    """Return the files of a process, by step, of which several become one each."""
+    groups = [g for kind in KINDS for g in _groups(manifest, kind, least_bytes)]
+    return [group for group in groups if len(group) > 1]
+
+
+def is_many(groups: Sequence[Sequence[object]]) -> bool:
+    """Return whether joining these files is worth writing their rows once more."""
+    return any(len(group) > _FEW_FILES for group in groups)
+
+
+def newest_files(manifest: Manifest, kind: str, least_bytes: int) -> list[Shard]:
+    """Return a process's latest small files once they are long enough for a large one.
+
+    A thousand of the very smallest are enough as well: they become one of middle length
+    that is joined with others later, so that each row is written three times at most.
+    """
+    group: list[Shard] = []
+    size = 0
+    tiny = True
+    for shard in reversed(manifest.shards):
+        if shard.kind != kind:
+            continue
+        if shard.size_bytes >= least_bytes:
+            break
+        tiny = tiny and shard.size_bytes < least_bytes / MOST_FILES
+        group.append(shard)
+        size += shard.size_bytes
+        if size >= least_bytes or (tiny and len(group) == MOST_FILES):
+            return sorted(group, key=lambda shard: shard.first_step)
+    return []
+
+
+def join(
+    directory: Path, group: Sequence[Shard], number: int
+) -> tuple[Draft, Shard, Sequence[Shard]]:
+    """Write the rows of some files to one, under a temporary name.
+
+    The rows pass through a file without a name: memory does not grow with them.
+
+    Returns:
+        the new file, its entry, and the group.
+
+    Raises:
+        ValueError: one of the files is damaged.
+        OSError: there is no room.
+    """
+    first = group[0]
+    rank = int(first.file.split("-")[1])
+    with TemporaryFile(dir=directory) as scratch:
+        table = _rows(directory, group, scratch)
+        draft, shard = draft_shard(directory, first.kind, rank, number, table)
+    return draft, shard, group
+
+
+def put_in_place(
+    directory: Path, log: Log, draft: Draft, shard: Shard, group: Sequence[Shard]
+) -> Log:
+    """Name a joined file, list it instead of others, and remove those."""
+    draft.finish()
+    sync_directory(directory)
+    old = {one.file for one in group}
+    kept = [one for one in log.manifest.shards if one.file not in old]
+    kept.insert(log.manifest.shards.index(group[0]), shard)
+    log = write_log(directory, log.manifest.with_shards(kept))
+    for name in old:
+        (directory / name).unlink(missing_ok=True)
+    return log
 
 
 def _groups(manifest: Manifest, kind: str, least_bytes: int) -> Iterator[list[Shard]]:
@@ -77,27 +148,29 @@ def _groups(manifest: Manifest, kind: str, least_bytes: int) -> Iterator[list[Sh
         yield group
 
 
-def _join(
-    directory: Path, rank: int, number: int, groups: Iterable[Sequence[Shard]]
-) -> Iterator[Shard]:
-    """Write one file for each group of several, and yield those that stay."""
-    for group in tqdm(list(groups), desc="Joining files"):
-        if len(group) == 1:
-            yield group[0]
-            continue
-        table = _rows(directory, group)
-        yield write_shard(directory, group[0].kind, rank, number, table)
-        number += 1
+def _rows(directory: Path, group: Sequence[Shard], scratch: IO[bytes]) -> pa.Table:
+    """Return the rows of all files, with the sketches in a file of their own.
 
-
-def _rows(directory: Path, group: Sequence[Shard]) -> pa.Table:
-    """Return the rows of all files; some thousand are mapped at a time.
-
-    Linux maps 65,530 files per process, and this many of a few rows fill one.
+    Some thousand files are mapped at a time: Linux maps 65,530 per process, and many
+    more of a few rows may become one.
     """
-    parts: list[pa.Table] = []
+    others: list[pa.Table] = []
+    schema: pa.Schema = None
     for low in range(0, len(group), _MAPPED_FILES):
-        some = group[low : low + _MAPPED_FILES]
-        mapped = pa.concat_tables([read_shard(directory, shard) for shard in some])
-        parts.append(mapped.combine_chunks())
-    return pa.concat_tables(parts)
+        parts: list[pa.Table] = []
+        for shard in group[low : low + _MAPPED_FILES]:
+            table = read_shard(directory, shard)
+            schema = table.schema
+            for chunk in table["sketch"].chunks:
+                scratch.write(memoryview(chunk.flatten().to_numpy()).cast("B"))
+            parts.append(table.drop_columns(["sketch"]))
+        others.append(pa.concat_tables(parts).combine_chunks())
+    scratch.flush()
+    mapped = pa.py_buffer(mmap.mmap(scratch.fileno(), 0, access=mmap.ACCESS_READ))
+    kind = schema.field("sketch").type
+    count = sum(table.num_rows for table in others) * kind.list_size
+    numbers = pa.Array.from_buffers(kind.value_type, count, [None, mapped])
+    sketches = pa.FixedSizeListArray.from_arrays(numbers, type=kind)
+    rest = pa.concat_tables(others)
+    place = schema.get_field_index("sketch")
+    return rest.add_column(place, schema.field(place), sketches).cast(schema)

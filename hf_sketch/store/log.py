@@ -192,7 +192,7 @@ def remove_leftovers(directory: Path, manifest: Manifest) -> None:
         log.with_suffix(_VERSION_1).unlink(missing_ok=True)
     listed = {shard.file for shard in manifest.shards}
     for kind in KINDS:
-        for path in directory.glob(f"{kind}-{manifest.rank:05d}-*.arrow"):
+        for path in directory.glob(f"{kind}-{manifest.rank:05d}-*.arrow*"):
             if path.name not in listed:
                 path.unlink(missing_ok=True)
 

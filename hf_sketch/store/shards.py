@@ -4,7 +4,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import xxhash
@@ -77,12 +77,14 @@ def draft_shard(
     Raises:
         OSError: it cannot be written.
     """
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
-    data = memoryview(sink.getvalue())
+
+    def write(file: IO[bytes]) -> None:
+        with pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+
     name = shard_name(kind, rank, number)
-    return Draft(directory / name, data), _describe(name, data, table)
+    draft = Draft(directory / name, write)
+    return draft, _describe(name, draft.data, table)
 
 
 def describe_shard(path: Path) -> Shard:

@@ -1,7 +1,10 @@
 """Adding rows to a store, step by step."""
 
 import errno
-from collections.abc import Generator, Mapping
+import itertools
+import shutil
+import warnings
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -13,6 +16,14 @@ from torch import Tensor
 
 from hf_sketch.durable import Draft, sync_directory
 from hf_sketch.examples.measured_error import MeasuredError
+from hf_sketch.store.compaction import (
+    LEAST_BYTES,
+    is_many,
+    join,
+    newest_files,
+    put_in_place,
+    small_files,
+)
 from hf_sketch.store.header import Header, write_header
 from hf_sketch.store.lock import take_lock
 from hf_sketch.store.log import mark_full
@@ -45,6 +56,7 @@ class SketchWriter:
         rank: rank of this process.
         world_size: number of processes.
         buffer_bytes: the most memory that rows take until they are written.
+        file_bytes: length from which a file stays; shorter ones are joined.
 
     Raises:
         ValueError: the store holds rows of other settings, another run writes to it, or
@@ -61,11 +73,12 @@ class SketchWriter:
         rank: int = 0,
         world_size: int = 1,
         buffer_bytes: int = 64 * 2**20,
+        file_bytes: int = LEAST_BYTES,
     ) -> None:
         self.directory = directory
+        self._file_bytes = file_bytes
         kept = getattr(torch, header.row_dtype).itemsize / torch.float32.itemsize
-        # New rows, the rows before them, and a copy of these in the stored dtype; once
-        # those are gone, the copy and the file.
+        # New rows, the rows before them, and a copy of these in the stored dtype.
         self._part_bytes = buffer_bytes / (2 + kept)
         self._buffer: _Rows = {}
         self._buffered_bytes = 0
@@ -78,7 +91,8 @@ class SketchWriter:
                 directory, ours, resume_step, rank, world_size
             )
             on_error.pop_all()
-        self._next_number = self._log.manifest.next_number
+        self._numbers = itertools.count(self._log.manifest.next_number)
+        self._joins = True
         # The first drafts, the second names: at most one of either runs at a time.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="hf-sketch-writer")
         self._drafted: Future[None] = _done()
@@ -126,6 +140,15 @@ class SketchWriter:
             self._drafted.result()
             self._named.result()
 
+    def join_files(self) -> None:
+        """Let the small files become one of each kind, as no more rows will come.
+
+        After `close` it does nothing.
+        """
+        groups = small_files(self._log.manifest, self._file_bytes)
+        if self._joins and is_many(groups):
+            self._threads.submit(self._join, groups).result()
+
     def close(self) -> None:
         """Wait for what is being written; rows that are not flushed are dropped.
 
@@ -135,6 +158,7 @@ class SketchWriter:
         self._threads.shutdown()
         self._lock.release()
         self._buffer, self._buffered_bytes = {}, 0
+        self._joins = False
 
     def note(self, **fields: Any) -> None:
         """Put into the header, in one process, what was found out about the rows.
@@ -190,11 +214,11 @@ class SketchWriter:
         self, kind: str, parts: list[Mapping[str, Tensor]]
     ) -> tuple[Draft, Shard]:
         """Make a file of rows, whose memory is free before it is written."""
-        number, self._next_number = self._next_number, self._next_number + 1
         groups = self._header.model_sketch.layer_groups.count
         rows = joined(parts, self._header.row_dtype, groups)
         table = arrow_table(kind, rows)
         parts.clear()
+        number = next(self._numbers)
         return draft_shard(self.directory, kind, self._rank, number, table)
 
     def _name(self, drafts: list[tuple[Draft, Shard]]) -> None:
@@ -209,6 +233,29 @@ class SketchWriter:
         sync_directory(self.directory)
         shards = [shard for _, shard in drafts]
         self._log = self._log.append(self.directory, shards)
+        for shard in shards:
+            newest = newest_files(self._log.manifest, shard.kind, self._file_bytes)
+            self._join([newest])
+
+    def _join(self, groups: Sequence[Sequence[Shard]]) -> None:
+        """Let files become one each; where that fails, they stay as they are."""
+        for group in filter(None, groups):
+            size = sum(shard.size_bytes for shard in group)
+            if not self._joins or shutil.disk_usage(self.directory).free < 4 * size:
+                return  # the room is for rows
+            try:
+                joined = join(self.directory, group, next(self._numbers))
+                with ExitStack() as unfinished:
+                    unfinished.callback(joined[0].discard)
+                    self._lock.check()
+                    self._log = put_in_place(self.directory, self._log, *joined)
+            except (OSError, ValueError) as error:
+                self._joins = False
+                warnings.warn(
+                    f"The files of {self.directory} stay small, as they cannot be "
+                    f"joined: {error}",
+                    stacklevel=2,
+                )
 
     @contextmanager
     def _errors_explained(self) -> Generator[None]:

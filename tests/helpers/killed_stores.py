@@ -16,7 +16,7 @@ from tempfile import mkdtemp
 
 from hf_sketch import load_sketches
 from hf_sketch.store import log
-from hf_sketch.store.compaction import compact
+from hf_sketch.store.compaction import LEAST_BYTES, compact
 from hf_sketch.store.maintenance import find_problems, upgrade
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 from hf_sketch.store.writer import SketchWriter
@@ -64,21 +64,29 @@ def die_at(number: int, side: str) -> None:
         setattr(os, name, counted(getattr(os, name)))
 
 
-def record(directory, steps, resume_step=0, done=lambda step: None, together=1):
+def record(
+    directory,
+    steps,
+    resume_step=0,
+    done=lambda step: None,
+    together=1,
+    file_bytes=LEAST_BYTES,
+):
     """Write steps, flushed one by one or several at a time."""
-    writer = SketchWriter(directory, HEADER, resume_step)
+    writer = SketchWriter(directory, HEADER, resume_step, file_bytes=file_bytes)
     for step in steps:
         writer.append(PER_EXAMPLE, example_rows(step, [100 * step, 100 * step + 1]))
         writer.append(PER_STEP, step_row(step))
         if step % together == 0 or step == steps[-1]:
             writer.flush()
             done(step)
+    writer.join_files()
     writer.close()
 
 
 def compacted(directory, steps):
     """Write steps, flushed one by one, and join their files."""
-    record(directory, steps)
+    record(directory, steps, file_bytes=1)
     compact(directory)
 
 
@@ -178,10 +186,22 @@ CASES = {
 
 CASES |= {
     "compact": Case(
-        lambda to: record(to, range(1, 7)),
+        lambda to: record(to, range(1, 7), file_bytes=1),  # stay apart
         lambda to, done: compact(to, 4000),
         end=[*range(1, 7)],
         least=[*range(1, 7)],
+    ),
+    "join while recording": Case(
+        lambda to: record(to, [1, 2]),
+        lambda to, done: record(to, range(3, 7), 2, done, file_bytes=2350),
+        end=[*range(1, 7)],
+        least=[1, 2],
+    ),
+    "join at the end": Case(
+        lambda to: record(to, [1, 2]),
+        lambda to, done: record(to, range(3, 7), 2, done),
+        end=[*range(1, 7)],
+        least=[1, 2],
     ),
     "resume within a compacted file": Case(
         lambda to: compacted(to, range(1, 5)),

@@ -89,17 +89,35 @@ def test_the_store_of_a_trained_run_has_the_planned_rows_files_and_bytes(
     assert store.total_bytes == pytest.approx(written, rel=0.02)
 
 
-def test_files_are_cut_where_the_writer_cuts_them(tmp_path):
-    size, steps = 2**15, 420
+# Files of 26 MB; then of 16 kB, of which four become one, or a thousand would.
+@pytest.mark.parametrize(
+    ("size", "steps", "flush_steps", "file_bytes", "count"),
+    [
+        (2**15, 420, None, 2**29, 3),
+        (2**10, 45, 3, 2**16, 5),
+        (2**10, 45, 3, 2**15, 5),
+        (2**10, 45, 3, 2**29, 1),
+        (16, 45, 1, 2**17, 3),
+    ],
+)
+def test_files_are_cut_and_joined_as_the_writer_does_it(
+    tmp_path, monkeypatch, size, steps, flush_steps, file_bytes, count
+):
+    monkeypatch.setattr("hf_sketch.store.compaction.MOST_FILES", 8)
+    monkeypatch.setattr("hf_sketch.planning.disk.MOST_FILES", 8)
     sketch = ModelSketch((("weight", (size, 2)),), size)
-    writer = SketchWriter(tmp_path / "sketches", Header(sketch))
+    header = Header(sketch)
+    writer = SketchWriter(tmp_path / "sketches", header, file_bytes=file_bytes)
     row = {name: torch.zeros(1) for name in ("epoch", "step", "learning_rate")}
     row |= {name: torch.zeros(1) for name in ("gradient_norm", "clip_factor")}
     row |= {"finite": torch.ones(1).bool(), "sketch": torch.zeros(1, size)}
     for step in range(1, steps + 1):
         writer.append(PER_STEP, {**row, "step": torch.tensor([step])})
         writer.end_step()
+        if flush_steps and step % flush_steps == 0:
+            writer.flush()
     writer.flush()
+    writer.join_files()
     writer.close()
     planned = store_size(
         RowFormat(PER_STEP, size),
@@ -107,12 +125,15 @@ def test_files_are_cut_where_the_writer_cuts_them(tmp_path):
         steps=steps,
         per_step=False,
         ranks=1,
+        flush_steps=flush_steps,
+        file_bytes=file_bytes,
     )
     files = files_of(tmp_path / "sketches", PER_STEP)
-    assert planned.files == len(files) > 2
+    assert (planned.files, len(files)) == (count, count)
     assert planned.total_bytes == pytest.approx(
         sum(path.stat().st_size for path in (tmp_path / "sketches").iterdir()),
         rel=0.001,
+        abs=1100,  # the header
     )
 
 

@@ -2,11 +2,13 @@
 
 import threading
 
+import pytest
 import torch
 from transformers import TrainerCallback
 
 from hf_sketch import load_sketches, sketch_dataset
 from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.store.compaction import LEAST_BYTES
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 from hf_sketch.store.writer import SketchWriter
 from tests.helpers.stores import HEADER, example_rows, step_row
@@ -15,9 +17,11 @@ from tests.helpers.trained.training import tiny_dataset, tiny_trainer
 FLUSHES = 20
 
 
-def test_a_reader_sees_whole_steps_while_a_writer_writes(tmp_path):
+@pytest.mark.parametrize("file_bytes", [LEAST_BYTES, 6000])
+def test_a_reader_sees_whole_steps_while_a_writer_writes(tmp_path, file_bytes):
+    """Also while it joins files, which removes some."""
     directory = tmp_path / "sketches"
-    writer = SketchWriter(directory, HEADER)
+    writer = SketchWriter(directory, HEADER, file_bytes=file_bytes)
     failures = []
 
     def write():

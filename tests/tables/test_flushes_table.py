@@ -12,6 +12,7 @@ def test_the_costs_of_many_flushes_are_measured(tmp_path, capsys):
     written = results["manifest_bytes"]
     assert list(written) == [*range(2, 21, 2)]
     assert written[20] - written[10] == pytest.approx(written[12] - written[2], 0.05)
+    assert results["joined_while_recording"]["files"] == 20  # too few to join
     assert results["many_files"]["files"] == 20
     assert results["joined_files"]["files"] == 1
     assert results["many_files"]["rows"] == results["joined_files"]["rows"] == 200

@@ -1,6 +1,7 @@
 """What many flushes cost: manifests, seconds, and files before and after joining."""
 
 import dataclasses
+import shutil
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +21,7 @@ from hf_sketch import ModelSketch, load_sketches
 from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.costs.storage import columns_of
 from hf_sketch.recipes.tables.measure import spread
-from hf_sketch.store.compaction import compact
+from hf_sketch.store.compaction import LEAST_BYTES, compact
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE
 from hf_sketch.store.writer import SketchWriter
@@ -30,7 +31,7 @@ _WIDTH = 64
 
 @dataclass
 class FlushesArguments(ReportArguments):
-    """Record a store with a file per flush, join its files, and open it."""
+    """Record a store, joined while it grows or afterwards, and open it."""
 
     work_dir: str | None = field(
         default=None, metadata={"help": "On the file system to measure."}
@@ -41,10 +42,12 @@ class FlushesArguments(ReportArguments):
     tiny: bool = field(default=False, metadata={"help": "Small sizes, as a check."})
 
 
-def record(directory: Path, flushes: int, rows: int) -> dict[str, Any]:
+def record(
+    directory: Path, flushes: int, rows: int, file_bytes: int = LEAST_BYTES
+) -> dict[str, Any]:
     """Write rows with a flush per step; bytes of manifests, and medians of seconds."""
     header = Header(ModelSketch((("w", (2 * _WIDTH,)),), _WIDTH), row_dtype="int8")
-    writer = SketchWriter(directory, header)
+    writer = SketchWriter(directory, header, file_bytes=file_bytes)
     columns = columns_of(0, torch.randn(rows, _WIDTH))
     path = directory / "manifest-00000.jsonl"
     before = path.stat()
@@ -110,6 +113,9 @@ def run_flushes(arguments: FlushesArguments) -> dict[str, Any]:
     with TemporaryDirectory(dir=arguments.work_dir) as name:
         directory = Path(name) / "sketches"
         recorded = record(directory, arguments.flushes, arguments.rows)
+        joined = measure_opening(directory, arguments.rounds)
+        shutil.rmtree(directory)
+        record(directory, arguments.flushes, arguments.rows, file_bytes=1)
         size = sum(path.stat().st_size for path in directory.glob("*.arrow"))
         many = measure_opening(directory, arguments.rounds)
         start = time.perf_counter()
@@ -119,6 +125,7 @@ def run_flushes(arguments: FlushesArguments) -> dict[str, Any]:
     results = {
         **recorded,
         "bytes": size,
+        "joined_while_recording": joined,
         "many_files": many,
         "joining_seconds": seconds,
         "joined_files": few,
@@ -130,7 +137,7 @@ def run_flushes(arguments: FlushesArguments) -> dict[str, Any]:
             f"{1e3 * recorded['cpu_seconds_per_flush'][end]:.2f} ms on a processor"
         )
     print(f"joining {size / 2**20:,.0f} MiB took {seconds:.1f} s")
-    for opened in (many, few):
+    for opened in (joined, many, few):
         print(
             f"opening {opened['rows']:,} rows in {opened['files']:,} files: "
             f"{opened['opening']['median_seconds']:.3f} s, "
