@@ -35,7 +35,8 @@ from hf_sketch.store.header import Header
 from hf_sketch.store.rows import ROW_DTYPES
 
 from .placement import check_processes, step_examples
-from .recording.forecast import Forecast, forecast
+from .recording.arriving import check_steps_late
+from .recording.forecast import forecast
 from .recording.normalizing import normalized
 from .recording.origins.ids import warn_of_restart
 from .recording.rehearsal import DryRun, Rehearsal
@@ -85,7 +86,10 @@ class GradientSketchCallback(TrainerCallback):
         seed: seed of the sketch; by default the Trainer's own.
         per_step: record a row per step.
         per_example: record a row per example.
-        every_steps: record the steps whose number is a multiple of this.
+        updates: also record what each step of the optimizer, and anything else, does to
+            the weights, for `hf-sketch verify --from --to`; see docs/ledger.md. It
+            takes a copy of the trained weights in memory.
+        every_steps: record the gradients of steps whose number is a multiple of this.
         loss: an example's own loss, the "mean" or the "sum" over its tokens.
         normalize: "adam" divides each gradient element by the root of Adam's second
             moment, as LESS does. The moments are those of the checkpoint from which
@@ -117,6 +121,7 @@ class GradientSketchCallback(TrainerCallback):
     seed: int | None = None
     per_step: bool = True
     per_example: bool = True
+    updates: bool = False
     every_steps: int = 1
     loss: str = "mean"
     normalize: Literal["adam"] | None = None
@@ -129,8 +134,9 @@ class GradientSketchCallback(TrainerCallback):
         check_count("out_size", self.out_size)
         check_count("every_steps", self.every_steps)
         check_count("seed", self.seed, least=0, optional=True)
-        for flag in ("per_step", "per_example", "per_row", "measure_error"):
-            check_flag(flag, getattr(self, flag), or_count=flag == "measure_error")
+        check_flag("measure_error", self.measure_error, or_count=True)
+        for flag in ("per_step", "per_example", "updates", "per_row"):
+            check_flag(flag, getattr(self, flag))
         check_choice("on_error", self.on_error, get_args(OnError))
         if self.layout is not None:
             check_choice("layout", self.layout, LAYOUTS)
@@ -139,12 +145,17 @@ class GradientSketchCallback(TrainerCallback):
         check_choice("row_dtype", self.row_dtype, ROW_DTYPES)
         check_choice("normalize", self.normalize or "adam", ("adam",))
         check_reduction(self.loss)
-        if not (self.per_step or self.per_example):
+        if not (self.per_step or self.per_example or self.updates):
             raise ValueError(
-                "per_step and per_example are both False, so nothing would be "
+                "per_step, per_example and updates are all False, so nothing would be "
                 "recorded. Remove the callback."
             )
         self._run: Run | None = None
+
+    @property
+    def raises(self) -> bool:
+        """Whether recording that fails stops training with an error."""
+        return self.on_error == "raise"
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the run, so that copies of a Trainer share no store."""
@@ -169,29 +180,20 @@ class GradientSketchCallback(TrainerCallback):
         trainer = free_trainer(type(self), busy)
         self._do(Run.close)  # of training that an exception has ended
         self._run = None
+        if self.updates:
+            check_steps_late(optimizer, trainer.deepspeed)
         header = self._checked_header(args, state, model)
         rows = train_dataloader.dataset
         header = replace(header, train_rows=len(rows) if has_length(rows) else None)
         if self.normalize is not None:
             header = normalized(header, args, state, model, optimizer)
         warn_of_restart(train_dataloader, state)
-        self._run = Run(
-            header,
-            trainer,
-            model,
-            train_dataloader,
-            optimizer,
-            per_step=self.per_step,
-            per_example=self.per_example,
-            every_steps=self.every_steps,
-            measure_error=self.measure_error,
-            raises=self.on_error == "raise",
-        )
+        self._run = Run(header, trainer, model, train_dataloader, optimizer, self)
         undo = wrap_method(trainer, "training_step", self._training_step)
         self._run.closing.callback(undo)
         if state.is_world_process_zero:
             run = header, args, state, train_dataloader, self._run.coverage
-            logger.info("Recording %s", self._forecast(*run))
+            logger.info("Recording %s", forecast(*run, self))
 
     # Every event comes with (args, state, control), which the run has from the start.
 
@@ -203,6 +205,9 @@ class GradientSketchCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, *event: Any, **kwargs: Any) -> None:
         self._do(Run.end_gradient)
+
+    def on_optimizer_step(self, *event: Any, **kwargs: Any) -> None:
+        self._do(Run.record_weights)
 
     def on_step_end(
         self,
@@ -257,7 +262,7 @@ class GradientSketchCallback(TrainerCallback):
                 header.model_sketch, sketcher, callback.per_step
             )
             run = header, args, state, loader, sketcher and sketcher.coverage
-            found = DryRun(callback._forecast(*run), *seconds)
+            found = DryRun(forecast(*run, callback), *seconds)
         if state.is_world_process_zero:
             tqdm.write(str(found))
         return found
@@ -277,11 +282,6 @@ class GradientSketchCallback(TrainerCallback):
         sketch = ModelSketch.from_model(model, *settings)
         header = Header(sketch, self.loss, self.row_dtype, per_row=self.per_row)
         return replace(header, step_examples=step_examples(args, state))
-
-    def _forecast(self, *run: Any) -> Forecast:
-        """Return what a run is going to record; see `forecast`."""
-        settings = {"per_step": self.per_step, "every_steps": self.every_steps}
-        return forecast(*run, **settings)
 
     def _training_step(
         self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any

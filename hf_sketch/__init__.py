@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from hf_sketch.examples.losses import ExampleLosses, example_losses
     from hf_sketch.examples.measured_error import MeasuredError
     from hf_sketch.examples.sketcher import ExampleSketcher
+    from hf_sketch.ledger.updates import load_updates
+    from hf_sketch.ledger.verify import TrainingCheck, verify_training
     from hf_sketch.model.coverage import Coverage
     from hf_sketch.model.implicit import implicit_sketch
     from hf_sketch.model.normalizer import Normalizer
@@ -118,6 +120,7 @@ __all__ = [
     "SymmetricOperator",
     "TracIn",
     "TraceEstimate",
+    "TrainingCheck",
     "combine_scores",
     "concatenate_sketches",
     "estimate_trace",
@@ -130,9 +133,11 @@ __all__ = [
     "load_dimension_search",
     "load_sketches",
     "load_spectra",
+    "load_updates",
     "sketch_checkpoints",
     "sketch_dataset",
     "spectral_density",
+    "verify_training",
 ]
 
 _MODULES = {
@@ -176,6 +181,7 @@ _MODULES = {
     "SymmetricOperator": "curvature.operator",
     "TracIn": "attribution.methods",
     "TraceEstimate": "spectra.density",
+    "TrainingCheck": "ledger.verify",
     "combine_scores": "attribution.questions.trainings",
     "concatenate_sketches": "attribution.checkpoints",
     "estimate_trace": "spectra.density",
@@ -188,9 +194,11 @@ _MODULES = {
     "load_dimension_search": "subspace.search",
     "load_sketches": "attribution.loading",
     "load_spectra": "spectra.files",
+    "load_updates": "ledger.updates",
     "sketch_checkpoints": "attribution.checkpoints",
     "sketch_dataset": "attribution.dataset",
     "spectral_density": "spectra.density",
+    "verify_training": "ledger.verify",
 }
 
 # Old names, which still work: remove each two minor versions after its renaming.

@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from hf_sketch import load_sketches, load_spectra
+from hf_sketch import load_sketches, load_spectra, load_updates, verify_training
 from hf_sketch.recipes.options.stores import (
     CompactArguments,
     ExportArguments,
@@ -24,7 +24,7 @@ from hf_sketch.store.contents import describe, inventory
 from hf_sketch.store.export import export_sketches
 from hf_sketch.store.locations import is_remote, store_directory
 from hf_sketch.store.maintenance import find_problems, merge, repair, upgrade
-from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
+from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP, UPDATE
 from hf_sketch.store.upload import upload_store
 
 
@@ -38,8 +38,18 @@ def run_info(arguments: InfoArguments, directories: list[str]) -> list[dict[str,
 
 def run_verify(arguments: VerifyArguments, directories: list[str]) -> list[str]:
     """Print and return what is wrong with each store."""
+    ends = arguments.from_checkpoint, arguments.to_checkpoint
+    if (None in ends) != (ends == (None, None)) or (ends[0] and directories[1:]):
+        raise ValueError(
+            f"verify takes --from and --to together, with one DIR. Got {ends[0]!r}, "
+            f"{ends[1]!r} and {len(directories)} DIR."
+        )
     problems = [p for d in directories for p in find_problems(store_directory(d))]
     print("\n".join(problems) or "nothing differs from what was written")
+    if ends[0] is not None and ends[1] is not None and not problems:
+        check = verify_training(directories[0], *ends)
+        print(check)
+        problems += check.problems
     return problems
 
 
@@ -79,7 +89,11 @@ def run_export(arguments: ExportArguments, directories: list[str]) -> None:
             "merge."
         )
     sketches = load_sketches(directories[0])
-    rows = {PER_EXAMPLE: sketches.dataset, PER_STEP: sketches.steps}
+    rows = {
+        PER_EXAMPLE: sketches.dataset,
+        PER_STEP: sketches.steps,
+        UPDATE: load_updates(directories[0]),
+    }
     for path in export_sketches(rows, arguments.to, Path(arguments.output_dir)):
         print(path)
 

@@ -149,6 +149,19 @@ def steps_early(optimizer: Optimizer, engine: Any) -> bool:
     return layerwise or engine is not None
 
 
+def check_steps_late(optimizer: Optimizer, engine: Any) -> None:
+    """Raise if an optimizer steps where no callback sees the weights before it.
+
+    Raises:
+        ValueError: it does.
+    """
+    if steps_early(optimizer, engine):
+        raise ValueError(
+            "updates=True does not support DeepSpeed, nor optimizers that step in the "
+            "backward pass. Pass updates=False."
+        )
+
+
 def learning_rate(optimizer: Optimizer) -> float:
     """Return the learning rate of an optimizer's first parameters."""
     inner = _inner(optimizer)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
@@ -13,9 +13,24 @@ from hf_sketch.examples.coverage import ModuleCoverage
 from hf_sketch.planning.disk import RowFormat, store_size
 from hf_sketch.planning.units import as_bytes
 from hf_sketch.store.header import Header
-from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
+from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP, UPDATE
 
 from ..placement import step_examples
+
+
+class RecordSettings(Protocol):
+    """Which rows a run records; see `GradientSketchCallback`."""
+
+    per_step: bool
+    per_example: bool
+    updates: bool
+    every_steps: int
+    measure_error: bool | int
+
+    @property
+    def raises(self) -> bool:
+        """Whether to raise an error where memory or disk run out, rather than warn."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,7 @@ class Forecast:
             that hold other numbers of examples than the Trainer's settings say give
             other numbers of rows.
         step_rows: rows of steps.
+        update_rows: rows of updates.
         total_bytes: bytes on disk, less the header.
     """
 
@@ -38,6 +54,7 @@ class Forecast:
     modules: ModuleCoverage | None
     example_rows: int
     step_rows: int
+    update_rows: int
     total_bytes: int
 
     def __str__(self) -> str:
@@ -53,6 +70,8 @@ class Forecast:
             yield "modules run again per example", f"{len(self.modules.run_again):,}"
         yield "rows of examples", f"{self.example_rows:,}"
         yield "rows of steps", f"{self.step_rows:,}"
+        if self.update_rows:
+            yield "rows of updates", f"{self.update_rows:,}"
         yield "bytes on disk", f"about {as_bytes(self.total_bytes)}"
 
 
@@ -62,9 +81,7 @@ def forecast(
     state: TrainerState,
     loader: DataLoader[Any],
     modules: ModuleCoverage | None,
-    *,
-    per_step: bool,
-    every_steps: int,
+    settings: RecordSettings,
 ) -> Forecast:
     """Return what a run is going to record, from its settings alone.
 
@@ -74,9 +91,9 @@ def forecast(
         state: the Trainer's, with the run's `max_steps`.
         loader: the training DataLoader.
         modules: coverage of the rows of examples; None for rows of steps alone.
-        per_step: record a row per step.
-        every_steps: record the steps whose number is a multiple of this.
+        settings: which rows are recorded.
     """
+    every_steps, per_step = settings.every_steps, settings.per_step
     sketch, steps = header.model_sketch, state.max_steps // every_steps
     rows, kind = 0, PER_STEP
     ranks, flushed = 1, None
@@ -95,13 +112,18 @@ def forecast(
         flush_steps=flushed,
     )
     missing = size.rows - rows if modules is not None else 0
+    updates = state.max_steps * settings.updates
+    update_bytes = RowFormat(UPDATE, sketch.row_size).row_bytes
     return Forecast(
         parameters=len(sketch.shapes),
         elements=sketch.in_size,
         modules=modules,
         example_rows=rows,
         step_rows=steps * per_step,
-        total_bytes=round(size.total_bytes - missing * size.row_bytes),
+        update_rows=updates,
+        total_bytes=round(
+            size.total_bytes - missing * size.row_bytes + updates * update_bytes
+        ),
     )
 
 

@@ -15,21 +15,23 @@ from transformers import Trainer
 from hf_sketch.examples.coverage import ModuleCoverage
 from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.model.fsdp import in_shards
-from hf_sketch.processes import OtherProcessFailedError, check_others, reduced
+from hf_sketch.processes import OtherProcessFailedError, check_others
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 
 from .arriving import learning_rate, loss_scale, step_reader, steps_early
 from .compiled import uncompiled, warn_of_cost
 from .examples import FirstBatches, example_columns
+from .forecast import RecordSettings
 from .live import LiveLog
 from .loss_check import LossCheck
 from .origins.answers import Answers, generates_answers
 from .origins.finder import FindOrigins, OriginFinder
 from .origins.ids import ExampleIds, followed_ids
 from .sink import RowSink
-from .steps import StepReader, check_sum, computes_in_16_bits
+from .steps import StepReader, SumCheck, computes_in_16_bits
 from .stopping import unless_stopped, warn_of_stop
+from .weights import WeightLedger
 
 
 class Run:
@@ -44,12 +46,7 @@ class Run:
         model: the model that trains.
         loader: the training DataLoader.
         optimizer: the one that steps, with a `scaler` under fp16.
-        per_step: record a row per step.
-        per_example: record a row per example.
-        every_steps: record the steps whose number is a multiple of this.
-        measure_error: compare gradients with exact ones, before the first rows and
-            after; a number says of how many examples after, True stands for three.
-        raises: raise an error where memory or disk run out, rather than warn.
+        settings: which rows to record.
     """
 
     def __init__(
@@ -59,24 +56,18 @@ class Run:
         model: nn.Module,
         loader: DataLoader[Any],
         optimizer: Optimizer,
-        *,
-        per_step: bool,
-        per_example: bool,
-        every_steps: int,
-        measure_error: bool | int,
-        raises: bool,
+        settings: RecordSettings,
     ) -> None:
         args, state = trainer.args, trainer.state
-        self.stopped, self.raises = False, raises
+        self.stopped, self.raises = False, settings.raises
         self._since = 0  # the first step that lacks rows, once recording has stopped
-        self._agrees = args.world_size > 1 and not raises
-        self._every_steps, self._per_row = every_steps, header.per_row
+        self._agrees = args.world_size > 1 and not settings.raises
+        self._every_steps, self._per_row = settings.every_steps, header.per_row
         self._args, self.state, self._optimizer = args, state, optimizer
         self._epoch, self._micro_step = int(state.epoch or 0) - 1, 0
         self._low_precision = computes_in_16_bits(args, model)
-        self._total: Tensor | None = None  # the weighted sum of a recorded step's rows
-        self._complete = True  # whether that is the step's gradient
-        self._verified = not (per_example and per_step)
+        compares = settings.per_example and settings.per_step
+        self._sum = SumCheck(compares, self._low_precision)
         self._sketcher: ExampleSketcher | None = None
         self._ids: ExampleIds | None = None
         self._origins: OriginFinder | None = None
@@ -84,11 +75,14 @@ class Run:
         self._find: FindOrigins | None = None  # whose rows calls' batches are
         self._losses: LossCheck | None = None
         self._steps: StepReader | None = None
-        self._engine, self._measured = trainer.deepspeed, measure_error
+        self._ledger: WeightLedger | None = None
+        self._updates = settings.updates
+        self._engine, self._measured = trainer.deepspeed, settings.measure_error
         self._rate, self._loss_scale = 0.0, 1.0
         self._live = LiveLog(args.world_size)
-        self._open(header, trainer, model, loader, per_step, per_example)
-        self._compares_jointly = per_example and in_shards(model.parameters())
+        self._open(header, trainer, model, loader, settings)
+        sharded = in_shards(model.parameters())
+        self._compares_jointly = settings.per_example and sharded
         known = self._sink.writer.measured_error is not None or args.process_index > 0
         self._first = FirstBatches(0 if known else self._measured)
 
@@ -102,9 +96,8 @@ class Run:
     @unless_stopped
     def start_step(self) -> None:
         """Begin an optimizer step."""
-        self._micro_step, self._total = 0, None
-        self._live.start_step()
-        for reader in (self._steps, self._sketcher):
+        self._micro_step = 0
+        for reader in (self._live, self._sum, self._steps, self._sketcher):
             if reader is not None:
                 reader.start_step()
 
@@ -118,14 +111,14 @@ class Run:
             kept = copy.copy(collated)  # the Trainer may take parts out
             self._find = partial(self._origins.find, drawn=drawn, collated=kept)
         with ExitStack() as hooks:
+            self._rate = learning_rate(self._optimizer)  # before it steps
             if self._is_recorded and not self.stopped:
-                self._rate = learning_rate(self._optimizer)  # before it steps
                 self._loss_scale = loss_scale(self._optimizer)
                 if self._sketcher is not None:
                     hooks.enter_context(uncompiled(self._args))
                     hooks.enter_context(self._sketcher)
                 if self._losses is not None and self._find is not None:
-                    watch = self._losses.watching(self._find, not self._verified)
+                    watch = self._losses.watching(self._find, not self._sum.done)
                     hooks.enter_context(watch)
                 if self._steps is not None:
                     hooks.enter_context(self._steps.watched(self._sketcher))
@@ -152,6 +145,13 @@ class Run:
                 )
             self._agree()
             self._record_step()
+        self.record_weights(by_optimizer=False)
+
+    def record_weights(self, by_optimizer: bool = True) -> None:
+        """Record how the optimizer, or something before it, changed the weights."""
+        if self._updates:
+            self._agree()
+            self._record_weights(by_optimizer)
 
     @unless_stopped
     def end_step(self) -> None:
@@ -172,7 +172,7 @@ class Run:
 
     def close(self) -> None:
         """Close the store; rows that are not written are dropped."""
-        self._total = self._find = None
+        self._find = self._ledger = None
         self._first.forget()
         self.closing.close()
 
@@ -197,31 +197,32 @@ class Run:
         trainer: Trainer,
         model: nn.Module,
         loader: DataLoader[Any],
-        per_step: bool,
-        per_example: bool,
+        settings: RecordSettings,
     ) -> None:
         """Open the store; an error gives the loader its sampler back."""
+        step, sketch = self.state.global_step, header.model_sketch
         with ExitStack() as opened:
-            if per_example:
+            if settings.per_example:
                 warn_of_cost(self._args)
                 early = steps_early(self._optimizer, self._engine)
                 self._sketcher = ExampleSketcher(
-                    model, header.model_sketch, header.loss, bool(self._measured), early
+                    model, sketch, header.loss, bool(self._measured), early
                 )
-                self._ids = followed_ids(loader, self._args, self.state.global_step)
+                self._ids = followed_ids(loader, self._args, step)
                 self._origins = OriginFinder(trainer, loader, self._sketcher)
                 self._losses = LossCheck(trainer, self._sketcher)
                 if self._ids is not None:
                     opened.callback(self._ids.close)
                 header = replace(header, answers=generates_answers(trainer))
-            if per_step:
-                self._steps = step_reader(
-                    header.model_sketch, model, self._optimizer, self._engine
-                )
+            if settings.per_step:
+                self._steps = step_reader(sketch, model, self._optimizer, self._engine)
             opened.callback(self._live.watch(trainer))
-            self._sink = RowSink.open(header, self._args, self.state.global_step)
+            self._sink = RowSink.open(header, self._args, step)
             opened.callback(self._sink.close)
-            if per_example and self._sink.writer.has_answers:
+            if self._updates:
+                self._ledger = WeightLedger(sketch, model, self._sink.append)
+                self._ledger.start_run(self._epoch + 1, step)
+            if settings.per_example and self._sink.writer.has_answers:
                 self._answers = Answers(trainer)
                 opened.callback(self._answers.watch())
             self.closing = opened.pop_all()
@@ -249,10 +250,7 @@ class Run:
         origins = self._find(batch.calls)
         # A step's gradient is the mean over the processes'.
         batch = replace(batch, weights=batch.weights / self._args.world_size)
-        self._complete = self._complete and batch.complete
-        if not self._verified:
-            weighted = batch.weights.to(batch.rows) @ batch.rows
-            self._total = weighted if self._total is None else self._total + weighted
+        self._sum.add(batch)
         place = {"micro_step": self._micro_step, "rank": self._args.process_index}
         position: dict[str, Tensor | float] = {**self._position, **place}
         if self._answers is not None:
@@ -271,22 +269,24 @@ class Run:
 
         In several processes, all that they do together comes before all that can fail.
         """
-        total = self._total
-        if total is not None and not self._verified:
-            total = reduced(total, "sum")
+        self._sum.join()
         if self._steps is not None:
             row = self._steps.columns(self._position, self._loss_scale)
             self._live.end_step(row)
             if self._args.process_index == 0:
                 self._sink.append(PER_STEP, row)
-            if not self._verified and total is not None:
-                share = check_sum(total, row, self._low_precision, self._complete)
-                self._verified = bool(total.any())  # and not a step without labels
-                self._sink.writer.note(unowned=share)
+            self._sink.writer.note(unowned=self._sum.check(row))
         if self._sketcher is not None:
             unverified = self._sketcher.unverified
             error = self._first.measure(self._sketcher, self._low_precision)
             self._sink.writer.note(unverified=unverified, measured_error=error)
+
+    @unless_stopped
+    def _record_weights(self, by_optimizer: bool) -> None:
+        """Hand on a change of the weights."""
+        assert self._ledger is not None
+        step = self.state.global_step + by_optimizer
+        self._ledger.record({**self._position, "step": step}, by_optimizer)
 
     def _agree(self) -> None:
         """Stop recording in all processes if it has stopped in one."""

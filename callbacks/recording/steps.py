@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from hf_sketch.examples.batch import ExampleBatch
 from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.model.fsdp import in_shards, own_part
 from hf_sketch.model.sketch import ModelSketch
@@ -58,7 +59,7 @@ class LeftGradients(StepReader):
         self, model_sketch: ModelSketch, parameters: Mapping[str, Tensor]
     ) -> None:
         self._model_sketch, self._probe = model_sketch, ClipProbe(parameters)
-        check_layout_of_shards(model_sketch, self._probe)
+        check_layout_of_shards(model_sketch, self._probe.in_shards)
 
     def note(self) -> None:
         self._probe.note()
@@ -122,9 +123,9 @@ def left_gradients(
     return reader(model_sketch, parameters)
 
 
-def check_layout_of_shards(model_sketch: ModelSketch, probe: ClipProbe) -> None:
+def check_layout_of_shards(model_sketch: ModelSketch, split: bool) -> None:
     """Raise if parameters are in shards that the layout cannot sketch one by one."""
-    if model_sketch.layout == "flat" and probe.in_shards:
+    if model_sketch.layout == "flat" and split:
         raise ValueError(
             "layout='flat' needs the whole gradient in one place, but FSDP has split "
             "the parameters. Pass layout='grouped' or 'blocked'."
@@ -160,6 +161,44 @@ def step_columns(
         gradient_norm=(norm / divisor / loss_scale).reshape(1),
         clip_factor=clip_factor.reshape(1),
     )
+
+
+class SumCheck:
+    """Compares a step's row with the weighted sum of its examples' rows, once.
+
+    Args:
+        needed: whether rows of both kinds are recorded.
+        low_precision: whether training computes in 16 bits.
+    """
+
+    def __init__(self, needed: bool, low_precision: bool) -> None:
+        self.done, self._low_precision = not needed, low_precision
+        self._total: Tensor | None = None
+        self._complete = True  # whether the sum is the step's gradient
+
+    def start_step(self) -> None:
+        """Begin an optimizer step."""
+        self._total = None
+
+    def add(self, batch: ExampleBatch) -> None:
+        """Add the rows of a micro-batch's examples."""
+        self._complete = self._complete and batch.complete
+        if not self.done:
+            weighted = batch.weights.to(batch.rows) @ batch.rows
+            self._total = weighted if self._total is None else self._total + weighted
+
+    def join(self) -> None:
+        """Add what other processes have; all of them must call together."""
+        if self._total is not None and not self.done:
+            self._total = reduced(self._total, "sum")
+
+    def check(self, row: Mapping[str, Tensor]) -> float | None:
+        """Compare with the step's row; see `check_sum`. None if there is no sum."""
+        if self.done or self._total is None:
+            return None
+        share = check_sum(self._total, row, self._low_precision, self._complete)
+        self.done = bool(self._total.any())  # and not a step without labels
+        return share
 
 
 def check_sum(

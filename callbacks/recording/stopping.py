@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
@@ -22,16 +22,19 @@ class Stoppable(Protocol):
 
 
 R = TypeVar("R", bound=Stoppable)
+P = ParamSpec("P")
 
 
-def unless_stopped(method: Callable[[R], None]) -> Callable[[R], None]:
+def unless_stopped(
+    method: Callable[Concatenate[R, P], None],
+) -> Callable[Concatenate[R, P], None]:
     """Skip a method once recording has stopped, and stop where there is no room."""
 
     @functools.wraps(method)
-    def guarded(run: R) -> None:
+    def guarded(run: R, *args: P.args, **kwargs: P.kwargs) -> None:
         if not run.stopped:
             try:
-                method(run)
+                method(run, *args, **kwargs)
             except _NO_ROOM as error:
                 run.stop(f"{type(error).__name__}: {error}")
                 if run.raises:

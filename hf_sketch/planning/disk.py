@@ -24,7 +24,7 @@ class RowFormat:
     """A kind of rows, as it is kept on disk.
 
     Args:
-        kind: "per_example" or "per_step".
+        kind: "per_example", "per_step" or "update".
         out_size: numbers in a row.
         row_dtype: what they are kept in: "float32", "float16" or "int8".
         groups: groups of layers in a row, of which each has a scale.

@@ -9,8 +9,8 @@ from typing import Any
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.store.header import read_header
 from hf_sketch.store.log import read_manifests
-from hf_sketch.store.manifest import Manifest, missing_ranks, shards_of
-from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
+from hf_sketch.store.manifest import KINDS, Manifest, missing_ranks, shards_of
+from hf_sketch.store.rows import UPDATE
 
 _OF_SKETCH = ("out_size", "layout", "operator", "seed")
 _OF_HEADER = ("loss", "row_dtype", "unverified", "unowned", "train_rows")
@@ -63,8 +63,9 @@ def inventory(directory: Path) -> dict[str, Any]:
     Returns:
         what `describe` says: directory, out_size, layout, operator, seed, groups, loss,
         row_dtype, the numbers of parameters, elements and frozen parameters, rows,
-        files, size_bytes, first_step and last_step of per_example and of per_step,
-        measured_error, unverified, unowned, train_rows, processes and missing_ranks.
+        files, size_bytes, first_step and last_step of per_example, of per_step and, if
+        there are any, of update, measured_error, unverified, unowned, train_rows,
+        processes and missing_ranks.
 
     Raises:
         FileNotFoundError: there is no store.
@@ -108,8 +109,10 @@ def _groups(sketch: ModelSketch) -> Iterator[str]:
 def _shards(manifests: Sequence[Manifest]) -> dict[str, dict[str, Any]]:
     """What there is of each kind of rows."""
     found: dict[str, dict[str, Any]] = {}
-    for kind in (PER_EXAMPLE, PER_STEP):
+    for kind in KINDS:
         mine = shards_of(manifests, kind)
+        if kind == UPDATE and not mine:
+            continue
         found[kind] = {
             "rows": sum(shard.rows for shard in mine),
             "files": len(mine),

@@ -21,10 +21,10 @@ from hf_sketch.store.checks.schema import (
     text,
     whole,
 )
-from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
+from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP, UPDATE
 from hf_sketch.store.shards import Shard, shard_name
 
-KINDS: Final = (PER_EXAMPLE, PER_STEP)
+KINDS: Final = (PER_EXAMPLE, PER_STEP, UPDATE)
 _FIX: Final = "Get the store from somebody you trust, or run hf-sketch repair on it."
 _COUNTS: Final = {
     "rows": whole(1, BYTES),

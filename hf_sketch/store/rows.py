@@ -10,8 +10,10 @@ from torch import Tensor
 
 PER_EXAMPLE: Final = "per_example"
 PER_STEP: Final = "per_step"
+UPDATE: Final = "update"
 QUERY: Final = "query"
 ROW_DTYPES: Final = ("float32", "float16", "int8")
+BALANCE_SIZE: Final = 16
 _INT8_STEPS = 127
 _FLOAT16_BITS = 15  # the largest entry lies in [2**14, 2**15)
 _LEAST_EXPONENT = -100
@@ -36,6 +38,13 @@ _COLUMNS = {
         "learning_rate": "float64",
         "gradient_norm": "float64",
         "clip_factor": "float64",
+        "finite": "bool",
+    },
+    UPDATE: {
+        "epoch": "int32",
+        "step": "int32",
+        "learning_rate": "float64",
+        "by_optimizer": "bool",
         "finite": "bool",
     },
     QUERY: {
@@ -74,10 +83,18 @@ def features(
     if kind == PER_EXAMPLE:
         some = {name: Value(_OPTIONAL[name]) for name in _OPTIONAL if name in optional}
         columns |= some
+    row_dtype = kept_dtype(kind, row_dtype)
+    if kind == UPDATE:
+        columns["balance"] = List(Value("float64"), length=BALANCE_SIZE)
     if row_dtype != "float32":
         scale = Value("float32")
         columns["scale"] = scale if groups == 1 else List(scale, length=groups)
     return Features(**columns, sketch=List(Value(row_dtype), length=out_size))
+
+
+def kept_dtype(kind: str, row_dtype: str) -> str:
+    """Return the dtype of a kind's sketches: updates add up only if they are exact."""
+    return "float32" if kind == UPDATE else row_dtype
 
 
 def row_columns(sketches: Tensor, **values: Tensor | float) -> dict[str, Tensor]:

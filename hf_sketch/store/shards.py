@@ -24,7 +24,7 @@ class Shard:
 
     Args:
         file: its name within the store's directory.
-        kind: "per_example" or "per_step".
+        kind: "per_example", "per_step" or "update".
         rows: number of rows.
         first_step: the smallest optimizer step among them, counted from 1.
         last_step: the greatest.

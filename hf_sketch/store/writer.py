@@ -29,7 +29,7 @@ from hf_sketch.store.lock import take_lock
 from hf_sketch.store.log import mark_full
 from hf_sketch.store.manifest import Gap
 from hf_sketch.store.opening import open_store
-from hf_sketch.store.rows import arrow_table, joined
+from hf_sketch.store.rows import arrow_table, joined, kept_dtype
 from hf_sketch.store.shards import Shard, draft_shard
 
 _Rows = dict[str, list[Mapping[str, Tensor]]]
@@ -215,7 +215,7 @@ class SketchWriter:
     ) -> tuple[Draft, Shard]:
         """Make a file of rows, whose memory is free before it is written."""
         groups = self._header.model_sketch.layer_groups.count
-        rows = joined(parts, self._header.row_dtype, groups)
+        rows = joined(parts, kept_dtype(kind, self._header.row_dtype), groups)
         table = arrow_table(kind, rows)
         parts.clear()
         number = next(self._numbers)

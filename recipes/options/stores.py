@@ -10,7 +10,23 @@ class InfoArguments:
 
 @dataclass
 class VerifyArguments:
-    """Compare every byte of a store with its checksums; exit with 1 on a difference."""
+    """Compare every byte of a store with its checksums; exit with 1 on a difference.
+
+    With --from and --to, also check that nothing but the recorded steps lies between
+    two checkpoints of one run with GradientSketchCallback(updates=True).
+    """
+
+    from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--from"],
+            "help": "Folder of the earlier checkpoint, of a model or an adapter.",
+        },
+    )
+    to_checkpoint: str | None = field(
+        default=None,
+        metadata={"aliases": ["--to"], "help": "Folder of the later checkpoint."},
+    )
 
 
 @dataclass

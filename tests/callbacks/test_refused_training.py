@@ -97,7 +97,7 @@ def test_unknown_choices_are_refused_at_once(name, value):
 
 
 def test_nothing_to_record_is_refused_at_once():
-    with pytest.raises(ValueError, match=r"both False, .*Remove the callback\."):
+    with pytest.raises(ValueError, match=r"all False, .*Remove the callback\."):
         GradientSketchCallback(per_step=False, per_example=False)
 
 

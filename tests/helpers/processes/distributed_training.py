@@ -144,12 +144,20 @@ def interrupted(directory):
     train(directory, GradientSketchCallback(SIZE), resume=True)
 
 
-def stopped(directory, **arguments):
-    callbacks = GradientSketchCallback(SIZE), Interrupt(5)
+def stopped(directory, callback=None, **arguments):
+    callbacks = callback or GradientSketchCallback(SIZE), Interrupt(5)
     try:
         train(directory, *callbacks, **arguments)
     except KeyboardInterrupt:
         PartialState().wait_for_everyone()
+
+
+def ledger(directory):
+    """With rows of updates, interrupted and resumed."""
+    settings = {"updates": True, "per_example": False}
+    callback = GradientSketchCallback(SIZE, **settings)
+    stopped(directory, callback)
+    train(directory, GradientSketchCallback(SIZE, **settings), resume=True)
 
 
 def left(directory):
@@ -284,6 +292,7 @@ SCENARIOS = {
         watched,
         interrupted,
         divides,
+        ledger,
         padded,
         left,
         grouped,

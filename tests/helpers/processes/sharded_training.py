@@ -115,6 +115,11 @@ def blocked(directory):
     train(directory, GradientSketchCallback(SIZE, layout="blocked", per_example=False))
 
 
+def ledger(directory):
+    """With rows of updates."""
+    train(directory, GradientSketchCallback(SIZE, updates=True, per_example=False))
+
+
 def layers(directory):
     """With a sketch of each of three groups of layers."""
     train(directory, GradientSketchCallback(SIZE, groups=3))
@@ -288,6 +293,7 @@ SCENARIOS = {
         resumed,
         replicas,
         blocked,
+        ledger,
         layers,
         checkpointed,
         plain,

@@ -1,0 +1,1 @@
+"""Tables of what rows say of training itself: its ledger, its noise."""
