@@ -95,10 +95,10 @@ class Entries:
         columns = self.columns
         step, norm = int(columns["step"][place]), float(columns["norm"][place])
         after, move = columns["balance"][place], columns["move"][place]
+        if not np.isfinite(before).all():  # a row before was reported for that
+            return None
         if not columns["finite"][place]:
             return f"The update of step {step} is NaN or infinite."
-        if not np.isfinite(before).all():  # which the row before was reported for
-            return None
         off = float(np.linalg.norm(after - before - move))
         begins = norm == 0 and not columns["by_optimizer"][place]
         limit = _ROW * norm + _SUM * float(np.linalg.norm(after))

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 from hf_sketch import load_updates, verify_training
 from hf_sketch.callbacks import GradientSketchCallback
@@ -139,11 +140,19 @@ def test_what_cannot_be_compared_is_an_error(run, tmp_path):
         verify_training(run, first, weights)
 
 
-def test_a_row_that_is_not_finite_is_named_once(run, tmp_path):
-    alteration = Alteration("scaled", 4, float("nan"))
-    copy = altered_store(run, tmp_path / "copy", alteration)
-    problems = verify_training(copy, *ends(run)).problems
-    assert sum("step 4 " in problem for problem in problems) == 1
+def test_the_first_change_that_is_not_finite_is_named(tmp_path):
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 3:
+                with torch.no_grad():
+                    next(model.parameters())[0, 0] = torch.nan
+
+    callback = GradientSketchCallback(64, per_example=False, updates=True)
+    tiny_trainer(tmp_path, Break(), callback).train()
+    problems = verify_training(tmp_path, *ends(tmp_path)).problems
+    (named,) = (problem for problem in problems if "NaN" in problem)
+    assert named == "The update of step 3 is NaN or infinite."
+    assert any("do not add up" in problem for problem in problems)
 
 
 def test_the_command_prints_the_residual_or_what_is_wrong(run, tmp_path, capsys):
