@@ -72,7 +72,8 @@ class GradientRows:
     def over_processes(self) -> "GradientRows":
         """The same, with each pass over the rows split among Accelerate's processes.
 
-        All open the same store and call the same methods together.
+        Each multiplies on its own device, also if there is only one. All open the same
+        store and call the same methods together.
         """
         return replace(self, split=True)
 

@@ -103,7 +103,8 @@ def covariance(share: RowShare, shape: Sequence[int]) -> Moments:
         shape: of each: (out_size,), or (groups, out_size) for a sum for each group,
             (groups, out_size, out_size).
     """
-    total = torch.zeros(*shape, shape[-1], dtype=torch.float64)
+    sizes = *shape, shape[-1]
+    total = torch.zeros(sizes, dtype=torch.float64, device=share.device)
     count = 0
     for block in share.blocks():
         sketches = block.sketches
@@ -112,7 +113,7 @@ def covariance(share: RowShare, shape: Sequence[int]) -> Moments:
         total += (numbers @ numbers.mT).double()
         count += len(sketches)
     count = int(share.summed(torch.tensor(count)))
-    return Moments(share.summed(total), count)
+    return Moments(share.summed(total).cpu(), count)
 
 
 def _log_dimension(method: Preconditioned) -> None:

@@ -1,7 +1,7 @@
 """Scores of rows and queries, in one pass over a store that need not fit in memory."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_sketch.attribution.methods import Method
 from hf_sketch.attribution.shares import RowShare
-from hf_sketch.store.blocks import RowBlock
+from hf_sketch.store.blocks import CPU, RowBlock
 
 _QUERIES_AT_ONCE = 1024
 _SUMS_AT_ONCE = 2**26
@@ -41,6 +41,11 @@ class QueryMatrix:
         states = tuple(method.transform(state) for state in self.states)
         return QueryMatrix(states, self.steps)
 
+    def to(self, device: torch.device) -> "QueryMatrix":
+        """On a device."""
+        states = tuple(state.to(device) for state in self.states)
+        return QueryMatrix(states, self.steps)
+
     def times(self, block: RowBlock) -> Tensor:
         """Inner products with rows, (queries, rows), without the rows' scale.
 
@@ -51,7 +56,8 @@ class QueryMatrix:
             return (block.kept @ self.states[0].T).T.contiguous()  # quicker so
         made = block.columns["step"] - int("weight" in block.columns)
         nearest = (made.unsqueeze(1) - self.steps).abs().argmin(1)
-        products = torch.empty(len(self.states[0]), len(block.kept))
+        shape = len(self.states[0]), len(block.kept)
+        products = block.kept.new_empty(shape)
         for state in nearest.unique().tolist():
             rows = (nearest == state).nonzero().squeeze(1)
             products[:, rows] = self.states[state] @ block.kept[rows].T
@@ -90,9 +96,10 @@ class BestRows:
     places: Tensor
 
     @classmethod
-    def none(cls, queries: int) -> "BestRows":
+    def none(cls, queries: int, device: torch.device = CPU) -> "BestRows":
         """Of no rows."""
-        return cls(torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64))
+        scores = torch.empty(queries, 0, device=device)
+        return cls(scores, scores.long())
 
     def and_of(self, scores: Tensor, places: Tensor, count: int) -> "BestRows":
         """With others, which come after these, `count` in all."""
@@ -117,8 +124,8 @@ class BestRows:
         )
 
     def of_all(self, share: RowShare, count: int) -> "BestRows":
-        """With those that the other processes found, `count` in all."""
-        best, *others = share.gathered(self)
+        """With those that the other processes found, `count` in all, on the CPU."""
+        best, *others = share.gathered(BestRows(self.scores.cpu(), self.places.cpu()))
         for other in others:
             best = best.and_of(other.scores, other.places, count)
         return best
@@ -139,7 +146,7 @@ def best_rows(
     """
     found: list[tuple[BestRows, BestRows]] = []
     for part in queries.split(_QUERIES_AT_ONCE):
-        best = worst = BestRows.none(len(part.states[0]))
+        best = worst = BestRows.none(len(part.states[0]), share.device)
         for scores, rows in score_blocks(share, part, method):
             best = best.and_of(scores, rows, top)
             worst = worst.and_of(-scores, rows, bottom)
@@ -182,7 +189,7 @@ def dense_scores(share: RowShare, queries: QueryMatrix, method: Method) -> Tenso
     """All scores, (queries, rows), float32; NaN for rows that are not finite."""
     scores = torch.full((len(queries.states[0]), len(share.dataset)), torch.nan)
     for part, rows in score_blocks(share, queries, method):
-        scores[:, rows] = part
+        scores[:, rows.cpu()] = part.cpu()
     return torch.cat(share.gathered(scores[:, share.rows.start : share.rows.stop]), 1)
 
 
@@ -206,19 +213,19 @@ def group_sums(
         -> (queries, groups), (groups,), float64
     """
     shape = len(queries.states[0]), groups.count
-    sums = torch.zeros(shape, dtype=torch.float64)
+    sums = torch.zeros(shape, dtype=torch.float64, device=share.device)
     rows_met = torch.zeros(groups.count, dtype=torch.float64)
     for scores, rows in score_blocks(share, queries, method):
-        codes = groups.codes[rows]
-        sums.index_add_(1, codes, scores.double())
+        codes = groups.codes[rows.cpu()]
+        sums.index_add_(1, codes.to(sums.device), scores.double())
         rows_met += torch.bincount(codes, minlength=groups.count)
-    return share.summed(sums), share.summed(rows_met)
+    return share.summed(sums).cpu(), share.summed(rows_met)
 
 
 def self_scores(share: RowShare, method: Method) -> Tensor:
     """Each row's score as its own query, (rows,), float32; NaN if not finite."""
     parts = [torch.empty(0)]
-    for block in share.blocks(method):
+    for block in replace(share, device=CPU).blocks(method):
         sketches, weights = block.sketches, method.weights(block)
         own = (method.transform(sketches) * sketches).sum(1)
         parts.append(own if weights is None else own * weights)
@@ -228,17 +235,20 @@ def self_scores(share: RowShare, method: Method) -> Tensor:
 def score_blocks(
     share: RowShare, queries: QueryMatrix, method: Method
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scores (queries, n) and row numbers (n,) of finite rows, in order.
+    """Scores (queries, n) and row numbers (n,) of finite rows, in order, on a device.
 
     Rows that are not finite are passed over, with a warning when all are read.
     """
-    queries = queries.transformed(method)
+    queries = queries.transformed(method).to(share.device)
     skipped = 0
     for block in share.blocks(method):
         weights = method.weights(block)
-        scale = block.scale if weights is None else block.scale * weights
+        scale = block.scale
+        if weights is not None:
+            scale = scale * weights.to(scale.device)
         scores = queries.times(block).mul_(scale)
-        rows = torch.arange(block.start, block.start + len(block.kept))
+        end = block.start + len(block.kept)
+        rows = torch.arange(block.start, end, device=scores.device)
         if not bool(scores.sum().isfinite()):  # quicker than to look at each
             finite = scores.isfinite().all(0)
             scores, rows = scores[:, finite], rows[finite]

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_sketch.attribution.methods import Method
 from hf_sketch.processes import processes, reduced
-from hf_sketch.store.blocks import RowBlock, block_rows, row_blocks
+from hf_sketch.store.blocks import CPU, RowBlock, block_rows, row_blocks
 
 
 def shared_rows(total: int, at_once: int, number: int, count: int) -> range:
@@ -38,17 +38,25 @@ class RowShare:
         dataset: all rows.
         number: of this process.
         count: of processes.
+        device: where it multiplies them.
     """
 
     dataset: Dataset
     number: int = 0
     count: int = 1
+    device: torch.device = CPU
 
     @classmethod
     def of_process(cls, dataset: Dataset) -> "RowShare":
-        """The share of this process of those that Accelerate knows of."""
+        """The share of this process of those that Accelerate knows of, on its device.
+
+        Sums are in float64, which MPS has not.
+        """
         state = processes()
-        return cls(dataset, state.process_index, state.num_processes)
+        device = state.device
+        if device is None or device.type == "mps":
+            device = CPU
+        return cls(dataset, state.process_index, state.num_processes, device)
 
     @property
     def rows(self) -> range:
@@ -68,7 +76,9 @@ class RowShare:
         with tqdm(
             total=len(part), desc="Reading rows", unit="row", disable=self.number > 0
         ) as progress:
-            for block in row_blocks(part, *sorted(names), start=rows.start):
+            for block in row_blocks(
+                part, *sorted(names), start=rows.start, device=self.device
+            ):
                 yield block
                 progress.update(len(block.scale))
 

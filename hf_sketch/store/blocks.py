@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 2**22
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,13 +19,14 @@ class RowBlock:
     """Consecutive rows of a dataset.
 
     Shapes:
-        kept (rows, out_size), float32, overwritten by the next block; scale (rows,)
+        kept (rows, out_size), float32, overwritten by the next block; scale (rows,),
+            both on the device that was asked for
 
     Args:
         start: number of the first row.
         kept: the stored sketches, to be multiplied by `scale`.
         scale: scale of each row.
-        columns: the requested columns that exist, (rows,) each.
+        columns: the requested columns that exist, (rows,) each, on the CPU.
     """
 
     start: int
@@ -43,18 +45,31 @@ def block_rows(dataset: Dataset) -> int:
     return max(1, _BLOCK_ELEMENTS // dataset.features["sketch"].length)
 
 
-def row_blocks(dataset: Dataset, *names: str, start: int = 0) -> Iterator[RowBlock]:
+def row_blocks(
+    dataset: Dataset,
+    *names: str,
+    start: int = 0,
+    device: torch.device = CPU,
+) -> Iterator[RowBlock]:
     """Yield all rows in order; memory does not grow with their number.
+
+    Another device gets them as they are stored, through pinned memory on CUDA.
 
     Args:
         dataset: the rows.
         names: columns of numbers to read beside the sketches, if they exist.
         start: number of the first row.
+        device: where the sketches and their scales are needed.
     """
     present = [name for name in ("scale", *names) if name in dataset.column_names]
     arrow = formatted(dataset, "arrow", [*present, "sketch"])
     out_size: int = dataset.features["sketch"].length
-    memory = torch.empty(block_rows(dataset), out_size)
+    memory = torch.empty(
+        block_rows(dataset),
+        out_size,
+        dtype=torch.float32 if device == CPU else _dtype(dataset),
+        pin_memory=device.type == "cuda",
+    )
     table: Any
     for table in arrow.iter(len(memory)):
         kept = memory[: table.num_rows]
@@ -63,13 +78,18 @@ def row_blocks(dataset: Dataset, *names: str, start: int = 0) -> Iterator[RowBlo
             part = torch.from_dlpack(chunk.flatten()).view(-1, out_size)
             kept[low : low + len(part)] = part
             low += len(part)
+        kept = kept.to(device).float()
         columns = {name: _numbers(table[name]) for name in present}
-        scale = columns.pop("scale", torch.ones(len(kept)))
+        scale = columns.pop("scale", torch.ones(len(kept))).to(device)
         if scale.dim() == 2:  # of each group of layers
             kept.unflatten(1, (scale.shape[1], -1)).mul_(scale.unsqueeze(2))
-            scale = torch.ones(len(kept))
+            scale = torch.ones(len(kept), device=device)
         yield RowBlock(start, kept, scale, columns)
         start += len(kept)
+
+
+def _dtype(dataset: Dataset) -> torch.dtype:
+    return getattr(torch, dataset.features["sketch"].feature.dtype)
 
 
 def _numbers(column: pa.ChunkedArray) -> Tensor:

@@ -1,6 +1,8 @@
 """On a CUDA device: the CPU's numbers, undisturbed training, few waits for the host."""
 
 import warnings
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from hf_sketch import (
     lanczos,
     load_sketches,
 )
+from hf_sketch.attribution import shares
 from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
 from hf_sketch.callbacks.recording.sink import RowSink
 from hf_sketch.sketches.transforms.random import CounterRandom
@@ -32,6 +35,8 @@ from tests.helpers.operators.device_oracles import (
     random,
     subspace_steps,
 )
+from tests.helpers.rows_in_memory import rows_of
+from tests.helpers.stores import HEADER, write_store
 from tests.helpers.trained.training import tiny_batch, tiny_bert, tiny_trainer
 
 pytestmark = [
@@ -236,3 +241,23 @@ def test_steps_in_a_subspace_are_those_of_the_cpu():
     ]
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("row_dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("method", ["dot", "cosine", "tracin", "preconditioned"])
+@pytest.mark.parametrize("groups", [None, "example_id"])
+def test_scores_are_those_of_the_cpu(tmp_path, monkeypatch, row_dtype, method, groups):
+    header = replace(HEADER, row_dtype=row_dtype)
+    write_store(tmp_path / "sketches", range(1, 40), header=header)
+    store = load_sketches(tmp_path)
+    matrix = random(3, store.model_sketch.out_size).cpu()
+    queries = rows_of(matrix, store.model_sketch)
+    alone = SimpleNamespace(process_index=0, num_processes=1, device=CUDA)
+    monkeypatch.setattr(shares, "processes", lambda: alone)
+    asked = {"method": method, "groups": groups}
+    expected = store.scores(queries, **asked)
+    got = replace(store, split=True).scores(queries, **asked)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    found = store.over_processes().attribute(queries, 5, bottom_k=2, **asked)
+    lines = store.attribute(queries, 5, bottom_k=2, **asked)
+    assert found["score"][:] == pytest.approx(lines["score"][:], 1e-4, 1e-5)
