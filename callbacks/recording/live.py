@@ -81,7 +81,7 @@ class LiveLog:
         shares = step_shares(rows, weights, gradient)
         share, place = shares.nan_to_num(-math.inf).max(0)
         # Ids lie on the CPU: a copy that blocks would wait for the device.
-        example = ids.to(rows.device, non_blocking=True)[place]
+        example = ids.to(rows.device, non_blocking=True).take(place)
         if self._top is not None:
             larger = share > self._top[0]
             share = torch.where(larger, share, self._top[0])

@@ -182,8 +182,8 @@ class SumCheck:
 
     def add(self, batch: ExampleBatch) -> None:
         """Add the rows of a micro-batch's examples."""
-        self._complete = self._complete and batch.complete
         if not self.done:
+            self._complete = self._complete and batch.complete
             weighted = batch.weights.to(batch.rows) @ batch.rows
             self._total = weighted if self._total is None else self._total + weighted
 

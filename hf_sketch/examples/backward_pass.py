@@ -92,9 +92,8 @@ def _own(calls: Sequence[Batch], loss_scale: float) -> ExampleBatch:
         rows = torch.where(weights.unsqueeze(1) == 0, rows, scaled)
         each.append((rows, own.losses, weights / loss_scale))
     rows, losses, weights = map(torch.cat, zip(*each, strict=True))
-    known = not any(bool(own.isnan().all()) for _, own, _ in each)
-    complete = known and not any(call.apart or call.penalised for call in calls)
-    return ExampleBatch(_model_calls(calls), rows, losses, weights, complete)
+    unowned = any(call.apart or call.penalised for call in calls)
+    return ExampleBatch(_model_calls(calls), rows, losses, weights, unowned)
 
 
 def _shares(calls: Sequence[Batch], loss_scale: float) -> ExampleBatch:
@@ -106,7 +105,7 @@ def _shares(calls: Sequence[Batch], loss_scale: float) -> ExampleBatch:
     rows = torch.cat(each)
     weights = rows.new_full((len(rows),), 1 / len(rows))
     rows = rows * (len(rows) / loss_scale)
-    return ExampleBatch(_model_calls(calls), rows, weights * torch.nan, weights, False)
+    return ExampleBatch(_model_calls(calls), rows, weights * torch.nan, weights)
 
 
 def _model_calls(calls: Sequence[Batch]) -> tuple[ModelCall, ...]:

@@ -34,15 +34,24 @@ class ExampleBatch:
             the model, and a row is b times the gradient of the example's share of it.
         weights: (b,), the weight with which each example entered the gradient: the sum
             of weights[i] * rows[i] is the sketch of the batch's gradient.
-        complete: whether it is; a loss may have a term that no example owns, as the
-            balance of a router's experts.
+        unowned: whether the loss has a term that no example owns, as the balance of a
+            router's experts.
     """
 
     calls: tuple[ModelCall, ...]
     rows: Tensor
     losses: Tensor
     weights: Tensor
-    complete: bool = True
+    unowned: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is so: not if a loss has such a term, or may have, being unknown.
+
+        To ask waits for the losses.
+        """
+        parts = self.losses.split([call.split.size for call in self.calls])
+        return not self.unowned and not any(bool(x.isnan().all()) for x in parts)
 
     @property
     def examples(self) -> ExampleSplit:

@@ -81,8 +81,8 @@ def example_losses(
     found: list[tuple[float, float, ExampleLosses]] = []
     rules = token_losses(logits.detach(), labels, problem_type, causal)
     for summed, reduced in _candidates(rules, split, reduction, items_in_batch):
-        total = float(summed)
-        found.append((_distance(loss, total), total, reduced))
+        got, total = _read(loss, summed)
+        found.append((_distance(got, total, loss.dtype), total, reduced))
         if found[-1][0] <= _CERTAIN:
             return reduced
     if not found:
@@ -167,7 +167,8 @@ def _of_spans(
     """Split the loss of a model that finds spans; None if it is another."""
     rules = span_losses([x.detach() for x in scores], places)
     for total, reduced in _candidates(rules, split, reduction, None):
-        if _distance(loss, float(total)) <= max(1.0, _rounding(scores[0])):
+        got, expected = _read(loss, total)
+        if _distance(got, expected, loss.dtype) <= max(1.0, _rounding(scores[0])):
             return reduced
     return None
 
@@ -264,10 +265,14 @@ def _rounding(logits: Tensor) -> float:
     return 1.0
 
 
-def _distance(loss: Tensor, expected: float) -> float:
-    """How far the loss is from a number, in tolerances; 0 if it is not finite."""
-    got = float(loss)
+def _read(*numbers: Tensor) -> list[float]:
+    """Return numbers of a device, for which Python waits once."""
+    return torch.stack([x.reshape(()) for x in numbers]).tolist()
+
+
+def _distance(got: float, expected: float, dtype: torch.dtype) -> float:
+    """How far a loss is from a number, in tolerances; 0 if it is not finite."""
     if not math.isfinite(got):
         return 0.0
-    allowed = tolerance(loss.dtype, "loss") * max(1.0, abs(expected))
+    allowed = tolerance(dtype, "loss") * max(1.0, abs(expected))
     return abs(got - expected) / allowed

@@ -13,6 +13,7 @@ from hf_sketch.sketches.outer import Side
 from hf_sketch.sketches.pieces import WorkingMemory
 from hf_sketch.sketches.transforms.folding import fold_rows, folding_signs
 from hf_sketch.sketches.transforms.hadamard import hadamard_matrix
+from hf_sketch.sketches.transforms.lazy import reads_freely
 from hf_sketch.sketches.transforms.random import CounterRandom
 
 _ELEMENTS_AT_ONCE = 2**19  # of a folded side: 2 MiB stays in the cache
@@ -185,7 +186,7 @@ class Grouped(SeededSketch):
         On a CPU some examples at a time are sketched, in `memory`: to ask the system
         for more each time would take longer than the sketch.
         """
-        if rows.device.type != "cpu":
+        if not reads_freely(rows):
             self._add_outer_(rows, left, right)
             return
         first, second = self._sides_at(rows)

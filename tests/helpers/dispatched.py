@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[2]
 OURS = tuple(str(ROOT / folder) + "/" for folder in ("hf_sketch", "callbacks"))
-OTHERS = ("/transformers/", "/accelerate/", "/datasets/")
+OTHERS = ("/transformers/", "/accelerate/", "/datasets/", "/triton/")
 # Without work on a device.
 FREE = ("view", "as_strided", "detach", "alias", "t", "transpose", "permute", "expand")
 FREE += (
@@ -29,6 +29,7 @@ FREE += (
 )
 FREE += ("split_with_sizes", "_unsafe_view", "empty_like", "new_empty", "diagonal")
 FREE += ("_local_scalar_dense", "lift_fresh", "empty_strided", "is_same_size")
+FREE += ("promote_types", "result_type", "set_", "resize_", "_reshape_alias")
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount")
 WAITING += ("equal", "unique_dim", "unique_consecutive", "is_nonzero")
 READING = ("tolist", "numpy", "cpu", "__array__")  # which no dispatch mode sees
@@ -38,7 +39,7 @@ class Dispatched(TorchDispatchMode):
     """Counts the operations that our own code asks for, and notes its waits.
 
     Operations that the Trainer or a model asks for are not counted, but for those
-    within our hooks.
+    within our hooks. Those of a file are counted together.
     """
 
     def __init__(self):
@@ -63,7 +64,7 @@ class Dispatched(TorchDispatchMode):
         where = asked_by()
         if where is not None:
             if name not in FREE:
-                self.operations[name] += 1
+                self.operations[where.partition(":")[0], name] += 1
             if name in WAITING or selects_by_mask(name, args):
                 self.waits[f"{name} at {where}"] += 1
         return func(*args, **(kwargs or {}))

@@ -14,7 +14,7 @@ from hf_sketch.examples.rules.base import Call, Contribution, Rule, over_tokens
 from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.fsdp import call_with
 from hf_sketch.model.zero import whole_shape
-from hf_sketch.sketches.transforms.lazy import is_lazy
+from hf_sketch.sketches.transforms.lazy import reads_freely
 
 
 class LayerNorm(Rule):
@@ -121,7 +121,7 @@ class Elementwise(Rule):
 
 def _divides_well(weight: Tensor) -> bool:
     """Return whether y = w * n gives n back with nearly all of its bits."""
-    if is_lazy(weight):
+    if not reads_freely(weight):
         return False  # to know would take longer than to compute n again
     least, largest = weight.detach().abs().aminmax()
     return weight.element_size() >= 4 and bool(least > 1e-4 * largest)

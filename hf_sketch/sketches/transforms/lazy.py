@@ -3,6 +3,11 @@
 from torch import Tensor
 
 
+def reads_freely(x: Tensor) -> bool:
+    """Whether Python reads x's numbers without waiting for a device."""
+    return x.is_cpu
+
+
 def is_lazy(x: Tensor) -> bool:
     """Whether x's device compiles what is done with it, as torch_xla does for TPUs.
 

@@ -1,0 +1,144 @@
+"""What recording asks of a device in a step: counted on the CPU, where nothing waits.
+
+Lines that read rows which have arrived on the CPU, in the sink and the store, read them
+from there on a device, too.
+"""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.examples.rules import norms
+from hf_sketch.model import gradient_pass
+from hf_sketch.sketches import grouped
+from hf_sketch.sketches.multi_tensor.gradient_pass import GradientPass
+from tests.helpers.dispatched import Dispatched
+
+AFTER_ARRIVAL = ("callbacks/recording/sink.py", "hf_sketch/store/")
+OF_THE_LOG = ("callbacks/recording/live.py", "hf_sketch/attribution/")
+LATE = 3  # a step by when the first batches are compared and rules are known
+LAYERS = (1, 2)
+
+
+class Watch(TrainerCallback):
+    """Watches the step after so many."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.seen = Dispatched().__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step + 1:
+            self.seen.__exit__(None, None, None)
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    """Numbers are read as if Python had to wait for them."""
+    for module in (norms, grouped):
+        monkeypatch.setattr(module, "reads_freely", lambda x: False)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that are launched, interpreted."""
+    pytest.importorskip("triton")
+    names, launch = [], GradientPass._launch
+
+    def noted(self, name, *args, **kwargs):
+        names.append(name)
+        launch(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(GradientPass, "_launch", noted)
+    monkeypatch.setattr(gradient_pass, "can_launch", lambda device: True)
+    return names
+
+
+def gpt2(layers):
+    sizes = {"n_layer": layers, "n_embd": 32, "n_head": 2, "n_positions": 16}
+    tokens = {"vocab_size": 60, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **tokens))
+
+
+def llama(layers):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=60)
+    return LlamaForCausalLM(config)
+
+
+def watched(model, directory, out_size=256, step=LATE, **settings):
+    """What a recorded step asks for."""
+    tokens = torch.arange(40).view(20, 2).repeat(1, 4).tolist()
+    watch = Watch(step)
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            str(directory),
+            per_device_train_batch_size=4,
+            max_steps=step + 1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": tokens, "labels": tokens}),
+        callbacks=[GradientSketchCallback(out_size, **settings), watch],
+    )
+    trainer.train()
+    return watch.seen
+
+
+def waits(seen):
+    return [line for line in seen.waits if not any(x in line for x in AFTER_ARRIVAL)]
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_a_step_row_is_five_launches_without_a_wait(tmp_path, launched):
+    settings = {"out_size": 16, "step": 1, "per_example": False}
+    seen = watched(llama(1), tmp_path, **settings)
+    assert waits(seen) == []
+    # A launch per backward pass notes what is not clipped yet.
+    assert len(launched) == 2 * (1 + 5)
+    others = {
+        at: count
+        for at, count in seen.operations.items()
+        if not at[0].startswith((*AFTER_ARRIVAL, *OF_THE_LOG))
+    }
+    assert others == {}
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@pytest.mark.parametrize("model", [gpt2, llama])
+def test_rows_of_examples_wait_once_in_a_batch(model, tmp_path):
+    """To know which loss the model has computed."""
+    seen = watched(model(1), tmp_path)
+    (line,) = waits(seen)
+    assert line.startswith("tolist at hf_sketch/examples/losses.py")
+    assert seen.waits[line] == 1
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@pytest.mark.parametrize(
+    ("model", "most"), [(gpt2, 6 * 8.75), (llama, 9 * 7)], ids=["gpt2", "llama"]
+)
+def test_a_layer_asks_for_few_operations(model, most, tmp_path):
+    """Of the modules of one more layer: six of GPT-2's, nine of Llama's."""
+    settings = {"per_step": False, "measure_error": False}
+    few, more = (
+        watched(model(layers), tmp_path / str(layers), **settings).operations.total()
+        for layers in LAYERS
+    )
+    assert more - few <= most
