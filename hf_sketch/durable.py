@@ -22,16 +22,20 @@ class Draft:
 
     Args:
         path: its final name.
-        write: writes its content to an open file.
+        content: what it begins with; `extend` adds more.
 
     Raises:
-        OSError: it cannot be written, here or in `finish`; then it is removed.
+        OSError: it cannot be written, here or later; then it is removed.
     """
 
-    def __init__(self, path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    def __init__(self, path: Path, content: bytes | memoryview) -> None:
         self._path = path
         self._temporary = path.with_name(path.name + ".tmp")
         self._file = self._temporary.open("w+b")
+        self.extend(lambda file: file.write(content))
+
+    def extend(self, write: Callable[[IO[bytes]], object]) -> None:
+        """Add what a function writes to the file."""
         with self._removed_on_error():
             write(self._file)
             self._file.flush()
@@ -71,7 +75,7 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
     Raises:
         OSError: the file cannot be written; what was there before still is.
     """
-    Draft(path, lambda file: file.write(data)).finish()
+    Draft(path, data).finish()
     sync_directory(path.parent)
 
 

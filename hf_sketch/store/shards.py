@@ -83,7 +83,8 @@ def draft_shard(
             writer.write_table(table.combine_chunks())
 
     name = shard_name(kind, rank, number)
-    draft = Draft(directory / name, write)
+    draft = Draft(directory / name, b"")
+    draft.extend(write)
     return draft, _describe(name, draft.data, table)
 
 

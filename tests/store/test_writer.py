@@ -88,9 +88,9 @@ def test_rows_on_their_way_fit_the_buffer_however_slow_the_disk(
 def test_rows_are_free_before_their_file_is_written(tmp_path, monkeypatch):
     memory, held = Memory(), []
 
-    def draft(path, write):
+    def draft(path, content):
         held.append(memory.held)
-        return Draft(path, write)
+        return Draft(path, content)
 
     monkeypatch.setattr("hf_sketch.store.shards.Draft", draft)
     writer = SketchWriter(tmp_path, Header(SKETCH))
