@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class DdpWrapper:
-    """The DistributedDataParallel around a model, which can be told of new parameters.
+    """The DistributedDataParallel around a model, which can be given new parameters.
 
     DDP settles at its start which parameters it averages the gradients of, and their
     sizes. `renew` lets it do so again, as it does where it is unpickled; all else, also
@@ -20,7 +20,7 @@ class DdpWrapper:
     first called, before it does anything.
 
     Args:
-        model: in the wrapper.
+        model: model inside the wrapper.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -50,7 +50,7 @@ class DdpWrapper:
         self._stale = False
 
     def close(self) -> None:
-        """Look for the wrapper no more."""
+        """Stop looking for the wrapper."""
         self._looking.remove()
 
     def _look(self, module: nn.Module, inputs: Any) -> None:

@@ -36,7 +36,7 @@ class IntrinsicDimensionCallback(TrainerCallback):
     The Trainer evaluates before the first step and after each `stage_steps`. Reaching
     the target stops training: the dimension is D*, the intrinsic dimension up to a
     factor of two. An evaluation better by less than `min_improvement` than the one
-    before doubles the dimension by `grow_subspace`, which tells what becomes of the
+    before doubles the dimension by `grow_subspace`, which says what becomes of the
     optimizer's moments and of the step size.
 
         model = get_peft_model(model, SubspaceConfig(dim=2**4, max_dim=2**16))
@@ -197,7 +197,7 @@ class IntrinsicDimensionCallback(TrainerCallback):
     def _grow(
         self, dim: int, *, model: PeftModel, optimizer: Optimizer, **_: Any
     ) -> None:
-        """Grow the subspace, and tell DDP."""
+        """Grow the subspace, and give DDP the new parameters."""
         before = subspace_of(model).omega
         grow_subspace(model, dim, optimizer)
         if self._ddp is not None and subspace_of(model).omega is not before:

@@ -77,7 +77,7 @@ def _sharding(kind: DistributedType, in_shards: bool) -> str:
 
 def _parallelisms(model: nn.Module) -> list[str]:
     """The ways in which processes share examples, or layers, of this model."""
-    # As Accelerate was told, or the model was loaded; older releases have neither.
+    # As set for Accelerate, or as the model was loaded; older releases have neither.
     prepared = getattr(AcceleratorState(), "parallelism_config", None)
     loaded = getattr(getattr(model, "config", None), "distributed_config", None)
     return [

@@ -97,7 +97,7 @@ class OtherProcessFailedError(RuntimeError):
     """Work that all processes share has failed in another one.
 
     Args:
-        since: the first step whose work is missing there, as it told `check_others`.
+        since: the first step whose work is missing there, as passed to `check_others`.
     """
 
     def __init__(self, since: int) -> None:

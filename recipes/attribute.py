@@ -155,10 +155,10 @@ def attribute_texts(
 
     Args:
         store: the rows of training.
-        text_model: at the weights that the queries are taken at.
+        text_model: model and tokenizer, at the weights used for the queries.
         queries: rows with texts.
         train: the rows trained on, in the order of their ids; None if not at hand.
-        columns: those of the texts, of both.
+        columns: columns of the texts, in both data sets.
         max_length: tokens that are kept.
         batch_size: queries in one pass.
         token_scores: sketch each token of a query, too.

@@ -41,7 +41,7 @@ class DemoResult:
 
     Args:
         before: the model's answers and their probabilities, the likeliest first.
-        named: false documents among as many that are named first.
+        named: false documents among the documents ranked first, `planted` of them.
         planted: false documents.
         after: as `before`, of the model that was trained without those named.
     """

@@ -33,9 +33,9 @@ class Setup:
     """What a Trainer needs.
 
     Args:
-        name: of the model and the task.
+        name: name of the model and the task.
         model: to fine-tune.
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         train_dataset: tokenized.
         collator: makes a batch of its rows.
     """
@@ -110,7 +110,8 @@ def xsum_setup(
         max_source_length: tokens of a document that are kept.
         max_target_length: tokens of a summary that are kept.
         max_samples: rows that are kept; None for all.
-        num_hidden_layers: of the encoder, and of the decoder; None for all.
+        num_hidden_layers: number of layers in the encoder and in the decoder; None for
+            all.
         encoder_decoder: make both of an encoder, whose name or folder `model` is.
     """
     tiny = small and model is None
@@ -140,7 +141,7 @@ def xsum_setup(
 
 
 def first_rows(rows: Dataset, count: int | None) -> Dataset:
-    """So many rows, or all."""
+    """Return the first `count` rows, or all."""
     return rows if count is None else rows.select(range(min(count, len(rows))))
 
 
@@ -151,8 +152,8 @@ def encoder_twice(
 
     Args:
         name: name or folder of the encoder, as of BERT.
-        tokenizer: of the encoder.
-        num_hidden_layers: of both; None for all.
+        tokenizer: tokenizer of the encoder.
+        num_hidden_layers: number of layers in each; None for all.
     """
     names = ("encoder_num_hidden_layers", "decoder_num_hidden_layers")
     model = EncoderDecoderModel.from_encoder_decoder_pretrained(

@@ -13,7 +13,7 @@ def with_defaults(
     Args:
         base: `TrainingArguments` or a subclass.
         defaults: new default of each field that has one; its help text stays.
-        name: of the new class.
+        name: name of the new class.
         module: where the class is a global of that name, so that it can be pickled.
     """
     known = {field.name: field for field in dataclasses.fields(base)}

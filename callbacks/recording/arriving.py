@@ -35,7 +35,7 @@ class ArrivingGradients(StepReader):
         model_sketch: the map.
         parameters: what is trained, by name.
         engine: DeepSpeed's; None for a layer-wise optimizer, which clips nothing.
-        optimizer: the one that DeepSpeed calls with clipped gradients, where it tells
+        optimizer: the one that DeepSpeed calls with clipped gradients, where it says
             nobody their norm: without ZeRO and in float32.
     """
 

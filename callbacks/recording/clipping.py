@@ -70,7 +70,7 @@ class ClipProbe:
 
 
 def witnesses_each(parameters: int) -> int:
-    """Return how many elements of each of so many parameters are witnesses, at most."""
+    """Return the largest number of witnesses per parameter, given their number."""
     return max(1, _WITNESSES // parameters)
 
 

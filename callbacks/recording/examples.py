@@ -106,7 +106,7 @@ class FirstBatches:
             self._batches.append(batch)
 
     def forget(self) -> list[ExampleBatch]:
-        """Return the batches; no more are kept from now on."""
+        """Return the batches and stop keeping them."""
         batches, self._batches, self._examples = self._batches, [], 0
         return batches
 

@@ -28,9 +28,9 @@ _CACHING = "Cached"  # contrastive losses there, which call the model after the 
 class LossCheck:
     """Refuses losses outside the model that compare examples.
 
-    Looks at those of several calls of the model, and at those of Trainers that hold a
-    loss as a module, as sentence-transformers' do: at the first batches with as many
-    calls.
+    Looks at losses of several calls of the model, and at those of Trainers that hold a
+    loss as a module, as sentence-transformers' do. It checks the first batches with
+    each number of calls.
 
     Args:
         trainer: the one that trains.
@@ -101,7 +101,7 @@ class LossCheck:
                 call.answers = []
 
     def _batches(self, calls: Sequence[Batch]) -> int:
-        """Return how many batches of so many calls are to be checked."""
+        """Return how many batches with that number of calls to check."""
         several = len(calls) > 1 or isinstance(self._loss, nn.Module)
         return _CHECKED_BATCHES if several else 0
 

@@ -83,7 +83,7 @@ def wrap_method(
 
     Args:
         trainer: the Trainer.
-        name: of the method.
+        name: name of the method.
         wrapper: a function, or a bound method.
 
     Returns:

@@ -33,7 +33,7 @@ class WeightLedger:
 
     Args:
         model_sketch: the map.
-        model: whose weights they are.
+        model: model that the weights belong to.
         append: takes the rows of a kind, in the first process.
 
     Raises:

@@ -41,7 +41,7 @@ def answers(
 
     Args:
         share: the rows.
-        ids: of the queries.
+        ids: ids of the queries.
         queries: their sketches.
         method: what scores are.
         groups: the column whose values lines are about; None for a line per row, as

@@ -110,7 +110,7 @@ class GradientRows:
 
         Args:
             dataset: the `train_dataset`.
-            names: of its columns.
+            names: names of its columns.
             on: its column of example ids; by default an id is a row number.
 
         Raises:
@@ -157,7 +157,7 @@ class GradientRows:
         """Index single rows for approximate search, whose loss `RowIndex.recall` gives.
 
         Args:
-            method: as in `attribute`.
+            method: see `attribute`.
             lists: number of inverted lists; by default 4 * sqrt(rows).
             probed: lists that a search reads, 16 by default: more find more, slower.
 
@@ -225,7 +225,7 @@ class GradientRows:
         """Return the examples behind a causal language model's mean loss on a text.
 
         Args:
-            model: at the weights that the question is about.
+            model: the model, at the weights that the question is about.
             processing_class: its tokenizer.
             text: the text.
             options: for `attribute`, such as `top_k` and `dataset`.

@@ -37,7 +37,7 @@ class Covariance:
         Args:
             damping: see `Preconditioned`.
             split: whether processes share the pass over the rows.
-            shape: of a row, see `covariance`.
+            shape: shape of a row, see `covariance`.
         """
         if damping not in self._methods:
             moments = self._of_all(split, shape)
@@ -51,7 +51,7 @@ class Covariance:
 
         Args:
             rows: all those of some examples.
-            shape: of a row, see `covariance`.
+            shape: shape of a row, see `covariance`.
 
         Raises:
             ValueError: no other example is there.
@@ -100,8 +100,8 @@ def covariance(share: RowShare, shape: Sequence[int]) -> Moments:
 
     Args:
         share: the rows.
-        shape: of each: (out_size,), or (groups, out_size) for a sum for each group,
-            (groups, out_size, out_size).
+        shape: shape of each: (out_size,), or (groups, out_size) for a sum for each
+            group, (groups, out_size, out_size).
     """
     sizes = *shape, shape[-1]
     total = torch.zeros(sizes, dtype=torch.float64, device=share.device)

@@ -14,7 +14,7 @@ from hf_sketch.attribution.scores import QueryMatrix, best_rows
 from hf_sketch.attribution.shares import RowShare
 from hf_sketch.store.blocks import row_blocks
 
-_LISTS_A_ROOT = 4  # inverted lists: so many times the root of the number of rows
+_LISTS_A_ROOT = 4  # inverted lists, in units of the root of the number of rows
 _TRAINED_A_LIST = 64
 _PROBED = 16
 
@@ -28,7 +28,7 @@ class RowIndex:
     Args:
         dataset: the rows.
         method: what scores are.
-        index: of FAISS, by inner product; it can be saved with `faiss.write_index`.
+        index: FAISS index by inner product; `faiss.write_index` saves it.
         probed: lists that a search looks at.
     """
 
@@ -42,7 +42,7 @@ class RowIndex:
 
         Shapes:
             queries (q, out_size) -> scores (q, top_k), row numbers (q, top_k), -1 where
-            the lists that were looked at have no more
+            the searched lists run out of rows
         """
         self.index.nprobe = self.probed
         sketches = self.method.transform(queries).numpy()

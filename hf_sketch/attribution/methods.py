@@ -1,4 +1,4 @@
-"""What a score is: the ways in which a row of a store can speak for a query."""
+"""Scoring methods: how a row of a store counts for or against a query."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
@@ -85,8 +85,8 @@ class TracIn(Method):
         steps, clip_factors (steps,)
 
     Args:
-        steps: that clipping is known of, ascending; it is taken as 1 of others.
-        clip_factors: of each.
+        steps: steps whose clipping is known, ascending; other steps count as unclipped.
+        clip_factors: clip factor of each of these steps.
 
     Reference:
         Pruthi et al. 2020, arXiv:2002.08484, Sec. 3.2 and 3.3.
@@ -98,7 +98,7 @@ class TracIn(Method):
 
     @classmethod
     def of_steps(cls, steps: Dataset | None) -> "TracIn":
-        """With the clipping that a store's rows of steps tell of."""
+        """Return the method with the clipping recorded in a store's rows of steps."""
         if steps is None or not len(steps):
             return cls()
         columns: Any = steps.select_columns(["step", "clip_factor"])
@@ -116,7 +116,7 @@ class TracIn(Method):
         return rates * block.columns["weight"] * self._clipping(block.columns["step"])
 
     def _clipping(self, steps: Tensor) -> Tensor:
-        """What is left of the gradient, by row."""
+        """Return the fraction of the gradient that clipping left, per row."""
         if self.steps is None or self.clip_factors is None:
             return torch.ones(len(steps))
         places = torch.searchsorted(self.steps, steps).clamp(max=len(self.steps) - 1)
@@ -145,7 +145,7 @@ class Preconditioned(Method):
     Args:
         covariance: C, or its blocks.
         examples: number of different examples that the rows are of.
-        damping: in units of tr(C) / examples (of each block's trace).
+        damping: damping in units of tr(C) / examples, with each block's own trace.
 
     Raises:
         ValueError: `damping` is not positive, or C is zero or not finite.
@@ -199,7 +199,7 @@ class Influence(Method):
     the largest of its eigenvalues by size. Negative eigenvalues count by their size.
 
     Args:
-        spectrum: of the Hessian, sketched by the map of the rows.
+        spectrum: spectrum of the Hessian, sketched by the map of the rows.
         damping: as a part of h.
 
     Raises:
@@ -251,7 +251,7 @@ class OfLayers(Method):
 
     Args:
         method: the method.
-        layer_weights: of each number of a row; see `LayerGroups.weights`.
+        layer_weights: weight of each number of a row; see `LayerGroups.weights`.
     """
 
     method: Method

@@ -34,7 +34,7 @@ def query_matrix(
     """The queries' example ids, and their sketches by state.
 
     Args:
-        rows: those that answer.
+        rows: rows of the queries.
         queries: for all rows, or by the optimizer step of the model's state.
 
     Raises:

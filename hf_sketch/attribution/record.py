@@ -82,7 +82,7 @@ def load_attribution(path: Path) -> AttributionRecord:
     if version != _FORMAT_VERSION:
         raise ValueError(
             f"{path} must have format_version {_FORMAT_VERSION}, got {version!r}: make "
-            "it anew with hf-sketch attribute."
+            "it again with hf-sketch attribute."
         )
     queries = [QueryRecord(**query) for query in content["queries"]]
     return AttributionRecord(content["method"], queries)
@@ -107,8 +107,8 @@ def record_attribution(
         store: the rows of training.
         queries: sketched by the store's map.
         query_texts: of each query.
-        top_k: proponents told of each.
-        bottom_k: opponents told of each.
+        top_k: number of proponents listed per query.
+        bottom_k: number of opponents listed per query.
         method: as for `GradientRows.attribute`.
         layers: the same.
         train_texts: of each example, by example_id; None if they are not known.
@@ -183,7 +183,7 @@ def _token_scores(
 def _contributions(
     store: GradientRows, queries: GradientRows, method: Method, lines: Dataset
 ) -> tuple[list[int], Array, Array]:
-    """When the examples told of had their say.
+    """When the listed examples contributed.
 
     Returns:
         steps (columns,), the examples' sorted ids (ids,) and scores summed by query,

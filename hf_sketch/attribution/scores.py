@@ -32,17 +32,17 @@ class QueryMatrix:
     steps: Tensor | None = None
 
     def split(self, size: int) -> "list[QueryMatrix]":
-        """Some of the queries at a time."""
+        """Split the queries into parts of `size`."""
         parts = zip(*(state.split(size) for state in self.states), strict=True)
         return [QueryMatrix(part, self.steps) for part in parts]
 
     def transformed(self, method: Method) -> "QueryMatrix":
-        """Ready to be multiplied with rows."""
+        """Return the queries ready to be multiplied with rows."""
         states = tuple(method.transform(state) for state in self.states)
         return QueryMatrix(states, self.steps)
 
     def to(self, device: torch.device) -> "QueryMatrix":
-        """On a device."""
+        """Return the queries on a device."""
         states = tuple(state.to(device) for state in self.states)
         return QueryMatrix(states, self.steps)
 
@@ -97,12 +97,12 @@ class BestRows:
 
     @classmethod
     def none(cls, queries: int, device: torch.device = CPU) -> "BestRows":
-        """Of no rows."""
+        """Return an empty list for each query."""
         scores = torch.empty(queries, 0, device=device)
         return cls(scores, scores.long())
 
     def and_of(self, scores: Tensor, places: Tensor, count: int) -> "BestRows":
-        """With others, which come after these, `count` in all."""
+        """Return the best `count` of these and of later rows."""
         if count == 0:
             return self
         rows: Any = slice(None)
@@ -124,7 +124,7 @@ class BestRows:
         )
 
     def of_all(self, share: RowShare, count: int) -> "BestRows":
-        """With those that the other processes found, `count` in all, on the CPU."""
+        """Return the best `count` of all processes, on the CPU."""
         best, *others = share.gathered(BestRows(self.scores.cpu(), self.places.cpu()))
         for other in others:
             best = best.and_of(other.scores, other.places, count)
@@ -132,7 +132,7 @@ class BestRows:
 
     @staticmethod
     def joined(parts: "Sequence[BestRows]") -> "BestRows":
-        """Those of all queries."""
+        """Return the lists of all queries as one."""
         scores = torch.cat([part.scores for part in parts])
         return BestRows(scores, torch.cat([part.places for part in parts]))
 
@@ -176,7 +176,7 @@ def best_groups(
 
 
 def best_places(scores: Tensor, top: int, bottom: int) -> tuple[BestRows, BestRows]:
-    """Where the greatest and the least scores are (these first, and negated).
+    """Return where the greatest scores are, and the least (least first, negated).
 
     Shapes:
         scores (queries, n)

@@ -22,8 +22,8 @@ def shared_rows(total: int, at_once: int, number: int, count: int) -> range:
     Args:
         total: number of all rows.
         at_once: rows of a block.
-        number: of the share.
-        count: of shares.
+        number: index of the share.
+        count: number of shares.
     """
     blocks = -(-total // at_once)
     edges = [(number + i) * blocks // count * at_once for i in (0, 1)]
@@ -36,8 +36,8 @@ class RowShare:
 
     Args:
         dataset: all rows.
-        number: of this process.
-        count: of processes.
+        number: index of this process.
+        count: number of processes.
         device: where it multiplies them.
     """
 
@@ -50,11 +50,13 @@ class RowShare:
     def of_process(cls, dataset: Dataset) -> "RowShare":
         """The share of this process of those that Accelerate knows of, on its device.
 
-        Sums are in float64, which MPS has not.
+        MPS lacks the float64 of sums, and XLA would compile for each shape.
         """
         state = processes()
+        accelerator = torch.accelerator.current_accelerator()
+        used = "cpu" if accelerator is None else accelerator.type
         device = state.device
-        if device is None or device.type == "mps":
+        if device is None or device.type != used or used == "mps":
             device = CPU
         return cls(dataset, state.process_index, state.num_processes, device)
 

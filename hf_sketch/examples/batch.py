@@ -89,7 +89,8 @@ class Batch:
         called: paths of the modules whose calls gave something that trains.
         seen: paths of all modules with trainable parameters that were called.
         reached: parameters that the backward pass came to.
-        random_states: of modules that are run again, by path, before their last call.
+        random_states: random states before the last call of each module that is run
+            again, by path.
         replays: calls to be run again, with the gradients of their outputs.
         unclear: rules of calls whose outputs do not divide into the examples.
         expanded: rules of calls whose output was given to each example.
@@ -213,7 +214,7 @@ class Batch:
             self.phase = "backward"
             self.ends.clear()  # which would keep the graph, as would these
             self.log_probs = None
-            # There is no public way to hear of the end of a backward pass.
+            # There is no public hook for the end of a backward pass.
             variable: Any = torch.autograd.Variable
             variable._execution_engine.queue_callback(self._end_backward)
 
@@ -262,7 +263,7 @@ class Holding:
     Not a generator, since each hook enters it.
 
     Args:
-        batch: whose hook runs.
+        batch: batch whose hook runs.
         rule: the rule, if there is one.
     """
 

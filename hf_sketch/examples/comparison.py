@@ -21,10 +21,10 @@ def check_comparison(
     are zero. The backward pass stops at the model's outputs.
 
     Args:
-        loss: of the batch, with its graph.
+        loss: loss of the batch, with its graph.
         calls: the model's calls, with their answers.
         owners: the example of each row, of one call after another.
-        name: of the loss.
+        name: name of the loss.
 
     Raises:
         RefusalError: it compares them.

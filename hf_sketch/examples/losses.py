@@ -62,14 +62,14 @@ def example_losses(
         (b, t), with -100 where no loss is taken
 
     Args:
-        loss: of the batch.
+        loss: loss of the batch.
         logits: the model's.
         labels: as the model got them.
-        problem_type: of the model's configuration.
+        problem_type: problem type of the model's configuration.
         reduction: "mean" or "sum" over the tokens of an example.
         items_in_batch: the Trainer's `num_items_in_batch`, if the model got it.
-        causal: whether labels are those of the next token is told by the loss; this is
-            what holds where the loss fits both, as it may for a model without training.
+        causal: tie-breaker for a loss that both shifted and unshifted labels
+            reproduce, as may happen before training.
         split: the batch's examples, by default its rows.
 
     Raises:
@@ -116,7 +116,7 @@ def own_losses_of(
 
     Args:
         model: the model.
-        loss: of the batch.
+        loss: loss of the batch.
         output: the model's.
         inputs: what it was called with, by name.
         split: the batch's examples.

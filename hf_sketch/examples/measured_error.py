@@ -72,7 +72,7 @@ def measure_error(
         sketcher: within its context, with no batch in flight.
         batches: inputs of the model.
         examples: number of examples compared: the first that have a loss.
-        loss_fn: as for `ExampleSketcher.sketch`.
+        loss_fn: see `ExampleSketcher.sketch`.
         low_precision: the model computes in 16 bits.
 
     Returns:

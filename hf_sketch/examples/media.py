@@ -29,9 +29,9 @@ class Media:
     Empty unless examples have unequally many rows of something.
 
     Args:
-        starts: of each input with rows end to end, its name, the rows at which examples
-            start, and the number of rows. Also of tiles, without those that are zero,
-            and, under "", of what the model puts in place of the tokens.
+        starts: for each input with rows end to end, its name, the rows at which
+            examples start, and the number of rows. Also of tiles, without those that
+            are zero, and, under "", of what the model puts in place of the tokens.
         unknown: inputs whose examples are unknown.
     """
 
@@ -117,7 +117,7 @@ class _Owners:
     """The inputs of one kind, and the tokens in whose places the model puts them.
 
     Args:
-        inputs: by name.
+        inputs: inputs by name.
         places: (b, t), whether a token is one of those.
     """
 

@@ -31,7 +31,7 @@ class NamedSums:
         self._plain: dict[str, Tensor] = {}
 
     def empty(self) -> "NamedSums":
-        """Return sums of as many examples, of nothing yet."""
+        """Return empty sums for the same number of examples."""
         return NamedSums(self._model_sketch, self._like)
 
     def fold(self, name: str, factor: Tensor, side: int) -> Tensor | Side:

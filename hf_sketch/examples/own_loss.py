@@ -94,7 +94,7 @@ class TokenMeans:
         """Find out what the first loss is, before its backward pass.
 
         Args:
-            calls: of the model, that the loss is made of.
+            calls: calls of the model, that the loss is made of.
             loss: what is differentiated.
             items: number of tokens that it may be divided by.
             reduction: "mean" or "sum" over an example's tokens.
@@ -192,8 +192,8 @@ def adds_penalty(
 
     Args:
         loss: what is differentiated.
-        calls: of the model, whose outputs these are.
-        parameters: of the model.
+        calls: calls of the model, whose outputs these are.
+        parameters: parameters of the model.
     """
     ends = {end for call in calls for end in call.ends}
     wanted = {id(parameter) for parameter in parameters}

@@ -33,13 +33,14 @@ class Replay:
         names: the sketch's names of the parameters, by attribute.
         parameters: attributes that train, dotted where they lie further within.
         others: the module's other parameters, where it does not keep them.
-        args: of the call.
-        kwargs: of the call.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
         outputs: the tensors it returned, in the order of `tensors_of`.
         random_state: when it was called.
-        output_gradients: of `outputs`, once they are there.
+        output_gradients: gradients of `outputs`, once known.
         autocast: the dtype that autocast gave to the call; None where it was off.
-        versions: of `args` and `outputs`; others tell that a model has changed them.
+        versions: versions of `args` and `outputs`; a later version means that the model
+            changed the tensor in place.
         rescues: it takes the place of what other rules give.
     """
 

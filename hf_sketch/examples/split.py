@@ -260,9 +260,10 @@ def split_of(
     Of several such rows, each is an example: it is a row of the dataset.
 
     Args:
-        inputs: by name.
+        inputs: inputs by name.
         main_input: name of the first.
-        placeholders: of the model, if it takes images or sounds; see `placeholders_of`.
+        placeholders: placeholders of the model, if it takes images or sounds; see
+            `placeholders_of`.
 
     Raises:
         ValueError: no tensor among the inputs.

@@ -24,7 +24,7 @@ class GroupSum:
     elements): such rows are held until `result`, and must not change until then.
 
     Args:
-        operators: those of all parameters.
+        operators: operators of all parameters.
         group: name of the group.
         total: (b, out_size), sketches to add to, in place. With it, each part of a
             batch's gradients is finished as it comes, since sums over blocks are larger

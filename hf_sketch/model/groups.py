@@ -103,7 +103,7 @@ def grouped_names(
 
     Args:
         shapes: name and shape of each parameter, in the model's order.
-        groups: number of groups, runs of layers with about as many elements each. A
+        groups: number of groups, runs of layers with about equally many elements. A
             layer is all up to the first number in a parameter's name
             ("encoder.layer.3"), or the module that has the parameter. Or for each group
             a regular expression that is found in its parameters' names and in no

@@ -25,7 +25,7 @@ def implicit_sketch(
         returns (row_size,)
 
     Args:
-        loss_fn: from a callable that stands for the model to the loss, e.g.
+        loss_fn: function that maps a callable standing for the model to the loss, e.g.
             `lambda model: model(**batch).loss`.
         model: the model at theta0; its parameters and their `.grad` stay as they are.
         model_sketch: S.

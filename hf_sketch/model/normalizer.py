@@ -40,7 +40,7 @@ class Normalizer:
     [[7.0, 7.0, 7.0, 7.0, 7.0, 7.0]]
 
     Args:
-        moments: by parameter name, (a, b) of a matrix, and (v,) of a vector.
+        moments: moments by parameter name, (a, b) of a matrix, and (v,) of a vector.
         step: the optimizer step after which they were taken.
 
     Reference:

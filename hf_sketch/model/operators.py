@@ -17,7 +17,7 @@ class Operators:
     """The operators of a map's parameters, made as they are first asked for.
 
     Args:
-        shapes: of each parameter, by name.
+        shapes: shapes of each parameter, by name.
         group_of: group of each.
         out_size: numbers of each operator's sketch.
         layout: see `ModelSketch`, as for the rest.

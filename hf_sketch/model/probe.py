@@ -1,4 +1,4 @@
-"""The fixed gradient whose sketch tells equal maps from others."""
+"""The fixed gradient whose sketch identifies a map."""
 
 import math
 from collections.abc import Sequence

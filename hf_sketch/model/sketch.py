@@ -261,7 +261,7 @@ class ModelSketch:
         return trainable_parameters(model, dict(self.shapes))
 
     def check_value(self) -> list[float]:
-        """The sketch of a fixed probe, which tells equal maps from others."""
+        """The sketch of a fixed probe, which identifies the map."""
         return list(self._check_value)
 
     @cached_property

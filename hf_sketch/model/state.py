@@ -18,7 +18,7 @@ class RandomState:
     """States of the generators that a module draws from.
 
     Args:
-        of_torch: that of torch's CPU, and that of the module's device.
+        of_torch: random states of torch's CPU generator and of the module's device.
         of_others: NumPy's and Python's; None if nothing draws from them.
     """
 
@@ -96,7 +96,7 @@ def random_state(device: torch.device, everywhere: bool = False) -> RandomState:
 
     Args:
         device: the module's.
-        everywhere: those of NumPy and Python, too, which takes some 0.1 ms.
+        everywhere: include the states of NumPy and Python, which takes about 0.1 ms.
     """
     others = (np.random.get_state(), random.getstate()) if everywhere else None
     of_torch = (torch.get_rng_state(),)

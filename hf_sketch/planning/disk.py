@@ -37,25 +37,25 @@ class RowFormat:
 
     @property
     def row_bytes(self) -> float:
-        """Of one row, with its columns; `finite` takes an eighth of a byte."""
+        """Bytes of one row with its columns; `finite` takes an eighth of a byte."""
         return sum(self._widths())
 
     @property
     def buffered_bytes(self) -> int:
-        """Of one row in memory, until it is written: 8 for an integer, 4 for a loss."""
+        """Bytes of one row in memory until it is written."""
         return _BUFFERED[self.kind] + self.out_size * torch.float32.itemsize
 
     def file_bytes(self, rows: int) -> int:
-        """Of an Arrow file with so many rows."""
+        """Return the bytes of an Arrow file with `rows` rows."""
         return self._head_bytes() + self._body_bytes(rows)
 
     def _body_bytes(self, rows: int) -> int:
-        """Of its columns, each filled up to the alignment."""
+        """Return the bytes of its columns, each padded to the alignment."""
         parts = (math.ceil(rows * width / _ALIGNMENT) for width in self._widths())
         return _ALIGNMENT * sum(parts)
 
     def _head_bytes(self) -> int:
-        """Of all else in the file: the same for any number of rows."""
+        """Return the bytes of the rest of the file, the same for any number of rows."""
         names = self._features()
         columns = {n: torch.zeros(1) for n in names if n not in ("scale", "sketch")}
         columns["sketch"] = torch.zeros(1, self.out_size)
@@ -85,13 +85,13 @@ class StoreSize:
     """What a recorded run leaves on disk.
 
     Args:
-        rows: of examples, of all ranks.
-        row_bytes: of one of them.
-        step_rows: of steps.
+        rows: number of rows of examples, over all ranks.
+        row_bytes: bytes per row.
+        step_rows: number of rows of steps.
         files: Arrow files.
-        files_a_rank: those of the rank that has most.
-        total_bytes: of all files.
-        manifest_bytes: of the largest manifest at the end.
+        files_a_rank: number of files of the rank that has most.
+        total_bytes: bytes of all files.
+        manifest_bytes: bytes of the largest manifest at the end.
     """
 
     rows: int
@@ -118,9 +118,9 @@ def store_size(
     Args:
         examples: their rows' format.
         rows_a_step: examples of one rank in a step.
-        steps: that are recorded.
+        steps: number of recorded steps.
         per_step: whether the first rank writes a row for each step, too.
-        ranks: that write.
+        ranks: number of ranks that write.
         flush_steps: recorded steps between two checkpoints, which end a file.
         file_bytes: length from which a file stays; shorter ones are joined.
     """
@@ -176,9 +176,9 @@ class _Files:
     """A rank's files of one kind.
 
     Args:
-        kind: of their rows.
+        kind: format of their rows.
         rows_a_step: rows of each step.
-        least_bytes: length of those that are joined no more.
+        least_bytes: length from which a file stays as it is.
         large: bytes of each of these.
         small: rows of the others.
         small_bytes: theirs.
@@ -230,14 +230,14 @@ def _file_bytes(kind: RowFormat, rows: int) -> int:
 
 
 def _bytes_per_file(kinds: list[str]) -> int:
-    """Of a file's part of the entry of a flush in the manifest."""
+    """Return a file's part of the manifest's entry for a flush, in bytes."""
     rest = 1000, 10**6, 10**6, 10**7, 1000, _DIGEST, _DIGEST
     shards = [Shard(f"{kind}-00000-000001.arrow", kind, *rest) for kind in kinds]
     return round(entry_bytes(shards) / len(kinds))
 
 
 def _bits(kind: pa.DataType) -> int:
-    """Of a value of an Arrow type."""
+    """Return the bits of one value of an Arrow type."""
     if pa.types.is_fixed_size_list(kind):
         return kind.list_size * _bits(kind.value_type)
     return kind.bit_width

@@ -16,7 +16,7 @@ def limits_of(
     """Return what does not work, or not well, one sentence each with a way out.
 
     Args:
-        plan: of the run.
+        plan: plan of the run.
         run: planned run.
         memory_bytes: memory of each device.
         element_bytes: bytes per number of a parameter.

@@ -47,7 +47,7 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
 
     Args:
         directory: the output_dir.
-        path: of the page; by default `report.html` there.
+        path: path of the page; by default `report.html` there.
 
     Returns:
         the path.

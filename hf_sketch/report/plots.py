@@ -40,7 +40,7 @@ def plot_rneg(spectra_by_name: Mapping[str, Sequence[Spectrum]]) -> Figure:
     independent.
 
     Args:
-        spectra_by_name: of a run each, as `load_spectra` gives.
+        spectra_by_name: spectra of each run, as `load_spectra` returns them.
 
     Raises:
         ValueError: there is no spectrum of a name.
@@ -221,7 +221,7 @@ def plot_loss(store: GradientRows) -> Figure:
     """The mean loss of each step's examples, and its running mean.
 
     Args:
-        store: with rows of examples that know their step.
+        store: store whose rows of examples have a step.
     """
     steps, losses = column(store.dataset, "step"), column(store.dataset, "loss")
     known = np.isfinite(losses)
@@ -235,7 +235,7 @@ def plot_gradient_norm(store: GradientRows) -> Figure:
     """The norm of each step's gradient before clipping, and its running mean.
 
     Args:
-        store: with rows of steps.
+        store: store with rows of steps.
     """
     steps: Dataset | None = store.steps
     if steps is None:

@@ -59,12 +59,12 @@ class AFFD(MixedSketch):
 
     @property
     def spread_variance(self) -> float:
-        """That of a Gaussian matrix, and 6 / n for the magnitudes in G."""
+        """Variance of a Gaussian matrix, plus 6 / n for the magnitudes in G."""
         return 2 / self.out_size + 6 / self.block
 
     @property
     def cross_variance(self) -> float:
-        """That of a Gaussian matrix, and G's share: all blocks have it in common."""
+        """Variance of a Gaussian matrix, plus G's share, common to all blocks."""
         own = 1 if self.in_size <= self.block else 2
         return 1 / self.out_size + own / self.block
 

@@ -72,12 +72,12 @@ class BlockedSketch(SeededSketch):
 
     @property
     def mixed_shape(self) -> tuple[int, int]:
-        """How the sum over blocks is kept: (segments, elements of each)."""
+        """Shape of the sum over blocks: (segments, elements per segment)."""
         return 1, self.block
 
     @property
     def kind(self) -> Mix:
-        """What transform H is."""
+        """Kind of the transform H."""
         return "hadamard"
 
     @property
@@ -87,7 +87,7 @@ class BlockedSketch(SeededSketch):
 
     @abstractmethod
     def finish(self, mixed: Tensor) -> Tensor:
-        """From the sum over blocks to the sketch: (b, mixed) -> (b, out_size).
+        """Turn the sum over blocks into the sketch: (b, mixed) -> (b, out_size).
 
         May overwrite its argument.
         """
@@ -280,7 +280,7 @@ class MixedSketch(BlockedSketch):
 
     @property
     def kind(self) -> Mix:
-        """As chosen."""
+        """Return the transform as chosen."""
         return self.mix
 
     def moments(self, rows: Tensor) -> Moments:

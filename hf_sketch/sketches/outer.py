@@ -143,7 +143,7 @@ def form_grouped(
     Args:
         left: left sides.
         right: right sides.
-        example: whose sum each product is of.
+        example: example that each product belongs to.
         group: which one of the example's sums.
         sizes: numbers of examples and groups.
     """

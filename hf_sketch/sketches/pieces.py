@@ -19,8 +19,8 @@ class Piece:
         low: first coordinate of the first block.
         high: one past the last coordinate, in the last block.
         places: (blocks,), the segment that each block is added to.
-        masks: by role, runs of the blocks with their sign masks (blocks, block); roles
-            in which no signs are flipped are left out.
+        masks: for each role, runs of the blocks with their sign masks (blocks, block);
+            roles in which no signs are flipped are left out.
     """
 
     low: int
@@ -59,7 +59,7 @@ class WorkingMemory:
         self._held: Tensor | None = None
 
     def take(self, like: Tensor, *sizes: int) -> tuple[Tensor, ...]:
-        """Return buffers of so many elements, with what was left in them."""
+        """Return buffers of the given sizes, with arbitrary content."""
         held, total = self._held, sum(sizes)
         if (
             held is None
@@ -74,7 +74,7 @@ class BlockSigns:
     """The signs of a range of blocks of a stream; their offsets are drawn once.
 
     Args:
-        signs: of all blocks.
+        signs: signs of all blocks.
         block: number of elements in a block.
         first: the first block.
         end: one past the last.
@@ -117,7 +117,7 @@ class DrawnBlocks:
     Args:
         block: number of elements in a block.
         first: the first block.
-        signs: by role.
+        signs: signs by role.
         places: (blocks,), the segment that each block is added to.
     """
 

@@ -49,7 +49,7 @@ class SRHT(BlockedSketch):
 
     @property
     def mixed_shape(self) -> tuple[int, int]:
-        """As many segments as the sketch needs, or the kept part of one."""
+        """Number of segments the sketch needs, or the kept part of one."""
         if self.out_size <= self.block:
             return 1, self.out_size
         return -(-self.out_size // self.block), self.block

@@ -156,8 +156,8 @@ def estimate_trace(
 
     Args:
         operator: anything with `size`, `dtype`, `device` and `operator @ v`.
-        products: number of products, in [4, operator.size]. A third as many vectors are
-            kept in memory.
+        products: number of products, in [4, operator.size]. Memory holds a third of
+            that number of vectors.
         seed: seed of the random signs.
         progress: show a progress bar.
 

@@ -53,7 +53,7 @@ def row_blocks(
 ) -> Iterator[RowBlock]:
     """Yield all rows in order; memory does not grow with their number.
 
-    Another device gets them as they are stored, through pinned memory on CUDA.
+    An accelerator gets them as they are stored, through pinned memory.
 
     Args:
         dataset: the rows.
@@ -68,7 +68,7 @@ def row_blocks(
         block_rows(dataset),
         out_size,
         dtype=torch.float32 if device == CPU else _dtype(dataset),
-        pin_memory=device.type == "cuda",
+        pin_memory=device != CPU,
     )
     table: Any
     for table in arrow.iter(len(memory)):

@@ -93,7 +93,7 @@ def fetch_store(url: str, **options: object) -> Path:
 
     Args:
         url: a Trainer's `output_dir` or its `sketches` directory.
-        options: those of the file system, passed to fsspec.
+        options: options of the file system, passed to fsspec.
 
     Raises:
         ImportError: the package of the file system is not installed.

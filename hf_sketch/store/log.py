@@ -46,7 +46,7 @@ class Log:
             full.
         snapshot_bytes: length of its first line.
         entries: number of lines after that.
-        digest: of the last line, which the next one is chained to.
+        digest: digest of the last line, which the next one is chained to.
     """
 
     manifest: Manifest

@@ -51,7 +51,7 @@ def decide_opening(
     Args:
         ours: header of the rows that will be written.
         theirs: header of the store; None if there is none that can be read.
-        manifests: those of the store.
+        manifests: manifests of the store.
         resume_step: the optimizer step that training resumes after; 0 for a new run.
         rank: rank of this process. Rank 0 comes first, so for the others, rows of other
             ranks may already be those of this run.

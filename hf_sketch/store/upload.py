@@ -27,7 +27,7 @@ def upload_store(directory: Path, url: str, **options: object) -> list[str]:
     Args:
         directory: the store on disk.
         url: the store's directory at the URL, or where it will be.
-        options: those of the file system, passed to fsspec.
+        options: options of the file system, passed to fsspec.
 
     Returns:
         the names of the files of rows that were sent.

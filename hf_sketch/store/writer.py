@@ -141,7 +141,7 @@ class SketchWriter:
             self._named.result()
 
     def join_files(self) -> None:
-        """Let the small files become one of each kind, as no more rows will come.
+        """Join the small files of each kind, once all rows are written.
 
         After `close` it does nothing.
         """

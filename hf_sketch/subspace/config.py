@@ -35,8 +35,8 @@ class SubspaceConfig(PeftConfig):
 
     Args:
         dim: length of omega.
-        max_dim: of the subspace that `dim` may grow to, by `grow_subspace`; None for
-            `dim`. Sketching needs working memory for so many numbers.
+        max_dim: largest dimension that `grow_subspace` may grow the subspace to; None
+            for `dim`. Sketching needs working memory for that many numbers.
         operator: "affd", "afjl", "srht", "fjl", "qk", "ffd" or "dense".
         layout: "blocked", "factored" or "flat", see `ModelSketch`.
         seed: draws S.

@@ -33,7 +33,7 @@ def grow_subspace(
     it, which sees to that.
 
     Args:
-        model: from `get_peft_model(model, SubspaceConfig(...))`.
+        model: model returned by `get_peft_model(model, SubspaceConfig(...))`.
         dim: the new length of omega, at least the old one and at most `max_dim`.
         optimizer: gets the new parameter in the place of the old one, with its state;
             None if it will be made later.

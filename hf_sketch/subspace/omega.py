@@ -55,7 +55,7 @@ class OmegaGradient:
 
     @property
     def names(self) -> list[str]:
-        """Of the parameters whose gradients are summed."""
+        """Names of the parameters whose gradients are summed."""
         return [name for name, _ in self._model_sketch.shapes]
 
     def uses(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Tensor]:

@@ -27,7 +27,7 @@ class Stage:
         dim: dimensions that were trained up to here.
         metric: what the evaluation gave.
         decision: "start" before the first stage, "reached" the target, "continue" with
-            as many dimensions, "double" them, or "exhausted" where no more are allowed.
+            the same dimension, "double" it, or "exhausted" at the largest allowed.
     """
 
     step: int

@@ -30,7 +30,7 @@ class SubspaceModel(BaseTuner):
     Args:
         model: the base model; its parameters are changed in place.
         peft_config: a SubspaceConfig, or one for each adapter.
-        adapter_name: of the first adapter.
+        adapter_name: name of the first adapter.
         low_cpu_mem_usage: make omega on the meta device.
         state_dict: not used.
 

@@ -17,7 +17,7 @@ class DimensionRecipe:
     """A task, and its settings for a run of minutes.
 
     Args:
-        name: of the recipe.
+        name: name of the recipe.
         make_task: makes the model, its data and metrics from the arguments.
         small: smaller arguments for `--small`.
         small_training: smaller arguments of the Trainer for `--small`.

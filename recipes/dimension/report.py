@@ -46,7 +46,7 @@ def save_run(
     """Print what was found; write results.json, the plot and README.md.
 
     Args:
-        name: of the recipe.
+        name: name of the recipe.
         task: what was learned.
         arguments: as they were used.
         training: as it was used.

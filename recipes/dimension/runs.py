@@ -36,7 +36,7 @@ class Task:
     Args:
         setup: the model and the rows that it is trained on; every run copies the model.
         eval_dataset: tokenized.
-        compute_metrics: of the Trainer's predictions.
+        compute_metrics: function that computes metrics from the Trainer's predictions.
         metrics: what that gives, by the names that the Trainer reports.
     """
 
@@ -55,7 +55,7 @@ class DimensionRun:
         baseline: the metric of full fine-tuning; None without.
         half: the dimension, the best metric and whether that is below the target, of
             the run with half of the dimension; None without.
-        seconds: of the search, since it was resumed.
+        seconds: seconds of the search, since it was resumed.
     """
 
     search: DimensionSearch
@@ -144,8 +144,8 @@ def timed_search(
 
     Args:
         task: what is learned.
-        arguments: of the search; its target counts from `given_target`.
-        training: of the Trainer; its seed draws the subspace.
+        arguments: arguments of the search; its target counts from `given_target`.
+        training: arguments of the Trainer; their seed draws the subspace.
         baseline: the metric of full fine-tuning.
     """
     callback = IntrinsicDimensionCallback(
@@ -172,9 +172,9 @@ def train_half(
 
     Args:
         task: what was learned.
-        arguments: of the search.
-        training: of the search.
-        search: that found a dimension of at least 2.
+        arguments: arguments of the search.
+        training: arguments of the Trainer in the search.
+        search: search that found a dimension of at least 2.
     """
     assert search.dimension is not None
     dim = search.dimension // 2

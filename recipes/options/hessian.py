@@ -17,7 +17,9 @@ class HessianArguments:
     )
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "By default roberta-base for snli, bart-base for xsum."},
+        metadata={
+            "help": "Model; roberta-base for snli and bart-base for xsum by default."
+        },
     )
     train_file: str | None = field(
         default=None,

@@ -38,7 +38,8 @@ class WikitextArguments:
     max_length: int = field(default=128, metadata={"help": "Tokens kept per passage."})
     out_size: int = field(default=4096, metadata={"help": "Numbers per sketch."})
     method: str = field(
-        default="tracin", metadata={"help": "As in hf-sketch attribute."}
+        default="tracin",
+        metadata={"help": "Method of scoring, see hf-sketch attribute."},
     )
     damping: float | None = field(
         default=None, metadata={"help": "Damping of preconditioned."}

@@ -50,7 +50,7 @@ from hf_sketch.recipes.texts.text_rows import (
 from hf_sketch.recipes.training_defaults import with_defaults
 from hf_sketch.sketches.choices import check_choice, check_count, check_setting
 
-_CANDIDATES = 5  # times as many rows as are chosen are looked at for diversity
+_CANDIDATES = 5  # candidates considered for diversity, per chosen row
 _SHOWN = 10
 
 SelectTrainingArguments = with_defaults(

@@ -81,10 +81,10 @@ def recorded_pool(
     checkpoint.
 
     Args:
-        text_model: with adapters, which are trained.
+        text_model: model with adapters, which are trained, and its tokenizer.
         pool: its tokenized rows.
-        training: of the Trainer; it saves at the end of the epoch.
-        warmup_share: of the steps.
+        training: arguments of the Trainer, which saves at the end of the epoch.
+        warmup_share: fraction of the steps that warm up the learning rate.
         out_size: numbers per row.
     """
     trainer = Trainer(

@@ -89,8 +89,8 @@ def operator_costs(
     peak is that of a new one, so that what it keeps counts.
 
     Args:
-        cases: by name, the operator and what is done with it.
-        rounds: as for `timed`.
+        cases: cases by name, the operator and what is done with it.
+        rounds: see `timed`.
     """
     actions = {name: partial(use, operator) for name, (operator, use) in cases.items()}
     costs: dict[str, dict[str, float]] = {}

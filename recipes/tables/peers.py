@@ -72,7 +72,7 @@ class Traker(PostHocRecorder):
     """The features of TRAK, of the loss itself, with its projector for a CPU."""
 
     note = (
-        "the projector's defaults: 2048 numbers, a normal matrix made anew for each "
+        "the projector's defaults: 2048 numbers, a normal matrix drawn again for each "
         "batch, 100 columns at a time; in float32"
     )
     _out_size = 2048

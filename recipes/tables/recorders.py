@@ -21,8 +21,8 @@ class Recorded:
 
     Args:
         rows: (b, numbers in a row), those of the first batch's examples, in order.
-        row_bytes: of one row in the store.
-        other_bytes: of all else in the store.
+        row_bytes: bytes per row in the store.
+        other_bytes: bytes of everything else in the store.
         covered: names of the trainable parameters whose gradients the rows see.
     """
 
@@ -39,7 +39,7 @@ class Recorder(ABC):
 
     @abstractmethod
     def recorded(self, examples: int, batch_size: int) -> Recorded:
-        """What is in the store after a pass over so many examples."""
+        """Describe the store after a pass over that many examples."""
 
 
 class TrainingRecorder(Recorder):

@@ -33,7 +33,7 @@ def country_documents(seed: int = 0) -> Dataset:
     """Seven true sentences about each of 52 countries, and five false ones.
 
     Args:
-        seed: of their order.
+        seed: seed of their order.
 
     Returns:
         the columns text, and false, which is true of the five.

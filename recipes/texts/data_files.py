@@ -58,7 +58,7 @@ def count_or_share(option: str, given: str, rows: int, most: int) -> int:
     """Return how many of some rows "2%" or "50" of them are.
 
     Args:
-        option: that was given, for the error.
+        option: command-line option, named in the error.
         given: a number, or a share in percent.
         rows: their number.
         most: the largest result allowed; the least is 1.
@@ -117,8 +117,8 @@ def check_labels(
 
     Args:
         dataset: the rows.
-        column: of the labels.
-        names: of the labels, by number.
+        column: column of the labels.
+        names: names of the labels, by number.
         source: what the rows are from.
 
     Raises:

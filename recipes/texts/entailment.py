@@ -36,8 +36,8 @@ def load_pairs(split: Split, file: str | None = None) -> Dataset:
 
     Args:
         split: "train" (2,000 rows) or "validation" (300) of our own pairs.
-        file: with the same columns, as of SNLI, instead of them; rows with the label
-            -1 have no gold label and are left out.
+        file: file with the same columns, such as SNLI's, to read instead; rows with the
+            label -1 have no gold label and are left out.
 
     Raises:
         FileNotFoundError: the file is not there.
@@ -65,7 +65,7 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
 ) -> Dataset:
-    """Add the model's inputs for each pair of sentences, of so many tokens at most."""
+    """Add the model's inputs for each pair of sentences, truncated to `max_length`."""
     return dataset.map(
         lambda rows: tokenizer(
             rows["premise"], rows["hypothesis"], truncation=True, max_length=max_length

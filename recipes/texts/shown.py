@@ -28,7 +28,7 @@ def check_trained_rows(store: GradientRows, dataset: Dataset, path: str) -> None
     Args:
         store: the run's rows.
         dataset: the file's.
-        path: of the file, for the message.
+        path: path of the file, for the message.
     """
     rows = store.directory and read_header(store.directory).train_rows
     if rows not in (None, len(dataset)):

@@ -43,8 +43,8 @@ class TextModel:
 
     Args:
         kind: "classification", "causal" or "seq2seq".
-        model: in evaluation mode.
-        tokenizer: of the model, with a token to pad with.
+        model: the model, in evaluation mode.
+        tokenizer: tokenizer of the model, with a token to pad with.
     """
 
     kind: str
@@ -110,7 +110,7 @@ def text_columns(dataset: Dataset, kind: str, given: str | None = None) -> list[
 
     Args:
         dataset: the rows.
-        kind: of the model.
+        kind: kind of the model.
         given: names, comma-separated; by default the first usual ones that are there.
 
     Raises:

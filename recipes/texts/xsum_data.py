@@ -36,7 +36,7 @@ def load_xsum(split: str = "train", file: str | None = None) -> Dataset:
 
     Args:
         split: "train", "validation" or "test" of the Hub's dataset.
-        file: with the same columns, instead of it.
+        file: file with the same columns to read instead.
 
     Raises:
         FileNotFoundError: the file is not there.
@@ -103,7 +103,7 @@ def tokenize_summaries(
 
     Args:
         dataset: document, summary.
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         max_source_length: tokens of a document that are kept.
         max_target_length: tokens of a summary that are kept.
     """

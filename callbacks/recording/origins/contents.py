@@ -103,7 +103,7 @@ class Items:
         return item
 
     def contents(self, item: Any) -> list[Content]:
-        """Return what the model sees of an item; nothing if that cannot be told."""
+        """Return what the model sees of an item; nothing if that is unknown."""
         found: list[Content] = []
         with attempt():
             inputs = None if self._collate is None else self._collate([item])

@@ -87,14 +87,14 @@ class OriginFinder:
         """Return the origins of a batch's rows, those of one call after another's.
 
         Args:
-            calls: of the model.
+            calls: calls of the model.
             drawn: what the sampler has drawn for it, or for the batches that the
                 Trainer makes of it; None for a stream, whose rows are known by their
                 contents alone.
             collated: the batch as the loader gave it.
 
         Raises:
-            RuntimeError: it cannot be told.
+            RuntimeError: it cannot be determined.
         """
         sizes = [call.split.size for call in calls]
         if drawn is None:
@@ -177,7 +177,7 @@ class OriginFinder:
     ) -> tuple[list[list[int]], list[int | None]]:
         """Return the places of the items that each row may be of, and their ids.
 
-        Items of one prompt cannot be told apart, and get the same id.
+        Items of one prompt are indistinguishable, and get the same id.
         """
         known = sorted({*drawn} - {None})  # type: ignore[type-var]
         with self._items.unnoticed():

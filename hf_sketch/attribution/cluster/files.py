@@ -96,8 +96,8 @@ def rows_of_files(files: Sequence[str], rows: range | None = None) -> Dataset:
     """Return rows of Arrow files, memory-mapped.
 
     Args:
-        files: in the order of the rows.
-        rows: those to keep, counted from the first file's first; all by default.
+        files: names of the files, in the order of the rows.
+        rows: the rows to keep, counted from the first file's first; all by default.
     """
     dataset = concatenate_datasets([Dataset.from_file(file) for file in files])
     return dataset if rows is None else dataset.select(rows)

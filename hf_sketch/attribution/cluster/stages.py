@@ -36,8 +36,8 @@ class SavedCovariance(Method):
     """`Preconditioned`, with the covariance that an earlier stage has left in a file.
 
     Args:
-        folder: of the tasks.
-        shape: of a row, see `covariance`.
+        folder: folder of the tasks.
+        shape: shape of a row, see `covariance`.
         examples: number of different examples.
         damping: see `Preconditioned`.
     """
@@ -65,7 +65,7 @@ class PartTask:
 
     Args:
         work: the work.
-        rows: of the store.
+        rows: rows of the store.
         folder: where results go.
         output: name of the results' folder.
     """
@@ -156,18 +156,18 @@ def attribution_stages(
     Args:
         store: as `load_sketches` returns it, in a directory that all machines reach,
             or see `url`.
-        queries: as in `attribute`.
+        queries: see `attribute`.
         folder: for results and logs, a directory that all machines reach, or a URL.
         tasks: number of tasks that read rows, each a part; fewer if there are fewer
             blocks of rows.
-        top_k: as in `attribute`.
-        method: as in `attribute`; one stage more takes the covariance of
+        top_k: see `attribute`.
+        method: see `attribute`; one stage more takes the covariance of
             "preconditioned".
-        bottom_k: as in `attribute`.
-        groups: as in `attribute`. None needs no sums over the rows of an example.
-        layers: as in `attribute`.
-        damping: of "preconditioned".
-        url: of the store; tasks then copy the files that they read from there.
+        bottom_k: see `attribute`.
+        groups: see `attribute`. None needs no sums over the rows of an example.
+        layers: see `attribute`.
+        damping: damping of "preconditioned".
+        url: address of the store, from which tasks then copy the files they read.
         joined_at_once: results that one task joins; more of them are joined as a tree.
 
     Raises:

@@ -41,7 +41,7 @@ class Work(ABC):
         """The result on the rows of several parts, which are given in order."""
 
     def finished(self, whole: pa.Table) -> pa.Table:
-        """What is kept of the result on all rows."""
+        """Return what is kept of the result on all rows."""
         return whole
 
 
@@ -53,7 +53,7 @@ class Question:
         ids (queries,)
 
     Args:
-        ids: of the queries.
+        ids: ids of the queries.
         queries: their sketches.
         method: what scores are.
         top: number of lines with the greatest scores.
@@ -82,7 +82,7 @@ def score_shards(
         files: Arrow files of the store, in the order of the rows.
         question: the queries.
         groups: None, or "example_id" where no example has two rows in the store.
-        rows: those to score, counted from the first file's first; all by default.
+        rows: the rows to score, counted from the first file's first; all by default.
     """
     return Strongest(question, groups).of_rows(rows_of_files(files, rows))
 
@@ -173,7 +173,7 @@ class CovarianceSums(Work):
     """The sum of r r^T over finite rows r, and their number.
 
     Args:
-        shape: of a row, see `covariance`.
+        shape: shape of a row, see `covariance`.
     """
 
     shape: tuple[int, ...]
@@ -204,7 +204,7 @@ def work_of(
 
     Args:
         question: the queries.
-        groups: as in `attribute`.
+        groups: see `attribute`.
         dataset: all rows.
         examples: number of different examples.
     """
@@ -228,7 +228,7 @@ def _with_sums(about: pa.Table, sums: Tensor, met: Tensor) -> pa.Table:
 
 
 def _sums(table: pa.Table) -> tuple[Tensor, Tensor]:
-    """What `_with_sums` has added."""
+    """Return the columns that `_with_sums` added."""
     flat = _flat(table[_SUMS])
     return flat.view(len(table), -1).T.contiguous(), _numbers(table, _FINITE)
 

@@ -110,7 +110,7 @@ def find_mislabeled(
 
 
 def _disagreement(directions: Directions) -> Tensor:
-    """How far each example pulls away from all others, (examples,), float64."""
+    """Return how far each example pulls away from all others, (examples,), float64."""
     metric = directions.metric(damping=1.0)
     total = sum(block.double().sum(0) for _, block in directions.blocks())
     found = torch.zeros(len(directions.ids), dtype=torch.float64)
@@ -153,7 +153,7 @@ def _means_of(values: np.ndarray[Any, Any], axis: int) -> np.ndarray[Any, Any]:
 
 
 def _standard(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """In standard deviations from the mean of what is not NaN; 0 if all are equal."""
+    """Return standard deviations from the mean, ignoring NaN; 0 if all are equal."""
     centred = values - _means_of(values, 0)
     spread = np.sqrt(_means_of(centred**2, 0))
     return centred / spread if spread > 0 else centred

@@ -32,7 +32,7 @@ class Reference:
         call: the call.
         answers: the model's, detached.
         probes: the function is their product with the answers.
-        gradients: of each parameter that is reached, by name, one row per example, or
+        gradients: gradients of each reached parameter, by name, one row per example, or
             its sketch.
         called: paths of the modules that were called.
         examples: number of examples.

@@ -224,7 +224,7 @@ class Trial:
 
     @property
     def _biases(self) -> list[PositionBiases]:
-        """Those readers that give outputs to each example."""
+        """Return the readings that give outputs to each example."""
         return [r for r in self._reading.readers if isinstance(r, PositionBiases)]
 
     def _demote(self, failed: Collection[Rule], reference: Reference) -> None:

@@ -1,4 +1,4 @@
-"""Gradients that were zero when they were compared, which tells nothing of a rule."""
+"""Gradients that were zero when compared, so that a rule is still unverified."""
 
 from collections.abc import Mapping
 

@@ -40,7 +40,7 @@ class _Slope:
 
     Args:
         call: the call, without its output.
-        factors: of the outputs at constant w, whose sum is n.
+        factors: factors of the outputs at constant w, whose sum is n.
     """
 
     call: Call

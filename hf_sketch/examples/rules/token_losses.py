@@ -67,7 +67,7 @@ def span_losses(
 
 
 def _log_sum_exp(logits: Tensor) -> Tensor:
-    """Of the classes, a few rows at a time: all of them at once would be copied."""
+    """Sum over the classes, a few rows at a time: all at once would be copied."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     flat = logits.flatten(0, -2)
     rows = max(1, _ELEMENTS_AT_ONCE // flat.shape[-1])

@@ -57,8 +57,8 @@ class _Slice:
         tensor: the part, kept so that no other tensor gets its identity.
         attribute: the parameter's.
         experts: length of the parameter's first dimension.
-        expert: whose part it is: one expert, () or one for each row, (rows,); None for
-            the whole parameter.
+        expert: expert that the part belongs to: one, (), or one per row, (rows,); None
+            for the whole parameter.
         turned: the last two dimensions are exchanged.
     """
 
@@ -76,7 +76,7 @@ class UseTrace(TorchFunctionMode):
     keeps the number of rows.
 
     Args:
-        parameters: by attribute.
+        parameters: parameters by attribute.
         x: the module's input, with a token in each row.
     """
 
@@ -170,7 +170,7 @@ class UseTrace(TorchFunctionMode):
             places = torch.arange(len(token), device=x.device, dtype=torch.int32)
             expert = torch.searchsorted(kwargs["offs"], places, right=True)
         elif expert is None and part.tensor.dim() == 3 and token is self._every:
-            # Each expert multiplies all tokens, which lie there for each anew.
+            # Each expert multiplies all tokens, which are repeated for each.
             tokens = len(token) // part.experts
             places = torch.arange(part.experts, device=x.device)
             expert = places.repeat_interleave(tokens)

@@ -24,7 +24,7 @@ class _Uses:
 
     Args:
         call: the call.
-        uses: of the parameter.
+        uses: uses of the parameter.
     """
 
     def __init__(self, call: Call, uses: list[Use]) -> None:

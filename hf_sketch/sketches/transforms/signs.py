@@ -60,7 +60,7 @@ class StreamSigns:
     Args:
         seed: the user's seed.
         role: "before" or "after" the transform.
-        stream: whose signs; other streams have other offsets.
+        stream: stream of the signs; each stream has its own offset.
         run: length of a run, a multiple of the block.
     """
 

@@ -114,7 +114,7 @@ def record(
 
     Args:
         required: the rules of fields that are there.
-        optional: those of fields that may be there.
+        optional: checks of fields that may be absent.
         closed: other fields are refused; later releases may add them otherwise.
     """
     rules = {**required, **(optional or {})}

@@ -75,7 +75,7 @@ class Alone:
     Args:
         gradients: each example's own.
         losses: each example's own.
-        mixes: as for `Verdict`.
+        mixes: see `Verdict`.
     """
 
     gradients: Sequence[Gradients]

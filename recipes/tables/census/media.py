@@ -17,7 +17,8 @@ class Media:
     """One example's image or sound.
 
     Args:
-        inputs: by name; names that start with `JOINED` lie end to end in a batch.
+        inputs: inputs by name; names that start with `JOINED` lie end to end in a
+            batch.
         token: stands in the text for one feature; None if the text has none.
         features: the model's method that computes the features.
     """

@@ -33,7 +33,7 @@ def judged(cases: Iterable[Case], workers: int, limit: float) -> Iterator[Verdic
     """Yield the verdict of every case, in the order in which they end.
 
     Args:
-        cases: those to judge.
+        cases: the cases to judge.
         workers: number of processes at a time.
         limit: seconds after which a case counts as "timeout".
     """

@@ -29,7 +29,7 @@ class Case:
     Args:
         task: a key of `TASKS`.
         kind: the model type by which the mapping lists it.
-        name: of the class.
+        name: name of the class.
     """
 
     task: str

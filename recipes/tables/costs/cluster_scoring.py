@@ -24,16 +24,20 @@ class ClusterScoringArguments(ReportArguments):
     """Seconds of the tasks that score a store, by the number of datatrove's workers."""
 
     work_dir: str | None = field(
-        default=None, metadata={"help": "Where the store is made, and removed."}
+        default=None, metadata={"help": "Directory for the temporary store."}
     )
-    rows: int = field(default=1_000_000, metadata={"help": "Of the store, in float16."})
+    rows: int = field(
+        default=1_000_000, metadata={"help": "Rows in the store, in float16."}
+    )
     out_size: int = field(default=4096, metadata={"help": "Numbers in a row."})
     queries: int = field(default=400, metadata={"help": "Scored in one pass."})
     tasks: int = field(default=12, metadata={"help": "Parts of the store."})
     workers: str = field(
         default="1,2", metadata={"help": "Numbers of workers, comma-separated."}
     )
-    rounds: int = field(default=3, metadata={"help": "Of each, in turn."})
+    rounds: int = field(
+        default=3, metadata={"help": "Rounds; each measures everything once."}
+    )
     tiny: bool = field(default=False, metadata={"help": "Small sizes, as a check."})
 
 

@@ -54,7 +54,7 @@ def hessian_eigenthings(
 
 
 def curvlinops(model: nn.Module, batches: Any, count: int, steps: int) -> Tensor:
-    """By ARPACK on its operator, with as many vectors, in numpy, as Lanczos steps."""
+    """Compute them by ARPACK, with one numpy vector per Lanczos step."""
     package = importlib.import_module("curvlinops")
     linalg = importlib.import_module("scipy.sparse.linalg")
     data = [
@@ -111,7 +111,7 @@ def compare_eigenvalues(
     Args:
         model: a classifier; its attention is made eager, as one peer has no other way.
         batches: one batch: peers weight several by batches, not by examples.
-        count: of the eigenvalues.
+        count: number of the eigenvalues.
         exact_steps: Lanczos steps of the yardstick.
         peers: names of those that are installed.
     """

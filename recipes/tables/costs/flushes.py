@@ -34,7 +34,7 @@ class FlushesArguments(ReportArguments):
     """Record a store, joined while it grows or afterwards, and open it."""
 
     work_dir: str | None = field(
-        default=None, metadata={"help": "On the file system to measure."}
+        default=None, metadata={"help": "Directory on the file system to measure."}
     )
     flushes: int = field(default=10000, metadata={"help": "Flushes to record."})
     rows: int = field(default=1000, metadata={"help": "int8 rows of 64 per flush."})

@@ -16,11 +16,11 @@ from hf_sketch.recipes.tables.paper.table9 import small_gpt2
 
 @dataclass
 class LongLanczosArguments(ReportArguments):
-    """Steps as many, and a sketch as large, as the paper's, on a small GPT-2."""
+    """The paper's number of Lanczos steps and sketch size, on a small GPT-2."""
 
     steps: int = field(default=1000, metadata={"help": "Lanczos steps."})
     bits: int = field(default=20, metadata={"help": "log2 of the sketch size."})
-    layout: str = field(default="flat", metadata={"help": "Of the sketch."})
+    layout: str = field(default="flat", metadata={"help": "Layout of the sketch."})
     basis_file: str | None = field(
         default=None, metadata={"help": "Keeps the basis on disk instead of memory."}
     )

@@ -31,19 +31,20 @@ class ProcessCostArguments(ReportArguments):
         default="tiny-llama", metadata={"help": f"One of {', '.join(SHAPES)}."}
     )
     processes: int = field(
-        default=2, metadata={"help": "That train together, with a thread each."}
+        default=2,
+        metadata={"help": "Number of processes that train together, one thread each."},
     )
     out_size: int = field(default=4096, metadata={"help": "Numbers in a row."})
     steps: int = field(
-        default=12, metadata={"help": "Of each run, the first two left out."}
+        default=12, metadata={"help": "Steps per run; the first two are not counted."}
     )
     rounds: int = field(
-        default=5, metadata={"help": "Of one process, then several, in turn."}
+        default=5, metadata={"help": "Rounds; each runs one process, then several."}
     )
     tiny: bool = field(default=False, metadata={"help": "A small model, as a check."})
     worker_directory: str | None = field(
         default=None,
-        metadata={"help": "Where one of the processes works; not for you."},
+        metadata={"help": "Internal: directory of a child process."},
     )
 
     def __post_init__(self) -> None:
@@ -62,7 +63,7 @@ class ProcessCostArguments(ReportArguments):
 def run_process_cost(arguments: ProcessCostArguments) -> dict[str, Any]:
     """Measure, print and save.
 
-    Each round starts the processes anew: one alone, then all together. The numbers of
+    Each round starts new processes: one alone, then all together. The numbers of
     threads and of examples are the same for each process, so that what several cost
     more is what they exchange and wait for, and the memory that they share.
     """

@@ -31,12 +31,14 @@ class ScoringArguments(ReportArguments):
     """Seconds to find the top rows of a store of float16 rows for some queries."""
 
     work_dir: str | None = field(
-        default=None, metadata={"help": "Where the store is made, and removed."}
+        default=None, metadata={"help": "Directory for the temporary store."}
     )
-    rows: int = field(default=1_000_000, metadata={"help": "Of the store."})
+    rows: int = field(default=1_000_000, metadata={"help": "Rows in the store."})
     out_size: int = field(default=4096, metadata={"help": "Numbers in a row."})
     queries: int = field(default=100, metadata={"help": "Scored in one pass."})
-    rounds: int = field(default=3, metadata={"help": "Of each, in turn."})
+    rounds: int = field(
+        default=3, metadata={"help": "Rounds; each measures everything once."}
+    )
     tiny: bool = field(default=False, metadata={"help": "Small sizes, as a check."})
 
 
@@ -78,7 +80,7 @@ def read_files(directory: Path) -> float:
 
 
 def product_alone(rows: int, queries: Tensor) -> float:
-    """Seconds for as many inner products, of rows that are there in float32."""
+    """Seconds for the same inner products, with rows already in float32."""
     block = torch.randn(_BLOCK, queries.shape[1])
     start = time.perf_counter()
     for _ in range(rows // _BLOCK):

@@ -36,7 +36,7 @@ class StorageArguments(ReportArguments):
     """Speed of the store beside the file system's own, and the error of short rows."""
 
     work_dir: str | None = field(
-        default=None, metadata={"help": "On the file system to measure."}
+        default=None, metadata={"help": "Directory on the file system to measure."}
     )
     rows: int = field(default=65536, metadata={"help": "Rows of 4096 to write."})
     shards: int = field(default=10000, metadata={"help": "Files of the store opened."})
@@ -86,7 +86,7 @@ def write_rows(directory: Path, rows: int, sketches: Tensor) -> tuple[float, flo
 
 
 def write_plainly(path: Path, size_bytes: int) -> float:
-    """Seconds to write as many bytes to one file, synced at the end."""
+    """Seconds to write the same number of bytes to one file, synced at the end."""
     part = os.urandom(2**24)
     start = time.perf_counter()
     with path.open("wb") as file:
@@ -98,7 +98,7 @@ def write_plainly(path: Path, size_bytes: int) -> float:
 
 
 def write_synced_files(directory: Path, size_bytes: int, files: int) -> float:
-    """Seconds to write as many bytes to equal files, each synced before the next."""
+    """Seconds to write the same bytes to equal files, each synced before the next."""
     part = os.urandom(size_bytes // files)
     directory.mkdir()
     start = time.perf_counter()

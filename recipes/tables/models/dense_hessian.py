@@ -25,7 +25,7 @@ class DenseHessian(CurvatureOperator):
     """The Hessian of the mean loss, as a matrix.
 
     Args:
-        model: in float64, with eager attention.
+        model: the model, in float64, with eager attention.
         batches: inputs of the model, with labels.
     """
 
@@ -77,7 +77,7 @@ def tiny_model(
 
     Args:
         name: "gpt2" | "bert".
-        width: of the hidden states.
+        width: width of the hidden states.
         steps: number of steps.
     """
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ def exact_products(
     All gradients of the queries are held at once, those of rows a few at a time.
 
     Args:
-        model: whose output has the mean loss of its inputs.
+        model: model that returns the mean loss of its inputs.
         rows: examples.
         queries: examples.
         collate: makes the model's inputs of a list of either.

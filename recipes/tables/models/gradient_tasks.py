@@ -37,7 +37,7 @@ class GradientTask:
     """A fine-tuned model, and examples that it was not trained on.
 
     Args:
-        model: in evaluation mode, every parameter trainable.
+        model: the model, in evaluation mode, every parameter trainable.
         examples: the model's inputs for each example, with labels: batches of one.
         optimizer: the one that fine-tuned it, if it is of use.
     """

@@ -33,7 +33,7 @@ def fine_tuned_minilm(
 
     Args:
         steps: their number.
-        seed: of the classifier and of the order of the pairs.
+        seed: seed of the classifier and of the order of the pairs.
         train_file: premise, hypothesis, label; by default our own pairs.
     """
     torch.manual_seed(seed)

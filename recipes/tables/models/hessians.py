@@ -19,7 +19,7 @@ class FlatHessian:
     Its Krylov vectors have the model's size: for small models, and to compare with.
 
     Args:
-        hessian: of the model.
+        hessian: Hessian of the model.
     """
 
     def __init__(self, hessian: HessianOperator) -> None:

@@ -1,1 +1,1 @@
-"""The paper's tables and figures, made anew."""
+"""The paper's tables and figures, reproduced."""

@@ -22,7 +22,7 @@ class Figure2Arguments:
         metadata={"help": "name=output_dir of each run, with commas between them."}
     )
     output_dir: str = field(
-        default="out/tables", metadata={"help": "Where the JSON and the plots go."}
+        default="out/tables", metadata={"help": "Directory for the JSON and the plots."}
     )
 
 

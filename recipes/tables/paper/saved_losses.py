@@ -18,7 +18,7 @@ class SavedLosses:
     For `retrain_on_subsets`, in the place of the training.
 
     Args:
-        path: of the JSON file, written after every training.
+        path: path of the JSON file, written after every training.
         settings: all else that the losses depend on, of plain values.
         train: trains a model on the rows of these numbers with this seed, and gives
             each query's loss, (queries,).

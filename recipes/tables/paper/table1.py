@@ -43,7 +43,8 @@ class Table1Arguments(ReportArguments):
     """
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "By default MiniLM, on pairs of sentences."}
+        default=None,
+        metadata={"help": "Model; MiniLM on pairs of sentences by default."},
     )
     train_file: str | None = field(
         default=None,
@@ -55,12 +56,16 @@ class Table1Arguments(ReportArguments):
     steps: int = field(
         default=100, metadata={"help": "AdamW steps beforehand, of 16 rows each."}
     )
-    operator: str = field(default="srht", metadata={"help": "Of the sketches."})
+    operator: str = field(
+        default="srht", metadata={"help": "Operator of the sketches."}
+    )
     bits: int = field(default=12, metadata={"help": "log2 of the sketch size."})
-    seeds: int = field(default=5, metadata={"help": "Sketches; the median is told."})
+    seeds: int = field(
+        default=5, metadata={"help": "Number of sketches; the median is printed."}
+    )
     tiny: bool = field(default=False, metadata={"help": "A few rows, as a check."})
     validation_file: str | None = field(
-        default=None, metadata={"help": "For MiniLM: SNLI rows of the queries."}
+        default=None, metadata={"help": "SNLI rows of the queries, for MiniLM."}
     )
 
 

@@ -48,21 +48,25 @@ class Table10Arguments(ReportArguments):
     )
     seeds: int = field(default=3, metadata={"help": "Runs of each operator."})
     task: Literal["snli", "xsum"] = field(
-        default="snli", metadata={"help": "What the model is trained on."}
+        default="snli", metadata={"help": "Task that the model is trained on."}
     )
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "By default the embedded MiniLM, a tiny BART on XSum."},
+        metadata={
+            "help": "Model; the embedded MiniLM by default, a tiny BART on XSum."
+        },
     )
     encoder_decoder: bool = field(
         default=False,
-        metadata={"help": "On XSum: an encoder and a decoder of the model given."},
+        metadata={
+            "help": "Build an encoder and a decoder from the given model, for XSum."
+        },
     )
     train_file: str | None = field(
-        default=None, metadata={"help": "By default rows of our own."}
+        default=None, metadata={"help": "Data file; the package's own rows by default."}
     )
     validation_file: str | None = field(
-        default=None, metadata={"help": "By default rows of our own."}
+        default=None, metadata={"help": "Data file; the package's own rows by default."}
     )
     num_hidden_layers: int = field(
         default=6, metadata={"help": "The first ones; with two, MiniLM learns slowly."}
@@ -77,23 +81,25 @@ class Table10Arguments(ReportArguments):
     max_eval_samples: int = field(
         default=500, metadata={"help": "Rows of an evaluation."}
     )
-    start_dim: int = field(default=2**10, metadata={"help": "Of each search."})
-    max_dim: int = field(default=2**15, metadata={"help": "Of each search."})
+    start_dim: int = field(default=2**10, metadata={"help": "First dimension."})
+    max_dim: int = field(default=2**15, metadata={"help": "Largest dimension."})
     stage_steps: int = field(
         default=25, metadata={"help": "Optimizer steps between evaluations."}
     )
-    max_steps: int = field(default=400, metadata={"help": "Of each search."})
+    max_steps: int = field(default=400, metadata={"help": "Steps per search."})
     learning_rate: float = field(
         default=1.4e-3,
-        metadata={"help": "Of each search at max_dim; it grows with the root of dim."},
+        metadata={"help": "Learning rate at max_dim; it scales with sqrt(dim)."},
     )
     min_improvement: float = field(
         default=0.01,
         metadata={"help": "A stage that improves by less doubles; 0.5 on XSum."},
     )
-    baseline_steps: int = field(default=160, metadata={"help": "Of full fine-tuning."})
+    baseline_steps: int = field(
+        default=160, metadata={"help": "Steps of full fine-tuning."}
+    )
     baseline_learning_rate: float = field(
-        default=1e-4, metadata={"help": "Of full fine-tuning."}
+        default=1e-4, metadata={"help": "Learning rate of full fine-tuning."}
     )
     batch_size: int = field(default=16, metadata={"help": "Examples in a batch."})
     tiny: bool = field(

@@ -58,7 +58,7 @@ Make = Callable[[int], Projection]  # of the sketch size
 class Table11Arguments(ReportArguments):
     """Wall time by sketch size of dense projections, AFFD, QK and SRHT on one gradient.
 
-    The dense projections, whose matrix is drawn anew on every use, are the projector
+    The dense projections, whose matrix is drawn again on every use, are the projector
     for a CPU of the package traker, where it is installed, and our Dense. Their time
     grows with the sketch. Each is tried at 2, 4, 8, ... numbers up to the largest size
     that one use finishes in time, and timed there and at all smaller sizes asked for;
@@ -98,7 +98,7 @@ def traker_projection(in_size: int, matrix_bytes: float, out_size: int) -> Proje
 
     It keeps a block of columns, and redraws them one block after the other on every
     use if there are two blocks at least. Its default of 100 columns is lowered to a
-    power of two, so that nothing is drawn in vain.
+    power of two, so that no draw is wasted.
     """
     room = max(1, int(matrix_bytes / (4 * in_size)))
     columns = min(_MOST_COLUMNS, out_size // 2, 1 << (room.bit_length() - 1))

@@ -59,7 +59,7 @@ class AuditStudyArguments(ReportArguments):
         default=None, metadata={"help": "Rows of SNLI, for snli and snli_head."}
     )
     test_file: str | None = field(
-        default=None, metadata={"help": "Other rows of SNLI, to test on."}
+        default=None, metadata={"help": "SNLI rows to test on."}
     )
     source_files: str | None = field(
         default=None,
@@ -79,11 +79,12 @@ class AuditStudyArguments(ReportArguments):
         metadata={"help": "Share of labels made wrong, and of rows dropped."},
     )
     copies: int = field(
-        default=20, metadata={"help": "Exact copies planted, and as many near copies."}
+        default=20,
+        metadata={"help": "Number of planted exact copies, and of near copies."},
     )
     drops: str = field(
         default="suspicion,excess_loss,random,wrong",
-        metadata={"help": "What rows are dropped by before each training."},
+        metadata={"help": "Scores by which rows are dropped before each training."},
     )
     tiny: bool = field(default=False, metadata={"help": "A few rows, as a check."})
 

@@ -67,8 +67,8 @@ def exact_scores(
 
     Args:
         task: its rows and queries.
-        model: that was trained.
-        dampings: of the preconditioned score.
+        model: trained model.
+        dampings: dampings of the preconditioned score.
         gram: products of all pairs of rows as well, whose gradients must fit into
             memory, for the cosine and the preconditioned score.
     """
@@ -147,8 +147,8 @@ class How:
     """Settings of the methods.
 
     Args:
-        dampings: of the preconditioned score.
-        influence_dampings: of influence.
+        dampings: dampings of the preconditioned score.
+        influence_dampings: dampings of the influence functions.
         krylov_dim: Lanczos steps of the Hessian's spectrum.
         keep_vectors: eigenvectors that influence uses.
         hessian_rows: the first rows, of whose loss the Hessian is.

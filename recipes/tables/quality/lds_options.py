@@ -55,7 +55,7 @@ _SETTINGS = {
 class LdsArguments(ReportArguments):
     """Linear datamodeling scores (LDS) of this library's methods and of other packages.
 
-    Models are trained anew on random halves of the training set; the LDS is the rank
+    Models are retrained on random halves of the training set; the LDS is the rank
     correlation, over these halves, of a query's losses with the sums of its scores.
     """
 
@@ -76,7 +76,7 @@ class LdsArguments(ReportArguments):
         default=None, metadata={"help": "The same, for queries."}
     )
     rows: int = field(default=1000, metadata={"help": "Rows of the training set."})
-    queries: int = field(default=200, metadata={"help": "Other rows to ask of."})
+    queries: int = field(default=200, metadata={"help": "Number of held-out queries."})
     epochs: int = field(default=30, metadata={"help": "Passes of each training."})
     subsets: int = field(default=100, metadata={"help": "Random halves trained on."})
     seeds: int = field(default=2, metadata={"help": "Models of each; losses' mean."})
@@ -88,10 +88,13 @@ class LdsArguments(ReportArguments):
     sketch_seeds: int = field(default=3, metadata={"help": "Sketches of each size."})
     dampings: str = field(
         default="10,3,1,0.3,0.1",
-        metadata={"help": "Of the preconditioned score, in its unit; 1 by default."},
+        metadata={
+            "help": "Dampings of the preconditioned score, in its unit; 1 by default."
+        },
     )
     influence_dampings: str = field(
-        default="0.3,0.1,0.03,0.01", metadata={"help": "Of influence."}
+        default="0.3,0.1,0.03,0.01",
+        metadata={"help": "Dampings of the influence functions."},
     )
     krylov_dim: int = field(default=40, metadata={"help": "Lanczos steps of it."})
     keep_vectors: int = field(default=20, metadata={"help": "Eigenvectors of it."})
@@ -105,13 +108,14 @@ class LdsArguments(ReportArguments):
     )
     peer_dampings: str = field(
         default="0,0.1,0.3,1,3,10",
-        metadata={"help": "Of TRAK, as a part of the mean eigenvalue; 0 by default."},
+        metadata={
+            "help": "Dampings of TRAK, in units of the mean eigenvalue; 0 by default."
+        },
     )
     hessian_dampings: str = field(
         default="0.03,0.01,0.003",
         metadata={
-            "help": "Of dattri's dense Hessian, added to its diagonal. It takes "
-            "gigabytes; none if empty."
+            "help": "Dampings of dattri's dense Hessian, of gigabytes; none if empty."
         },
     )
     tiny: bool = field(default=False, metadata={"help": "A few rows, as a check."})

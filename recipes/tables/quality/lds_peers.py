@@ -27,9 +27,9 @@ class PeerStudy:
 
     Args:
         task: its rows and queries.
-        snapshots: of its training.
-        dampings: of TRAK's matrix X^T X, as a part of its mean eigenvalue; with 0, the
-            default of both packages.
+        snapshots: snapshots of its training.
+        dampings: dampings of TRAK's matrix X^T X, as a part of its mean eigenvalue;
+            with 0, the default of both packages.
         hessian_dampings: added to the dense Hessian's diagonal, as they are.
     """
 

@@ -85,7 +85,7 @@ class Snli(Task):
         epochs: passes over the rows.
         train_file: premise, hypothesis, label; by default our own pairs.
         validation_file: the same for queries; goes with `train_file`.
-        num_hidden_layers: that are kept; None for all.
+        num_hidden_layers: number of layers that are kept; None for all.
 
     Raises:
         ValueError: one of the two files is given without the other.
@@ -151,7 +151,7 @@ class SnliHead(Task):
         epochs: passes over the rows.
         train_file: premise, hypothesis, label.
         validation_file: the same for queries.
-        num_hidden_layers: that are kept of MiniLM.
+        num_hidden_layers: number of MiniLM's layers that are kept.
 
     Raises:
         ValueError: one of the two files is given without the other.

@@ -26,8 +26,8 @@ class Snapshot:
     """A model on its way.
 
     Args:
-        learning_rate: of its steps.
-        model: in evaluation mode.
+        learning_rate: learning rate of its steps.
+        model: the model, in evaluation mode.
     """
 
     learning_rate: float
@@ -71,7 +71,7 @@ class Task(ABC):
         """Train a new model on the rows of these numbers.
 
         Returns:
-            what it was after so many epochs, and after all.
+            its value after that many epochs, and at the end.
         """
         model, optimizer = self._start(seed)
         snapshots: list[Snapshot] = []

@@ -66,8 +66,8 @@ def with_copies(
         task: the data.
         rows: its training rows, some with wrong labels.
         wrong: which, (rows,), bool.
-        count: exact copies, and as many near ones.
-        seed: of the choice.
+        count: number of exact copies, and of near ones.
+        seed: seed of the choice.
     """
     order = CounterRandom(seed, "copies").permutation(len(rows))
     order = order[~wrong[order]].tolist()

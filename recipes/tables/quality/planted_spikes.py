@@ -46,8 +46,8 @@ class PlantedSpikesArguments(ReportArguments):
 
     labels: MiniLM learns 480 pairs by heart; some batches have wrong labels.
     texts: a small language model learns sentences; some batches have texts of random
-    words. Beside the shares of the gradient, as many examples are named by their loss,
-    by their gradient's norm and by chance. The defaults of `find_spikes` were chosen
+    words. Besides the shares of the gradient, the loss, the gradient's norm and chance
+    name the same number of examples. The defaults of `find_spikes` were chosen
     on seed 0.
     """
 
@@ -75,7 +75,7 @@ class SpikeTask:
         spoil: returns a bad row in place of a good one.
         new_model: makes the model.
         collator: makes a batch.
-        learning_rate: of AdamW, without decay.
+        learning_rate: learning rate of AdamW, without decay.
     """
 
     rows: list[Row]
@@ -205,7 +205,7 @@ def judged(
 def _by_rule(
     store: GradientRows, step: int, shares: np.ndarray[Any, Any], seed: int
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Return as many examples of a step, as each rule names them."""
+    """Return the given number of a step's examples that each rule names."""
     rows, count = store.where(step=step).dataset, len(shares)
     ids = column(rows, "example_id")
     chance = np.random.default_rng([seed, step]).permutation(ids)

@@ -37,7 +37,7 @@ class Shape:
         model_type: as Transformers has it.
         config: what differs from the type's default configuration.
         batch_size: examples in a batch.
-        tokens: in an example.
+        tokens: tokens per example.
         bf16: whether training is in mixed precision.
     """
 

@@ -44,7 +44,7 @@ class RemovalsArguments(ReportArguments):
         default=None, metadata={"help": "The same, for queries."}
     )
     rows: int = field(default=1000, metadata={"help": "Rows of the training set."})
-    queries: int = field(default=200, metadata={"help": "Other rows to ask of."})
+    queries: int = field(default=200, metadata={"help": "Number of held-out queries."})
     epochs: int = field(default=0, metadata={"help": "Passes; 0 for the task's own."})
     removals: int = field(default=210, metadata={"help": "Sets that are removed."})
     seeds: int = field(default=3, metadata={"help": "Models of each; losses' mean."})
@@ -83,8 +83,8 @@ class Changes:
         each (removals, queries + 1), of which the last is the mean over the queries
 
     Args:
-        estimates: of `what_if`.
-        half_widths: of its intervals.
+        estimates: estimates of `what_if`.
+        half_widths: half widths of its intervals.
         truths: changes of the losses, mean over the seeds.
         noise: standard errors of these means.
     """
