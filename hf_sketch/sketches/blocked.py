@@ -24,7 +24,7 @@ from hf_sketch.sketches.transforms.mixing import (
     mix_rows,
     mixing,
 )
-from hf_sketch.sketches.transforms.random import CounterRandom
+from hf_sketch.sketches.transforms.random import CounterRandom, drawing
 from hf_sketch.sketches.transforms.signs import (
     ROLES,
     RUN,
@@ -219,8 +219,8 @@ class BlockedSketch(SeededSketch):
         rng = CounterRandom(self.seed, f"fresh-{role}/{self.stream}")
         for low, high in spans(x.shape[1], fitting(1)):
             part = x[:, low:high]
-            masks = sign_masks(rng, low, high - low).to(x.device)
-            part.copy_(flip(part, masks))
+            masks = sign_masks(rng, low, high - low, drawing(x.device))
+            part.copy_(flip(part, masks.to(x.device)))
         return x
 
     @cached_property

@@ -12,7 +12,11 @@ from hf_sketch.sketches.transforms.hadamard import (
     hadamard_matrix,
     kronecker_sizes,
 )
-from hf_sketch.sketches.transforms.random import CounterRandom, ascending_order
+from hf_sketch.sketches.transforms.random import (
+    CounterRandom,
+    ascending_order,
+    drawing,
+)
 from hf_sketch.sketches.transforms.signs import flip, sign_masks
 from hf_sketch.sketches.variances.moments import moments
 
@@ -107,7 +111,7 @@ class FFD(SeededSketch):
         Shapes:
             returns three times ((last - first) * block,)
         """
-        block, count = self._block, last - first
+        block, count, device = self._block, last - first, drawing(like.device)
         low, size = first * block, count * block
         gaussian = CounterRandom(self.seed, f"ffd-gaussian/{self.stream}")
         signs = CounterRandom(self.seed, f"ffd-signs/{self.stream}")
@@ -115,11 +119,11 @@ class FFD(SeededSketch):
             CounterRandom(self.seed, f"ffd-order/{self.stream}/{number}")
             for number in range(first, last)
         )
-        words = torch.stack([rng.words(0, block) for rng in orders])
+        words = torch.stack([rng.words(0, block, device) for rng in orders])
         order = ascending_order(words)
-        order += torch.arange(0, size, block).unsqueeze(1)
+        order += torch.arange(0, size, block, device=device).unsqueeze(1)
         return (
-            gaussian.normals(low, size).to(like),
+            gaussian.normals(low, size, device).to(like),
             order.flatten().to(like.device),
-            sign_masks(signs, low, size).to(like.device),
+            sign_masks(signs, low, size, device).to(like.device),
         )

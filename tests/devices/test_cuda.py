@@ -26,7 +26,7 @@ from hf_sketch import (
 from hf_sketch.attribution import shares
 from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
 from hf_sketch.callbacks.recording.sink import RowSink
-from hf_sketch.sketches.transforms.random import CounterRandom
+from hf_sketch.sketches.transforms.random import CounterRandom, ascending_order
 from hf_sketch.sketches.transforms.signs import flip, sign_masks
 from tests.helpers.noted_rows import NotedRows
 from tests.helpers.operators.device_oracles import (
@@ -78,6 +78,16 @@ def test_random_words_have_the_bits_of_the_cpu():
     expected = rng.words(2**32 - 500, 1000)
     got = rng.words(2**32 - 500, 1000, CUDA)
     assert torch.equal(got.cpu(), expected)
+
+
+def test_signs_and_orders_are_drawn_there_with_the_bits_of_the_cpu():
+    rng = CounterRandom(3, "a role")
+    got, expected = (sign_masks(rng, 7, 1000, place) for place in (CUDA, None))
+    assert torch.equal(got.cpu(), expected)
+    got, expected = (ascending_order(rng.words(0, 1000, at)) for at in (CUDA, None))
+    assert torch.equal(got.cpu(), expected)
+    got, expected = (rng.normals(7, 1000, place) for place in (CUDA, None))
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-6, atol=0)
 
 
 def test_signs_are_flipped_bit_for_bit_as_on_the_cpu():

@@ -2,9 +2,10 @@
 
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
-from hf_sketch.sketches.transforms.random import CounterRandom
+from hf_sketch.sketches.transforms.random import CounterRandom, drawing
 
 _LONGEST_HELD = 2**18
 
@@ -18,14 +19,15 @@ def weigh_(x: Tensor, seed: int, scale: float) -> Tensor:
         x (b, n)
     """
     if x.shape[1] <= _LONGEST_HELD:
-        return x.mul_(_held(seed, x.shape[1]).to(x) * scale)
+        return x.mul_(_held(seed, x.shape[1], x.device).to(x) * scale)
     rng = CounterRandom(seed, "gaussian")
     for low in range(0, x.shape[1], _LONGEST_HELD):
         part = x[:, low : low + _LONGEST_HELD]
-        part.mul_(rng.normals(low, part.shape[1]).abs().to(x) * scale)
+        drawn = rng.normals(low, part.shape[1], drawing(x.device))
+        part.mul_(drawn.abs().to(x) * scale)
     return x
 
 
 @lru_cache(maxsize=8)  # a memo of a pure function: at most 1 MiB each
-def _held(seed: int, size: int) -> Tensor:
-    return CounterRandom(seed, "gaussian").normals(0, size).abs()
+def _held(seed: int, size: int, device: torch.device) -> Tensor:
+    return CounterRandom(seed, "gaussian").normals(0, size).abs().to(device)

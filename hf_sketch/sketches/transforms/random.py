@@ -15,7 +15,8 @@ _WORD: Final = 1 << 32
 # Constants and shifts of the public-domain integer hash "triple32" (C. Wellons, 2018).
 MIX: Final = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
 LAST_SHIFT: Final = 14
-_PIECE: Final = 1 << 14
+_PIECE: Final = 1 << 14  # which fits a processor's cache
+_WITHOUT_FLOAT64: Final = ("mps", "xla")
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class CounterRandom:
     """Random numbers that are a pure function of (seed, role, index).
 
     Nothing is stored and no state advances: any slice can be drawn at any time, in any
-    process. `words` uses 32-bit integer tensor operations alone, so its bits are the
-    same on every device; `normals` and `permutation` are drawn on the CPU. The global
-    generator of torch is never touched.
+    process. `words` uses 32-bit integer tensor operations alone, so its bits, and an
+    order by them, are the same on every device; the last bit of `normals` need not be.
+    The global generator of torch is never touched.
 
     Args:
         seed: the user's seed.
@@ -63,19 +64,28 @@ class CounterRandom:
         rest = self._words_below(high + 1, 0, count - first, device)
         return torch.cat([words, rest])
 
-    def normals(self, start: int, count: int) -> Tensor:
+    def normals(
+        self, start: int, count: int, device: torch.device | None = None
+    ) -> Tensor:
         """Standard normal numbers of the indices start, ..., start + count - 1.
 
         Box-Muller in float64, rounded once, so that the last bit does not depend on
         the vector unit that computed it.
 
+        Args:
+            start: the first index.
+            count: how many.
+            device: one with float64; by default the CPU.
+
         Shapes:
-            returns (count,), float32, on the CPU.
+            returns (count,), float32
         """
-        result = torch.empty(count)
-        for low in range(0, count, _PIECE):  # which fits a processor's cache
-            part = result[low : low + _PIECE]
-            words = self.words(2 * (start + low), 2 * len(part)).to(torch.float64)
+        result = torch.empty(count, device=device)
+        piece = _PIECE if result.is_cpu else max(1, count)
+        for low in range(0, count, piece):
+            part = result[low : low + piece]
+            words = self.words(2 * (start + low), 2 * len(part), device)
+            words = words.to(torch.float64)
             uniform = ((words + (_WORD // 2 + 0.5)) / _WORD).view(-1, 2)
             radius = uniform[:, 0].log().mul(-2.0).sqrt()
             part.copy_(radius * uniform[:, 1].mul(2.0 * math.pi).cos())
@@ -99,17 +109,24 @@ class CounterRandom:
         return _mix(_mix(x).add_(_signed(second_key ^ (high * 0x9E3779B1))))
 
 
+def drawing(device: torch.device) -> torch.device:
+    """Return where numbers for a device are drawn: there, unless it lacks float64."""
+    return torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device
+
+
 def ascending_order(words: Tensor) -> Tensor:
     """`words.argsort(stable=True)` along the last dimension, in a tenth of the time.
 
     Each word is sorted with its place in the bits below.
 
     Shapes:
-        (..., n), int32, on the CPU -> the same, int64
+        (..., n), int32 -> the same, int64
     """
     bits = max(1, (words.shape[-1] - 1).bit_length())
-    places = torch.arange(words.shape[-1])
+    places = torch.arange(words.shape[-1], device=words.device)
     keyed = (words.to(torch.int64) << bits) | places
+    if not words.is_cpu:
+        return keyed.sort(dim=-1).values & ((1 << bits) - 1)
     return torch.from_numpy(np.sort(keyed.numpy())) & ((1 << bits) - 1)
 
 

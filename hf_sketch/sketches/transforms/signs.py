@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.transforms.lazy import is_lazy
-from hf_sketch.sketches.transforms.random import CounterRandom
+from hf_sketch.sketches.transforms.random import CounterRandom, drawing
 
 ROLES = ("before", "after")  # the transform
 RUN = 2**18
@@ -32,16 +32,17 @@ def flip(x: Tensor, masks: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def sign_masks(rng: CounterRandom, start: int, count: int) -> Tensor:
+def sign_masks(
+    rng: CounterRandom, start: int, count: int, device: torch.device | None = None
+) -> Tensor:
     """Fair signs of the indices start, ..., start + count - 1, 32 to a word.
 
     Shapes:
-        returns (count,), int32: the top bit is the sign, the others are zero; on the
-        CPU.
+        returns (count,), int32: the top bit is the sign, the others are zero
     """
     first = start // 32
-    words = rng.words(first, -(-(start + count) // 32) - first)
-    places = torch.arange(31, -1, -1, dtype=torch.int32)
+    words = rng.words(first, -(-(start + count) // 32) - first, device)
+    places = torch.arange(31, -1, -1, dtype=torch.int32, device=device)
     masks = (words.unsqueeze(1) << places).bitwise_and_(-(2**31)).flatten()
     return masks[start - 32 * first :][:count]
 
@@ -95,7 +96,7 @@ class StreamSigns:
 def _table(seed: int, role: str, run: int, device: torch.device) -> Tensor:
     """The shared signs: (RUNS_IN_TABLE + 1) * run masks."""
     rng = _table_words(seed, role)
-    return sign_masks(rng, 0, (RUNS_IN_TABLE + 1) * run).to(device)
+    return sign_masks(rng, 0, (RUNS_IN_TABLE + 1) * run, drawing(device)).to(device)
 
 
 def _table_words(seed: int, role: str) -> CounterRandom:
