@@ -1,17 +1,74 @@
 import json
+import time
 
 import pytest
 
-from hf_sketch.recipes.tables.costs.gpu import GpuArguments, run_gpu
+from hf_sketch.recipes.tables.gpu.__main__ import GpuArguments, run_gpu
+from hf_sketch.recipes.tables.gpu.limits import Section
+from hf_sketch.recipes.tables.gpu.sections import Settings, sections_of
 
 
-def test_the_gpu_table_joins_the_sections_of_several_runs(tmp_path):
-    for section in ("ceilings", "agreement"):
-        run_gpu(GpuArguments(str(tmp_path), section, rounds=1, tiny=True))
-    saved = json.loads((tmp_path / "gpu.json").read_text())["results"]
+def run(directory, *sections):
+    arguments = GpuArguments(str(directory), ",".join(sections), rounds=1, tiny=True)
+    run_gpu(arguments)
+    return json.loads((directory / "gpu.json").read_text())["results"]
+
+
+def test_sections_of_several_runs_are_joined(tmp_path):
+    run(tmp_path, "ceilings")
+    saved = run(tmp_path, "agreement", "layouts")
     assert saved["ceilings"]["results"]["copy_bytes_per_second"] > 0
     distances = saved["agreement"]["results"].values()
     assert max(max(pair.values()) for pair in distances) < 1e-5
+    layouts = saved["layouts"]["results"]
+    assert layouts.keys() == {"blocked", "factored", "flat", "grouped"}
+    assert max(layouts.values()) < 1e-5
+
+
+def test_times_stand_beside_their_floors(tmp_path):
+    saved = run(tmp_path, "ceilings", "step", "scoring", "examples_1b")
+    rates = saved["ceilings"]["results"]
+    for name in ("step", "scoring"):
+        for figures in saved[name]["results"].values():
+            expected = figures["median_seconds"] / figures["floor_seconds"]
+            assert figures["ratio_to_floor"] == pytest.approx(expected)
+    # 4096 rows of 64 numbers: as many products of 100 queries take longer than a read.
+    flops = 2 * 4096 * 64 * 100
+    floor = saved["scoring"]["results"]["int8, 100 queries"]["floor_seconds"]
+    read = 4096 * 64 / rates["copy_bytes_per_second"]
+    assert floor == pytest.approx(max(read, flops / rates["float32_flops_per_second"]))
+    examples = saved["examples_1b"]["results"]
+    assert examples["plain"]["ratio_to_plain"] == 1
+    assert examples["grouped"]["ratio_to_plain"] > 0
+
+
+@pytest.mark.full
+def test_all_sections_run(tmp_path):
+    """All but those that run the tests."""
+    names = [name for name in sections_of(Settings("", 1, True, {})) if name != "tests"]
+    saved = run(tmp_path, *names)
+    assert [name for name in names if "results" not in saved[name]] == []
+
+
+def test_all_sections_take_eight_minutes_at_most():
+    sections = sections_of(Settings("", 1, True, {}))
+    assert sum(section.seconds for section in sections.values()) <= 480
+
+
+def test_a_section_that_takes_too_long_is_stopped():
+    start = time.perf_counter()
+    ended = Section(60, lambda: time.sleep(60)).run(left=0.05)
+    assert time.perf_counter() - start < 10
+    assert ended["stopped"] == "after 0 s"
+    assert "results" not in ended
+
+
+def test_a_section_that_fails_says_so_and_the_next_one_runs():
+    def fail():
+        raise RuntimeError("out of memory")
+
+    assert Section(1, fail).run(1)["failed"] == "RuntimeError: out of memory"
+    assert Section(1, lambda: 3).run(1)["results"] == 3
 
 
 def test_an_unknown_section_is_refused(tmp_path):

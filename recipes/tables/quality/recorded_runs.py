@@ -57,12 +57,18 @@ class Shape:
 _NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 _LLAMA = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4}
 _LLAMA |= {"num_attention_heads": 4, "vocab_size": 1024, "tie_word_embeddings": True}
+_LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+_LLAMA_1B |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+_LLAMA_1B |= {"vocab_size": 128256, "tie_word_embeddings": True}
 SHAPES = {
     "gpt2-small": Shape("gpt2", _NO_DROPOUT, 8, 128),
     "gpt2-small-bf16": Shape("gpt2", _NO_DROPOUT, 32, 512, bf16=True),
+    "gpt2-small-1024": Shape("gpt2", _NO_DROPOUT, 8, 1024, bf16=True),
     "tiny-llama": Shape("llama", _LLAMA, 16, 64),
+    "llama-1b": Shape("llama", _LLAMA_1B, 4, 1024, bf16=True),
 }
 _TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2}
+_TINY |= {"num_key_value_heads": 2, "intermediate_size": 128}
 _TINY |= {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
 _ELEMENTS_AT_ONCE = 2**22
 

@@ -68,7 +68,7 @@ def little_work_each(monkeypatch):
     monkeypatch.setattr(launches, "_PROGRAMS", 2**20)
     monkeypatch.setattr(blocks, "_LEAST_UNITS", 7)
     monkeypatch.setattr(matrices, "_LEAST_ELEMENTS", 1000)
-    monkeypatch.setattr(matrices, "_NUMBERS", 4)
+    monkeypatch.setattr(matrices, "_NUMBERS", 2)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,17 @@ def little_work_each(monkeypatch):
 )
 def test_a_gradient_of_many_tensors_has_the_plain_sketch(sketch):
     assert_plain(sketch, gradients_of(sketch.shapes, FLOAT32))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtypes", [(FLOAT32,), (BFLOAT16,), (FLOAT16, FLOAT32)])
+@pytest.mark.parametrize("layout", ["grouped", "blocked"])
+@pytest.mark.parametrize("out_size", [700, 2**12, 2**16])
+def test_a_device_sketches_large_gradients_as_the_cpu_does(layout, out_size, dtypes):
+    shapes = (("table", (5000, 768)), ("w", (768, 3072)), ("b", (768,)), *SHAPES)
+    sketch = ModelSketch(shapes, out_size, layout)
+    assert_plain(sketch, gradients_of(shapes, *dtypes))
 
 
 @pytest.mark.usefixtures("little_work_each")
