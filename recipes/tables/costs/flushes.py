@@ -4,13 +4,16 @@ import dataclasses
 import shutil
 import time
 import warnings
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -19,8 +22,10 @@ from transformers import HfArgumentParser
 
 from hf_sketch import ModelSketch, load_sketches
 from hf_sketch.recipes.saved_report import ReportArguments, save_report
+from hf_sketch.recipes.tables.costs.scoring import own_bytes
 from hf_sketch.recipes.tables.costs.storage import columns_of
 from hf_sketch.recipes.tables.measure import spread
+from hf_sketch.store import log
 from hf_sketch.store.compaction import LEAST_BYTES, compact
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE
@@ -42,6 +47,23 @@ class FlushesArguments(ReportArguments):
     tiny: bool = field(default=False, metadata={"help": "Small sizes, as a check."})
 
 
+@contextmanager
+def counted_writes(written: list[int]) -> Generator[None]:
+    """Append the length of what is written to manifests."""
+    append_file, replace_file = log.append_file, log.replace_file
+
+    def append(path: Path, size_bytes: int, data: bytes) -> None:
+        append_file(path, size_bytes, data)
+        written.append(len(data))
+
+    def replace(path: Path, data: bytes) -> None:
+        replace_file(path, data)
+        written.append(len(data))
+
+    with patch.multiple(log, append_file=append, replace_file=replace):
+        yield
+
+
 def record(
     directory: Path, flushes: int, rows: int, file_bytes: int = LEAST_BYTES
 ) -> dict[str, Any]:
@@ -49,24 +71,21 @@ def record(
     header = Header(ModelSketch((("w", (2 * _WIDTH,)),), _WIDTH), row_dtype="int8")
     writer = SketchWriter(directory, header, file_bytes=file_bytes)
     columns = columns_of(0, torch.randn(rows, _WIDTH))
-    path = directory / "manifest-00000.jsonl"
-    before = path.stat()
-    written = before.st_size
     growth: list[int] = []
     seconds: list[float] = []
     busy: list[float] = []
-    for step in tqdm(range(1, flushes + 1), desc="Recording"):
-        columns["step"] = torch.full((rows,), step)
-        start, start_busy = time.perf_counter(), time.process_time()
-        writer.append(PER_EXAMPLE, columns)
-        writer.flush()
-        seconds.append(time.perf_counter() - start)
-        busy.append(time.process_time() - start_busy)
-        after = path.stat()
-        new = after.st_ino != before.st_ino  # a snapshot, which replaced the file
-        written += after.st_size - (0 if new else before.st_size)
-        growth.append(written)
-        before = after
+    own: list[int] = []
+    written = [(directory / "manifest-00000.jsonl").stat().st_size]
+    with counted_writes(written):
+        for step in tqdm(range(1, flushes + 1), desc="Recording"):
+            columns["step"] = torch.full((rows,), step)
+            start, start_busy = time.perf_counter(), time.process_time()
+            writer.append(PER_EXAMPLE, columns)
+            writer.flush()
+            seconds.append(time.perf_counter() - start)
+            busy.append(time.process_time() - start_busy)
+            own.append(own_bytes())
+            growth.append(sum(written))
     writer.close()
     tenth = flushes // 10
     ends = range(tenth, flushes + 1, tenth)
@@ -75,6 +94,7 @@ def record(
         "seconds_per_flush": {end: median(seconds[end - tenth : end]) for end in ends},
         # What other programs do to the processors and the disk is not in these.
         "cpu_seconds_per_flush": {end: median(busy[end - tenth : end]) for end in ends},
+        "own_bytes": {end: max(own[end - tenth : end]) for end in ends},
     }
 
 
@@ -134,7 +154,8 @@ def run_flushes(arguments: FlushesArguments) -> dict[str, Any]:
         print(
             f"{end:,} flushes: {written:,} bytes of manifests; one of the last tenth "
             f"takes {1e3 * recorded['seconds_per_flush'][end]:.1f} ms, of which "
-            f"{1e3 * recorded['cpu_seconds_per_flush'][end]:.2f} ms on a processor"
+            f"{1e3 * recorded['cpu_seconds_per_flush'][end]:.2f} ms on a processor; "
+            f"{recorded['own_bytes'][end] / 2**20:,.0f} MiB of memory"
         )
     print(f"joining {size / 2**20:,.0f} MiB took {seconds:.1f} s")
     for opened in (joined, many, few):
