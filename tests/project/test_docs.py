@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+HOME = "https://github.com/hf-sketch/hf-sketch/blob/main/"
 PAGES = [
     README,
     ROOT / ".github" / "CONTRIBUTING.md",
@@ -38,3 +39,12 @@ def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readmes_links_are_whole_since_package_indexes_show_it_too():
+    targets = re.findall(r"\]\(([^)]+)\)", README.read_text())
+    assert len(targets) > 20
+    for target in targets:
+        path = re.fullmatch(rf"{re.escape(HOME)}([^#]+)(#.*)?", target)
+        assert path is not None, target
+        assert (ROOT / path[1]).exists(), target
