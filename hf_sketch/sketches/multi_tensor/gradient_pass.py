@@ -109,7 +109,9 @@ class GradientPass:
         self._witnesses = len(seen)
         chunks = torch.tensor([*seen, *copied], dtype=torch.int64)
         self._chunks = chunks.view(-1, 4).to(device)
-        self._before, self._now = torch.zeros(2, len(chunks), device=device)
+        # Apart, since Triton compiles again for memory that is not aligned alike.
+        self._before = torch.zeros(len(chunks), device=device)
+        self._now = torch.zeros(len(chunks), device=device)
         self._sums = torch.zeros(3, device=device)
         self._divide_work()
 

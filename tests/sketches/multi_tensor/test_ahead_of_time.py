@@ -18,16 +18,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def compiled(capability, which, cache):
+def run(cache, helper, *arguments):
+    """What a helper prints, in a process whose Triton does not interpret."""
     environment = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "tests.helpers.ahead_of_time",
-        str(capability),
-        which,
-    ]
+    command = [sys.executable, "-m", f"tests.helpers.{helper}", *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True
     )
@@ -43,7 +38,7 @@ def compiled(capability, which, cache):
     ],
 )
 def test_every_kernel_compiles_without_a_device(capability, which, tmp_path):
-    found = compiled(capability, which, tmp_path)
+    found = run(tmp_path, "ahead_of_time", str(capability), which)
     assert {kernel["kernel"] for kernel in found} == KERNELS
     for kernel in found:
         assert kernel["target"] == f"sm_{capability}"
@@ -53,3 +48,11 @@ def test_every_kernel_compiles_without_a_device(capability, which, tmp_path):
             assert kernel["products"] > 0, kernel
         if kernel["aligned"] and kernel["kind"] < 3:  # 16 bytes in an instruction
             assert kernel["vector_reads"] >= 4, kernel
+
+
+def test_steps_are_bound_once_and_compiled_once(tmp_path):
+    """Neither other gradients nor other seeds nor loss scales need other programs."""
+    found = run(tmp_path, "launched_nowhere", "90")
+    row = ["gather", "sum_blocks", "sum_matrices", "add_rows", "finish_row"]
+    assert found["steps"] == [["gather", *row]] * 3
+    assert found["programs"] == 5
