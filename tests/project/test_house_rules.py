@@ -103,6 +103,8 @@ def test_every_public_name_has_a_docstring_and_an_entry_in_the_reference():
     page = (ROOT / "docs" / "reference.md").read_text()
     entries = re.findall(r"^### `([\w.]+)", page, re.M)
     assert sorted(entries) == sorted(f"hf_sketch.{name}" for name in public_names())
+    generated = re.findall(r"^::: [\w.]+\.(\w+)$", page, re.M)
+    assert generated == [entry.rpartition(".")[2] for entry in entries]
     owners = {"": hf_sketch, "callbacks": hf_sketch.callbacks}
     parts = [name.rpartition(".") for name in public_names()]
     bare = [
