@@ -88,7 +88,11 @@ class WeightLedger:
         """Return whether weights, of any process, are not as they were kept."""
         found = torch.zeros((), device=self._device)
         for name, part, _ in self._parts():
-            found += (part != self._kept[name]).any()
+            kept = self._kept[name]
+            if part.is_cpu:  # without a mask of the model's size
+                found += not torch.equal(part, kept)
+            else:  # without waiting for the device
+                found += (part != kept).any()
         return bool(reduced(found, "sum") > 0)
 
     def _parts(self) -> Iterator[tuple[str, Tensor, int]]:
@@ -102,10 +106,14 @@ class WeightLedger:
         """Sketch the change of the weights since they were kept, and keep them."""
         total = self._model_sketch.sketch_sum()
         for name, part, start in self._parts():
-            kept, dtype = self._kept[name], accumulation_dtype(part.dtype)
-            self._add(total, name, part.to(dtype) - kept.to(dtype), start)
-            kept.copy_(part)
-        return self._result(total, torch.float32)
+            # In place, for float32: the weights before minus those after.
+            kept = self._kept[name]
+            negative = kept.to(accumulation_dtype(kept.dtype)).sub_(part)
+            self._add(total, name, negative, start)
+        change = self._result(total, torch.float32).neg()
+        for name, part, _ in self._parts():  # the sum has held some until now
+            self._kept[name].copy_(part)
+        return change
 
     def _add(self, total: Accumulator, name: str, part: Tensor, start: int) -> None:
         """Add the sketch of a parameter, or of a shard of one."""

@@ -23,6 +23,7 @@ from hf_sketch.attribution.methods import Method, OfLayers, Preconditioned, name
 from hf_sketch.attribution.queries import query_matrix
 from hf_sketch.attribution.questions.duplicates import find_duplicates
 from hf_sketch.attribution.questions.mislabeled import find_mislabeled
+from hf_sketch.attribution.questions.noise import noise_scale
 from hf_sketch.attribution.questions.spikes import find_spikes
 from hf_sketch.attribution.questions.what_if import what_if
 from hf_sketch.attribution.scores import dense_scores, group_scores, self_scores
@@ -273,6 +274,7 @@ class GradientRows:
     find_spikes = find_spikes
     find_mislabeled = find_mislabeled
     find_duplicates = find_duplicates
+    noise_scale = noise_scale
     what_if = what_if
 
     def scored_by(self, method: str | Method, layers: Layers | None = None) -> Method:

@@ -24,6 +24,7 @@ from hf_sketch.report.training import (
     audit_table,
     examples_table,
     loss_ends,
+    noise_course,
     spikes_table,
 )
 from hf_sketch.spectra.files import DIRECTORY as CURVATURE
@@ -117,6 +118,7 @@ def _recorded(directory: Path) -> dict[str, Any]:
         plots.append(("Loss", "plot_loss"))
     if store.steps:
         plots.append(("Gradient norm", "plot_gradient_norm"))
+    noise = noise_course(store)
     return {
         "warnings": [str(warning.message) for warning in caught],
         "plots": [(title, _svg(name, store)) for title, name in plots],
@@ -127,6 +129,7 @@ def _recorded(directory: Path) -> dict[str, Any]:
         "broken": int(np.logical_not(column(store.dataset, "finite")).sum()),
         "losses": loss_ends(store),
         "spikes": spikes_table(store),
+        "noise": noise and {**noise, "plot": _svg("plot_noise_scale", noise["lines"])},
     }
 
 

@@ -249,6 +249,26 @@ def plot_gradient_norm(store: GradientRows) -> Figure:
     return figure
 
 
+def plot_noise_scale(lines: Dataset) -> Figure:
+    """The smoothed noise scale of steps with its interval, above their batch size.
+
+    Args:
+        lines: what `GradientRows.noise_scale` returns.
+    """
+    names = ("step", "noise_scale", "low", "high", "step_examples")
+    steps, scale, low, high, batch = (column(lines, name) for name in names)
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    known = np.isfinite(low) & np.isfinite(scale) & (low > 0)
+    top = np.where(np.isfinite(high), high, np.nanmax(scale[known], initial=1.0) * 10)
+    axes.fill_between(steps[known], low[known], top[known], alpha=0.25, linewidth=0)
+    axes.plot(steps[known], scale[known], linewidth=1.8, label="noise scale")
+    axes.plot(steps, batch, linewidth=0.8, color="black", label="batch")
+    axes.set(xlabel="optimizer step", ylabel="examples", yscale="log")
+    axes.legend()
+    return figure
+
+
 def _course(steps: Array, values: Array, label: str) -> Figure:
     """Draw values over the steps, pale, and their running mean over a 30th of these."""
     figure = Figure(figsize=(5, 3.2), layout="constrained")

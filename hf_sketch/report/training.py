@@ -10,11 +10,13 @@ import numpy as np
 
 from hf_sketch.attribution.collection import GradientRows
 from hf_sketch.attribution.columns import column
+from hf_sketch.attribution.questions.noise import LEAST
 
 _WORST = 100
 _SPIKES = 50
 _NAMED = 5  # examples of a spike
 _ENDS = 20
+_FREE = 9  # (1 + 2 / 9) / (1 + 1 / 9) = 1.1 times the examples
 
 
 def loss_ends(store: GradientRows) -> tuple[float, float] | None:
@@ -67,6 +69,30 @@ def examples_table(
     ]
 
 
+def noise_course(store: GradientRows) -> dict[str, Any] | None:
+    """Return the noise scale of steps, and when a batch twice as large is nearly free.
+
+    Of a batch B at a noise scale of 9 B, twice as many examples need half the steps and
+    a tenth more examples.
+
+    Returns:
+        lines (see `noise_scale`), batch (the median number of examples per step), last
+        (the line of the last step) and free_from (the first step after which the lower
+        end of the interval stays at 9 batches or more; None if there is none). None if
+        fewer than ten steps have a noise scale, or the store is of several runs.
+    """
+    if not _is_of_one_run(store):
+        return None
+    lines = store.noise_scale()
+    if len(lines) < LEAST:
+        return None
+    batch = int(np.median(column(lines, "step_examples")))
+    enough = column(lines, "low") >= _FREE * batch
+    after = len(lines) - int(np.logical_and.accumulate(enough[::-1]).sum())
+    free = int(column(lines, "step")[after]) if after < len(lines) else None
+    return {"lines": lines, "batch": batch, "last": lines[-1], "free_from": free}
+
+
 def audit_table(path: Path) -> list[dict[str, Any]]:
     """Return the 100 most suspicious examples of `hf-sketch audit`, in its order."""
     with path.open() as lines:
@@ -79,10 +105,7 @@ def spikes_table(store: GradientRows) -> list[dict[str, Any]] | None:
     None if the store cannot tell: it lacks rows of steps or of examples, or is of
     several runs.
     """
-    if store.steps is None or not len(store.steps) or not len(store.dataset):
-        return None
-    steps = column(store.steps, "step")
-    if len(np.unique(steps)) < len(steps):
+    if not _is_of_one_run(store):
         return None
     spikes: dict[int, dict[str, Any]] = {}
     for line in store.find_spikes().to_list():
@@ -95,3 +118,11 @@ def spikes_table(store: GradientRows) -> list[dict[str, Any]] | None:
         spike["named"] = spike["named"][:_NAMED]
     highest = sorted(spikes.values(), key=lambda spike: -spike["height"])[:_SPIKES]
     return sorted(highest, key=lambda spike: spike["step"])
+
+
+def _is_of_one_run(store: GradientRows) -> bool:
+    """Return whether there are rows of examples, and one row of each step."""
+    if store.steps is None or not len(store.steps) or not len(store.dataset):
+        return False
+    steps = column(store.steps, "step")
+    return len(np.unique(steps)) == len(steps)

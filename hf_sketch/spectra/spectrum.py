@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_sketch.curvature.check import CurvatureCheck
 from hf_sketch.curvature.vectors import norm_of
 from hf_sketch.model.sketch import ModelSketch
-from hf_sketch.sketches.choices import check_count
+from hf_sketch.sketches.choices import check_count, check_setting
 from hf_sketch.spectra.bias import unbiased_eigenvalues, variance_of_sum
 from hf_sketch.spectra.density import (
     SpectralDensity,
@@ -153,6 +153,26 @@ class Spectrum:
         """R(n): the n-th largest positive eigenvalue over the largest, (positive,)."""
         positive = self.eigenvalues[self.eigenvalues > 0].flip(0)
         return positive / positive[0] if len(positive) else positive
+
+    def stable_learning_rate(self, momentum: float = 0.0) -> float:
+        """Return the rate above which SGD on the whole mean loss is unstable here.
+
+        It is 2 (1 + momentum) / the largest eigenvalue, for heavy-ball momentum and to
+        second order around the present weights. Steps of small batches need less, see
+        docs/noise.md, and it says nothing of Adam.
+
+        Args:
+            momentum: in [0, 1).
+
+        Returns:
+            the rate; infinity if no eigenvalue is positive.
+
+        Raises:
+            ValueError: `momentum` is out of range.
+        """
+        check_setting("momentum", 0 <= momentum < 1, "in [0, 1)", momentum)
+        greatest = float(self.eigenvalues[-1])
+        return 2 * (1 + momentum) / greatest if greatest > 0 else math.inf
 
     @property
     def outliers(self) -> int:

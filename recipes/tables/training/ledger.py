@@ -66,6 +66,9 @@ class LedgerArguments(ReportArguments):
     model_type: str = field(
         default="gpt2", metadata={"help": "Model whose steps are timed."}
     )
+    cost_only: bool = field(
+        default=False, metadata={"help": "Time steps alone, into ledger_cost.json."}
+    )
     tiny: bool = field(default=False, metadata={"help": "A few steps, as a check."})
 
 
@@ -237,9 +240,17 @@ def run_ledger(arguments: LedgerArguments) -> dict[str, Any]:
     """Measure, print and save."""
     if arguments.tiny:
         arguments = dataclasses.replace(arguments, **_TINY)
-    with TemporaryDirectory() as folder:
-        results = _results(Path(folder), arguments)
-    print("saved", save_report(arguments.output_dir, "ledger", arguments, results))
+    output, results = arguments.output_dir, dict[str, Any]()
+    if arguments.cost_only or arguments.tiny:
+        cost = costs(arguments.model_type, arguments.tiny, arguments.rounds)
+        for name, found in cost.items():
+            print(f"  {name:20s} {found['ratio_to_adamw']:.2f} AdamW steps")
+        print("saved", save_report(output, "ledger_cost", arguments, cost))
+        results["cost"] = cost
+    if not arguments.cost_only:
+        with TemporaryDirectory() as folder:
+            results |= _results(Path(folder), arguments)
+        print("saved", save_report(output, "ledger", arguments, results))
     return results
 
 
@@ -259,10 +270,7 @@ def _results(folder: Path, arguments: LedgerArguments) -> dict[str, Any]:
     print(f"located: {sum(n['located'] for n in nudges)} of {len(nudges)} nudges")
     equal = bit_equal(folder / "equal", min(steps, 200), out_size)
     print(f"training is bit for bit the same: {equal}", flush=True)
-    cost = costs(arguments.model_type, arguments.tiny, arguments.rounds)
-    for name, found in cost.items():
-        print(f"  {name:20s} {found['ratio_to_adamw']:.2f} AdamW steps")
-    return results | {"nudges": nudges, "bit_equal": equal, "cost": cost}
+    return results | {"nudges": nudges, "bit_equal": equal}
 
 
 def _runs(folder: Path, arguments: LedgerArguments) -> Iterator[dict[str, Any]]:
