@@ -1,11 +1,12 @@
 """The noise scale of steps, beside exact gradients and known distributions."""
 
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch.func import functional_call, grad, vmap
 
 from hf_sketch import load_sketches
@@ -107,6 +108,9 @@ def test_settings_and_stores_that_do_not_fit_are_refused(still):
         store.noise_scale(confidence=1)
     with pytest.raises(ValueError, match=r"per_step=True, per_example=True"):
         store.step_rows().noise_scale()
+    twice = replace(store, steps=concatenate_datasets([store.steps, store.steps]))
+    with pytest.raises(ValueError, match=r"several rows of one step.*each run"):
+        twice.noise_scale()
 
 
 @pytest.mark.parametrize("signal", [1.0, 0.1])

@@ -27,7 +27,7 @@ def test_a_small_ledger_balances_and_shows_what_was_altered(tmp_path):
 def test_a_small_sweep_finds_the_fewest_steps_of_each_batch(tmp_path):
     arguments = NoiseSweepArguments(output_dir=str(tmp_path), tiny=True)
     (found,) = run_noise_sweep(arguments).values()
-    assert (tmp_path / "noise_sweep.json").exists()
+    assert (tmp_path / "noise_sweep_digits.json").exists()
     steps = {batch: best["steps"] for batch, best in found["best"].items()}
     assert steps.keys() == {16, 64}
     fewest = min(batch * count for batch, count in steps.items())

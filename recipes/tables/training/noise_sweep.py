@@ -47,9 +47,7 @@ class NoiseSweepArguments(ReportArguments):
     rates. The measured critical batch is the fewest examples over the fewest steps.
     """
 
-    tasks: str = field(
-        default="digits,snli_head", metadata={"help": "Comma-separated."}
-    )
+    tasks: str = field(default="digits", metadata={"help": "Comma-separated."})
     seeds: str = field(default="0,1", metadata={"help": "Comma-separated."})
     rows: int = field(default=1024, metadata={"help": "Rows to train on."})
     batches: str = field(
@@ -271,7 +269,8 @@ def run_noise_sweep(arguments: NoiseSweepArguments) -> dict[str, Any]:
                 f"largest {found['largest_rate']}; exact {found['exact']}",
                 flush=True,
             )
-    print("saved", save_report(arguments.output_dir, "noise_sweep", arguments, results))
+    name = f"noise_sweep_{arguments.tasks.replace(',', '_')}"
+    print("saved", save_report(arguments.output_dir, name, arguments, results))
     return results
 
 
