@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from hf_sketch.examples.batch import ExampleBatch
 from hf_sketch.examples.sketcher import ExampleSketcher
-from hf_sketch.model.fsdp import in_shards, own_part
+from hf_sketch.model.fsdp import own_part
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.processes import reduced
 from hf_sketch.sketches.multi_tensor.given import DTYPES
@@ -111,13 +111,14 @@ def left_gradients(
     model_sketch: ModelSketch, parameters: Mapping[str, Tensor]
 ) -> StepReader:
     """Return what reads the gradients that are left, at once where kernels do it."""
-    given = parameters.values()
-    devices = {parameter.device for parameter in given}
+    given = [(parameters[name], shape) for name, shape in model_sketch.shapes]
+    devices = {parameter.device for parameter, _ in given}
     at_once = (
         len(devices) == 1
         and model_sketch.whole_gradients.can_read(devices.pop())
-        and not in_shards(given)
-        and all(parameter.dtype in DTYPES for parameter in given)
+        # In shards, a tensor is of another type, or of another shape.
+        and all(type(x) in (Tensor, nn.Parameter) for x, _ in given)
+        and all(tuple(x.shape) == shape and x.dtype in DTYPES for x, shape in given)
     )
     reader = GradientsAtOnce if at_once else LeftGradients
     return reader(model_sketch, parameters)

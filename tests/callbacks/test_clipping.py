@@ -47,3 +47,27 @@ def test_step_rows_under_loss_scaling(unscaled, clip_factor, at_once):
     norm = torch.cat([g.flatten() for g in plain.values()]).norm()
     assert row["finite"].tolist() == [True]
     assert float(row["gradient_norm"]) == pytest.approx(float(norm), rel=1e-4)
+
+
+class Shard(torch.nn.Parameter):
+    """A parameter that is not whole, as its type says."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: Shard(p),
+        lambda p: torch.nn.Parameter(p.detach()[:1]),
+        lambda p: torch.nn.Parameter(p.detach().double()),
+    ],
+    ids=["type", "shape", "dtype"],
+)
+@pytest.mark.parametrize("at_once", [True], indirect=True)
+def test_parameters_that_kernels_do_not_read_are_read_one_by_one(at_once, change):
+    model = tiny_bert()
+    sketch = ModelSketch.from_model(model, SIZE)
+    parameters = sketch.parameters_of(model)
+    assert isinstance(left_gradients(sketch, parameters), GradientsAtOnce)
+    name = next(iter(parameters))
+    changed = {**parameters, name: change(parameters[name])}
+    assert not isinstance(left_gradients(sketch, changed), GradientsAtOnce)

@@ -1,7 +1,6 @@
 """A gradient of any number of tensors, sketched in at most five launches."""
 
 import importlib
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -66,17 +65,6 @@ class StepFigures:
     norm: Tensor
     clip_factor: Tensor
     finite: Tensor
-
-
-def can_launch(device: torch.device) -> bool:
-    """Return whether a device runs these kernels."""
-    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
-        return False
-    if device.type == "cpu" or not torch.cuda.is_available():
-        return False
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return False  # no products in bfloat16
-    return hasattr(importlib.import_module("triton.language"), "tuple")
 
 
 class GradientPass:
@@ -148,12 +136,12 @@ class GradientPass:
         Args:
             gradients: of each tensor, in order; None counts as zero.
         """
-        row, _ = self._sum(self._addresses.give(gradients), self._witnesses)
+        row, _ = self._sum(self._give(gradients), self._witnesses)
         return row
 
     def note(self, gradients: Sequence[Tensor | None]) -> None:
         """Look at the witnesses before gradients are clipped."""
-        self._gather(self._addresses.give(gradients), 0, self._witnesses, self._before)
+        self._gather(self._give(gradients), 0, self._witnesses, self._before)
 
     def finish(
         self, gradients: Sequence[Tensor | None], loss_scale: float
@@ -164,7 +152,7 @@ class GradientPass:
             gradients: as for `sketch`.
             loss_scale: what the loss was multiplied by; clipping may undo it.
         """
-        row, finite = self._sum(self._addresses.give(gradients), 0)
+        row, finite = self._sum(self._give(gradients), 0)
         norm, factor = (torch.empty(1, device=self._device) for _ in range(2))
         self._launch(
             "finish_row",
@@ -179,6 +167,16 @@ class GradientPass:
             ROUNDING=self._rounding,
         )
         return StepFigures(row, norm, factor, finite.view(torch.bool))
+
+    def _give(self, gradients: Sequence[Tensor | None]) -> Given:
+        """Return the table of gradients, which must be of the right sizes."""
+        for size, x in zip(self._tensors.sizes, gradients, strict=True):
+            if x is not None and x.numel() != size:
+                raise ValueError(
+                    f"a gradient must have {size} elements, its parameter's, got "
+                    f"{x.numel()}: pass whole gradients, in the order of the map."
+                )
+        return self._addresses.give(gradients)
 
     def _sum(self, given: Given, first_chunk: int) -> tuple[Tensor, Tensor]:
         """Return the sketch, and a flag of 1."""

@@ -280,6 +280,15 @@ def test_other_maps_are_read_tensor_by_tensor(settings):
     assert not sketch.whole_gradients.can_read(DEVICE)
 
 
+def test_gradients_of_other_sizes_are_refused():
+    sketch = ModelSketch(SMALL, 64, "grouped")
+    gradients = given(sketch, gradients_of(SMALL, FLOAT32))
+    with pytest.raises(
+        ValueError, match=r"must have 40 elements, .*, got 20: pass whol"
+    ):
+        begin(sketch).sketch([gradients[0], gradients[1][:20], gradients[2]])
+
+
 def test_the_cpu_launches_no_kernel():
     sketch = ModelSketch(SMALL, 64, "grouped")
     assert not sketch.whole_gradients.can_read(torch.device("cpu"))
