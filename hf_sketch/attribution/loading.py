@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from hf_sketch.attribution.collection import GradientRows
+from hf_sketch.store.contents import listed_files, with_manifests
 from hf_sketch.store.header import Header, read_header
 from hf_sketch.store.locations import store_directory
 from hf_sketch.store.log import read_manifests
@@ -59,16 +60,10 @@ def load_sketches(
                 "verify=True compares them, verify=False silences this warning.",
                 stacklevel=2,
             )
-    while True:
-        try:
-            examples, steps = _opened(
-                directory, header, manifests, verify, skip_damaged
-            )
-            break
-        except ValueError:
-            before, manifests = manifests, read_manifests(directory)
-            if _files(before) <= _files(manifests):
-                raise  # else the run that writes has joined files meanwhile
+    examples, steps = with_manifests(
+        directory,
+        lambda listed: _opened(directory, header, listed, verify, skip_damaged),
+    )
     return GradientRows(
         header.model_sketch, examples, steps, header.measured_error, directory
     )
@@ -95,10 +90,6 @@ def _opened(
     return examples, steps
 
 
-def _files(manifests: Sequence[Manifest]) -> set[str]:
-    return {shard.file for manifest in manifests for shard in manifest.shards}
-
-
 def _damaged(
     directory: Path, shards: Sequence[Shard], contents: bool, skip: bool
 ) -> set[str]:
@@ -108,7 +99,7 @@ def _damaged(
         try:
             check_shard(directory, shard, contents)
         except ValueError as error:
-            if not skip or shard.file not in _files(read_manifests(directory)):
+            if not skip or shard.file not in listed_files(read_manifests(directory)):
                 raise
             damaged.add(shard.file)
             warnings.warn(f"Left out {shard.rows} rows. {error}", stacklevel=3)

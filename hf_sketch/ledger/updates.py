@@ -5,10 +5,10 @@ from typing import Any
 
 from datasets import Dataset
 
+from hf_sketch.store.contents import with_manifests
 from hf_sketch.store.header import read_header
 from hf_sketch.store.locations import store_directory
-from hf_sketch.store.log import read_manifests
-from hf_sketch.store.manifest import shards_of
+from hf_sketch.store.manifest import Manifest, shards_of
 from hf_sketch.store.rows import UPDATE
 from hf_sketch.store.shards import check_shard, open_shards
 
@@ -34,8 +34,13 @@ def load_updates(path: str | Path, **hub_options: Any) -> Dataset:
         ValueError: a file is damaged.
     """
     directory = store_directory(path, **hub_options)
-    shards = shards_of(read_manifests(directory), UPDATE)
-    shards.sort(key=lambda shard: (shard.first_step, shard.last_step))
-    for shard in shards:
-        check_shard(directory, shard, contents=True)
-    return open_shards(directory, shards, read_header(directory).features(UPDATE))
+    columns = read_header(directory).features(UPDATE)
+
+    def opened(manifests: list[Manifest]) -> Dataset:
+        shards = shards_of(manifests, UPDATE)
+        shards.sort(key=lambda shard: (shard.first_step, shard.last_step))
+        for shard in shards:
+            check_shard(directory, shard, contents=True)
+        return open_shards(directory, shards, columns)
+
+    return with_manifests(directory, opened)

@@ -92,7 +92,7 @@ def newest_files(manifest: Manifest, kind: str, least_bytes: int) -> list[Shard]
         group.append(shard)
         size += shard.size_bytes
         if size >= least_bytes or (tiny and len(group) == MOST_FILES):
-            return sorted(group, key=lambda shard: shard.first_step)
+            return sorted(reversed(group), key=lambda shard: shard.first_step)
     return []
 
 

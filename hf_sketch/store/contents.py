@@ -1,10 +1,10 @@
 """What is in a store, in words and as values."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.store.header import read_header
@@ -12,8 +12,33 @@ from hf_sketch.store.log import read_manifests
 from hf_sketch.store.manifest import KINDS, Manifest, missing_ranks, shards_of
 from hf_sketch.store.rows import UPDATE
 
+T = TypeVar("T")
 _OF_SKETCH = ("out_size", "layout", "operator", "seed")
 _OF_HEADER = ("loss", "row_dtype", "unverified", "unowned", "train_rows")
+
+
+def with_manifests(directory: Path, read: Callable[[list[Manifest]], T]) -> T:
+    """Return what a function makes of a store's manifests.
+
+    It is called again if a file is gone since the run that writes has joined it with
+    others.
+
+    Raises:
+        ValueError: a manifest or a file that it lists was changed.
+    """
+    manifests = read_manifests(directory)
+    while True:
+        try:
+            return read(manifests)
+        except ValueError:
+            before, manifests = manifests, read_manifests(directory)
+            if listed_files(before) <= listed_files(manifests):
+                raise
+
+
+def listed_files(manifests: Sequence[Manifest]) -> set[str]:
+    """Return the names of all files that manifests list."""
+    return {shard.file for manifest in manifests for shard in manifest.shards}
 
 
 def describe(directory: Path) -> str:

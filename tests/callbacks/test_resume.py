@@ -128,7 +128,7 @@ def test_a_full_buffer_is_flushed_at_the_end_of_a_step(tmp_path, monkeypatch):
     import hf_sketch.callbacks.recording.sink as module
 
     def small(*args, **named):
-        return SketchWriter(*args, **named, buffer_bytes=1)
+        return SketchWriter(*args, **named, buffer_bytes=1, file_bytes=1)
 
     SketchWriter = module.SketchWriter
     monkeypatch.setattr(module, "SketchWriter", small)

@@ -158,7 +158,7 @@ def test_damage_is_told_on_the_page(run, tmp_path):
 def test_a_record_of_another_version_is_refused(tmp_path):
     path = tmp_path / FILE
     path.write_text(json.dumps({"format_version": 9, "method": "dot", "queries": []}))
-    with pytest.raises(ValueError, match="format_version 1, got 9: make it anew"):
+    with pytest.raises(ValueError, match="format_version 1, got 9: make it again"):
         load_attribution(path)
 
 
