@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         Preconditioned,
         TracIn,
     )
+    from hf_sketch.attribution.questions.certified import CertifiedTop
+    from hf_sketch.attribution.questions.tokens import TokenScores
     from hf_sketch.attribution.questions.trainings import (
         CombinedScores,
         combine_scores,
@@ -86,6 +88,7 @@ __all__ = [
     "FJL",
     "QK",
     "SRHT",
+    "CertifiedTop",
     "CombinedScores",
     "Composed",
     "Cosine",
@@ -118,6 +121,7 @@ __all__ = [
     "Stage",
     "SubspaceConfig",
     "SymmetricOperator",
+    "TokenScores",
     "TracIn",
     "TraceEstimate",
     "TrainingCheck",
@@ -147,6 +151,7 @@ _MODULES = {
     "FJL": "sketches",
     "QK": "sketches",
     "SRHT": "sketches",
+    "CertifiedTop": "attribution.questions.certified",
     "CombinedScores": "attribution.questions.trainings",
     "Composed": "sketches",
     "Cosine": "attribution.methods",
@@ -179,6 +184,7 @@ _MODULES = {
     "Stage": "subspace.search",
     "SubspaceConfig": "subspace.tuner",  # which enters it in PEFT's tables
     "SymmetricOperator": "curvature.operator",
+    "TokenScores": "attribution.questions.tokens",
     "TracIn": "attribution.methods",
     "TraceEstimate": "spectra.density",
     "TrainingCheck": "ledger.verify",

@@ -21,10 +21,12 @@ from hf_sketch.attribution.covariance import Covariance
 from hf_sketch.attribution.index import RowIndex, index_rows
 from hf_sketch.attribution.methods import Method, OfLayers, Preconditioned, named_method
 from hf_sketch.attribution.queries import query_matrix
+from hf_sketch.attribution.questions.certified import certified_top
 from hf_sketch.attribution.questions.duplicates import find_duplicates
 from hf_sketch.attribution.questions.mislabeled import find_mislabeled
 from hf_sketch.attribution.questions.noise import noise_scale
 from hf_sketch.attribution.questions.spikes import find_spikes
+from hf_sketch.attribution.questions.tokens import token_scores
 from hf_sketch.attribution.questions.what_if import what_if
 from hf_sketch.attribution.scores import dense_scores, group_scores, self_scores
 from hf_sketch.attribution.shares import RowShare
@@ -43,11 +45,9 @@ class GradientRows:
 
     Args:
         model_sketch: the map; `sketch_dataset` makes queries for these rows with it.
-        dataset: one row per example and recorded step, with the columns of
-            docs/format.md.
+        dataset: one row per example and step; docs/format.md has its columns.
         steps: one row per optimizer step; None for rows made outside training.
-        measured_error: how far inner products of these rows are from exact ones, as
-            measured on the first examples; None if it was not measured.
+        measured_error: error of inner products on the first examples, if measured.
         directory: the store; None for rows in memory.
         split: whether processes share the passes over the rows; see `over_processes`.
         recorded: the covariance of all rows, if `dataset` is only a part of them.
@@ -123,8 +123,7 @@ class GradientRows:
     def step_rows(self) -> "GradientRows":
         """Return one row per optimizer step instead, for queries of the trajectory.
 
-        With method="tracin" scores are what each step took off the query's loss, for
-        plain SGD and to first order.
+        By "tracin", a score is what a step of SGD took off the loss, to first order.
 
         Raises:
             ValueError: there are none.
@@ -140,8 +139,7 @@ class GradientRows:
         """Return the method "preconditioned" with another damping.
 
         The covariance, with a block for each group of layers, is that of all finite
-        rows of the store, also of those that `where` has left out. One pass takes it,
-        when it is first needed; it is kept.
+        rows of the store, also those that `where` left out. One pass takes it, once.
 
         Args:
             damping: positive, in units of tr(C) / number of examples.
@@ -276,6 +274,8 @@ class GradientRows:
     find_duplicates = find_duplicates
     noise_scale = noise_scale
     what_if = what_if
+    certified_top = certified_top
+    token_scores = token_scores
 
     def scored_by(self, method: str | Method, layers: Layers | None = None) -> Method:
         """Return the method of a name, checked against the rows, of some layers."""

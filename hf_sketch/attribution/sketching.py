@@ -42,10 +42,7 @@ def sketched_rows(
     """Return the rows of `sketch_dataset`, which says more, in memory."""
     sketcher = ExampleSketcher(model, model_sketch, loss)
     check_whole("sketch_dataset", sketcher.parameters.values())
-    if data_collator is None and processing_class is not None:
-        data_collator = partial(_padded, processing_class)
-    names = {*inspect.signature(model.forward).parameters, *_LABELS}
-    collate = partial(_collated, data_collator or _stack, names)
+    collate = collate_for(model, data_collator, processing_class)
 
     def rows_of(batch: Mapping[str, Any], first: bool) -> ExampleBatch:
         found = sketcher.sketch(batch, loss_fn)
@@ -93,6 +90,18 @@ def rows_by_trainer(
     size, collate = trainer.args.eval_batch_size, loader.collate_fn
     with evaluation_mode(model), sketcher:
         return _joined(sketcher, loader.dataset, size, collate, rows_of)
+
+
+def collate_for(
+    model: nn.Module,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None,
+    processing_class: Any,
+) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+    """Return what makes a model's inputs of a list of examples, as the Trainer does."""
+    if data_collator is None and processing_class is not None:
+        data_collator = partial(_padded, processing_class)
+    names = {*inspect.signature(model.forward).parameters, *_LABELS}
+    return partial(_collated, data_collator or _stack, names)
 
 
 def _joined(
@@ -171,7 +180,7 @@ def _collated(
     names: set[str],
     examples: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Make the model's inputs of a list of examples, as the Trainer does."""
+    """Make inputs of the columns of these names, under the model's names."""
     kept = [
         {name: value for name, value in example.items() if name in names}
         for example in examples

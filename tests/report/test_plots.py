@@ -9,11 +9,13 @@ import pytest
 import torch
 from datasets import Dataset
 
+from hf_sketch import TokenScores
 from tests.helpers.spectra import VALUES, WIDE, made_of
 
 pytest.importorskip("matplotlib")
 
 from hf_sketch.report import plots
+from hf_sketch.report.heat_map import plot_token_scores
 
 RNEG = 0.3  # of VALUES, as test_spectrum.py has it
 RATIOS = [1, 0.4, 0.1, 0.05]
@@ -143,6 +145,18 @@ def test_the_loss_is_drawn_with_its_running_mean():
     means = [sum((s - i) % 7 for i in range(4)) / 4 for s in range(4, 121)]
     assert smooth[:, 0].tolist() == [*range(4, 121)]
     assert smooth[:, 1] == pytest.approx(np.array(means))
+
+
+def test_parts_of_a_score_are_drawn_by_token_with_0_in_the_middle():
+    scores = torch.tensor([[1.0, -3.0], [0.5, 2.0], [0.0, 0.25]])
+    found = TokenScores(scores, [1, 2, 4], [0, 3], 0.75)
+    figure = plot_token_scores(found, "abcde", "wxyz")
+    axes = figure.axes[0]
+    (image,) = axes.get_images()
+    np.testing.assert_array_equal(image.get_array(), scores)
+    assert image.get_clim() == (-3, 3)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "c", "e"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["w", "z"]
 
 
 def test_a_long_name_does_not_squeeze_the_axes():
