@@ -41,7 +41,7 @@ class Run:
     all processes at the next recorded step, while training continues.
 
     Args:
-        header: of the store.
+        header: header of the store.
         trainer: the one that trains.
         model: the model that trains.
         loader: the training DataLoader.

@@ -40,7 +40,7 @@ class RowSink:
     on the CPU already as they come.
 
     Args:
-        writer: of the store.
+        writer: writer of the store.
     """
 
     def __init__(self, writer: SketchWriter) -> None:

@@ -28,10 +28,10 @@ class QueryRecord:
 
     Args:
         query_id: row of the query in its dataset.
-        text: of the query.
+        text: text of the query.
         loss: the model's own.
         tokens: pairs of a token and its loss; none where they were not taken.
-        lines: of `GradientRows.attribute`, with `text` where it is known.
+        lines: lines of `GradientRows.attribute`, with `text` where it is known.
         steps: the first optimizer step of each column of the map; none without steps.
         contributions: scores by line and column, summed; empty without steps.
         token_scores: parts of the lines' scores by line and token; empty where they
@@ -106,14 +106,14 @@ def record_attribution(
     Args:
         store: the rows of training.
         queries: sketched by the store's map.
-        query_texts: of each query.
+        query_texts: query texts of each query.
         top_k: number of proponents listed per query.
         bottom_k: number of opponents listed per query.
-        method: as for `GradientRows.attribute`.
+        method: see `GradientRows.attribute`.
         layers: the same.
-        train_texts: of each example, by example_id; None if they are not known.
-        tokens: of each query, see `QueryRecord`.
-        token_sketches: of each query, the gradients of each token's loss but the
+        train_texts: texts of the examples, by example_id; None if unknown.
+        tokens: tokens of each query, see `QueryRecord`.
+        token_sketches: for each query, the gradients of each token's loss but the
             first's, whose mean is the query's.
 
     Raises:

@@ -79,7 +79,7 @@ class Entries:
             last: the last row.
             start: balance of the weights before the first row.
             steps: the steps that must have one row each.
-            slack: by how much balances of two runs may differ.
+            slack: largest difference between balances of two runs.
         """
         columns, own = self.columns, slice(first + 1, last + 1)
         yield from _missing(columns["step"][own][columns["by_optimizer"][own]], steps)

@@ -18,7 +18,7 @@ class Accumulator:
 
     Args:
         group_of: group of each parameter, by name.
-        sums: of each group, in the order of their numbers in a row.
+        sums: sums of each group, in the order of their numbers in a row.
     """
 
     def __init__(

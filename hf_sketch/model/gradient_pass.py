@@ -22,7 +22,7 @@ class WholeGradients:
     """Sketches whole gradients at once, and keeps what that needs on each device.
 
     Args:
-        operators: those of the parameters.
+        operators: operators of the parameters.
         scaled: whether gradients are scaled before they are sketched, which no kernel
             does.
     """
@@ -35,7 +35,7 @@ class WholeGradients:
         """Return the sketch of a gradient, or None if it must be read part by part.
 
         Args:
-            gradients: by name; parameters not given count as zero.
+            gradients: gradients by name; parameters not given count as zero.
         """
         device = next((x.device for x in gradients.values()), None)
         if device is None or not self.can_read(device):

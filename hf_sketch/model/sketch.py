@@ -198,7 +198,7 @@ class ModelSketch:
         """Sketch a gradient of which there are some coordinates, zeros elsewhere.
 
         Args:
-            parts: by name of the parameter, coordinates that lie one after the other in
+            parts: for each parameter name, coordinates that lie one after the other in
                 its elements row by row, (length,), and where they start.
 
         Returns:

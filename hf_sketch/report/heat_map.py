@@ -12,7 +12,7 @@ def plot_token_scores(
     """A score's parts by token of the example (lines) and of the query (columns).
 
     Args:
-        found: of `GradientRows.token_scores`.
+        found: result of `GradientRows.token_scores`.
         example: the text of each of the example's tokens, also of those without a loss.
         query: the same of the query.
     """

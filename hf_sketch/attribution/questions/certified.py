@@ -35,7 +35,7 @@ class CertifiedTop:
     """The rows with the greatest exact scores of each query.
 
     Args:
-        lines: of each query its rows, the greatest score first: query, rank, score
+        lines: each query's rows, the greatest score first: query, rank, score
             (exact) and example_id.
         confidence: for each query, the probability that none of its top rows is
             missing.
@@ -99,10 +99,10 @@ def certified_top(
         confidence: for each query, the probability that none of its top rows is
             missing; in (0, 1).
         sample: number of random rows that the error is measured on, at least 16.
-        seed: of these.
-        data_collator: as for `sketch_dataset`.
-        processing_class: as for `sketch_dataset`.
-        loss_fn: as for `sketch_dataset`.
+        seed: seed of the random choice.
+        data_collator: see `sketch_dataset`.
+        processing_class: see `sketch_dataset`.
+        loss_fn: see `sketch_dataset`.
 
     Returns:
         the rows of each query with exact scores, and how many were computed.

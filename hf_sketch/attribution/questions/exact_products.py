@@ -23,7 +23,7 @@ class ExactGradients:
         model: the model, in evaluation mode.
         model_sketch: names the parameters, and may have a normalizer.
         collate: makes the model's inputs of a list of examples.
-        loss_fn: as for `sketch_dataset`.
+        loss_fn: see `sketch_dataset`.
     """
 
     model: nn.Module

@@ -66,7 +66,7 @@ def noise_scale(
     Args:
         self: the store, with rows of steps and of examples.
         window: recorded steps that are averaged.
-        confidence: of the interval, in (0, 1).
+        confidence: confidence of the interval, in (0, 1).
         train_rows: N; by default what the store says of the training set, or infinity.
 
     Returns:
@@ -129,7 +129,7 @@ def ratio_of_means(pairs: Array, quantile: float) -> tuple[float, float, float]:
 
     Args:
         pairs: x and y, (2, n).
-        quantile: of the normal distribution, for the confidence of both sides.
+        quantile: quantile of the normal distribution for the two-sided confidence.
 
     Returns:
         the ratio, infinite where mean(y) is not positive, and the interval of positive

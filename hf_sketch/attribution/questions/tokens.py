@@ -85,7 +85,7 @@ def token_scores(
 
     A gradient is the sum of its tokens' gradients, and a score is linear in both
     gradients, so that it is a sum over pairs of tokens. The model runs once for each
-    token of the example and of the query, at the cost of as many examples.
+    token of the example and of the query.
 
     Args:
         self: the store, with one row of the example: choose it by `where(step=...)`.
@@ -93,14 +93,14 @@ def token_scores(
         dataset: the examples of the rows, by example id, as for `sketch_dataset`.
         example_id: the example.
         query: an example to ask of, as for `sketch_dataset`.
-        method: as in `GradientRows.attribute`, but for "cosine".
+        method: see `GradientRows.attribute`, but for "cosine".
         row_model: the model at the weights that the row was recorded at, as a
             checkpoint keeps them; by default `model`.
         layers: groups of layers, as in `GradientRows.attribute`.
         loss: what the row is the gradient of: the "mean" or the "sum" over tokens.
         batch_size: tokens per pass.
-        data_collator: as for `sketch_dataset`.
-        processing_class: as for `sketch_dataset`.
+        data_collator: see `sketch_dataset`.
+        processing_class: see `sketch_dataset`.
 
     Returns:
         the matrix, and which tokens its rows and columns belong to.

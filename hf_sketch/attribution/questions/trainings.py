@@ -116,7 +116,7 @@ def combine_scores(
 
     Args:
         stores: the rows of each training, at least two.
-        queries: of each training, the same queries in the same order, sketched at its
+        queries: for each training, the same queries in the same order, sketched at its
             own model and by its store's map.
         method: name of the method, as in `GradientRows.attribute`.
         groups: name of the column whose values scores are summed over.

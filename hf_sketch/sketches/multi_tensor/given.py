@@ -1,4 +1,4 @@
-"""The table that tells kernels where the tensors of a gradient are."""
+"""The table of where the tensors of a gradient are, for the kernels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

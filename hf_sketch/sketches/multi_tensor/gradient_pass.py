@@ -32,9 +32,9 @@ class GradientTensors:
 
     Args:
         sizes: elements of each tensor, in order.
-        blocked: those that are sketched in blocks, and packed vectors, whose places
+        blocked: tensors that are sketched in blocks, and packed vectors, whose places
             come after those of the tensors.
-        grouped: those that are sketched as matrices.
+        grouped: tensors that are sketched as matrices.
         packed: where others go among the packed vectors, which lie end to end.
         packed_sizes: elements of each packed vector, multiples of 1024.
         out_size: numbers per group of layers.
@@ -79,8 +79,8 @@ class GradientPass:
     Args:
         tensors: how they are sketched.
         device: where they are.
-        witnesses: elements at the start of each tensor by which `finish` tells what
-            clipping has multiplied the gradient by.
+        witnesses: elements at the start of each tensor from which `finish` computes
+            the factor of clipping.
         rounding: the relative change that is no clipping.
     """
 
@@ -134,7 +134,7 @@ class GradientPass:
         """Return the sketch of a gradient: (groups * out_size,), float32.
 
         Args:
-            gradients: of each tensor, in order; None counts as zero.
+            gradients: gradients of each tensor, in order; None counts as zero.
         """
         row, _ = self._sum(self._give(gradients), self._witnesses)
         return row
@@ -149,7 +149,7 @@ class GradientPass:
         """Return the row of a step whose gradients `note` has seen.
 
         Args:
-            gradients: as for `sketch`.
+            gradients: see `sketch`.
             loss_scale: what the loss was multiplied by; clipping may undo it.
         """
         row, finite = self._sum(self._give(gradients), 0)

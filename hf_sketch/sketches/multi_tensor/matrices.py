@@ -44,7 +44,7 @@ class Shape(NamedTuple):
         at_once: how many places c it folds at a time.
         kept: groups in the sketch.
         padded: groups, or the fewest that are multiplied.
-        scale: of the sums.
+        scale: scale of the sums.
     """
 
     groups: int

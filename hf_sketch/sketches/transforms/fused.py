@@ -272,7 +272,7 @@ def _splits(rows: Tensor, warps: int, others: int, units: int) -> int:
 
     Args:
         rows: a tensor on the device.
-        warps: of one program.
+        warps: number of warps per program.
         others: programs for each of them.
         units: how many there are to share.
     """

@@ -55,7 +55,7 @@ class Documents:
     """Tokenized documents with facts.
 
     Args:
-        tokenizer: of words.
+        tokenizer: tokenizer that splits into words.
         documents: tokenized, with the number of the fact and of the words before it.
         questions: the facts alone, tokenized, with the label of the code only.
     """

@@ -39,7 +39,7 @@ class SeveralTrainingsArguments(ReportArguments):
     """Datamodeling scores of one, three and five trainings, and what the spread covers.
 
     No recorded training has the seed of a training that is the truth. The baseline is
-    as many sketches of one training, at the same number of bytes.
+    that number of sketches of one training, at the same bytes.
     """
 
     task: str = field(default="digits", metadata={"help": "digits or snli_head."})
@@ -75,13 +75,13 @@ def recorded_scores(
 
 
 def groups_of(each: Tensor, count: int) -> Tensor:
-    """Disjoint groups of so many trainings, (groups, count, ...)."""
+    """Return disjoint groups of `count` trainings, (groups, count, ...)."""
     whole = len(each) // count
     return each[: whole * count].unflatten(0, (whole, count))
 
 
 def gains(each: Tensor, subsets: Tensor, losses: Tensor) -> dict[int, dict[str, Any]]:
-    """Datamodeling scores of means over disjoint groups of so many trainings.
+    """Datamodeling scores of means over disjoint groups of `count` trainings.
 
     Shapes:
         each (trainings, queries, rows)

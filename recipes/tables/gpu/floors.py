@@ -64,7 +64,7 @@ def step_rows(
 
     Args:
         shape: one of those of `per_example_cost`.
-        dtype: of the gradient.
+        dtype: dtype of the gradient.
         bits: log2 of the sketch sizes.
         bandwidth: bytes per second of a copy.
         tiny: small sizes, as a check.
@@ -109,7 +109,7 @@ def scoring(rows: int, out_size: int, rates: Mapping[str, float]) -> Figures:
 
 
 def _best(queries: QueryMatrix, scale: Tensor, kept: Tensor, times: int) -> BestRows:
-    """Find the best of the same rows, so many times, as if they were others."""
+    """Find the best of the same rows `times` times, as if they were others."""
     best = BestRows.none(len(queries.states[0]), kept.device)
     for number in range(times):
         start = number * len(kept)

@@ -48,7 +48,7 @@ class Settings:
 
     Args:
         output_dir: where each saves a table of its own.
-        rounds: of each measurement.
+        rounds: rounds of each measurement.
         tiny: small sizes, as a check.
         found: results of the sections before.
     """

@@ -26,9 +26,9 @@ class Alteration:
             changes one of its numbers, "dropped" leaves it out, "repeated" has it
             twice, "inserted" adds another step's row behind it.
         place: the row.
-        size: of the change of an altered row, in units of its norm.
+        size: size of the change of an altered row, in units of its norm.
         renumbered: count the steps again, so that their numbers show no gap.
-        seed: of the noise.
+        seed: seed of the noise.
     """
 
     deed: Deed

@@ -73,9 +73,9 @@ class SweepTask:
     """A model and all of its data in two tensors.
 
     Args:
-        name: of the task.
+        name: name of the task.
         x: features of all rows, (rows, width).
-        labels: of all rows, (rows,).
+        labels: labels of all rows, (rows,).
         new_model: makes the model.
     """
 
