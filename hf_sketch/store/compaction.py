@@ -2,10 +2,12 @@
 
 import mmap
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Final
 
+import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
@@ -20,7 +22,6 @@ from hf_sketch.store.shards import Shard, draft_shard, read_shard
 LEAST_BYTES: Final = 7 * 2**27
 MOST_FILES: Final = 1000
 _FEW_FILES: Final = 4
-_MAPPED_FILES: Final = 4096
 
 
 def compact(directory: Path, least_bytes: int = LEAST_BYTES) -> list[str]:
@@ -101,7 +102,7 @@ def join(
 ) -> tuple[Draft, Shard, Sequence[Shard]]:
     """Write the rows of some files to one, under a temporary name.
 
-    The rows pass through a file without a name: memory does not grow with them.
+    Their columns pass through files without names: memory does not grow with them.
 
     Returns:
         the new file, its entry, and the group.
@@ -112,9 +113,8 @@ def join(
     """
     first = group[0]
     rank = int(first.file.split("-")[1])
-    with TemporaryFile(dir=directory) as scratch:
-        table = _rows(directory, group, scratch)
-        draft, shard = draft_shard(directory, first.kind, rank, number, table)
+    table = _rows(directory, group)
+    draft, shard = draft_shard(directory, first.kind, rank, number, table)
     return draft, shard, group
 
 
@@ -148,29 +148,39 @@ def _groups(manifest: Manifest, kind: str, least_bytes: int) -> Iterator[list[Sh
         yield group
 
 
-def _rows(directory: Path, group: Sequence[Shard], scratch: IO[bytes]) -> pa.Table:
-    """Return the rows of all files, with the sketches in a file of their own.
-
-    Some thousand files are mapped at a time: Linux maps 65,530 per process, and many
-    more of a few rows may become one.
-    """
-    others: list[pa.Table] = []
-    schema: pa.Schema = None
-    for low in range(0, len(group), _MAPPED_FILES):
-        parts: list[pa.Table] = []
-        for shard in group[low : low + _MAPPED_FILES]:
+def _rows(directory: Path, group: Sequence[Shard]) -> pa.Table:
+    """Return the rows of all files, each column mapped from a file without a name."""
+    schema: pa.Schema = read_shard(directory, group[0]).schema
+    columns: dict[str, IO[bytes]] = {}
+    with ExitStack() as files:
+        for name in schema.names:
+            columns[name] = files.enter_context(TemporaryFile(dir=directory))
+        for shard in group:  # one is mapped at a time
             table = read_shard(directory, shard)
-            schema = table.schema
-            for chunk in table["sketch"].chunks:
-                scratch.write(memoryview(chunk.flatten().to_numpy()).cast("B"))
-            parts.append(table.drop_columns(["sketch"]))
-        others.append(pa.concat_tables(parts).combine_chunks())
-    scratch.flush()
-    mapped = pa.py_buffer(mmap.mmap(scratch.fileno(), 0, access=mmap.ACCESS_READ))
-    kind = schema.field("sketch").type
-    count = sum(table.num_rows for table in others) * kind.list_size
-    numbers = pa.Array.from_buffers(kind.value_type, count, [None, mapped])
-    sketches = pa.FixedSizeListArray.from_arrays(numbers, type=kind)
-    rest = pa.concat_tables(others)
-    place = schema.get_field_index("sketch")
-    return rest.add_column(place, schema.field(place), sketches).cast(schema)
+            for name, file in columns.items():
+                for chunk in table[name].chunks:
+                    numbers = chunk.flatten() if _is_list(chunk.type) else chunk
+                    plain = numbers.to_numpy(zero_copy_only=False)
+                    file.write(memoryview(plain).cast("B"))
+        rows = sum(shard.rows for shard in group)
+        arrays = [_mapped(field.type, rows, columns[field.name]) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _mapped(kind: pa.DataType, rows: int, file: IO[bytes]) -> pa.Array:
+    """Return a column whose numbers are in a file; bools take a byte there."""
+    file.flush()
+    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if pa.types.is_boolean(kind):
+        return pa.array(np.frombuffer(data, dtype=bool))
+    inner, count = kind, rows
+    if _is_list(kind):
+        inner, count = kind.value_type, rows * kind.list_size
+    numbers = pa.Array.from_buffers(inner, count, [None, pa.py_buffer(data)])
+    if _is_list(kind):
+        return pa.FixedSizeListArray.from_arrays(numbers, type=kind)
+    return numbers
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_fixed_size_list(kind)

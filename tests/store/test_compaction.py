@@ -6,7 +6,6 @@ import pytest
 
 from hf_sketch import load_sketches
 from hf_sketch.cli import main
-from hf_sketch.store import compaction
 from hf_sketch.store.blocks import sketch_matrix
 from hf_sketch.store.compaction import compact
 from hf_sketch.store.log import read_manifests
@@ -40,11 +39,7 @@ def files_of(directory, kind):
     return [shard for shard in manifest.shards if shard.kind == kind]
 
 
-@pytest.mark.parametrize("mapped", [4, 4096])
-def test_the_command_leaves_the_same_rows_in_one_file_per_kind(
-    store, capsys, monkeypatch, mapped
-):
-    monkeypatch.setattr(compaction, "_MAPPED_FILES", mapped)
+def test_the_command_leaves_the_same_rows_in_one_file_per_kind(store, capsys):
     before = rows_of(store)
     main(["compact", str(store)])
     assert capsys.readouterr().out == f"{store}: 12 files of process 0 became 2\n"
