@@ -88,7 +88,7 @@ def in_half():
             tiny_bert, {"per_step": False, "per_example": False}, marks=pytest.mark.full
         ),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_row_is_the_sketch_of_what_the_optimizer_did(tmp_path, model, options):
     weights = Weights()
