@@ -54,10 +54,10 @@ class RowShare:
         """
         state = processes()
         accelerator = torch.accelerator.current_accelerator()
-        used = "cpu" if accelerator is None else accelerator.type
+        usable = accelerator is not None and accelerator.type != "mps"
         device = state.device
-        if device is None or device.type != used or used == "mps":
-            device = CPU
+        if device is None or not usable or device.type == "cpu":
+            device = CPU  # without the number that Accelerate gives it
         return cls(dataset, state.process_index, state.num_processes, device)
 
     @property
