@@ -286,4 +286,4 @@ def test_no_flushed_row_is_lost_to_a_kill_at_any_call(every):
         text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("no row is lost") == 7
+    assert run.stdout.count("no row is lost") == 9
