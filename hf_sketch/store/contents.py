@@ -30,7 +30,7 @@ def with_manifests(directory: Path, read: Callable[[list[Manifest]], T]) -> T:
     while True:
         try:
             return read(manifests)
-        except ValueError:
+        except (ValueError, FileNotFoundError):
             before, manifests = manifests, read_manifests(directory)
             if listed_files(before) <= listed_files(manifests):
                 raise
