@@ -1,6 +1,7 @@
 """Every Python block of README, docs and CONTRIBUTING runs."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,17 @@ def test_ci_runs_the_test_line_of_the_readme():
     """So that what newcomers are told to run is what was seen to pass."""
     (line,) = re.findall(r"^(pip install .* && pytest)\b", README.read_text(), re.M)
     assert line in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_modules_that_pages_run_exist():
+    named = {
+        (page.name, module)
+        for page in PAGES
+        if page.name != "changelog.md"  # which names what was there before
+        for module in re.findall(r"python\s+-m\s+([\w.]+\w)`?", page.read_text())
+    }
+    assert len(named) > 20
+    assert [one for one in sorted(named) if find_spec(one[1]) is None] == []
 
 
 def test_links_between_pages_lead_somewhere():
