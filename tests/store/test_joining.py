@@ -9,7 +9,9 @@ from hf_sketch import load_sketches
 from hf_sketch.attribution import loading
 from hf_sketch.store import compaction, writer
 from hf_sketch.store.maintenance import find_problems
+from hf_sketch.store.manifest import Manifest
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
+from hf_sketch.store.shards import Shard
 from hf_sketch.store.writer import SketchWriter
 from tests.helpers.stores import HEADER, example_rows, step_row, write_store
 
@@ -150,3 +152,36 @@ def test_a_reader_that_finds_a_file_gone_reads_the_new_manifest(
     found = load_sketches(store, skip_damaged=skip_damaged)
     assert (found.dataset[:], found.steps[:]) == expected
     assert len(times) == 3  # a file that is gone, and two that have all rows
+
+
+def test_files_of_one_step_keep_the_order_in_which_they_were_written(store):
+    """As those of updates may have: a run that resumes begins with such a row."""
+    shards = [
+        Shard(f"update-00000-00000{n}.arrow", "update", 1, step, step, 10, 1, "", "")
+        for n, step in enumerate([1, 2, 2, 2, 3], 1)
+    ]
+    newest = compaction.newest_files(Manifest(shards=tuple(shards)), "update", 45)
+    assert newest == shards
+
+
+def test_a_run_that_has_lost_its_lock_joins_nothing(store):
+    sketches = SketchWriter(store, HEADER, file_bytes=2**20)
+    for step in range(1, 7):
+        sketches.append(PER_EXAMPLE, example_rows(step, [100 * step, 100 * step + 1]))
+        sketches.flush()
+    (lock,) = store.parent.glob("*.lock")
+    lock.write_text("{}")
+    with pytest.warns(UserWarning, match="cannot be joined.*another process writes"):
+        sketches.join_files()
+    sketches.close()
+    assert len(files_of(store, PER_EXAMPLE)) == 6
+    assert find_problems(store) == []
+
+
+def test_what_a_killed_join_has_left_goes_as_training_resumes(store, expected):
+    record(store, range(1, 11))
+    left = store / "per_example-00000-000099.arrow.tmp"
+    left.write_bytes(b"part of a file")
+    record(store, range(11, 21), resume_step=10)
+    assert not left.exists()
+    assert rows_of(store) == expected
