@@ -128,7 +128,7 @@ def record_attribution(
     for line in rows:
         if train_texts and 0 <= line["example_id"] < len(train_texts):
             line["text"] = train_texts[line["example_id"]]
-    steps, told, parts = _contributions(store, queries, scored, lines)
+    steps, listed, parts = _contributions(store, queries, scored, lines)
     losses, query_ids = (queries.dataset[name][:] for name in ("loss", "example_id"))
     records: list[QueryRecord] = []
     for number, text in enumerate(query_texts):
@@ -141,7 +141,7 @@ def record_attribution(
             lines=mine,
             tokens=[] if tokens is None else list(tokens[number]),
             steps=steps,
-            contributions=parts[number, np.searchsorted(told, ids)].tolist()
+            contributions=parts[number, np.searchsorted(listed, ids)].tolist()
             if steps
             else [],
             token_scores=[]

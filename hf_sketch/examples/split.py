@@ -130,7 +130,7 @@ class Rows(ExampleSplit):
         if found:  # in two ways, it is not known of whom the rows are
             known = len(found) == 1 and length % self.tokens
             return Uneven(self.size, found.pop()) if known else None
-        if self.media and length % self.tokens:  # of images, so many by chance
+        if self.media and length % self.tokens:  # images whose number fits by chance
             return None
         return None if length % self.size else Runs(self.size)
 

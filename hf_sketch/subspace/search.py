@@ -178,6 +178,6 @@ def load_dimension_search(output_dir: str | Path) -> DimensionSearch:
             "IntrinsicDimensionCallback, whose output_dir this is."
         )
     content = read_sealed(path, mend="search again", version=FORMAT_VERSION)
-    del content["dimension"]  # for readers of the file; the path tells
+    del content["dimension"]  # derived from the path, for readers of the file
     stages = tuple(Stage(**stage) for stage in content.pop("path"))
     return DimensionSearch(**content, path=stages)

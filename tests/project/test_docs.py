@@ -31,7 +31,7 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatc
 
 
 def test_ci_runs_the_test_line_of_the_readme():
-    """So that what newcomers are told to run is what was seen to pass."""
+    """What newcomers run is what has passed."""
     (line,) = re.findall(r"^(pip install .* && pytest)\b", README.read_text(), re.M)
     assert line in (ROOT / ".ci" / "run").read_text().splitlines()
 

@@ -1,4 +1,4 @@
-"""No byte of a store can change, and no file be cut, without being told."""
+"""No byte of a store can change, and no file be cut, unnoticed."""
 
 import shutil
 

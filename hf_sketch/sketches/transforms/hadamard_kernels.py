@@ -24,7 +24,7 @@ from hf_sketch.sketches.transforms.kernel_parts import (
     table_index,
 )
 
-# Values that differ from stream to stream must not make Triton compile anew.
+# Values that differ from stream to stream must not make Triton compile again.
 _PLAIN = (
     "units",
     *(f"before_{key}" for key in ("run_1", "run_2", "1", "2")),

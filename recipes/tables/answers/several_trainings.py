@@ -26,7 +26,7 @@ from hf_sketch.recipes.training_defaults import with_small
 
 _TINY = {"rows": 40, "queries": 6, "subsets": 4, "removals": 6, "trainings": 6}
 _TINY |= {"epochs": 1, "out_size": 64}
-# Standard errors to both sides of a 90% interval for the mean of so many trainings.
+# Standard errors to both sides of a 90% interval for the mean of a number of trainings.
 _STUDENT = {3: 2.920, 5: 2.132}
 _COUNTS = (1, *_STUDENT)
 _METHODS = ("preconditioned", "tracin")

@@ -16,7 +16,7 @@ from hf_sketch.recipes.tables.quality.recorded_runs import SHAPES
 from hf_sketch.store.blocks import RowBlock
 from hf_sketch.store.rows import encode
 
-_SIDE = 2**13  # of the matrices whose product tells the rate of arithmetic
+_SIDE = 2**13  # of the matrices whose product measures the rate of arithmetic
 _TOP = 10
 _BLOCK_ELEMENTS = 2**26
 

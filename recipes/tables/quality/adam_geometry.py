@@ -67,8 +67,8 @@ def run(arguments: AdamGeometryArguments) -> dict[str, dict[str, list[float]]]:
     )
     results = measure(task, arguments)
     for kind, figures in results.items():
-        told = (f"{k} {', '.join(f'{x:.4f}' for x in v)}" for k, v in figures.items())
-        print(f"{kind:18s} {'; '.join(told)}")
+        lines = (f"{k} {', '.join(f'{x:.4f}' for x in v)}" for k, v in figures.items())
+        print(f"{kind:18s} {'; '.join(lines)}")
     rank = f"_lora{arguments.lora_rank}" if arguments.lora_rank else ""
     name = f"adam_geometry_{arguments.task}{rank}"
     print("saved", save_report(arguments.output_dir, name, arguments, results))

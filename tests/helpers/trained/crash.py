@@ -86,7 +86,7 @@ def newest_checkpoint(directory):
 
 
 def rows_of(directory):
-    """All rows, by what tells them apart."""
+    """Return all rows, by their identity."""
     store = load_sketches(directory)
     rows = {}
     for kind, dataset in (("example", store.dataset), ("step", store.steps)):
@@ -123,7 +123,7 @@ def start(action, *arguments):
     try:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "'pin_memory' argument", UserWarning)
-        # Killed between its first rows and its first checkpoint, training starts anew.
+        # Killed between its first rows and its first checkpoint, training starts again.
         warnings.filterwarnings("ignore", ".*of a run that is not resumed")
         action(*arguments)
         status = 0
