@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -62,10 +63,15 @@ class BackwardPass:
                 "a forward and a backward pass must come before each take(): call "
                 "loss.backward() on the model's loss."
             )
+        gradients = [call.gradients() for call in calls]
         if all(call.has_own_losses for call in calls):
-            taken = _own(calls, loss_scale)
+            taken = _own(calls, gradients, loss_scale)
+            flags = [x for call in calls if (x := call.is_known) is not None]
+            if flags:
+                known = torch.stack(flags).all()
+                taken = _either(known, taken, _shares(calls, gradients, loss_scale))
         else:
-            taken = _shares(calls, loss_scale)
+            taken = _shares(calls, gradients, loss_scale)
         _check_explained(calls, parameters)
         return taken
 
@@ -79,13 +85,15 @@ def late_call() -> RuntimeError:
     )
 
 
-def _own(calls: Sequence[Batch], loss_scale: float) -> ExampleBatch:
+def _own(
+    calls: Sequence[Batch], gradients: Sequence[Tensor], loss_scale: float
+) -> ExampleBatch:
     """Return rows of the examples' own losses, which the model computed."""
     each: list[tuple[Tensor, Tensor, Tensor]] = []
-    for call in calls:
+    for call, rows in zip(calls, gradients, strict=True):
         assert call.losses is not None
         assert call.scale is not None
-        rows, own = call.gradients(), call.losses
+        own = call.losses
         weights = own.weights * call.scale.to(own.weights)
         read = own.weights if call.apart else weights
         scaled = rows / read.to(rows).unsqueeze(1)
@@ -96,11 +104,23 @@ def _own(calls: Sequence[Batch], loss_scale: float) -> ExampleBatch:
     return ExampleBatch(_model_calls(calls), rows, losses, weights, unowned)
 
 
-def _shares(calls: Sequence[Batch], loss_scale: float) -> ExampleBatch:
+def _either(known: Tensor, own: ExampleBatch, shares: ExampleBatch) -> ExampleBatch:
+    """Return the first if it is known that losses are the examples' own."""
+    return replace(
+        own,
+        rows=own.rows.where(known, shares.rows),
+        losses=own.losses.where(known, torch.nan),
+        weights=own.weights.where(known, shares.weights.to(own.weights)),
+    )
+
+
+def _shares(
+    calls: Sequence[Batch], gradients: Sequence[Tensor], loss_scale: float
+) -> ExampleBatch:
     """Return rows of each example's share of a loss that is not known."""
     each: list[Tensor] = []
-    for call in calls:
-        rows, scale = call.gradients(), call.scale
+    for call, rows in zip(calls, gradients, strict=True):
+        scale = call.scale
         each.append(rows * scale if call.apart and scale is not None else rows)
     rows = torch.cat(each)
     weights = rows.new_full((len(rows),), 1 / len(rows))

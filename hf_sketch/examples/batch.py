@@ -144,6 +144,11 @@ class Batch:
         return self.losses is not None and self.scale is not None
 
     @property
+    def is_known(self) -> Tensor | None:
+        """Whether these are right, (), if only the device knows."""
+        return None if self.losses is None else self.losses.known
+
+    @property
     def is_complete(self) -> bool:
         """Whether its forward and backward pass have run."""
         if self.phase == "loss":  # nothing that is watched got a gradient

@@ -1,6 +1,5 @@
 """Each example's own loss, out of the logits of a batch."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,16 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from hf_sketch.examples.calls import IGNORED, next_labels
-from hf_sketch.examples.rounding import agree, tolerance
+from hf_sketch.examples.rounding import agree
 from hf_sketch.examples.rules.base import answers_of
+from hf_sketch.examples.rules.nearest_loss import (
+    CERTAIN,
+    allowed_distance,
+    distance,
+    nearest,
+    read_together,
+)
 from hf_sketch.examples.rules.token_losses import span_losses, token_losses
 from hf_sketch.examples.split import ExampleSplit, Rows
 
 REDUCTIONS = ("mean", "sum")
 _CAUSAL = ("CausalLM", "LMHead")
 _SPAN = ("start_positions", "end_positions")
-_LOOKED_AT = 2**10  # logits, to tell their precision
-_CERTAIN = 0.1  # of the tolerance: the first rule that comes so near is taken
 
 
 class UnknownLossError(ValueError):
@@ -32,10 +36,12 @@ class ExampleLosses:
     Args:
         losses: (b,), each example's own loss, whatever its batch-mates.
         weights: (b,), with sum(weights * losses) = the batch's loss.
+        known: (), whether it is so, where only the device knows; None if it is.
     """
 
     losses: Tensor
     weights: Tensor
+    known: Tensor | None = None
 
 
 def example_losses(
@@ -81,9 +87,9 @@ def example_losses(
     found: list[tuple[float, float, ExampleLosses]] = []
     rules = token_losses(logits.detach(), labels, problem_type, causal)
     for summed, reduced in _candidates(rules, split, reduction, items_in_batch):
-        got, total = _read(loss, summed)
-        found.append((_distance(got, total, loss.dtype), total, reduced))
-        if found[-1][0] <= _CERTAIN:
+        got, total = read_together(loss, summed)
+        found.append((distance(got, total, loss.dtype), total, reduced))
+        if found[-1][0] <= CERTAIN:
             return reduced
     if not found:
         raise UnknownLossError(
@@ -92,15 +98,47 @@ def example_losses(
             f"{tuple(logits.shape)} and labels {tuple(labels.shape)}: pass "
             "per_example=False."
         )
-    distance, _, nearest = min(found, key=lambda candidate: candidate[0])
-    if distance > 1 and distance > _rounding(logits):
+    far, _, reduced = min(found, key=lambda candidate: candidate[0])
+    if far > 1 and far > allowed_distance(logits):
         totals = sorted({f"{total:.6g}" for _, total, _ in found})
         raise UnknownLossError(
             "per-example gradients need a loss that is a mean of the examples' own "
             f"losses, here {' or '.join(totals)}, got {float(loss):.6g}: train with the"
             " model's own loss, or pass per_example=False."
         )
-    return nearest
+    return reduced
+
+
+def unread_losses(
+    model: nn.Module,
+    loss: Tensor,
+    output: Any,
+    inputs: Mapping[str, Any],
+    split: ExampleSplit,
+    reduction: str,
+) -> ExampleLosses | None:
+    """Split the loss as `own_losses_of` does; the device alone knows if that is right.
+
+    None if the shapes of labels and scores fit no rule.
+    """
+    labels = inputs.get("labels")
+    scores = [x for x in answers_of(output) if split.within(x) is not None]
+    if not isinstance(labels, Tensor) or len(scores) != 1:
+        return None
+    logits = scores[0].detach()
+    rules = token_losses(logits, labels, _problem_type(model), is_causal(model))
+    items = inputs.get("num_items_in_batch")
+    try:
+        candidates = [*_candidates(rules, split, reduction, items)]
+    except UnknownLossError:
+        return None
+    if not candidates:
+        return None
+    totals, parts = zip(*candidates, strict=True)
+    place, known = nearest(loss.detach(), totals, logits)
+    losses = torch.stack([of.losses for of in parts]).index_select(0, place)
+    weights = torch.stack([of.weights for of in parts]).index_select(0, place)
+    return ExampleLosses(losses[0], weights[0], known)
 
 
 def own_losses_of(
@@ -131,7 +169,7 @@ def own_losses_of(
         return _of_spans(loss.detach(), scores, places, split, reduction)
     if not isinstance(labels, Tensor) or len(scores) != 1:
         return None
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    problem = _problem_type(model)
     items, causal = inputs.get("num_items_in_batch"), is_causal(model)
     try:
         if not penalised:
@@ -167,8 +205,9 @@ def _of_spans(
     """Split the loss of a model that finds spans; None if it is another."""
     rules = span_losses([x.detach() for x in scores], places)
     for total, reduced in _candidates(rules, split, reduction, None):
-        got, expected = _read(loss, total)
-        if _distance(got, expected, loss.dtype) <= max(1.0, _rounding(scores[0])):
+        got, expected = read_together(loss, total)
+        allowed = max(1.0, allowed_distance(scores[0]))
+        if distance(got, expected, loss.dtype) <= allowed:
             return reduced
     return None
 
@@ -203,6 +242,10 @@ def is_causal(model: nn.Module) -> bool:
     """Whether a model predicts the next token, as far as names of classes tell."""
     classes = [kind.__name__ for kind in type(model).__mro__]
     return any(name in kind for kind in classes for name in _CAUSAL)
+
+
+def _problem_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "problem_type", None)
 
 
 def check_reduction(reduction: str) -> None:
@@ -247,32 +290,3 @@ def per_example(x: Tensor, split: ExampleSplit) -> Tensor:
             "per_example=False."
         )
     return rows.flatten(1).sum(1) if rows.dim() > 1 else rows
-
-
-def _rounding(logits: Tensor) -> float:
-    """How far autocast may have rounded a float32 loss, in tolerances.
-
-    Log-probabilities keep the type of the logits there, which float32 logits show that
-    are all numbers of 16 bits. Each is off by half a unit in its last place; twice that
-    is allowed.
-    """
-    some = logits.flatten()[:_LOOKED_AT]
-    if some.dtype != torch.float32:
-        return 1.0
-    for half in (torch.bfloat16, torch.float16):
-        if bool((some.to(half) == some).all()):
-            return torch.finfo(half).eps / tolerance(torch.float32, "loss")
-    return 1.0
-
-
-def _read(*numbers: Tensor) -> list[float]:
-    """Return numbers of a device, for which Python waits once."""
-    return torch.stack([x.reshape(()) for x in numbers]).tolist()
-
-
-def _distance(got: float, expected: float, dtype: torch.dtype) -> float:
-    """How far a loss is from a number, in tolerances; 0 if it is not finite."""
-    if not math.isfinite(got):
-        return 0.0
-    allowed = tolerance(dtype, "loss") * max(1.0, abs(expected))
-    return abs(got - expected) / allowed

@@ -15,7 +15,9 @@ from hf_sketch.examples.losses import (
     per_example,
     reduced_losses,
     token_counts,
+    unread_losses,
 )
+from hf_sketch.examples.modules.probe import LossForm
 from hf_sketch.examples.modules.reading import Reading
 from hf_sketch.examples.rounding import tolerance
 from hf_sketch.examples.rules.base import answers_of
@@ -33,35 +35,48 @@ def split_loss(
     loss = loss_of(output)
     if loss is None or not loss.requires_grad:
         return None
-    model = reading.model
+    model, known = reading.model, reading.known_losses
+    given = output, batch.inputs, batch.split, reduction
     penalty = penalty_of(model, output)
     rest = () if penalty is None else (loss - penalty,)
+    if not rest and known.has(call, loss):
+        batch.losses = unread_losses(model, loss, *given)
+    if batch.is_known is not None:
+        known.check_later(call, batch.is_known)
+        return loss
     for own in (loss, *rest):
-        batch.losses = own_losses_of(
-            model, own, output, batch.inputs, batch.split, reduction
-        )
+        batch.losses = own_losses_of(model, own, *given)
         if batch.losses is not None:
+            known.add(call)
             return rest[0] if rest else loss
-    form, size = reading.loss_form(call), call.split.size
+    form = reading.loss_form(call)
     batch.penalised = form == "penalty"
     if batch.penalised:
-        batch.losses = own_losses_of(
-            model, loss, output, batch.inputs, batch.split, reduction, penalised=True
-        )
-    elif form == "tokens":
+        batch.losses = own_losses_of(model, loss, *given, penalised=True)
+    else:
+        batch.losses = _of_form(form, reading.model, batch, loss, reduction)
+    return loss
+
+
+def _of_form(
+    form: LossForm, model: nn.Module, batch: Batch, loss: Tensor, reduction: str
+) -> ExampleLosses | None:
+    """Return the weights of losses that are unknown; None for shares of the loss."""
+    size = batch.split.size
+    if form == "tokens":
         counts = token_counts(model, batch.inputs, batch.split)
         assert counts is not None
         items = batch.inputs.get("num_items_in_batch")
         items = torch.as_tensor(counts.sum() if items is None else items)
         counts = counts.to(accumulation_dtype(loss.dtype))
         unknown = torch.full_like(counts, torch.nan)
-        batch.losses = reduced_losses(unknown, counts, items, reduction)
-    elif form != "shares":
+        return reduced_losses(unknown, counts, items, reduction)
+    if form in ("mean", "sum"):
         weight = 1.0 if form == "sum" else 1 / size
         dtype = accumulation_dtype(loss.dtype)
         weights = loss.new_full((size,), weight, dtype=dtype)
-        batch.losses = ExampleLosses(weights * torch.nan, weights)
-    return loss
+        return ExampleLosses(weights * torch.nan, weights)
+    return None
 
 
 class TokenMeans:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_sketch.sketches.transforms.lazy import is_lazy
+from hf_sketch.sketches.transforms.lazy import is_lazy, reads_freely
 
 _ELEMENTS = 2**20
 
@@ -64,6 +64,13 @@ def form_outer(left: Tensor, right: Tensor, low: int, high: int) -> Tensor:
         places = (left - first).where(inside, 0).unsqueeze(-1).expand_as(right)
         part = right.new_zeros(right.shape[0], last - first, width)
         part.scatter_add_(1, places, right * inside.unsqueeze(-1))
+    elif not reads_freely(left):  # or Python would wait to know how many are inside
+        inside = (left >= first) & (left < last)
+        example = torch.arange(len(left), device=left.device).unsqueeze(1)
+        index = (example.expand_as(left), (left - first).where(inside, 0))
+        part = right.new_zeros(right.shape[0], last - first, width)
+        inside = inside.unsqueeze(-1)
+        part.index_put_(index, right.where(inside, 0), accumulate=True)
     else:
         part = right.new_zeros(right.shape[0], last - first, width)
         example, token = ((left >= first) & (left < last)).nonzero(as_tuple=True)
@@ -75,7 +82,7 @@ def form_outer(left: Tensor, right: Tensor, low: int, high: int) -> Tensor:
 
 def is_touched(left: Tensor, first: int, last: int) -> bool:
     """Whether rows [first, last) of the sum of outer products can be non-zero."""
-    if left.is_floating_point() or is_lazy(left):
+    if left.is_floating_point() or not reads_freely(left):
         return True
     return bool(((left >= first) & (left < last)).any())
 

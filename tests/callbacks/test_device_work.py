@@ -8,6 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -18,13 +20,15 @@ from transformers import (
 )
 
 from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.examples.modules import known_losses
 from hf_sketch.examples.rules import norms
 from hf_sketch.model import gradient_pass
-from hf_sketch.sketches import grouped
+from hf_sketch.sketches import grouped, outer
 from hf_sketch.sketches.multi_tensor.gradient_pass import GradientPass
 from tests.helpers.dispatched import Dispatched
 
 AFTER_ARRIVAL = ("callbacks/recording/sink.py", "hf_sketch/store/writer.py")
+AFTER_ARRIVAL += ("hf_sketch/examples/modules/known_losses.py",)
 OF_THE_LOG = ("callbacks/recording/live.py", "hf_sketch/attribution/")
 LATE = 3  # a step by when the first batches are compared and rules are known
 LAYERS = (1, 2)
@@ -48,7 +52,7 @@ class Watch(TrainerCallback):
 @pytest.fixture
 def as_on_a_device(monkeypatch):
     """Numbers are read as if Python had to wait for them."""
-    for module in (norms, grouped):
+    for module in (norms, grouped, outer, known_losses):
         monkeypatch.setattr(module, "reads_freely", lambda x: False)
 
 
@@ -79,9 +83,18 @@ def llama(layers):
     return LlamaForCausalLM(config)
 
 
-def watched(model, directory, out_size=256, step=LATE, **settings):
+def bert(layers):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    sizes |= {"num_hidden_layers": layers, "vocab_size": 60, "num_labels": 3}
+    return BertForSequenceClassification(BertConfig(**sizes))
+
+
+def watched(model, directory, out_size=256, step=LATE, arguments=None, **settings):
     """What a recorded step asks for."""
-    tokens = torch.arange(40).view(20, 2).repeat(1, 4).tolist()
+    tokens = torch.arange(80).remainder(60).view(40, 2).repeat(1, 4).tolist()
+    labels = tokens
+    if isinstance(model, BertForSequenceClassification):
+        labels = [number % 3 for number in range(len(tokens))]
     watch = Watch(step)
     trainer = Trainer(
         model,
@@ -93,8 +106,9 @@ def watched(model, directory, out_size=256, step=LATE, **settings):
             use_cpu=True,
             disable_tqdm=True,
             save_strategy="no",
+            **(arguments or {}),
         ),
-        train_dataset=Dataset.from_dict({"input_ids": tokens, "labels": tokens}),
+        train_dataset=Dataset.from_dict({"input_ids": tokens, "labels": labels}),
         callbacks=[GradientSketchCallback(out_size, **settings), watch],
     )
     trainer.train()
@@ -122,13 +136,19 @@ def test_a_step_row_is_five_launches_without_a_wait(tmp_path, launched):
 
 
 @pytest.mark.usefixtures("as_on_a_device")
-@pytest.mark.parametrize("model", [gpt2, llama])
-def test_rows_of_examples_wait_once_in_a_batch(model, tmp_path):
-    """To know which loss the model has computed."""
-    seen = watched(model(1), tmp_path)
-    (line,) = waits(seen)
-    assert line.startswith("tolist at hf_sketch/examples/losses.py")
-    assert seen.waits[line] == 1
+@pytest.mark.parametrize("model", [gpt2, llama, bert])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "max_grad_norm": 1e-3},
+        pytest.param({"bf16": True}, marks=pytest.mark.full),
+    ],
+    ids=["plain", "accumulated and clipped", "bf16"],
+)
+def test_a_step_with_rows_of_examples_waits_for_nothing(model, arguments, tmp_path):
+    seen = watched(model(1), tmp_path, arguments=arguments)
+    assert waits(seen) == []
 
 
 @pytest.mark.usefixtures("as_on_a_device")

@@ -222,9 +222,11 @@ class FusedHead:
 
     def _fit(self, hidden: Tensor, labels: Tensor, log_probs: Tensor) -> None:
         """Find the temperature by the log-probabilities of some tokens, once."""
+        if self._is_fitted or log_probs.shape != labels.shape:
+            return
         places = (labels != IGNORED).nonzero(as_tuple=True)
         some = tuple(place[:_FITTED_TOKENS] for place in places)
-        if self._is_fitted or log_probs.shape != labels.shape or not len(some[0]):
+        if not len(some[0]):
             return
         logits = self._logits(hidden[some])
         self._scores = self._scores.fitted(logits, labels[some], log_probs[some])

@@ -15,6 +15,7 @@ from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.calls import ModelCall
 from hf_sketch.examples.modules.fused_head import FusedHead
 from hf_sketch.examples.modules.hooks import refusal, replay_later, watch_module
+from hf_sketch.examples.modules.known_losses import KnownLosses
 from hf_sketch.examples.modules.passes import Passes
 from hf_sketch.examples.modules.plan import Plan, joined
 from hf_sketch.examples.modules.position_biases import PositionBiases
@@ -81,6 +82,7 @@ class Reading:
         )
         self.tried_head = False
         self.dtype = first.dtype
+        self.known_losses = KnownLosses()
         self._loss_form: LossForm | None = None
         self._undo: list[Callable[[], object]] = []
         # Kinds of modules, in verified calls of each kind.
