@@ -1,6 +1,6 @@
 """The base model of a subspace adapter: its parameters, and where they are used."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 
 from torch import Tensor, nn
@@ -9,14 +9,13 @@ from transformers import PreTrainedModel
 from hf_sketch.model.fsdp import check_whole
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.subspace.config import SubspaceConfig
-from hf_sketch.subspace.omega import OmegaGradient
 from hf_sketch.subspace.weights import fingerprint
 
 _CHECKPOINTING = "gradient_checkpointing"  # the attribute that transformers sets
 
 
 class BaseModel:
-    """A model whose parameters can be replaced by functions of omega.
+    """A model whose modules can use other tensors in the places of its parameters.
 
     Args:
         model: as it is before the first adapter.
@@ -27,7 +26,7 @@ class BaseModel:
         self.parameters: dict[str, nn.Parameter] = {}
         self.find_parameters()
         self.frozen = [n for n, p in self.parameters.items() if not p.requires_grad]
-        self._in_graph: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def find_parameters(self) -> None:
         """Look for the parameters again, by name, without those that PEFT added."""
@@ -44,23 +43,20 @@ class BaseModel:
             if module is self.model or isinstance(module, PreTrainedModel):
                 yield module
 
-    def enter_graph(self, gradient: OmegaGradient) -> None:
-        """Put functions of omega where modules use the parameters it moves.
-
-        They stay until `leave_graph`.
+    def uses(self, names: Collection[str]) -> list[tuple[nn.Module, str, str]]:
+        """Return where modules use parameters: module, attribute, parameter's name.
 
         Raises:
-            ValueError: activation checkpointing is reentrant, or parameters were
-                replaced.
+            ValueError: parameters were replaced.
         """
-        names = {id(self.parameters[name]): name for name in gradient.names}
-        slots = [
-            (module, attribute, names[id(parameter)])
+        own = {id(self.parameters[name]): name for name in names}
+        found = [
+            (module, attribute, own[id(parameter)])
             for module in self.model.modules()
             for attribute, parameter in vars(module)["_parameters"].items()
-            if id(parameter) in names
+            if id(parameter) in own
         ]
-        replaced = set(gradient.names) - {name for *_, name in slots}
+        replaced = set(names) - {name for *_, name in found}
         if replaced:
             raise ValueError(
                 "the model must keep the parameters that it had when the adapter was "
@@ -68,10 +64,15 @@ class BaseModel:
                 "among them: do not exchange them after get_peft_model, as FSDP and "
                 "DeepSpeed do (DDP does not)."
             )
-        uses = gradient.uses((name, self.parameters[name]) for *_, name in slots)
-        for (module, attribute, name), use in zip(slots, uses, strict=True):
-            self._in_graph.append((module, attribute, self.parameters[name]))
-            _put(module, attribute, use)
+        return found
+
+    def put(
+        self, uses: Iterable[tuple[nn.Module, str, str]], tensors: Iterable[Tensor]
+    ) -> None:
+        """Let modules use tensors in the places of parameters, until `put_back`."""
+        for (module, attribute, name), tensor in zip(uses, tensors, strict=True):
+            self._replaced.append((module, attribute, self.parameters[name]))
+            _put(module, attribute, tensor)
 
     def recomputes(self) -> bool:
         """Whether the backward pass calls modules again: activation checkpointing.
@@ -91,10 +92,10 @@ class BaseModel:
                 )
         return bool(marked)
 
-    def leave_graph(self) -> None:
+    def put_back(self) -> None:
         """Put the parameters back in their places."""
-        while self._in_graph:
-            _put(*self._in_graph.pop())
+        while self._replaced:
+            _put(*self._replaced.pop())
 
 
 def draw_subspace(config: SubspaceConfig, base: BaseModel) -> ModelSketch:

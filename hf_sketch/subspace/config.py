@@ -3,16 +3,27 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from importlib.metadata import version
 from typing import Any, Final
 
 from packaging.version import Version
 from peft import PeftConfig
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.constants import (
+    DUMMY_TARGET_MODULES,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+)
 
 from hf_sketch.sketches.choices import check_count, check_flag
 
-PEFT_TYPE: Any = "SUBSPACE"  # PEFT's enum cannot be extended
+
+class SubspaceType(str, Enum):
+    """The type of the method; PEFT's own enumeration cannot be extended."""
+
+    SUBSPACE = "SUBSPACE"
+
+
+PEFT_TYPE: Any = SubspaceType.SUBSPACE
 _LEAST_PEFT: Final = "0.21"
 
 Names = list[str] | str | None
@@ -30,8 +41,8 @@ class SubspaceConfig(PeftConfig):
 
         model = get_peft_model(model, SubspaceConfig(dim=2**13))
 
-    The base model's own arrays hold theta0 + S.T omega while it runs; theta0 is kept
-    beside them.
+    The base model keeps its parameters; theta0 + S.T omega is a second copy of those
+    that move, which modules use in forward and backward passes.
 
     Args:
         dim: length of omega.
@@ -45,12 +56,20 @@ class SubspaceConfig(PeftConfig):
             None for all that the base model trains: embeddings, heads, norms, biases.
         exclude_parameters: names of parameters left out, in the same forms. Those that
             are frozen when the adapter is made are added to it.
+        target_modules: names of the modules whose parameters move, with those of the
+            modules in them, in the same forms; None for all. With `target_parameters`,
+            a parameter moves if both name it.
+        exclude_modules: names of modules whose parameters are left out, in the same
+            forms.
         modules_to_save: modules that are trained and saved in full beside omega. PEFT
             adds the heads of classifiers if `task_type` is given.
         base_fingerprint: digest of theta0, filled in when the adapter is made and
             checked when it is loaded. None loads it on any base model.
         base_on_disk: keep the copy of theta0 in temporary files (`TMPDIR`), which the
-            system reads when omega moves, instead of in memory.
+            system reads when omega moves, instead of in memory. The base model's
+            parameters then hold theta, not theta0, between forward passes.
+        init_weights: start from the base model, with omega zero; False draws a small
+            random omega, for tests.
 
     Raises:
         ValueError: a size, an operator or a layout is bad.
@@ -70,7 +89,9 @@ class SubspaceConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     base_fingerprint: str | None = None
     base_on_disk: bool = False
-    target_modules: str = DUMMY_TARGET_MODULES  # PEFT asks for it; no module changes
+    target_modules: Names = None
+    exclude_modules: Names = None
+    init_weights: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +105,15 @@ class SubspaceConfig(PeftConfig):
         check_count("max_dim", self.max_dim, optional=True)
         check_count("seed", self.seed, least=0)
         check_flag("base_on_disk", self.base_on_disk)
+        check_flag("init_weights", self.init_weights)
+        if self.target_modules == DUMMY_TARGET_MODULES:  # as older files have
+            self.target_modules = None
+        if self.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            raise ValueError(
+                "target_modules must be names of modules or a regular expression, got "
+                f"{self.target_modules!r}: leave it out to move all parameters, or "
+                "pass target_parameters=['weight']."
+            )
         if self.dim > self.largest_dim:
             raise ValueError(
                 f"dim must be in [1, max_dim={self.largest_dim}], got {self.dim}. Pass "
@@ -97,19 +127,24 @@ class SubspaceConfig(PeftConfig):
 
     def covers(self, name: str) -> bool:
         """Whether a parameter of this name is among those that move."""
-        target = self.target_parameters
-        if target is not None and not matches(name, target):
+        targets = self.target_parameters
+        if targets is not None and not matches(name, targets):
             return False
         if matches(name, self.exclude_parameters or ()):
             return False
-        module = name.rpartition(".")[0]
-        return not any(
-            f".{key}." in f".{module}." for key in self.modules_to_save or ()
-        )
+        parts = name.split(".")[:-1]
+        modules = [".".join(parts[:count]) for count in range(len(parts) + 1)]
+        for module in modules:
+            if matches(module, self.exclude_modules or ()):
+                return False
+            if any(f".{key}." in f".{module}." for key in self.modules_to_save or ()):
+                return False
+        targets = self.target_modules
+        return targets is None or any(matches(module, targets) for module in modules)
 
 
 def matches(name: str, names: Sequence[str] | str) -> bool:
-    """Whether a parameter's name is, or ends in, one of a list, or fits a pattern."""
+    """Whether a name is, or ends in, one of a list, or fits a pattern."""
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
     return any(name == other or name.endswith(f".{other}") for other in names)

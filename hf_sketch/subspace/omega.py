@@ -1,7 +1,7 @@
 """The coordinates of subspace adapters, and their gradient, folded as it appears."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,6 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.subspace.config import SubspaceConfig
+
+_RANDOM: Final = 0.02  # of what omega is drawn at random with
 
 
 class Coordinates(nn.Module, BaseTunerLayer):
@@ -25,11 +28,24 @@ class Coordinates(nn.Module, BaseTunerLayer):
         super().__init__()
         self.subspace_omega = nn.ParameterDict()
         self.merged_adapters: list[str] = []
+        self._like: tuple[Tensor, ...] = ()  # in a tuple, so as not to register it
 
-    def add(self, adapter_name: str, dim: int, like: Tensor) -> None:
-        """Zeros for a new adapter, in float32 at least."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        omega = torch.zeros(dim, dtype=dtype, device=like.device)
+    @property
+    def weight(self) -> Tensor:
+        """One of the parameters that move: PEFT takes device and dtype from it."""
+        return self._like[0]
+
+    @property
+    def bias(self) -> Tensor:
+        """Raise AttributeError: there is none."""
+        raise AttributeError("coordinates have no bias")
+
+    def add(self, adapter_name: str, config: SubspaceConfig, like: Tensor) -> None:
+        """Zeros for a new adapter or, for tests, random numbers, in a model's dtype."""
+        self._like = (like,)
+        omega = torch.zeros(config.dim, dtype=like.dtype, device=like.device)
+        if not config.init_weights:
+            omega.normal_(std=_RANDOM)
         self.subspace_omega[adapter_name] = nn.Parameter(omega)
 
 
@@ -58,7 +74,7 @@ class OmegaGradient:
         """Names of the parameters whose gradients are summed."""
         return [name for name, _ in self._model_sketch.shapes]
 
-    def uses(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Tensor]:
+    def uses(self, parameters: Iterable[tuple[str, Tensor]]) -> Iterator[Tensor]:
         """Yield each use of a parameter, by name, as a function of omega for autograd.
 
         The tensors share the parameters' memory: nothing is computed. Going backward,

@@ -1,34 +1,36 @@
 """Fine-tuning in a sketched subspace as a PEFT method."""
 
+import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import torch
-from peft.functional import delete_adapter
+from peft.functional import cast_adapter_dtype, delete_adapter
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from hf_sketch.model.sketch import ModelSketch
-from hf_sketch.subspace.base import BaseModel, draw_subspace
+from hf_sketch.subspace.base import draw_subspace
 from hf_sketch.subspace.config import PEFT_TYPE, SubspaceConfig
-from hf_sketch.subspace.omega import Coordinates, OmegaGradient
-from hf_sketch.subspace.weights import MovedWeights
+from hf_sketch.subspace.omega import Coordinates
+from hf_sketch.subspace.theta import Theta
 
 
 class SubspaceModel(BaseTuner):
     """A model whose parameters are theta0 + S.T omega, made by `get_peft_model`.
 
-    Before a forward pass its parameters are set to where omega is, if omega has moved
-    since, and put into autograd's graph as functions of it. One adapter is active at a
-    time.
+    Before a forward pass theta is computed, if omega has moved since, and put in the
+    places of the parameters as a function of omega. The parameters themselves hold
+    theta0 (with `base_on_disk`, theta). One adapter is active at a time.
 
     Args:
-        model: the base model; its parameters are changed in place.
+        model: the base model.
         peft_config: a SubspaceConfig, or one for each adapter.
         adapter_name: name of the first adapter.
         low_cpu_mem_usage: make omega on the meta device.
@@ -50,37 +52,28 @@ class SubspaceModel(BaseTuner):
         self.coordinates.subspace_omega.register_load_state_dict_pre_hook(
             self._fit_to_loaded
         )
-        self._base = BaseModel(model)
-        self._weights = MovedWeights(config.base_on_disk)
+        self._theta = Theta(model, config.base_on_disk, self._moving)
         self._sketches: dict[str, ModelSketch] = {}
-        self._now: tuple[str, Tensor] | None = None
-        self._depth = 0
-        self._keep_in_graph = False
-        self._handles = [
-            handle
-            for module in self._base.entrances()
-            for handle in (
-                module.register_forward_pre_hook(cast(Any, self._before)),
-                module.register_forward_hook(cast(Any, self._after), always_call=True),
-            )
-        ]
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        self._to_base()
+        if self.coordinates.merged_adapters:
+            self.unmerge_adapter()
+        self._theta.restore()
+        base = self._theta.base
         config = self.config_of(adapter_name)
         try:
-            sketch = draw_subspace(config, self._base)
+            sketch = draw_subspace(config, base)
         except ValueError:
             if not self._sketches:
-                self._remove_hooks()
+                self._theta.close(keep=False)
             raise
         self._sketches[adapter_name] = sketch
-        like = self._base.parameters[sketch.shapes[0][0]]
-        self.coordinates.add(adapter_name, config.dim, like)
+        like = base.parameters[sketch.shapes[0][0]]
+        self.coordinates.add(adapter_name, config, like)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._base.find_parameters()
+        base.find_parameters()
 
     def set_adapter(
         self, adapter_name: str | list[str], inference_mode: bool = False
@@ -92,6 +85,12 @@ class SubspaceModel(BaseTuner):
                 f"{names}: call set_adapter with one name, or merge the others."
             )
         if self.coordinates.merged_adapters:
+            warnings.warn(
+                "set_adapter takes the merged adapter out of the model first, got "
+                f"{self.coordinates.merged_adapters} merged: call unmerge_adapter() "
+                "before it.",
+                stacklevel=2,
+            )
             self.unmerge_adapter()
         super().set_adapter(adapter_name, inference_mode)
         self.coordinates.set_adapter(adapter_name, inference_mode)
@@ -100,31 +99,37 @@ class SubspaceModel(BaseTuner):
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
         """Leave theta0 + S.T omega in the parameters, without a gradient of omega."""
-        names = adapter_names or self.active_adapters
+        names = check_adapters_to_merge(self.coordinates, adapter_names)
+        if not names:
+            return
         self.set_adapter(names)
-        self.refresh()
         omega = self.omega
         if safe_merge and not omega.isfinite().all():
             raise ValueError(
                 f"the coordinates of {names} must be finite, got "
                 f"{int((~omega.isfinite()).sum())} that are not: train again."
             )
+        self._theta.merge()
         self.coordinates.merged_adapters = list(names)
 
     def unmerge_adapter(self) -> None:
         """Undo `merge_adapter`."""
+        if not self.coordinates.merged_adapters:
+            warnings.warn("no adapter is merged, nothing to do.", stacklevel=2)
+            return
+        self._theta.unmerge()
         self.coordinates.merged_adapters = []
-        self.refresh()
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
         if adapter_name in self.coordinates.merged_adapters:
             raise ValueError(
-                f"{adapter_name} must not be merged to be deleted, got an adapter that "
-                "is: call unmerge_adapter() first."
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. "
+                "Please unmerge them first."
             )
-        self._to_base()
+        if not self.coordinates.merged_adapters:
+            self._theta.restore()
         del self.peft_config[adapter_name], self._sketches[adapter_name]
         remaining = delete_adapter(self, adapter_name, self.prefix, Coordinates)
         self.active_adapter = remaining or []
@@ -149,25 +154,12 @@ class SubspaceModel(BaseTuner):
         """The active adapter's map S, to all `max_dim` coordinates."""
         return self._sketches[self.active_adapters[0]]
 
-    @property
-    def _moves(self) -> bool:
-        """Whether there is an adapter that moves the parameters."""
-        return bool(self.active_adapters) and not self.coordinates.disable_adapters
-
-    def refresh(self) -> None:
-        """Set the parameters to where omega is now, as each forward pass does."""
-        self._base.leave_graph()
-        if self.coordinates.merged_adapters:
-            return
-        if not self._moves:
-            self._to_base()
-            return
-        omega = self.omega.detach()
-        if self._now and self._now[0] == self.active_adapters[0]:
-            before = self._now[1]
-            if before.shape == omega.shape and torch.equal(before, omega):
-                return
-        self._move_to(omega)
+    def _moving(self) -> tuple[str, ModelSketch, Tensor] | None:
+        """The active adapter, unless it is disabled or merged."""
+        own = self.coordinates
+        if own.disable_adapters or own.merged_adapters or not self.active_adapters:
+            return None
+        return self.active_adapters[0], self.model_sketch, self.omega
 
     def replace_omega(self, adapter_name: str, values: Tensor) -> nn.Parameter:
         """Give an adapter a new omega, which may have another length."""
@@ -176,46 +168,6 @@ class SubspaceModel(BaseTuner):
         omegas[adapter_name] = nn.Parameter(values, requires_grad=trains)
         self.config_of(adapter_name).dim = len(values)
         return omegas[adapter_name]
-
-    def _move_to(self, omega: Tensor) -> None:
-        with (
-            torch.inference_mode(False),
-            torch.autocast(omega.device.type, None, False),
-        ):
-            self._now = self.active_adapters[0], omega.clone()
-            if not omega.any():
-                self._weights.restore()
-                return
-            vector = omega.new_zeros(self.model_sketch.out_size)
-            vector[: len(omega)] = omega
-            self._weights.move(self._base.parameters, self.model_sketch, vector)
-
-    def _to_base(self) -> None:
-        """Set the parameters back to theta0."""
-        self._base.leave_graph()
-        self._weights.restore()
-        self._now = None
-
-    @torch.compiler.disable
-    def _before(self, *_: Any) -> None:
-        """Before the outermost forward pass: parameters as omega says, in the graph."""
-        self._depth += 1
-        if self._depth > 1:
-            return
-        self.refresh()
-        if self.coordinates.merged_adapters or not self._moves:
-            return
-        if torch.is_grad_enabled() and self.omega.requires_grad:
-            leave = self._base.leave_graph
-            self._keep_in_graph = self._base.recomputes()
-            self._base.enter_graph(OmegaGradient(self.model_sketch, self.omega, leave))
-
-    @torch.compiler.disable
-    def _after(self, *_: Any) -> None:
-        """After it: parameters as they were, unless the backward pass calls again."""
-        self._depth -= 1
-        if self._depth == 0 and not self._keep_in_graph:
-            self._base.leave_graph()
 
     def _fit_to_loaded(
         self, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
@@ -232,7 +184,10 @@ class SubspaceModel(BaseTuner):
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
         self.coordinates.enable_adapters(enabled)
-        self.refresh()
+        if not enabled:
+            if self.coordinates.merged_adapters:
+                self.unmerge_adapter()
+            self._theta.restore()
 
     def _unload_and_optionally_merge(
         self,
@@ -241,30 +196,36 @@ class SubspaceModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:  # PEFT writes None and returns the model
-        if merge:
+        merged = self.coordinates.merged_adapters
+        if merge and (adapter_names or not merged):
             self.merge_adapter(adapter_names, safe_merge)
-            self._base.leave_graph()
-            self._weights.keep()
-        else:
-            self._to_base()
-        self._remove_hooks()
+        elif not merge and merged:
+            self.unmerge_adapter()
+        self._theta.close(keep=merge)
         return super()._unload_and_optionally_merge(
             merge, progressbar, safe_merge, adapter_names
         )
 
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self._base.leave_graph()
+        self._theta.base.put_back()
         super()._apply(fn, recurse)
-        self._weights.apply(fn)
-        self._base.find_parameters()
+        self._theta.apply(fn)
         return self
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        """Tell PEFT to replace no module: parameters move where they are."""
+        config = copy.copy(peft_config)
+        config.target_modules = DUMMY_TARGET_MODULES
+        config.exclude_modules = None
+        return config
+
+    def _cast_adapter_dtype(
+        self, adapter_name: str, autocast_adapter_dtype: bool = True
+    ) -> None:
+        cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype)
+
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
-        raise AssertionError("no module is targeted")
+        raise AssertionError("no module is replaced")
 
     def _inject_parameters(
         self,

@@ -1,4 +1,4 @@
-"""A model's parameters moved along a subspace, in place."""
+"""A model's parameters moved along a subspace."""
 
 from collections.abc import Callable, Collection, Mapping
 from tempfile import NamedTemporaryFile
@@ -11,18 +11,19 @@ from hf_sketch.model.sketch import ModelSketch
 
 
 class MovedWeights:
-    """Parameters that hold theta0 + S.T omega, and theta0 beside them.
+    """Where a model's parameters have moved to: theta0 + S.T omega.
 
-    theta0 is copied when it is first left; until then nothing is kept.
+    In memory, parameters hold theta0 and theta stands beside them until it is merged
+    into them. With theta0 on disk it is the other way round.
 
     Args:
-        on_disk: keep the copy in temporary files, mapped to memory: they have no name
-            and are gone with the process.
+        on_disk: keep theta0 in temporary files, mapped to memory: they have no name and
+            are gone with the process.
     """
 
     def __init__(self, on_disk: bool = False) -> None:
-        self._on_disk = on_disk
-        self._base: dict[str, Tensor] = {}
+        self._merged = self._on_disk = on_disk
+        self._beside: dict[str, Tensor] = {}  # theta, or theta0 if theta is merged
         self._moved: dict[str, nn.Parameter] = {}
 
     @torch.no_grad()
@@ -32,36 +33,57 @@ class MovedWeights:
         model_sketch: ModelSketch,
         vector: Tensor,
     ) -> None:
-        """Set the parameters of the sketch to theta0 + S.T vector, one after another.
+        """Compute theta0 + S.T vector for the sketch's parameters, one after another.
 
         Shapes:
             vector (model_sketch.out_size,)
         """
         self.restore(kept={name for name, _ in model_sketch.shapes})
         for name, part in model_sketch.adjoint_parts(vector):
-            parameter = parameters[name]
-            if name not in self._base:
-                self._base[name] = self._copy(parameter.detach())
-            self._moved[name] = parameter
-            base = self._base[name].to(part.device)
-            torch.add(base, part, out=parameter.detach())
+            parameter = self._moved[name] = parameters[name]
+            if name not in self._beside:
+                self._beside[name] = self._copy(parameter.detach())
+            base, theta = parameter.detach(), self._beside[name]
+            if self._merged:
+                base, theta = theta, base
+            torch.add(base.to(part.device), part, out=theta)
+
+    def at(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """Return where a parameter has moved to; itself if it has not."""
+        if self._merged or name not in self._moved:
+            return parameter
+        return self._beside[name]
 
     @torch.no_grad()
     def restore(self, kept: Collection[str] = ()) -> None:
-        """Set all parameters but those `kept` back to theta0, bit for bit."""
+        """Leave all parameters but those `kept` at theta0, bit for bit."""
         for name in set(self._moved).difference(kept):
-            self._moved.pop(name).copy_(self._base[name])
+            parameter = self._moved.pop(name)
+            if self._on_disk:
+                parameter.copy_(self._beside[name])
+            else:
+                del self._beside[name]
+
+    def exchange(self) -> None:
+        """Merge theta into the parameters, or take it out again; nothing is copied."""
+        if self._on_disk:
+            return
+        for name, parameter in self._moved.items():
+            theirs = parameter.data
+            parameter.data, self._beside[name] = self._beside[name], theirs
+        self._merged = not self._merged
 
     def keep(self) -> None:
         """Take the parameters as they are for theta0."""
-        self._base, self._moved = {}, {}
+        self._beside, self._moved = {}, {}
+        self._merged = self._on_disk
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Move or cast the copy of theta0, as `nn.Module._apply` does parameters."""
-        for name, tensor in self._base.items():
+        """Move or cast what stands beside, as `nn.Module._apply` does parameters."""
+        for name, tensor in self._beside.items():
             changed = function(tensor)
             if changed is not tensor:
-                self._base[name] = self._copy(changed) if self._on_disk else changed
+                self._beside[name] = self._copy(changed) if self._on_disk else changed
 
     def _copy(self, tensor: Tensor) -> Tensor:
         """A copy in memory, or on the CPU in a file without a name."""

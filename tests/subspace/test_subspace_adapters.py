@@ -85,8 +85,8 @@ def test_theta0_on_disk_gives_the_same_numbers(tmp_path, monkeypatch):
 def test_unloading_gives_the_base_model_back():
     base = tiny_model("gpt2", torch.float32)
     plain = {name: p.clone() for name, p in base.named_parameters()}
-    model, tuner = adapted(base)
-    tuner.refresh()
+    model, _ = adapted(base)
+    model(**tiny_inputs("gpt2"))
     unloaded = model.unload()
     assert all(torch.equal(p, plain[n]) for n, p in unloaded.named_parameters())
     assert not unloaded._forward_pre_hooks
@@ -204,16 +204,19 @@ def test_moving_the_model_moves_theta0(on_disk):
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_theta0_follows_the_parameters(on_disk):
-    parameter = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+def test_what_stands_beside_the_parameters_follows_them(on_disk):
+    """theta in memory, theta0 on disk."""
+    theta0 = torch.arange(6.0).view(2, 3)
+    parameter = torch.nn.Parameter(theta0.clone())
     sketch = ModelSketch((("w", (2, 3)),), 2)
     weights, seen = MovedWeights(on_disk), []
     weights.move({"w": parameter}, sketch, torch.ones(2))
+    theta = theta0 + sketch.adjoint(torch.ones(2))["w"]
+    assert torch.equal(weights.at("w", parameter), theta)
+    assert torch.equal(parameter, theta if on_disk else theta0)
     weights.apply(torch.Tensor.double)
     weights.apply(lambda tensor: seen.append(tensor) or tensor)
-    expected = torch.arange(6, dtype=torch.float64).view(2, 3)
-    assert [tensor.dtype for tensor in seen] == [torch.float64]
-    assert torch.equal(seen[0], expected)
+    assert torch.equal(seen[0], (theta0 if on_disk else theta).double())
 
 
 def test_another_base_model_is_refused(tmp_path):

@@ -35,6 +35,11 @@ def parameters(function):
             ["self", "merge", "progressbar", "safe_merge", "adapter_names"],
         ),
         ("_create_and_replace", ["self"]),
+        ("_prepare_adapter_config", ["self", "peft_config", "model_config"]),
+        (
+            "_cast_adapter_dtype",
+            ["self", "adapter_name", "autocast_adapter_dtype"],
+        ),
         ("_inject_parameters", ["self", "peft_config", "model", "adapter_name"]),
     ],
 )
