@@ -1,0 +1,1 @@
+"""The subspace beside other methods of parameter-efficient fine-tuning."""

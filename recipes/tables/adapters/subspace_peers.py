@@ -1,0 +1,175 @@
+"""How accurate a method of fine-tuning is per trained parameter, on SNLI."""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    HfArgumentParser,
+    set_seed,
+)
+
+from hf_sketch.recipes.saved_report import ReportArguments, save_report
+from hf_sketch.recipes.tables.adapters.methods import (
+    METHODS,
+    adapted,
+    first_rate,
+    trained,
+)
+from hf_sketch.recipes.tables.adapters.snli_layers import PeersTask
+from hf_sketch.recipes.training_defaults import with_small
+
+_FULL: Final = "full"
+_FULL_RATE: Final = 1e-4
+_FACTOR: Final = 3.0  # from one learning rate to the next
+_MOST_RATES: Final = 7
+_TINY = {"methods": "full,affd,lora,bitfit", "bits": "12", "seeds": 1, "steps": 2}
+_TINY |= {"tuning_rows": 20, "test_rows": 20, "trained_layers": 1, "batch_size": 4}
+
+
+@dataclass
+class SubspacePeersArguments(ReportArguments):
+    """Accuracy over trained parameters: subspaces, and methods that PEFT has.
+
+    MiniLM on SNLI. The last layers are adapted; what comes before them is the same for
+    all methods and computed once. A method's learning rate is tuned for each number of
+    parameters by the loss on rows that are not those of the test, with the first seed.
+    Runs that have ended are kept in <output_dir>/subspace_peers and not repeated.
+    """
+
+    methods: str = field(
+        default=",".join((_FULL, *METHODS)), metadata={"help": "Comma-separated."}
+    )
+    bits: str = field(
+        default="8,10,12,14,16,18",
+        metadata={"help": "log2 of the numbers of parameters, comma-separated."},
+    )
+    seeds: int = field(
+        default=3, metadata={"help": "Runs at the tuned rate: data order and adapter."}
+    )
+    trained_layers: int = field(default=2, metadata={"help": "Last layers, of six."})
+    steps: int = field(default=200, metadata={"help": "Optimizer steps per run."})
+    batch_size: int = field(default=16, metadata={"help": "Pairs in a batch."})
+    tuning_rows: int = field(default=500, metadata={"help": "Rows of tuning."})
+    test_rows: int = field(default=2000, metadata={"help": "Rows of the test."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "SNLI rows instead of our own pairs."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "The same, for tuning and the test."}
+    )
+    tiny: bool = field(default=False, metadata={"help": "A few runs, as a check."})
+
+
+def tuned(loss_at: Callable[[float], float], start: float) -> float:
+    """Return the rate of the least loss, from `start` by factors until it is inside.
+
+    A loss that is not finite counts as the greatest.
+    """
+
+    def found(power: int) -> float:
+        loss = losses.get(power)
+        if loss is None:
+            loss = loss_at(start * _FACTOR**power)
+            losses[power] = loss if math.isfinite(loss) else math.inf
+        return losses[power]
+
+    losses: dict[int, float] = {}
+    for power in (-1, 0, 1):
+        found(power)
+    while len(losses) < _MOST_RATES:
+        best = min(losses, key=found)
+        if min(losses) < best < max(losses):
+            break
+        found(best - 1 if best == min(losses) else best + 1)
+    return start * _FACTOR ** min(losses, key=found)
+
+
+def cell(
+    task: PeersTask, arguments: SubspacePeersArguments, method: str, budget: int
+) -> dict[str, Any] | None:
+    """Tune a method at one number of parameters, and run it with all seeds.
+
+    Returns:
+        trained parameters, rate, and by seed the accuracy and the losses; None if the
+        method has no such number.
+    """
+
+    def model_of(seed: int) -> nn.Module | None:
+        if method == _FULL:
+            return copy.deepcopy(task.model)
+        set_seed(seed)
+        return adapted(method, budget, seed, lambda: copy.deepcopy(task.model))
+
+    model = model_of(0)
+    if model is None:
+        return None
+
+    @cache
+    def run(rate: float, seed: int) -> dict[str, float]:
+        adapter = model_of(seed)
+        assert adapter is not None
+        return task.run(adapter, rate, seed, arguments.steps, arguments.batch_size)
+
+    start = _FULL_RATE if method == _FULL else first_rate(method)
+    rate = tuned(lambda rate: run(rate, 0)["tuning_loss"], start)
+    runs = [run(rate, seed) for seed in range(arguments.seeds)]
+    return {"parameters": trained(model), "rate": rate, "runs": runs}
+
+
+def run_subspace_peers(arguments: SubspacePeersArguments) -> dict[str, Any]:
+    """Measure what is not there yet, print and save after each."""
+    if arguments.tiny:
+        arguments = with_small(arguments, _TINY)
+    name = f"subspace_peers_{arguments.trained_layers}"
+    kept = Path(arguments.output_dir) / name
+    kept.mkdir(parents=True, exist_ok=True)
+    count = arguments.steps * arguments.batch_size
+    task = PeersTask.load(
+        arguments.trained_layers,
+        (count, arguments.tuning_rows, arguments.test_rows),
+        arguments.train_file,
+        arguments.validation_file,
+    )
+    results: dict[str, Any] = {}
+    cells = [
+        (method, int(bits))
+        for bits in arguments.bits.split(",")
+        for method in arguments.methods.split(",")
+    ]
+    for method, bits in tqdm(cells, desc="Methods"):
+        key = _FULL if method == _FULL else f"{method} {bits}"
+        file = kept / f"{key.replace(' ', '_')}.json"
+        if not file.exists():
+            found = cell(task, arguments, method, 2**bits)
+            file.write_text(json.dumps(found))
+        results[key] = json.loads(file.read_text())
+        _print(key, results[key])
+    print("saved", save_report(arguments.output_dir, name, arguments, results))
+    return results
+
+
+def _print(key: str, found: dict[str, Any] | None) -> None:
+    if found is None:
+        print(f"{key}: no adapter of about that many parameters")
+        return
+    accuracies = torch.tensor([run["accuracy"] for run in found["runs"]])
+    span = f"{accuracies.min():.3f} to {accuracies.max():.3f}"
+    print(
+        f"{key}: {found['parameters']:,} parameters, rate {found['rate']:.1e}, "
+        f"accuracy {accuracies.mean():.3f} ({span})",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    parser = HfArgumentParser(SubspacePeersArguments)
+    run_subspace_peers(*parser.parse_args_into_dataclasses())
