@@ -62,11 +62,7 @@ class Reading:
         self.copies = self.in_shards or weights_change
         first = next(iter(self.parameters.values()))
         # Why the rules are not compared with gradients of single examples, if not.
-        self.unverified: str | None = None
-        if not verify:
-            self.unverified = "it was switched off"
-        elif is_lazy(first):
-            self.unverified = "the device would compile each backward pass"
+        self.unverified = _unverified(verify, first)
         self.verifies = self.unverified is None
         self.plan = Plan(model, self.parameters)
         self.model, self.model_sketch = model, model_sketch
@@ -243,3 +239,11 @@ class Reading:
 
     def _current(self) -> Batch | None:
         return self.batch
+
+
+def _unverified(verify: bool, parameter: nn.Parameter) -> str | None:
+    """Why the rules are not compared with gradients of single examples; None if so."""
+    if not verify:
+        return "it was switched off"
+    lazy = is_lazy(parameter)
+    return "the device would compile each backward pass" if lazy else None
