@@ -8,6 +8,7 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments
 
 from hf_sketch import DimensionSearch
+from hf_sketch.recipes.dimension.interval import DimensionInterval
 from hf_sketch.recipes.dimension.runs import DimensionRun, Task
 from hf_sketch.recipes.options.dimension import DimensionArguments
 from hf_sketch.recipes.saved_report import save_report
@@ -27,8 +28,8 @@ of a fixed {operator} map (seed {seed}). {finding}
 
 {table}
 
-{half}Trained with Adam, a constant learning rate of {rate:g} and {batch} examples in a
-batch. All settings are in `results.json`.
+{interval}Trained with Adam, a constant learning rate of {rate:g} and {batch} examples
+in a batch. All settings are in `results.json`.
 
 Parameters that {model} lacks, as a classifier's head, were drawn after
 `transformers.set_seed({seed})`. Do the same before you make the base model that
@@ -55,6 +56,8 @@ def save_run(
     directory = Path(training.output_dir)
     print(table_of(run.search))
     print(finding_of(run.search, run.baseline))
+    if run.interval is not None:
+        print(interval_of(run.interval))
     settings = argparse.Namespace(
         **vars(arguments),
         recipe=name,
@@ -81,7 +84,7 @@ def results_of(run: DimensionRun) -> dict[str, Any]:
         "baseline": run.baseline,
         "dimension": run.search.dimension,
         "path": [dataclasses.asdict(stage) for stage in run.search.path],
-        "half": run.half,
+        "interval": run.interval and dataclasses.asdict(run.interval),
         "seconds": run.seconds,
     }
 
@@ -109,6 +112,19 @@ def finding_of(search: DimensionSearch, baseline: float | None) -> str:
     return f"{search.dimension:,} dimensions reached {goal}.{full}"
 
 
+def interval_of(interval: DimensionInterval) -> str:
+    """What bisections say, in a sentence or two."""
+    tried = "; ".join(
+        f"{trial.dim:,}: " + ", ".join(f"{best:.4f}" for best in trial.best)
+        for trial in interval.trials
+    )
+    where = f"above {interval.low:,} and " if interval.low else ""
+    return (
+        f"The least dimension is {where}at most {interval.high:,}: most trainings "
+        f"reach the target there, and not below. Tried: {tried}."
+    )
+
+
 def _card(
     name: str,
     arguments: DimensionArguments,
@@ -118,13 +134,7 @@ def _card(
     """README.md of the adapter."""
     model = arguments.model_name_or_path
     on_hub = model is not None and not Path(model).exists()
-    half = ""
-    if run.half is not None:
-        side = "below" if run.half["below_target"] else "not below"
-        half = (
-            f"Half of the dimension, {run.half['dimension']:,}, reached "
-            f"{run.half['best']:.4f}: {side} the target.\n\n"
-        )
+    interval = "" if run.interval is None else f"{interval_of(run.interval)}\n\n"
     return _CARD.format(
         base_model=f"base_model: {model}\n" if on_hub else "",
         name=name,
@@ -134,7 +144,7 @@ def _card(
         seed=training.seed,
         finding=finding_of(run.search, run.baseline),
         table=table_of(run.search),
-        half=half,
+        interval=interval,
         rate=training.learning_rate,
         batch=training.per_device_train_batch_size,
     )

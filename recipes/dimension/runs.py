@@ -1,4 +1,4 @@
-"""Full fine-tuning, the search for the dimension, and the check of half of it."""
+"""Full fine-tuning, the search for the dimension, and its interval."""
 
 import copy
 import dataclasses
@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_sketch import DimensionSearch, SubspaceConfig, load_dimension_search
 from hf_sketch.callbacks import IntrinsicDimensionCallback
+from hf_sketch.recipes.dimension.interval import DimensionInterval, Trial, bisect
 from hf_sketch.recipes.options.dimension import DimensionArguments
 from hf_sketch.recipes.setups import Setup
 
@@ -53,21 +54,21 @@ class DimensionRun:
     Args:
         search: its path and the dimension.
         baseline: the metric of full fine-tuning; None without.
-        half: the dimension, the best metric and whether that is below the target, of
-            the run with half of the dimension; None without.
+        interval: the interval of the dimension; None without bisections, or if the
+            search found none.
         seconds: seconds of the search, since it was resumed.
     """
 
     search: DimensionSearch
     baseline: float | None
-    half: dict[str, Any] | None
+    interval: DimensionInterval | None
     seconds: float
 
 
 def run_dimension(
     task: Task, arguments: DimensionArguments, training: Seq2SeqTrainingArguments
 ) -> DimensionRun:
-    """Full fine-tuning and the check of half the dimension if asked, and the search.
+    """Full fine-tuning if asked, the search, and bisections if asked.
 
     Raises:
         ValueError: an argument is bad, or full fine-tuning does not reach the target.
@@ -76,10 +77,10 @@ def run_dimension(
     if arguments.baseline:
         baseline = full_fine_tuning(task, arguments, training)
     search, seconds = timed_search(task, arguments, training, baseline)
-    half = None
-    if arguments.check_half and search.dimension is not None and search.dimension > 1:
-        half = train_half(task, arguments, training, search)
-    return DimensionRun(search, baseline, half, seconds)
+    interval = None
+    if arguments.bisections and search.dimension is not None:
+        interval = find_interval(task, arguments, training, search)
+    return DimensionRun(search, baseline, interval, seconds)
 
 
 def full_fine_tuning(
@@ -162,35 +163,54 @@ def timed_search(
     return load_dimension_search(training.output_dir), seconds
 
 
-def train_half(
+def find_interval(
     task: Task,
     arguments: DimensionArguments,
     training: Seq2SeqTrainingArguments,
     search: DimensionSearch,
-) -> dict[str, Any]:
-    """The best metric of the first half of the subspace, in output_dir/half.
+) -> DimensionInterval:
+    """Train in dimensions below the one that a search found, in output_dir/interval.
 
     Args:
         task: what was learned.
         arguments: arguments of the search.
-        training: arguments of the Trainer in the search.
-        search: search that found a dimension of at least 2.
+        training: arguments of the Trainer in the search; seeds count from theirs.
+        search: search that found a dimension.
     """
+
+    def trial_at(dim: int) -> Trial:
+        seeds = range(training.seed, training.seed + arguments.bisection_seeds)
+        best = tuple(_best(task, arguments, training, search, dim, s) for s in seeds)
+        reached = sum(map(search.reaches, best))
+        return Trial(dim, best, 2 * reached > len(best))
+
     assert search.dimension is not None
-    dim = search.dimension // 2
+    return bisect(search.dimension, trial_at, arguments.bisections)
+
+
+def _best(
+    task: Task,
+    arguments: DimensionArguments,
+    training: Seq2SeqTrainingArguments,
+    search: DimensionSearch,
+    dim: int,
+    seed: int,
+) -> float:
+    """The best metric of one training in a subspace of `dim` dimensions."""
     changed = dataclasses.replace(
         training,
-        output_dir=str(Path(training.output_dir) / "half"),
+        seed=seed,
+        output_dir=str(Path(training.output_dir) / "interval" / f"{dim}-{seed}"),
         eval_strategy="steps",
         eval_steps=min(arguments.stage_steps, training.max_steps),
         save_strategy="no",
         resume_from_checkpoint=None,
     )
-    print(f"half of the dimension, {dim:,}, for {changed.max_steps:,} steps")
-    trainer = _train(task, _in_subspace(task, arguments, training, dim), changed)
+    print(f"{dim:,} dimensions with seed {seed}, for {changed.max_steps:,} steps")
+    trainer = _train(task, _in_subspace(task, arguments, changed, dim), changed)
     history = trainer.state.log_history
-    best = max(line[search.metric] for line in history if search.metric in line)
-    return {"dimension": dim, "best": best, "below_target": best < search.target}
+    metrics = [line[search.metric] for line in history if search.metric in line]
+    return max(metrics) if search.greater_is_better else min(metrics)
 
 
 def _in_subspace(

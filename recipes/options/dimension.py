@@ -78,12 +78,16 @@ class DimensionArguments:
     baseline_learning_rate: float = field(
         default=2e-5, metadata={"help": "Learning rate of full fine-tuning."}
     )
-    check_half: bool = field(
-        default=False,
+    bisections: int = field(
+        default=0,
         metadata={
-            "help": "Also train with half of the dimension found for all max_steps, in "
-            "output_dir/half: the metric should stay below the target."
+            "help": "Dimensions tried below the one found, for max_steps and by "
+            "--bisection_seeds trainings each, which narrow it down to an interval."
         },
+    )
+    bisection_seeds: int = field(
+        default=3,
+        metadata={"help": "Trainings per dimension; most must reach the target."},
     )
     num_hidden_layers: int | None = field(
         default=None,

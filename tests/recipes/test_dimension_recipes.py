@@ -45,7 +45,7 @@ def xsum_run(tmp_path_factory):
     """A search that a small baseline ends, by the command."""
     directory = tmp_path_factory.mktemp("xsum")
     words = ["--small", "--baseline_steps", "2", "--baseline_learning_rate", "0"]
-    words += ["--stage_steps", "2", "--max_steps", "4", "--check_half"]
+    words += ["--stage_steps", "2", "--max_steps", "4", "--bisections", "2"]
     words += ["--max_eval_samples", "3", "--disable_tqdm", "true", "--seed", "3"]
     main(["xsum", *words, "--output_dir", str(directory)])
     return directory
@@ -85,9 +85,12 @@ def test_the_adapter_is_loaded_on_a_model_drawn_as_the_card_says(xsum_run):
 
 @barely_trained
 @pytest.mark.full
-def test_half_of_the_dimension_is_trained_for_all_steps(xsum_run):
-    half = json.loads((xsum_run / "results.json").read_text())["results"]["half"]
-    assert half == {"dimension": 8, "best": 0, "below_target": False}
+def test_smaller_dimensions_are_tried_with_three_seeds(xsum_run):
+    interval = json.loads((xsum_run / "results.json").read_text())["results"][
+        "interval"
+    ]
+    trials = [{"dim": d, "best": [0, 0, 0], "reached": True} for d in (8, 4)]
+    assert interval == {"low": 0, "high": 4, "trials": trials}
 
 
 @barely_trained
@@ -95,7 +98,8 @@ def test_half_of_the_dimension_is_trained_for_all_steps(xsum_run):
 def test_the_model_card_has_the_path_and_no_folder_of_this_machine(xsum_run):
     card = (xsum_run / "README.md").read_text()
     assert "| 2 | 16 | 0.0000 | reached |" in card
-    assert "Half of the dimension, 8, reached 0.0000: not below the target." in card
+    assert "The least dimension is at most 4: most trainings reach" in card
+    assert "Tried: 8: 0.0000, 0.0000, 0.0000; 4: 0.0000" in card
     assert "base_model:" not in card
     assert "of tiny BART move" in card
     assert "/" not in card.replace("hf-sketch", "")
