@@ -14,6 +14,7 @@ from hf_sketch.examples.losses import ExampleLosses
 from hf_sketch.examples.named_sums import Sums
 from hf_sketch.examples.replay import Replay
 from hf_sketch.examples.rules.base import Rule
+from hf_sketch.examples.rules.shared_inputs import SharedInputs
 from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.accumulator import Accumulator
 from hf_sketch.model.state import RandomState
@@ -98,6 +99,7 @@ class Batch:
         ends: the nodes of autograd at which the model's outputs were made.
         penalised: the loss has a penalty on weights.
         apart: gradients were read in a backward pass of the examples' losses alone.
+        shared: finds layers that take the same input.
         rescued: parameters whose gradients come from running the model again, and not
             from their rules.
     """
@@ -126,6 +128,7 @@ class Batch:
     ends: list[Any] = field(default_factory=list[Any])
     penalised: bool = False
     apart: bool = False
+    shared: SharedInputs | None = None
     rescued: frozenset[str] = frozenset()
 
     @property

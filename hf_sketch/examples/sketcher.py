@@ -226,20 +226,20 @@ class ExampleSketcher:
 
     def _start(self, call: ModelCall, outputs: list[Tensor] | None = None) -> Batch:
         """Return a new batch; one that an error interrupted is forgotten."""
-        self._reading.batch = None
-        self._reading.clear()
+        reading = self._reading
+        reading.batch = None
+        reading.clear()
         self.backward_pass.begin_call()
-        if not self._reading.knows(call):
+        if not reading.knows(call):
             with self.backward_pass.muted(), own_forward(self.model, self._forward):
-                learn(self._reading, call)
-        self._reading.check_independence()
+                learn(reading, call)
+        reading.check_independence()
         like = next(iter(self.parameters.values()))
         dtype = accumulation_dtype(like.dtype)
         rows = torch.empty(call.split.size, 0, dtype=dtype, device=like.device)
         sums = self.model_sketch.sketch_sum(rows)
-        batch = Batch(call, sums, self._reading.copies, outputs)
-        elsewhere = self._reading.draws_elsewhere
-        batch.random_states[""] = random_state(like.device, elsewhere)
+        batch = Batch(call, sums, reading.copies, outputs, shared=reading.shared)
+        batch.random_states[""] = random_state(like.device, reading.draws_elsewhere)
         batch.on_gradient = self._resume
         batch.follows = bool(self.backward_pass.calls)
         self.backward_pass.calls.append(batch)

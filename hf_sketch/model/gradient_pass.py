@@ -9,13 +9,13 @@ from torch import Tensor
 from hf_sketch.model.operators import Operators
 from hf_sketch.sketches import SRHT, Grouped, Sketch
 from hf_sketch.sketches.multi_tensor.blocks import BlockedTensor, adds_blocks
-from hf_sketch.sketches.multi_tensor.devices import can_launch
 from hf_sketch.sketches.multi_tensor.gradient_pass import (
     CHUNK,
     GradientPass,
     GradientTensors,
 )
 from hf_sketch.sketches.multi_tensor.matrices import GroupedTensor, folds_matrices
+from hf_sketch.sketches.transforms.devices import can_launch
 
 
 class WholeGradients:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from hf_sketch.model.normalizer import Normalizer
@@ -182,12 +183,16 @@ class GroupSum:
 
     def _end_to_end(self, length: int) -> Tensor:
         """Return the held rows in their places, and let go of them."""
+        places, end = self.operators.places, 0
         like = next(iter(self._held.values()))
-        packed = like.new_zeros(len(like), length)
-        for name, rows in self._held.items():
-            packed[:, self.operators.places[name]] = rows
-        self._held = {}
-        return packed
+        parts: list[Tensor] = []
+        for name in sorted(self._held, key=lambda name: places[name].start):
+            if places[name].start > end:
+                parts.append(like.new_zeros(len(like), places[name].start - end))
+            parts.append(self._held.pop(name))
+            end = places[name].stop
+        parts.append(like.new_zeros(len(like), length - end))
+        return torch.cat(parts, 1)
 
     def _apply(self, operator: Sketch, rows: Tensor) -> None:
         """Apply an operator; those with blocks of one size finish together."""

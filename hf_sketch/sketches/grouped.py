@@ -11,10 +11,10 @@ from hf_sketch.sketches.grouped_side import GroupedSide
 from hf_sketch.sketches.operator import SeededSketch, next_power_of_two
 from hf_sketch.sketches.outer import Side
 from hf_sketch.sketches.pieces import WorkingMemory
-from hf_sketch.sketches.transforms.folding import fold_rows, folding_signs
-from hf_sketch.sketches.transforms.hadamard import hadamard_matrix
+from hf_sketch.sketches.transforms.folding import fold_rows
 from hf_sketch.sketches.transforms.lazy import reads_freely
 from hf_sketch.sketches.transforms.random import CounterRandom
+from hf_sketch.sketches.two_sided.turning import can_turn, turn
 
 _ELEMENTS_AT_ONCE = 2**19  # of a folded side: 2 MiB stays in the cache
 
@@ -85,18 +85,18 @@ class Grouped(SeededSketch):
                 f"of at least that, got {self.widths}: leave the choice to ModelSketch."
             )
 
-    @cached_property
+    @property
     def groups(self) -> int:
         """R, the number of rows of the Hadamard matrix."""
         longest = next_power_of_two(self.out_size)
         return self.widths[0] * self.widths[1] // longest
 
-    @cached_property
+    @property
     def group_sizes(self) -> tuple[int, int]:
         """s_1 and s_2, the numbers of each side in a group."""
         return self.widths[0] // self.groups, self.widths[1] // self.groups
 
-    @cached_property
+    @property
     def kept(self) -> int:
         """Number of groups that the sketch has room for."""
         first, second = self.group_sizes
@@ -205,9 +205,17 @@ class Grouped(SeededSketch):
 
     def _add_outer_(self, rows: Tensor, left: Side, right: Side) -> None:
         """Do the same in memory of its own."""
-        first, second = self._sides_at(rows)
-        turned = first.turn(first.fold(left))
-        self._add_turned_(rows, turned, second.turn(second.fold(right)))
+        turned = (self._turned(x, side, rows) for side, x in enumerate((left, right)))
+        self._add_turned_(rows, *turned)
+
+    def _turned(self, x: Side, side: int, like: Tensor) -> Tensor:
+        """Fold and rotate one side: (b * groups, t, size)."""
+        if x.turned:
+            return x.numbers
+        if can_turn(x, (self, side), like):
+            return turn(x.numbers, [(self, side)])[0]
+        of = self._sides_at(like)[side]
+        return of.turn(of.fold(x))
 
     def _add_turned_(
         self, rows: Tensor, left: Tensor, right: Tensor, space: Tensor | None = None
@@ -215,7 +223,8 @@ class Grouped(SeededSketch):
         """Add the products of the groups of both sides to rows, in place."""
         first, second = self.group_sizes
         numbers = self.kept * first * second
-        swapped = first > second  # MKL takes four times as long for few columns
+        # MKL takes four times as long for few columns.
+        swapped = first > second and reads_freely(rows)
         if numbers == self.out_size and not swapped:
             total = rows.view(-1, first, second)
             total.baddbmm_(left.mT, right, alpha=self._scale)
@@ -258,14 +267,9 @@ class Grouped(SeededSketch):
         key = like.device, dtype
         if key not in self._placed:
             first, second = (
-                GroupedSide(
-                    self._draw_signs(side).to(like.device, dtype),
-                    self._draw_rows(side).to(like.device, dtype),
-                    self.group_sizes[side],
-                )
-                for side in (0, 1)
+                GroupedSide.drawn(self, side, self._places(side)) for side in (0, 1)
             )
-            self._placed[key] = first, second
+            self._placed[key] = first.to(*key), second.to(*key)
         return self._placed[key]
 
     @cached_property
@@ -283,12 +287,3 @@ class Grouped(SeededSketch):
     def side_signs(self, side: int) -> CounterRandom:
         """The generator of a side's signs: those of experts lie end to end."""
         return CounterRandom(self.seed, f"sides/{side}/{self.stream}")
-
-    def _draw_rows(self, side: int) -> Tensor:
-        columns = self._places(side) // self.group_sizes[side]
-        return hadamard_matrix(self.groups)[self.group_order(side), :columns]
-
-    def _draw_signs(self, side: int) -> Tensor:
-        experts = self.sides[0] if len(self.sides) == 3 else 1
-        signs = folding_signs(experts * self.sides[side - 2], self.side_signs(side))
-        return signs.view(experts, -1)

@@ -1,5 +1,6 @@
 """One side of outer products, on its way to a grouped sketch."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -7,7 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.outer import Side
-from hf_sketch.sketches.transforms.folding import add_up
+from hf_sketch.sketches.transforms.folding import add_up, folding_signs
+from hf_sketch.sketches.transforms.hadamard import hadamard_matrix
+from hf_sketch.sketches.two_sided.turning import TwoSided
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +26,25 @@ class GroupedSide:
     signs: Tensor
     rows: Tensor
     size: int
+
+    @classmethod
+    def drawn(cls, of: TwoSided, side: int, places: int) -> "GroupedSide":
+        """Return a side of an operator, on the CPU.
+
+        Args:
+            of: the operator.
+            side: which side.
+            places: how many places it is folded to.
+        """
+        experts, size = math.prod(of.sides[:-2]), of.group_sizes[side]
+        signs = folding_signs(experts * of.sides[side - 2], of.side_signs(side))
+        rows = hadamard_matrix(of.groups)[of.group_order(side), : places // size]
+        return cls(signs.view(experts, -1), rows, size)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "GroupedSide":
+        """Return the same elsewhere."""
+        signs, rows = (x.to(device, dtype) for x in (self.signs, self.rows))
+        return replace(self, signs=signs, rows=rows)
 
     @cached_property
     def places(self) -> int:

@@ -21,12 +21,14 @@ class Side:
         expert: (b, t), in which matrix each product is; None if there is a single one.
         scale: factors of the vectors' elements, (length,) or, one expert's after the
             other's, (experts * length,); None for ones.
+        turned: it has also rotated them: (b * groups, t, size of a group).
     """
 
     numbers: Tensor
     folded: bool = False
     expert: Tensor | None = None
     scale: Tensor | None = None
+    turned: bool = False
 
     def folded_by(self, fold: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
         """Return the side as `fold` folds it, which knows nothing of scales."""

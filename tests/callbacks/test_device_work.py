@@ -4,6 +4,8 @@ Lines that read rows which have arrived on the CPU, in the sink and the store, r
 from there on a device, too.
 """
 
+from collections import Counter
+
 import pytest
 import torch
 from datasets import Dataset
@@ -21,11 +23,13 @@ from transformers import (
 
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.examples.modules import known_losses
-from hf_sketch.examples.rules import norms
+from hf_sketch.examples.rules import base, norms
 from hf_sketch.model import gradient_pass
 from hf_sketch.sketches import grouped, outer
 from hf_sketch.sketches.multi_tensor.gradient_pass import GradientPass
 from tests.helpers.dispatched import Dispatched
+from tests.helpers.folded_sides import launch_everywhere
+from tests.helpers.tiers import full
 
 AFTER_ARRIVAL = ("callbacks/recording/sink.py", "hf_sketch/store/writer.py")
 AFTER_ARRIVAL += ("hf_sketch/examples/modules/known_losses.py",)
@@ -37,11 +41,13 @@ LAYERS = (1, 2)
 class Watch(TrainerCallback):
     """Watches the step after so many."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, of=None):
+        self.step, self._of = step, of
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
+            if self._of is not None:
+                self._of.clear()
             self.seen = Dispatched().__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -52,7 +58,7 @@ class Watch(TrainerCallback):
 @pytest.fixture
 def as_on_a_device(monkeypatch):
     """Numbers are read as if Python had to wait for them."""
-    for module in (norms, grouped, outer, known_losses):
+    for module in (base, norms, grouped, outer, known_losses):
         monkeypatch.setattr(module, "reads_freely", lambda x: False)
 
 
@@ -69,6 +75,13 @@ def launched(monkeypatch):
     monkeypatch.setattr(GradientPass, "_launch", noted)
     monkeypatch.setattr(gradient_pass, "can_launch", lambda device: True)
     return names
+
+
+@pytest.fixture
+def folded(monkeypatch):
+    """The number of sides of each launch that folds, interpreted."""
+    pytest.importorskip("triton")
+    return launch_everywhere(monkeypatch)
 
 
 def gpt2(layers):
@@ -89,13 +102,15 @@ def bert(layers):
     return BertForSequenceClassification(BertConfig(**sizes))
 
 
-def watched(model, directory, out_size=256, step=LATE, arguments=None, **settings):
-    """What a recorded step asks for."""
+def watched(
+    model, directory, out_size=256, step=LATE, of=None, arguments=None, **settings
+):
+    """What a recorded step asks for; `of` is left with what comes from then on."""
     tokens = torch.arange(80).remainder(60).view(40, 2).repeat(1, 4).tolist()
     labels = tokens
     if isinstance(model, BertForSequenceClassification):
         labels = [number % 3 for number in range(len(tokens))]
-    watch = Watch(step)
+    watch = Watch(step, of)
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -153,13 +168,27 @@ def test_a_step_with_rows_of_examples_waits_for_nothing(model, arguments, tmp_pa
 
 @pytest.mark.usefixtures("as_on_a_device")
 @pytest.mark.parametrize(
-    ("model", "most"), [(gpt2, 6 * 8.75), (llama, 9 * 7)], ids=["gpt2", "llama"]
+    ("model", "modules", "sides", "bf16"),
+    [
+        (gpt2, 6, [1] * 8, False),
+        # Queries, keys and values share an input, and so do gate and up.
+        (llama, 9, [3, 2, *[1] * 9], False),
+        (bert, 8, [3, *[1] * 9], True),
+        *full((gpt2, 6, [1] * 8, True)),
+        *full((llama, 9, [3, 2, *[1] * 9], True)),
+        *full((bert, 8, [3, *[1] * 9], False)),
+    ],
 )
-def test_a_layer_asks_for_few_operations(model, most, tmp_path):
-    """Of the modules of one more layer: six of GPT-2's, nine of Llama's."""
+def test_a_layer_asks_for_four_operations_at_most(
+    model, modules, sides, bf16, folded, tmp_path
+):
+    """Per module of one more layer, with the launches that fold its sides."""
     settings = {"per_step": False, "measure_error": False}
-    few, more = (
-        watched(model(layers), tmp_path / str(layers), **settings).operations.total()
-        for layers in LAYERS
-    )
-    assert more - few <= most
+    settings |= {"of": folded, "arguments": {"bf16": bf16}}
+    operations, launches = [], []
+    for layers in LAYERS:
+        seen = watched(model(layers), tmp_path / str(layers), **settings)
+        operations.append(seen.operations.total() + len(folded))
+        launches.append(Counter(folded))
+    assert launches[1] - launches[0] == Counter(sides)
+    assert operations[1] - operations[0] <= 4 * modules

@@ -21,6 +21,7 @@ from hf_sketch.sketches.multi_tensor import (
 )
 from hf_sketch.sketches.transforms import hadamard_kernels
 from hf_sketch.sketches.transforms.signs import RUN
+from hf_sketch.sketches.two_sided import turn_kernels
 
 # What GPT-2-small's matrices have with 4096 numbers, and two shapes of small ones.
 SHAPES = (
@@ -32,7 +33,10 @@ BLOCKS = {"LEADING": 1, "FOLDS": 1, "RUN": RUN}
 MATRICES = {"SHAPES": SHAPES[:1], "COUNT": 1}
 TENSORS = {"KIND": 0, "ALIGNED": True}
 LONG = {"RUN": RUN}
-# Of each kernel: arguments that it is compiled for, and warps.
+WHOLE = " % 16"  # of a number that is a multiple of 16
+ONE_SIDE = {"COUNT": 1, "SIDES": 1, "GROUPS": 64, "PADDED": 64, "SIZE": 8}
+ONE_SIDE |= {"AT_ONCE": 16, "stride": "i32 % 16", "length": "i32 % 16"}
+# Of each kernel: arguments that it is compiled for, types of pointers, and warps.
 SPECIMENS = [
     (row_kernels.gather, {"KIND": 3}, 4),
     (row_kernels.add_rows, {}, 4),
@@ -52,10 +56,17 @@ SPECIMENS = [
     (hadamard_kernels.sum_whole, LONG | {"LEADING": 1, "ORDERED": True}, 1),
     (hadamard_kernels.rotate_tiles, LONG | {"TILES": 4}, 4),
     (hadamard_kernels.sum_strips, LONG | {"LEADING": 8}, 8),
+    (turn_kernels.turn_sides, ONE_SIDE | {"x_ptr": "*bf16"}, 4),
+    (turn_kernels.turn_sides, ONE_SIDE | {"x_ptr": "*fp16"}, 4),
+    (turn_kernels.turn_sides, ONE_SIDE, 4),
+    (turn_kernels.turn_sides, ONE_SIDE | {"COUNT": 3, "SIDES": 4, "AT_ONCE": 4}, 4),
+    (turn_kernels.turn_sides, ONE_SIDE | {"SIZE": 64, "AT_ONCE": 2}, 4),
+    (turn_kernels.turn_sides, ONE_SIDE | {"GROUPS": 4, "PADDED": 16}, 4),
+    (turn_kernels.turn_sides, ONE_SIDE | {"stride": "i32", "length": "i32"}, 4),
 ]
 TABLES = ("given_ptr", "streams_ptr", "matrices_ptr", "chunks_ptr")
 WORDS = ("units_ptr", "runs_ptr", "items_ptr", "orders_ptr", "order_ptr", "bounds_ptr")
-WORDS += ("ranges_ptr",)
+WORDS += ("ranges_ptr", "signs_ptr")
 TYPES = {
     **dict.fromkeys(TABLES, "*i64"),
     **dict.fromkeys(WORDS, "*i32"),
@@ -75,13 +86,16 @@ def type_of(name):
 def compiled(kernel, constants, warps, capability):
     """What a kernel becomes on a device of this capability."""
     names = kernel.arg_names
+    types = {n: x for n, x in constants.items() if isinstance(x, str)}
+    constants = {n: x for n, x in constants.items() if n not in types}
     if "BFLOAT16" in names:
         constants = constants | {"BFLOAT16": True}
     signature = {n: "constexpr" if n in constants else type_of(n) for n in names}
+    signature |= {name: kind.removesuffix(WHOLE) for name, kind in types.items()}
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(names)
-        if signature[name].startswith("*")
+        if signature[name].startswith("*") or types.get(name, "").endswith(WHOLE)
     }
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values, aligned)

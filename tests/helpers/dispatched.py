@@ -15,6 +15,9 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).parents[2]
 OURS = tuple(str(ROOT / folder) + "/" for folder in ("hf_sketch", "callbacks"))
 OTHERS = ("/transformers/", "/accelerate/", "/datasets/", "/triton/")
+# Ours, that call others' modules again.
+AGAIN = ("hf_sketch/examples/rules/norms.py", "hf_sketch/examples/replay.py")
+ON_THE_WAY = ("hf_sketch/model/fsdp.py",)  # to these
 # Without work on a device.
 FREE = ("view", "as_strided", "detach", "alias", "t", "transpose", "permute", "expand")
 FREE += (
@@ -91,13 +94,14 @@ def selects_by_mask(name, args):
 
 
 def asked_by():
-    """Our line that asks for an operation; None if others do."""
-    frame = sys._getframe(2)
+    """Our line that asks for an operation or runs a module again, if there is one."""
+    frame, others = sys._getframe(2), False
     while frame is not None:
         path = frame.f_code.co_filename
-        if path.startswith(OURS):
+        if path.startswith(OURS) and (not others or path.endswith(AGAIN)):
             return f"{path.removeprefix(str(ROOT) + '/')}:{frame.f_lineno}"
-        if any(part in path for part in OTHERS):
+        if path.startswith(OURS) and not path.endswith(ON_THE_WAY):
             return None
+        others = others or any(part in path for part in OTHERS)
         frame = frame.f_back
     return None

@@ -83,7 +83,8 @@ def _watch(rule: Rule, batch: Batch, args: Any, kwargs: Any, output: Any) -> Any
         return None
     saved = None
     if rule.within or (len(outputs) == 1 and isinstance(output, Tensor)):
-        call = Call(args, kwargs, outputs[0].detach(), batch.split, batch.sums)
+        of = batch.split, batch.sums, batch.shared
+        call = Call(args, kwargs, outputs[0].detach(), *of)
         with torch.no_grad():
             saved = rule.forward(_shared_call(call) if shared else call)
     if saved is None:

@@ -26,9 +26,11 @@ from hf_sketch.examples.modules.probe import (
 )
 from hf_sketch.examples.modules.zeros import ZeroGradients
 from hf_sketch.examples.rules.base import NoRule, Rule, kind_of
+from hf_sketch.examples.rules.shared_inputs import SharedInputs
 from hf_sketch.model.fsdp import in_shards
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.model.state import draws_elsewhere, evaluation_mode
+from hf_sketch.sketches.operator import accumulation_dtype
 from hf_sketch.sketches.transforms.lazy import is_lazy
 
 logger = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ class Reading:
         self.tried_head = False
         self.dtype = first.dtype
         self.known_losses = KnownLosses()
+        self.shared = SharedInputs(model_sketch, accumulation_dtype(first.dtype))
         self._loss_form: LossForm | None = None
         self._undo: list[Callable[[], object]] = []
         # Kinds of modules, in verified calls of each kind.
@@ -102,6 +105,7 @@ class Reading:
 
     def clear(self) -> None:
         """Let go of the last batch's tensors."""
+        self.shared.clear()
         for reader in self.readers:
             reader.clear()
 

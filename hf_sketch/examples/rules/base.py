@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hf_sketch.examples.named_sums import Sums
+from hf_sketch.examples.rules.shared_inputs import SharedInputs
 from hf_sketch.examples.split import ExampleSplit
+from hf_sketch.sketches.operator import accumulation_dtype
 from hf_sketch.sketches.outer import Routed, Side
+from hf_sketch.sketches.transforms.lazy import reads_freely
 
 # A parameter's attribute in its module, and its per-example gradients. Without the
 # last, row i of the first tensor (b, elements) is example i's gradient. With a tensor,
@@ -33,6 +36,7 @@ class Call:
         output: what the module returned.
         split: the batch's examples.
         sums: where the contributions go.
+        shared: finds layers that take the same input; None where nothing is gained.
     """
 
     args: tuple[Any, ...]
@@ -40,6 +44,7 @@ class Call:
     output: Tensor
     split: ExampleSplit
     sums: Sums
+    shared: SharedInputs | None = None
 
     @property
     def input(self) -> Tensor:
@@ -172,7 +177,15 @@ def tokens(split: ExampleSplit, x: Tensor) -> Tensor:
 
 def over_tokens(split: ExampleSplit, x: Tensor, features: int = 1) -> Tensor:
     """Sum over each example's tokens: (b, elements of the last `features` axes)."""
-    return tokens(split, x.flatten(x.dim() - features)).sum(1)
+    return summed(tokens(split, x.flatten(x.dim() - features)))
+
+
+def summed(x: Tensor) -> Tensor:
+    """Sum over the tokens: (b, t, ...) -> (b, ...).
+
+    On an accelerator in the dtype of rows, which would be another operation.
+    """
+    return x.sum(1, dtype=None if reads_freely(x) else accumulation_dtype(x.dtype))
 
 
 def is_kept(x: Tensor, output: Tensor) -> bool:

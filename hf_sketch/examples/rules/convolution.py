@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from hf_sketch.examples.rules.base import Call, Contribution, Rule, tokens
+from hf_sketch.examples.rules.base import Call, Contribution, Rule, summed, tokens
 from hf_sketch.examples.split import ExampleSplit, Packed
 
 
@@ -27,7 +27,7 @@ class Convolution(Rule):
         left = tokens(split, gradient.flatten(2).transpose(1, 2))
         right = tokens(split, _patches(self.module, x))
         yield "weight", left, right
-        yield "bias", left.sum(1), None
+        yield "bias", summed(left), None
 
 
 def _patches(module: Any, x: Tensor) -> Tensor:

@@ -1,14 +1,23 @@
 """The rule of linear layers."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import Tensor, nn
 
-from hf_sketch.examples.rules.base import Call, Contribution, Rule, is_kept, tokens
+from hf_sketch.examples.rules.base import (
+    Call,
+    Contribution,
+    Rule,
+    is_kept,
+    summed,
+    tokens,
+)
+from hf_sketch.examples.rules.shared_inputs import SharedSide
 from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.sketches.outer import Side
 
-Saved = tuple[ExampleSplit, Tensor | Side]
+Saved = tuple[ExampleSplit, Tensor | Side | SharedSide]
 
 
 class Linear(Rule):
@@ -27,19 +36,28 @@ class Linear(Rule):
     def forward(self, call: Call) -> Saved | None:
         if not call.has_input or call.split.within(call.input) is None:
             return None
-        x = call.input
-        if is_kept(x, call.output) or "weight" not in self.names:
-            return call.split, x
+        x, name, split = call.input, self.names.get("weight"), call.split
+        if name is None:
+            return split, x
+        kept = is_kept(x, call.output)
+        if call.shared is not None:
+            of = name, self.input_side, x
+            shared = call.shared.take(*of, partial(tokens, split), kept)
+            if shared is not None:
+                return split, shared
+        if kept:
+            return split, x
         # It would be held for us alone: better less of it.
-        name, given = self.names["weight"], tokens(call.split, x)
-        folded = call.sums.fold(name, given, self.input_side)
-        return call.split, folded if isinstance(folded, Side) else x
+        folded = call.sums.fold(name, tokens(split, x), self.input_side)
+        return split, folded if isinstance(folded, Side) else x
 
     def backward(self, saved: Saved, gradient: Tensor) -> Iterator[Contribution]:
         split, x = saved
+        if isinstance(x, SharedSide):
+            x = x.turned()
         x = tokens(split, x) if isinstance(x, Tensor) else x
         y = tokens(split, gradient)
         left, right = (y, x) if self.input_side else (x, y)
         yield "weight", left, right
         if "bias" in self.names:
-            yield "bias", y.sum(1), None
+            yield "bias", summed(y), None

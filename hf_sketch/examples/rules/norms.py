@@ -1,8 +1,9 @@
 """The rules of normalising layers."""
 
 import dataclasses
+import operator
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.fsdp import call_with
 from hf_sketch.model.zero import whole_shape
 from hf_sketch.sketches.transforms.lazy import reads_freely
+
+_PLAIN: Final = {1.0: 1.0}  # the slope of y = w * n
 
 
 class LayerNorm(Rule):
@@ -57,11 +60,12 @@ class Elementwise(Rule):
     def __init__(self, module: nn.Module, path: str, names: dict[str, str]) -> None:
         super().__init__(module, path, names)
         # Factors of the outputs at constant w whose sum is n; empty if not linear.
-        self.slope: dict[float, float] | None = None
+        self.forget()
         self._like: Tensor | None = None  # of the dtype and device that w has in calls
 
     def forget(self) -> None:
-        self.slope = None
+        self.slope: dict[float, float] | None = None
+        self._constants: dict[float, Tensor] = {}
 
     def forward(
         self, call: Call
@@ -73,7 +77,7 @@ class Elementwise(Rule):
         if not self.slope:
             return None
         whole = not isinstance(self.module, FSDPModule)  # also in the backward pass
-        if self.slope == {1.0: 1.0} and whole and _divides_well(weight):
+        if self.slope == _PLAIN and whole and _divides_well(weight):
             return call.split, call.output, weight.detach()
         return _Slope(dataclasses.replace(call, output=self._like), self.slope)
 
@@ -82,9 +86,11 @@ class Elementwise(Rule):
     ) -> Iterator[Contribution]:
         (name,) = self.names
         if isinstance(saved, _Slope):
-            n = sum(
-                f * self._output_at(saved.call, w) for w, f in saved.factors.items()
-            )
+            outputs = [self._output_at(saved.call, w) for w in saved.factors]
+            if saved.factors == _PLAIN:
+                (n,) = outputs
+            else:
+                n = sum(map(operator.mul, saved.factors.values(), outputs))
             yield name, over_tokens(saved.call.split, gradient * n), None
         else:
             split, y, w = saved
@@ -106,17 +112,22 @@ class Elementwise(Rule):
         if not agree(self._output_at(call, ramp), foretold, "rule"):
             return {}
         if not offset.any():
-            return {1.0: 1.0}
+            return _PLAIN
         return {0.0: 1.0} if agree(one, 2 * offset, "rule") else {1.0: 1.0, 0.0: -1.0}
 
     def _output_at(self, call: Call, w: float | Tensor) -> Tensor:
         """Return what the module gives with another weight."""
         (name,) = self.names
         assert self._like is not None
-        if not isinstance(w, Tensor):
-            w = self._like.new_full(whole_shape(self._weight), w)
+        if isinstance(w, Tensor):
+            weight = w
+        else:
+            if w not in self._constants:
+                shape = whole_shape(self._weight)
+                self._constants[w] = self._like.new_full(shape, w)
+            weight = self._constants[w]
         with torch.no_grad():
-            return call_with(self.module, {name: w}, call.args, call.kwargs)
+            return call_with(self.module, {name: weight}, call.args, call.kwargs)
 
 
 def _divides_well(weight: Tensor) -> bool:

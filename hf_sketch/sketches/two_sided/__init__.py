@@ -1,0 +1,1 @@
+"""Kernels that fold and rotate the sides of outer products."""

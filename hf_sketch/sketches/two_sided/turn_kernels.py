@@ -1,0 +1,80 @@
+"""The Triton kernel that folds and rotates one side of outer products."""
+
+# Triton is not installed everywhere, and its language has no types.
+# pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false
+# pyright: reportMissingParameterType=false, reportUnknownVariableType=false
+# pyright: reportUnknownLambdaType=false, reportGeneralTypeIssues=false
+
+import triton
+import triton.language as tl
+
+from hf_sketch.sketches.transforms.kernel_parts import LEFT, flip, multiply
+
+BITS = tl.constexpr(32)  # signs in a word
+
+
+@triton.jit
+def turn_sides(
+    x_ptr,
+    stride,
+    tokens,
+    length,
+    signs_ptr,
+    words,
+    orders_ptr,
+    turned_ptr,
+    kept,
+    COUNT: tl.constexpr,
+    SIDES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PADDED: tl.constexpr,
+    SIZE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+):
+    """Fold and rotate AT_ONCE vectors of an example, read once, for COUNT sides.
+
+    Shapes:
+        x (examples * tokens, length), the first dimension with a stride
+        signs (COUNT, words): bit i of word j flips coordinate 32 j + i
+        orders (COUNT, GROUPS): the rows of the Hadamard matrix
+        turned (COUNT, examples, kept, tokens, SIZE)
+    """
+    WIDTH: tl.constexpr = GROUPS * SIZE
+    example, first = tl.program_id(0), tl.program_id(1) * AT_ONCE
+    side, group = tl.arange(0, SIDES), tl.arange(0, PADDED)
+    token, column = first + tl.arange(0, AT_ONCE), tl.arange(0, PADDED * SIZE)
+    line = example.to(tl.int64) * tokens + token
+    folded = tl.zeros((SIDES, AT_ONCE, PADDED * SIZE), tl.float32)
+    for low in tl.range(0, length, WIDTH):
+        at = low + column
+        inside = (column < WIDTH) & (at < length)
+        mask = (token < tokens)[:, None] & inside[None, :]
+        x = tl.load(x_ptr + line[:, None] * stride + at[None, :], mask, 0.0)
+        mask = (side < COUNT)[:, None] & inside[None, :]
+        place = signs_ptr + side[:, None] * words + at[None, :] // BITS
+        signs = tl.load(place, mask, 0).to(tl.uint32)[:, None, :]
+        bit = (at % BITS)[None, None, :]
+        folded += flip(x.to(tl.float32)[None, :, :], signs, bit)
+    x = tl.reshape(folded, (SIDES, AT_ONCE, PADDED, SIZE))
+    x = tl.reshape(tl.permute(x, (0, 2, 1, 3)), (SIDES, PADDED, AT_ONCE * SIZE))
+    mask = (side < COUNT)[:, None] & (group < GROUPS)[None, :]
+    order = tl.load(orders_ptr + side[:, None] * GROUPS + group[None, :], mask, 0)
+    matrix = _hadamard(order[:, :, None] & group[None, None, :])
+    matrix = matrix.to(tl.bfloat16) if BFLOAT16 else matrix
+    turned = multiply(matrix, x, LEFT, BFLOAT16)
+    inner = first * SIZE + tl.arange(0, AT_ONCE * SIZE)
+    row = side[:, None] * tl.num_programs(0) + example
+    row = row.to(tl.int64) * kept + group[None, :]
+    to = row[:, :, None] * (tokens * SIZE) + inner[None, None, :]
+    mask = ((side < COUNT)[:, None] & (group < kept)[None, :])[:, :, None]
+    tl.store(turned_ptr + to, turned, mask & (inner < tokens * SIZE)[None, None, :])
+
+
+@triton.jit
+def _hadamard(bits):
+    """Entries of Sylvester's matrix where row and column have these bits in common."""
+    bits ^= bits >> 4  # of at most 6
+    bits ^= bits >> 2
+    bits ^= bits >> 1
+    return 1.0 - 2.0 * (bits & 1).to(tl.float32)

@@ -1,0 +1,140 @@
+"""Folds and rotates sides of outer products, in one launch per tensor that is read."""
+
+import importlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_sketch.sketches.outer import Side
+from hf_sketch.sketches.transforms.devices import can_launch
+from hf_sketch.sketches.transforms.random import CounterRandom
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NUMBERS = 2**13  # that a program folds at a time: 64 registers per thread
+_MOST_TOKENS = 16  # of a program
+_LEAST = 16  # numbers along each dimension of what is multiplied
+_MOST_GROUPS = 64
+_BITS = 32  # of a word of signs
+
+
+class TwoSided(Protocol):
+    """What the kernel reads of an operator: properties of `Grouped`."""
+
+    @property
+    def sides(self) -> tuple[int, ...]: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def kept(self) -> int: ...
+    @property
+    def group_sizes(self) -> tuple[int, int]: ...
+    def side_signs(self, side: int) -> CounterRandom: ...
+    def group_order(self, side: int) -> Tensor: ...
+
+
+OneSide = tuple[TwoSided, int]  # an operator, and which of its sides
+
+
+@lru_cache(maxsize=16)  # a memo of a pure function, asked for each layer
+def launches(device: torch.device) -> bool:
+    """Return whether a device runs the kernel."""
+    return can_launch(device)
+
+
+def can_turn(side: Side, of: OneSide, like: Tensor) -> bool:
+    """Return whether `turn` is for a side that is added to rows like these."""
+    x, (operator, place) = side.numbers, of
+    plain = not side.folded and side.expert is None and side.scale is None
+    fits = operator.groups <= _MOST_GROUPS and _width(operator, place) <= _NUMBERS
+    known = x.dtype in _DTYPES and like.dtype == torch.float32
+    return plain and fits and known and launches(x.device)
+
+
+def turn(x: Tensor, sides: Sequence[OneSide]) -> list[Tensor]:
+    """Fold and rotate vectors for several sides that take the same.
+
+    Shapes:
+        x (b, t, length)
+        returns (b * kept, t, size), for each side
+
+    Args:
+        x: the vectors, which `can_turn` allows for all sides.
+        sides: sides with groups of equal sizes.
+    """
+    operator, place = sides[0]
+    examples, tokens, length = x.shape
+    x = x.reshape(-1, length)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    shape = len(sides), examples * operator.kept, tokens, operator.group_sizes[place]
+    turned = torch.empty(shape, device=x.device)
+    signs, orders = _tables(tuple(sides), x.device)
+    padded = max(operator.groups, _LEAST)
+    count = 1 << (len(sides) - 1).bit_length()
+    least = -(-_LEAST // shape[3])
+    most = _NUMBERS // (count * padded * shape[3])
+    at_once = max(least, min(most, _MOST_TOKENS))
+    _launch(
+        (examples, -(-tokens // at_once)),
+        x,
+        x.stride(0),
+        tokens,
+        length,
+        signs,
+        signs.shape[1],
+        orders,
+        turned,
+        operator.kept,
+        COUNT=len(sides),
+        SIDES=count,
+        GROUPS=operator.groups,
+        PADDED=padded,
+        SIZE=shape[3],
+        AT_ONCE=at_once,
+        BFLOAT16=x.is_cuda,
+    )
+    return [*turned]
+
+
+def _launch(grid: tuple[int, int], x: Tensor, *args: Any, **constants: Any) -> None:
+    """Launch the kernel; its module needs Triton, so it is imported here."""
+    kernels = importlib.import_module(f"{__package__}.turn_kernels")
+    with torch.cuda.device_of(x):
+        kernels.turn_sides[grid](x, *args, **constants)
+
+
+def together(sides: Sequence[OneSide]) -> list[list[int]]:
+    """Return the places of sides that one launch turns, those of each launch."""
+    found: dict[object, list[int]] = {}
+    for place, (operator, side) in enumerate(sides):
+        size = operator.groups, operator.kept, operator.group_sizes[side]
+        found.setdefault(size, []).append(place)
+    launched: list[list[int]] = []
+    for places in found.values():
+        most = max(1, _NUMBERS // _width(*sides[places[0]]))
+        most = 1 << (most.bit_length() - 1)
+        launched += [places[i : i + most] for i in range(0, len(places), most)]
+    return launched
+
+
+def _width(operator: TwoSided, side: int) -> int:
+    return max(operator.groups, _LEAST) * operator.group_sizes[side]
+
+
+@lru_cache(maxsize=2**12)  # a memo of a pure function: a bit per coordinate
+def _tables(sides: tuple[OneSide, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the packed signs of some sides, and their rows of the Hadamard matrix."""
+    signs, orders = zip(*(_table(*side) for side in sides), strict=True)
+    return torch.stack(signs).to(device), torch.stack(orders).to(device)
+
+
+def _table(operator: TwoSided, side: int) -> tuple[Tensor, Tensor]:
+    length = operator.sides[side - 2]
+    bits = operator.side_signs(side).words(0, length).to(torch.int64) & 1
+    bits = torch.nn.functional.pad(bits, (0, -length % _BITS)).view(-1, _BITS)
+    packed = (bits << torch.arange(_BITS)).sum(1)
+    order = torch.zeros(operator.groups, dtype=torch.int32)
+    order[: operator.kept] = operator.group_order(side)
+    return packed.to(torch.uint32).view(torch.int32), order
