@@ -1,8 +1,12 @@
 import json
+import logging
 import time
 
 import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from hf_sketch.recipes.tables.gpu import fused_head
 from hf_sketch.recipes.tables.gpu.__main__ import GpuArguments, run_gpu
 from hf_sketch.recipes.tables.gpu.limits import Section
 from hf_sketch.recipes.tables.gpu.sections import Settings, sections_of
@@ -42,6 +46,40 @@ def test_times_stand_beside_their_floors(tmp_path):
     assert examples["grouped"]["ratio_to_plain"] > 0
 
 
+@pytest.mark.parametrize("items", [None, 7])
+def test_a_fused_head_gives_the_loss_and_the_gradients_of_the_model(items, monkeypatch):
+    """A few tokens at a time, some of which have no label."""
+    monkeypatch.setattr(fused_head, "_LOGITS_AT_ONCE", 3 * 60 * 2)
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 60}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    ids = torch.randint(60, (3, 8))
+    batch = {"input_ids": ids, "labels": ids.where(ids > 9, -100)}
+    batch |= {} if items is None else {"num_items_in_batch": items}
+    found = []
+    for fused in (False, True):
+        if fused:
+            fused_head.leave_out_logits(model)
+        model.zero_grad()
+        output = model(**batch)
+        output.loss.backward()
+        found.append((output.loss.detach(), [p.grad for p in model.parameters()]))
+    assert "logits" not in output
+    torch.testing.assert_close(*found)
+
+
+without_losses = pytest.mark.filterwarnings("ignore:.* so the loss column is NaN")
+
+
+@without_losses
+def test_rows_are_recorded_of_a_fused_head(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "hf_sketch.examples")
+    results = run(tmp_path, "fused_head")["fused_head"]["results"]
+    assert results["grouped"]["ratio_to_plain"] > 0
+    assert not caplog.messages  # no module is read in another way
+
+
+@without_losses
 @pytest.mark.full
 def test_all_sections_run(tmp_path):
     """All but those that run the tests."""

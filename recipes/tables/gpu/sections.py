@@ -27,6 +27,7 @@ from hf_sketch.recipes.tables.costs.subspace_cost import (
     run_subspace_cost,
 )
 from hf_sketch.recipes.tables.gpu.floors import ceilings, scoring, step_rows
+from hf_sketch.recipes.tables.gpu.fused_head import leave_out_logits
 from hf_sketch.recipes.tables.gpu.limits import Section
 from hf_sketch.recipes.tables.measure import spread
 from hf_sketch.recipes.tables.paper.figures_3_4 import (
@@ -77,11 +78,13 @@ def sections_of(of: Settings) -> dict[str, Section]:
         "ceilings": Section(10, partial(ceilings, of.rounds, of.tiny)),
         "agreement": Section(30, partial(agreement, of.tiny)),
         "layouts": Section(15, layouts_agreement),
-        "step": Section(40, partial(_step, of, "gpt2-small", torch.float32)),
-        "step_1b": Section(40, partial(_step, of, "llama-1b", torch.bfloat16)),
-        "examples": Section(60, partial(_examples, of, "gpt2-small-1024")),
-        "examples_1b": Section(60, partial(_examples, of, "llama-1b")),
-        "rows_and_peers": Section(45, partial(_peers, of)),
+        "step": Section(35, partial(_step, of, "gpt2-small", torch.float32)),
+        "step_1b": Section(35, partial(_step, of, "llama-1b", torch.bfloat16)),
+        "examples": Section(50, partial(_examples, of, "gpt2-small-1024")),
+        "examples_1b": Section(50, partial(_examples, of, "llama-1b")),
+        "fused_head": Section(20, partial(_examples, of, "gpt2-small-1024", True)),
+        "fused_head_1b": Section(20, partial(_examples, of, "llama-1b", True)),
+        "rows_and_peers": Section(35, partial(_peers, of)),
         "hessian": Section(25, partial(_hessian, of)),
         "subspace": Section(20, partial(_subspace, of)),
         "scoring": Section(30, partial(_scoring, of)),
@@ -143,14 +146,17 @@ def _step(of: Settings, shape: str, dtype: torch.dtype) -> dict[str, Any]:
     return step_rows(shape, dtype, bits, bandwidth, of.tiny)
 
 
-def _examples(of: Settings, name: str) -> dict[str, Any]:
+def _examples(of: Settings, name: str, fused: bool = False) -> dict[str, Any]:
     """Steps of training with rows of examples, in turn with plain ones.
 
-    The ratio to plain training takes the place of that to a floor.
+    The ratio to plain training takes the place of that to a floor. With a fused head,
+    neither keeps logits.
     """
     shape = SHAPES[name].tiny if of.tiny else SHAPES[name]
     arguments = PerExampleCostArguments(runs="grouped")
     setting = Setting.of_shape(shape, batches=4)
+    if fused:
+        leave_out_logits(setting.model)
     makers, _ = runs_of(arguments, setting)
     rounds = 1 if of.tiny else 2
     seconds = alternate(setting, makers, rounds, steps=4 if of.tiny else 8)
