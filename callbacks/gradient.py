@@ -150,7 +150,7 @@ class GradientSketchCallback(TrainerCallback):
                 "per_step, per_example and updates are all False, so nothing would be "
                 "recorded. Remove the callback."
             )
-        self._run: Run | None = None
+        self.run: Run | None = None  # the training that is under way
 
     @property
     def raises(self) -> bool:
@@ -159,7 +159,7 @@ class GradientSketchCallback(TrainerCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the run, so that copies of a Trainer share no store."""
-        return {**vars(self), "_run": None}
+        return {**vars(self), "run": None}
 
     def on_init_end(self, *event: Any, **kwargs: Any) -> None:
         for trainer in islice(calling_trainers(), 1):
@@ -176,10 +176,10 @@ class GradientSketchCallback(TrainerCallback):
         optimizer: Optimizer,
         **kwargs: Any,
     ) -> None:
-        busy = None if self._run is None else self._run.state
+        busy = None if self.run is None else self.run.state
         trainer = free_trainer(type(self), busy)
         self._do(Run.close)  # of training that an exception has ended
-        self._run = None
+        self.run = None
         if self.updates:
             check_steps_late(optimizer, trainer.deepspeed)
         header = self._checked_header(args, state, model)
@@ -188,11 +188,11 @@ class GradientSketchCallback(TrainerCallback):
         if self.normalize is not None:
             header = normalized(header, args, state, model, optimizer)
         warn_of_restart(train_dataloader, state)
-        self._run = Run(header, trainer, model, train_dataloader, optimizer, self)
+        self.run = Run(header, trainer, model, train_dataloader, optimizer, self)
         undo = wrap_method(trainer, "training_step", self._training_step)
-        self._run.closing.callback(undo)
+        self.run.closing.callback(undo)
         if state.is_world_process_zero:
-            run = header, args, state, train_dataloader, self._run.coverage
+            run = header, args, state, train_dataloader, self.run.coverage
             logger.info("Recording %s", forecast(*run, self))
 
     # Every event comes with (args, state, control), which the run has from the start.
@@ -232,7 +232,7 @@ class GradientSketchCallback(TrainerCallback):
 
     def on_train_end(self, *event: Any, **kwargs: Any) -> None:
         self._do(Run.end)
-        self._run = None
+        self.run = None
 
     @staticmethod
     def dry_run(trainer: Trainer) -> DryRun:
@@ -287,14 +287,14 @@ class GradientSketchCallback(TrainerCallback):
         self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Run the Trainer's own step, with hooks on the model for as long."""
-        if self._run is None:
+        if self.run is None:
             return training_step(*args, **kwargs)
-        with self._run.micro_batch(args[1] if args[1:] else kwargs["inputs"]):
+        with self.run.micro_batch(args[1] if args[1:] else kwargs["inputs"]):
             loss = training_step(*args, **kwargs)
-            self._run.end_micro_batch()
+            self.run.end_micro_batch()
         return loss
 
     def _do(self, action: Callable[[Run], None]) -> None:
         """Do something with the run, if training is under way."""
-        if self._run is not None:
-            action(self._run)
+        if self.run is not None:
+            action(self.run)

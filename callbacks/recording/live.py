@@ -15,6 +15,8 @@ from hf_sketch.attribution.questions.step_gradient import (
 
 from .trainers import wrap_method
 
+Follower = Callable[[Mapping[str, Tensor]], None]  # takes a micro-batch's columns
+
 
 class LiveLog:
     """Adds what rows say of the steps since the last log to the Trainer's own logs.

@@ -1,7 +1,7 @@
 """One run of a Trainer: where training is, and which rows it gives."""
 
 import copy
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from .arriving import learning_rate, loss_scale, step_reader, steps_early
 from .compiled import uncompiled, warn_of_cost
 from .examples import FirstBatches, example_columns
 from .forecast import RecordSettings
-from .live import LiveLog
+from .live import Follower, LiveLog
 from .loss_check import LossCheck
 from .origins.answers import Answers, generates_answers
 from .origins.finder import FindOrigins, OriginFinder
@@ -68,7 +68,7 @@ class Run:
         self._low_precision = computes_in_16_bits(args, model)
         compares = settings.per_example and settings.per_step
         self._sum = SumCheck(compares, self._low_precision)
-        self._sketcher: ExampleSketcher | None = None
+        self.sketcher: ExampleSketcher | None = None
         self._ids: ExampleIds | None = None
         self._origins: OriginFinder | None = None
         self._answers: Answers | None = None
@@ -80,9 +80,10 @@ class Run:
         self._engine, self._measured = trainer.deepspeed, settings.measure_error
         self._rate, self._loss_scale = 0.0, 1.0
         self._live = LiveLog(args.world_size)
+        self.followers: list[Follower] = [self._live.add_examples]
+        self.drawn: Sequence[int | None] | None = None  # ids of the present batch
         self._open(header, trainer, model, loader, settings)
-        sharded = in_shards(model.parameters())
-        self._compares_jointly = settings.per_example and sharded
+        self._compares_jointly = settings.per_example and in_shards(model.parameters())
         known = self._sink.writer.measured_error is not None or args.process_index > 0
         self._first = FirstBatches(0 if known else self._measured)
 
@@ -97,46 +98,46 @@ class Run:
     def start_step(self) -> None:
         """Begin an optimizer step."""
         self._micro_step = 0
-        for reader in (self._live, self._sum, self._steps, self._sketcher):
+        for reader in (self._live, self._sum, self._steps, self.sketcher):
             if reader is not None:
                 reader.start_step()
 
     @contextmanager
     def micro_batch(self, collated: Any) -> Generator[None]:
         """Hold hooks on the model for a pass over a loader's batch."""
-        if self._compares_jointly and self._is_recorded and not self._micro_step:
+        if self._compares_jointly and self.is_recorded and not self._micro_step:
             self._agree()  # or others would wait for one that has stopped
         if self._origins is not None and not self.stopped:
-            drawn = None if self._ids is None else self._ids.next_batch()
+            self.drawn = None if self._ids is None else self._ids.next_batch()
             kept = copy.copy(collated)  # the Trainer may take parts out
-            self._find = partial(self._origins.find, drawn=drawn, collated=kept)
+            self._find = partial(self._origins.find, drawn=self.drawn, collated=kept)
         with ExitStack() as hooks:
             self._rate = learning_rate(self._optimizer)  # before it steps
-            if self._is_recorded and not self.stopped:
+            if self.is_recorded and not self.stopped:
                 self._loss_scale = loss_scale(self._optimizer)
-                if self._sketcher is not None:
+                if self.sketcher is not None:
                     hooks.enter_context(uncompiled(self._args))
-                    hooks.enter_context(self._sketcher)
+                    hooks.enter_context(self.sketcher)
                 if self._losses is not None and self._find is not None:
                     watch = self._losses.watching(self._find, not self._sum.done)
                     hooks.enter_context(watch)
                 if self._steps is not None:
-                    hooks.enter_context(self._steps.watched(self._sketcher))
+                    hooks.enter_context(self._steps.watched(self.sketcher))
             yield
 
     @unless_stopped
     def end_micro_batch(self) -> None:
         """Record the examples of a backward pass that has run, before hooks go."""
-        if self._is_recorded:
+        if self.is_recorded:
             if self._steps is not None:
                 self._steps.note()
-            if self._sketcher is not None:
-                self._record_examples(self._sketcher)
+            if self.sketcher is not None:
+                self._record_examples(self.sketcher)
         self._micro_step += 1
 
     def end_gradient(self) -> None:
         """Record the step whose gradient is complete."""
-        if self._is_recorded:
+        if self.is_recorded:
             if self._micro_step == 0 and not self.stopped:
                 raise RuntimeError(
                     "GradientSketchCallback records within Trainer.training_step, which"
@@ -205,12 +206,12 @@ class Run:
             if settings.per_example:
                 warn_of_cost(self._args)
                 early = steps_early(self._optimizer, self._engine)
-                self._sketcher = ExampleSketcher(
+                self.sketcher = ExampleSketcher(
                     model, sketch, header.loss, bool(self._measured), early
                 )
                 self._ids = followed_ids(loader, self._args, step)
-                self._origins = OriginFinder(trainer, loader, self._sketcher)
-                self._losses = LossCheck(trainer, self._sketcher)
+                self._origins = OriginFinder(trainer, loader, self.sketcher)
+                self._losses = LossCheck(trainer, self.sketcher)
                 if self._ids is not None:
                     opened.callback(self._ids.close)
                 header = replace(header, answers=generates_answers(trainer))
@@ -230,10 +231,10 @@ class Run:
     @property
     def coverage(self) -> ModuleCoverage | None:
         """How each module's gradients are read; None without rows of examples."""
-        return None if self._sketcher is None else self._sketcher.coverage
+        return None if self.sketcher is None else self.sketcher.coverage
 
     @property
-    def _is_recorded(self) -> bool:
+    def is_recorded(self) -> bool:
         """Whether the present step is one of those to record."""
         return (self.state.global_step + 1) % self._every_steps == 0
 
@@ -251,16 +252,15 @@ class Run:
         # A step's gradient is the mean over the processes'.
         batch = replace(batch, weights=batch.weights / self._args.world_size)
         self._sum.add(batch)
-        place = {"micro_step": self._micro_step, "rank": self._args.process_index}
-        position: dict[str, Tensor | float] = {**self._position, **place}
+        place: dict[str, Tensor | float] = {**self._position}
+        place |= {"micro_step": self._micro_step, "rank": self._args.process_index}
         if self._answers is not None:
-            position |= self._answers.columns(len(batch.rows))
-        columns = example_columns(
-            position, origins, batch, sketcher.loss, self._per_row
-        )
+            place |= self._answers.columns(len(batch.rows))
+        columns = example_columns(place, origins, batch, sketcher.loss, self._per_row)
         if len(columns["example_id"]):
             self._sink.append(PER_EXAMPLE, columns)
-            self._live.add_examples(columns)
+            for follow in self.followers:
+                follow(columns)
         self._first.add(batch)
 
     @unless_stopped
@@ -276,9 +276,9 @@ class Run:
             if self._args.process_index == 0:
                 self._sink.append(PER_STEP, row)
             self._sink.writer.note(unowned=self._sum.check(row))
-        if self._sketcher is not None:
-            unverified = self._sketcher.unverified
-            error = self._first.measure(self._sketcher, self._low_precision)
+        if self.sketcher is not None:
+            unverified = self.sketcher.unverified
+            error = self._first.measure(self.sketcher, self._low_precision)
             self._sink.writer.note(unverified=unverified, measured_error=error)
 
     @unless_stopped

@@ -17,12 +17,14 @@ from markupsafe import Markup
 from hf_sketch.attribution.columns import column
 from hf_sketch.attribution.loading import load_sketches
 from hf_sketch.attribution.questions.mislabeled import FILE as AUDIT
+from hf_sketch.attribution.questions.opposition import FILE as GUARD
 from hf_sketch.attribution.record import FILE as ATTRIBUTION
 from hf_sketch.attribution.record import QueryRecord, load_attribution
 from hf_sketch.durable import printable, replace_file
 from hf_sketch.report.training import (
     audit_table,
     examples_table,
+    guard_table,
     loss_ends,
     noise_course,
     spikes_table,
@@ -40,11 +42,11 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
 
     Answers come first: the figures that matter as cards, what `hf-sketch attribute`
     and `hf-sketch audit` found, the examples with the largest loss, and the steps that
-    stand out. Then follow what was recorded (coverage, measured error, loss and
-    gradient norm by step), the Hessian's spectra and the search for the intrinsic
-    dimension, each if it is there. The page is one file that opens offline; its content
-    security policy lets nothing else load, and control characters in texts are spelled
-    out. Needs the extra `plot`.
+    stand out, also to a `GuardCallback`. Then follow what was recorded (coverage,
+    measured error, loss and gradient norm by step), the Hessian's spectra and the
+    search for the intrinsic dimension, each if it is there. The page is one file that
+    opens offline; its content security policy lets nothing else load, and control
+    characters in texts are spelled out. Needs the extra `plot`.
 
     Args:
         directory: the output_dir.
@@ -61,6 +63,7 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
     parts = {
         "attribution": (directory / ATTRIBUTION, _attribution),
         "audit": (directory / AUDIT, _audit),
+        "guard": (directory / GUARD, _guard),
         "recorded": (store_directory(directory) / HEADER, _recorded),
         "spectra": (directory / CURVATURE, _spectra),
         "search": (directory / SEARCH, _search),
@@ -78,6 +81,9 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
         texts = sections["attribution"]["texts"] if sections["attribution"] else {}
         spikes = sections["recorded"]["spikes"] or []
         named = {example: None for spike in spikes for example, _ in spike["named"]}
+        guarded = sections["guard"]["lines"] if sections["guard"] else []
+        stopped = [one for line in guarded for one in line["examples"]]
+        named |= {one["example_id"]: None for one in stopped}
         audited = sections["audit"] or []
         known = {line["example_id"]: line["text"] for line in audited}
         texts = {**named, **known, **texts}
@@ -145,6 +151,10 @@ def _attribution(directory: Path) -> dict[str, Any]:
 
 def _audit(directory: Path) -> list[dict[str, Any]]:
     return audit_table(directory / AUDIT)
+
+
+def _guard(directory: Path) -> dict[str, Any]:
+    return guard_table(directory / GUARD)
 
 
 def _query(query: QueryRecord) -> dict[str, Any]:

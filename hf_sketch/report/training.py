@@ -99,6 +99,25 @@ def audit_table(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in islice(lines, _WORST)]
 
 
+def guard_table(path: Path) -> dict[str, Any]:
+    """Return what a guard found, from its file.
+
+    Returns:
+        judged (the number of steps), found (the number of those that stood out) and
+        lines (the first 50 of these, with their first five examples, and `more`, the
+        number of others).
+    """
+    with path.open() as file:
+        lines = [json.loads(line) for line in file if line.endswith("\n")]
+    found = [line for line in lines if line["action"]]
+    shown = [
+        {**line, "examples": own[:_NAMED], "more": max(0, len(own) - _NAMED)}
+        for line in found[:_SPIKES]
+        for own in [line["examples"]]
+    ]
+    return {"judged": len(lines), "found": len(found), "lines": shown}
+
+
 def spikes_table(store: GradientRows) -> list[dict[str, Any]] | None:
     """Return the 50 steps that stand out most, in order, with their strongest examples.
 

@@ -118,11 +118,20 @@ def deviations_before(values: Array, window: int) -> Array:
         before = values[max(0, place - window) : place]
         before = before[np.isfinite(before)]
         if len(before) >= _LEAST:
-            median = np.median(before)
-            deviation = _NORMAL * np.median(np.abs(before - median))
-            least = max(_FLOOR * abs(median), np.finfo(float).tiny)
-            found[place] = (value - median) / max(deviation, least)
+            median, deviation = middle_and_deviation(before)
+            found[place] = (value - median) / deviation
     return found
+
+
+def middle_and_deviation(values: Array) -> tuple[float, float]:
+    """Return the median of values, and their robust standard deviation.
+
+    See `find_spikes`; the deviation is at least 5% of the median, and not 0.
+    """
+    median = np.median(values)
+    deviation = _NORMAL * np.median(np.abs(values - median))
+    least = max(_FLOOR * abs(median), np.finfo(float).tiny)
+    return float(median), float(max(deviation, least))
 
 
 @dataclass(frozen=True, eq=False)

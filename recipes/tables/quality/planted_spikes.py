@@ -85,7 +85,9 @@ class SpikeTask:
     learning_rate: float
 
 
-class _InOrder(Trainer):
+class InOrder(Trainer):
+    """A Trainer that takes its examples in the order of the dataset."""
+
     def _get_train_sampler(self, *_: Any) -> Sampler[Any]:
         return SequentialSampler(self.train_dataset)  # pyright: ignore
 
@@ -147,7 +149,7 @@ def planted_run(
     set_seed(seed)
     directory = Path(arguments.output_dir) / f"planted-{arguments.task}-{seed}"
     shutil.rmtree(directory, ignore_errors=True)
-    trainer = _InOrder(
+    trainer = InOrder(
         task.new_model(),
         TrainingArguments(
             str(directory),

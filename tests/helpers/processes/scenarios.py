@@ -8,6 +8,7 @@ from tests.helpers.processes import (
     distributed_training,
     failing_training,
     failing_trials,
+    guarded_training,
     joint_scoring,
     joint_training,
     sharded_training,
@@ -17,6 +18,7 @@ from tests.helpers.processes.launching import run_scenarios
 SCENARIOS = {
     **joint_training.SCENARIOS,
     **joint_scoring.SCENARIOS,
+    **guarded_training.SCENARIOS,
     **failing_training.SCENARIOS,
     **deepspeed_training.SCENARIOS,
     **distributed_training.SCENARIOS,

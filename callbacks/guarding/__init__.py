@@ -1,0 +1,1 @@
+"""What a guard of training does within a run."""

@@ -1,0 +1,127 @@
+"""The examples that a guard protects."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import has_length
+
+from hf_sketch.attribution.methods import Cosine
+from hf_sketch.examples.calls import IGNORED
+from hf_sketch.examples.sketcher import ExampleSketcher
+from hf_sketch.model.state import evaluation_mode
+from hf_sketch.processes import reduced
+
+from ..recording.compiled import uncompiled
+
+
+class GuardSet:
+    """Sketches a guard set at the present state of the model.
+
+    Batches are collated once, as the Trainer collates those of an evaluation. The
+    processes share them out, and each gets all sketches.
+
+    Args:
+        trainer: the one that trains.
+        queries: the examples.
+        model: the model that trains.
+        sketcher: reads the rows.
+
+    Raises:
+        ValueError: there are no examples, or they have no number.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        queries: Any,
+        model: nn.Module,
+        sketcher: ExampleSketcher,
+    ) -> None:
+        if not has_length(queries) or not len(queries):
+            raise ValueError(
+                f"The guard set has no examples ({type(queries).__name__}). Pass a "
+                "dataset with a length, like eval_dataset."
+            )
+        self._args, self._model, self._sketcher = trainer.args, model, sketcher
+        given: Any = queries
+        loader: Any = trainer.get_eval_dataloader(given)
+        rows, size = loader.dataset, trainer.args.per_device_eval_batch_size
+        self._count = len(rows)
+        rank, ranks = trainer.args.process_index, trainer.args.world_size
+        own = range(rank, self._count, ranks)
+        self._places = [list(own[i : i + size]) for i in range(0, len(own), size)]
+        with evaluation_mode(model):  # a collator may draw random numbers
+            self._batches = [
+                send_to_device(
+                    dict(loader.collate_fn([rows[i] for i in places])),
+                    trainer.args.device,
+                )
+                for places in self._places
+            ]
+
+    def sketched(self) -> Tensor:
+        """Return the sketches, each divided by its norm; all processes call together.
+
+        Sketches that are not finite become zeros.
+
+        Shapes:
+            returns (queries, out_size)
+
+        Raises:
+            ValueError: a batch has other rows than one per example.
+        """
+        like = next(iter(self._sketcher.parameters.values()))
+        size = self._sketcher.model_sketch.row_size
+        found = torch.zeros(self._count, size, device=like.device)
+        with self._ready():
+            for places, batch in zip(self._places, self._batches, strict=True):
+                rows = self._sketcher.sketch(batch).rows
+                if len(rows) != len(places):
+                    raise ValueError(
+                        f"A batch of {len(places)} examples of the guard set gave "
+                        f"{len(rows)} rows. Pass examples of one row each."
+                    )
+                found[places] = rows.to(found)
+        found = Cosine().transform(found.where(found.isfinite().all(1, True), 0.0))
+        return reduced(found, "sum")
+
+    def check_ignored_labels(self) -> None:
+        """Raise unless a label of -100 takes an example out of the loss.
+
+        Raises:
+            ValueError: it does not, or there are no such labels.
+        """
+        batch = dict(self._batches[0]) if self._batches else {}
+        labels = batch.get("labels")
+        if not batch:
+            return
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
+            raise ValueError(
+                'action="quarantine" sets labels to -100, but the batches of '
+                f"{[*batch]} have no integer labels. Pass action='skip'."
+            )
+        batch["labels"] = labels.clone()
+        batch["labels"][0] = IGNORED
+        with self._ready():
+            found = self._sketcher.sketch(batch)
+        if len(labels) > 1 and bool(found.weights[0] != 0):
+            raise ValueError(
+                'action="quarantine" sets labels to -100, but the loss of this model '
+                "counts such examples. Pass action='skip'."
+            )
+
+    @contextmanager
+    def _ready(self) -> Generator[None]:
+        """Sketch nothing but what is asked for, in evaluation mode."""
+        with (
+            uncompiled(self._args),
+            evaluation_mode(self._model),
+            self._sketcher,
+            self._sketcher.paused(),
+        ):
+            yield
