@@ -39,7 +39,7 @@ def words(text):
 
 def test_every_tutorial_has_a_test():
     names = sorted(path.stem for path in TUTORIALS.glob("*.ipynb"))
-    assert names == ["clean_labels", "trace_an_answer"]
+    assert names == ["clean_labels", "sources_of_a_lora", "trace_an_answer"]
 
 
 def test_the_tutorial_on_labels_finds_them(tmp_path, monkeypatch, capsys):
@@ -54,3 +54,11 @@ def test_the_tutorial_on_labels_finds_them(tmp_path, monkeypatch, capsys):
 def test_the_tutorial_on_an_answer_finds_its_sentences(tmp_path, monkeypatch, capsys):
     printed = printed_by("trace_an_answer", tmp_path, monkeypatch, capsys)
     assert "5 of 5 false sentences are proponents" in printed
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")  # of TRL and PEFT
+def test_the_tutorial_on_sources_agrees_with_training(tmp_path, monkeypatch, capsys):
+    printed = printed_by("sources_of_a_lora", tmp_path, monkeypatch, capsys)
+    for name in ("countries", "scenes", "summaries"):
+        assert f"{name}: taught by {name}, missed without {name}" in printed
