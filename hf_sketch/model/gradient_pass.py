@@ -7,13 +7,11 @@ import torch
 from torch import Tensor
 
 from hf_sketch.model.operators import Operators
-from hf_sketch.sketches import SRHT, Grouped, Sketch
+from hf_sketch.sketches import Grouped, Sketch
+from hf_sketch.sketches.blocked import BlockedSketch
 from hf_sketch.sketches.multi_tensor.blocks import BlockedTensor, adds_blocks
-from hf_sketch.sketches.multi_tensor.gradient_pass import (
-    CHUNK,
-    GradientPass,
-    GradientTensors,
-)
+from hf_sketch.sketches.multi_tensor.division import CHUNK, GradientTensors
+from hf_sketch.sketches.multi_tensor.gradient_pass import GradientPass
 from hf_sketch.sketches.multi_tensor.matrices import GroupedTensor, folds_matrices
 from hf_sketch.sketches.transforms.devices import can_launch
 
@@ -81,10 +79,10 @@ def _tensors(operators: Operators) -> GradientTensors:
     blocked = [
         BlockedTensor(places[name], of, own[name])
         for name, of in operators.own.items()
-        if isinstance(of, SRHT)
+        if isinstance(of, BlockedSketch)
     ]
     for number, (group, of) in enumerate(operators.packed.items()):
-        assert isinstance(of, SRHT)
+        assert isinstance(of, BlockedSketch)
         blocked.append(BlockedTensor(len(places) + number, of, groups[group], True))
     return GradientTensors(
         [math.prod(shape) for shape in operators.shapes.values()],
@@ -105,7 +103,7 @@ def _tensors(operators: Operators) -> GradientTensors:
 
 
 def _has_kernel(operator: Sketch) -> bool:
-    if isinstance(operator, SRHT):
+    if isinstance(operator, BlockedSketch):
         return adds_blocks(operator)
     return isinstance(operator, Grouped) and folds_matrices(operator)
 

@@ -50,12 +50,12 @@ class AFFD(MixedSketch):
 
     def finish(self, mixed: Tensor) -> Tensor:
         """R H2 |G| and the whole scale; |G|'s signs are those after H1."""
-        weighted = weigh_(mixed, self.seed, self._scale)
-        return mix_rows(weighted, self._second, self.out_size)
+        weighted = weigh_(mixed, self.seed, self.scale)
+        return mix_rows(weighted, self.second, self.out_size)
 
     def finish_adjoint(self, rows: Tensor) -> Tensor:
-        mixed = mix_adjoint(rows, self._second, self.block)
-        return weigh_(mixed.contiguous(), self.seed, self._scale)
+        mixed = mix_adjoint(rows, self.second, self.block)
+        return weigh_(mixed.contiguous(), self.seed, self.scale)
 
     @property
     def spread_variance(self) -> float:
@@ -77,10 +77,11 @@ class AFFD(MixedSketch):
         return (once + twice) / self.block
 
     @property
-    def _scale(self) -> float:
+    def scale(self) -> float:
         """The restriction's sqrt(n / D), and 1 / sqrt(n) of each transform."""
         return (self.block * self.out_size) ** -0.5
 
     @cached_property
-    def _second(self) -> Mixing:
+    def second(self) -> Mixing:
+        """The factors of H2, unscaled."""
         return mixing(self.mix, self.block, self.seed, "columns", cut=True)

@@ -37,8 +37,13 @@ class AFJL(MixedSketch):
         return 1, self.out_size
 
     def finish(self, mixed: Tensor) -> Tensor:
-        """|G| and the scale: sqrt(n / D) and 1 / sqrt(n) cancel to 1 / sqrt(D)."""
-        return weigh_(mixed, self.seed, self.out_size**-0.5)
+        """|G| and the scale."""
+        return weigh_(mixed, self.seed, self.scale)
+
+    @property
+    def scale(self) -> float:
+        """The product of sqrt(n / D) and 1 / sqrt(n)."""
+        return self.out_size**-0.5
 
     @property
     def spread_variance(self) -> float:

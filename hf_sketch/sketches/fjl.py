@@ -44,16 +44,21 @@ class FJL(MixedSketch):
 
     def finish(self, mixed: Tensor) -> Tensor:
         """G_s and the whole scale."""
-        index, weight = self._sparse
+        index, weight = self.sparse
         picked = mixed[:, index.to(mixed.device)] * weight.to(mixed)
-        return picked.sum(-1) * (self.out_size * self.samples) ** -0.5
+        return picked.sum(-1) * self.scale
 
     def finish_adjoint(self, rows: Tensor) -> Tensor:
-        index, weight = self._sparse
+        index, weight = self.sparse
         spread = (rows.unsqueeze(-1) * weight.to(rows)).flatten(1)
         mixed = rows.new_zeros(len(rows), self.block)
         mixed.index_add_(1, index.flatten().to(rows.device), spread)
-        return mixed * (self.out_size * self.samples) ** -0.5
+        return mixed * self.scale
+
+    @property
+    def scale(self) -> float:
+        """The product of sqrt(n / D), 1 / sqrt(n) and that of the weights."""
+        return (self.out_size * self.samples) ** -0.5
 
     @property
     def cross_variance(self) -> float:
@@ -69,7 +74,7 @@ class FJL(MixedSketch):
         return (second - x.whole - shared) / self.out_size + shared
 
     @cached_property
-    def _sparse(self) -> tuple[Tensor, Tensor]:
+    def sparse(self) -> tuple[Tensor, Tensor]:
         """Places and unscaled weights of G_s: (out_size, samples), on the CPU."""
         count = self.out_size * self.samples
         shape = (self.out_size, self.samples)

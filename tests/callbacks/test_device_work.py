@@ -135,8 +135,9 @@ def waits(seen):
 
 
 @pytest.mark.usefixtures("as_on_a_device")
-def test_a_step_row_is_five_launches_without_a_wait(tmp_path, launched):
-    settings = {"out_size": 16, "step": 1, "per_example": False}
+@pytest.mark.parametrize("operator", ["srht", "affd"])
+def test_a_step_row_is_five_launches_without_a_wait(operator, tmp_path, launched):
+    settings = {"out_size": 16, "step": 1, "per_example": False, "operator": operator}
     seen = watched(llama(1), tmp_path, **settings)
     assert waits(seen) == []
     # A launch per backward pass notes what is not clipped yet.

@@ -14,17 +14,20 @@ pytest.importorskip("triton")
 STEPS = 2
 
 
-def train(directory):
+def train(directory, operator):
     """Rows and weights of a run with clipping and two batches in a step."""
-    callback = GradientSketchCallback(64, per_example=False)
+    callback = GradientSketchCallback(64, per_example=False, operator=operator)
     trainer = tiny_trainer(directory, callback, max_steps=STEPS, save_strategy="no")
     trainer.train()
     rows = load_sketches(directory).steps.with_format("torch")[:]
     return rows, list(trainer.model.parameters())
 
 
-def test_steps_have_the_rows_that_they_have_tensor_by_tensor(tmp_path, monkeypatch):
-    expected, plain = train(tmp_path / "plain")
+@pytest.mark.parametrize("operator", ["srht", "affd"])
+def test_steps_have_the_rows_that_they_have_tensor_by_tensor(
+    operator, tmp_path, monkeypatch
+):
+    expected, plain = train(tmp_path / "plain", operator)
     monkeypatch.setattr(gradient_pass, "can_launch", lambda device: True)
     finish, finished = GradientPass.finish, []
 
@@ -33,7 +36,7 @@ def test_steps_have_the_rows_that_they_have_tensor_by_tensor(tmp_path, monkeypat
         return finish(*args)
 
     monkeypatch.setattr(GradientPass, "finish", noted)
-    rows, weights = train(tmp_path / "kernels")
+    rows, weights = train(tmp_path / "kernels", operator)
     assert len(finished) == STEPS
     assert rows.keys() == expected.keys()
     assert expected["clip_factor"].max() < 1

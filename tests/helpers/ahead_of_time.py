@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 
 from hf_sketch.sketches.multi_tensor import (
     block_kernels,
+    long_block_kernels,
     matrix_kernels,
     row_kernels,
 )
@@ -36,14 +37,23 @@ LONG = {"RUN": RUN}
 WHOLE = " % 16"  # of a number that is a multiple of 16
 ONE_SIDE = {"COUNT": 1, "SIDES": 1, "GROUPS": 64, "PADDED": 64, "SIZE": 8}
 ONE_SIDE |= {"AT_ONCE": 16, "stride": "i32 % 16", "length": "i32 % 16"}
+LEADING = {"LEADING": 2}
 # Of each kernel: arguments that it is compiled for, types of pointers, and warps.
 SPECIMENS = [
     (row_kernels.gather, {"KIND": 3}, 4),
     (row_kernels.add_rows, {}, 4),
-    (row_kernels.finish_row, {"ROUNDING": 1e-6}, 4),
+    *(
+        (row_kernels.finish_row, {"ROUNDING": 1e-6, "ROTATES": rotates}, 4)
+        for rotates in (True, False)
+    ),
     *((block_kernels.sum_blocks, BLOCKS | TENSORS | {"KIND": k}, 1) for k in range(4)),
     (block_kernels.sum_blocks, BLOCKS | TENSORS | {"LEADING": 4}, 4),
     (block_kernels.sum_blocks, BLOCKS | TENSORS | {"FOLDS": 16, "ALIGNED": False}, 1),
+    *(
+        (long_block_kernels.sum_long_blocks, LONG | TENSORS | {"LEADING": 2**k}, 8)
+        for k in range(4)
+    ),
+    (long_block_kernels.sum_long_blocks, LONG | TENSORS | LEADING | {"KIND": 3}, 8),
     *(
         (matrix_kernels.sum_matrices, MATRICES | TENSORS | {"KIND": k}, 4)
         for k in range(4)
@@ -65,8 +75,9 @@ SPECIMENS = [
     (turn_kernels.turn_sides, ONE_SIDE | {"stride": "i32", "length": "i32"}, 4),
 ]
 TABLES = ("given_ptr", "streams_ptr", "matrices_ptr", "chunks_ptr")
+TABLES += ("sums_ptr", "terms_ptr", "places_ptr")
 WORDS = ("units_ptr", "runs_ptr", "items_ptr", "orders_ptr", "order_ptr", "bounds_ptr")
-WORDS += ("ranges_ptr", "signs_ptr")
+WORDS += ("ranges_ptr", "signs_ptr", "parts_ptr")
 TYPES = {
     **dict.fromkeys(TABLES, "*i64"),
     **dict.fromkeys(WORDS, "*i32"),

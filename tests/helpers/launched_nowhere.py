@@ -1,7 +1,8 @@
 """Binds and compiles what a gradient's pass launches, for a device that is not there.
 
-`python -m tests.helpers.launched_nowhere 90` prints, as JSON, what each of some steps
-with other gradients and seeds launches, and how many programs were compiled for that.
+`python -m tests.helpers.launched_nowhere 90 srht` prints, as JSON, what each of some
+steps with other gradients and seeds launches, and how many programs were compiled for
+that.
 """
 
 import importlib
@@ -46,7 +47,7 @@ def launch(self, name, grid, *args, **kwargs):
 
 def step(seed, moved):
     """The launches of a step, with their programs."""
-    sketch = ModelSketch(SHAPES, 256, "grouped", seed)
+    sketch = ModelSketch(SHAPES, 256, "grouped", seed, sys.argv[2])
     kept = sketch.whole_gradients.begin(torch.device("cpu"), 10, 1e-6)
     gradients = [torch.randn(*moved, *shape)[0] for _, shape in SHAPES]
     launched.clear()

@@ -25,7 +25,8 @@ def test_sections_of_several_runs_are_joined(tmp_path):
     distances = saved["agreement"]["results"].values()
     assert max(max(pair.values()) for pair in distances) < 1e-5
     layouts = saved["layouts"]["results"]
-    assert layouts.keys() == {"blocked", "factored", "flat", "grouped"}
+    operators = {f"grouped {operator}" for operator in ("affd", "afjl", "fjl")}
+    assert layouts.keys() == {"blocked", "factored", "flat", "grouped"} | operators
     assert max(layouts.values()) < 1e-5
 
 

@@ -11,14 +11,12 @@ import triton.language as tl
 
 from hf_sketch.sketches.multi_tensor.reading import read
 from hf_sketch.sketches.transforms.kernel_parts import (
-    LEFT,
-    RIGHT,
     SIDE,
     TILE,
     flip,
-    multiply,
     packed_signs,
     read_factor,
+    rotate,
     table_index,
 )
 
@@ -52,8 +50,8 @@ def sum_blocks(
     Shapes:
         streams (n, 5): the tensor, and the keys of its signs' runs, before and after
         units (n, 2): the stream and the unit's place in it
-        runs (programs, 4): the first unit, one past the last, the row of `partial` and
-            the first number there
+        runs (programs, 5): the first unit, one past the last, the row of `partial`, the
+            first number there, and the group
         factors (2, 32, 32), leading (LEADING, LEADING): the last one first
         partial (rows, width), squares (programs,)
     """
@@ -67,7 +65,7 @@ def sum_blocks(
     place = tl.arange(0, SIDE)
     total = tl.zeros((LEADING, SIDE, SIDE), tl.float32)
     squares = tl.zeros((1, LEADING, SIDE, SIDE), tl.float32)
-    runs_ptr += 4 * run
+    runs_ptr += 5 * run
     for number in tl.range(tl.load(runs_ptr), tl.load(runs_ptr + 1)):
         keys = streams_ptr + 5 * tl.load(units_ptr + 2 * number)
         start = tl.load(units_ptr + 2 * number + 1).to(tl.int64) * (LEADING * TILE)
@@ -78,8 +76,7 @@ def sum_blocks(
         squares += x * x
         signs = tl.reshape(signs, (1, LEADING, SIDE, 1))
         x = flip(x, signs, place[None, None, None, :])
-        x = tl.permute(tl.sum(leading * x, 1), (0, 2, 1))
-        y = multiply(left, multiply(right, x, LEFT, BFLOAT16), RIGHT, BFLOAT16)
+        y = rotate(tl.sum(leading * x, 1), right, left, BFLOAT16)
         first = table_index(start, tl.load(keys + 3), tl.load(keys + 4), RUN)
         signs = packed_signs(first + at.to(tl.uint32), after_1, after_2)
         total += flip(y, tl.reshape(signs, (LEADING, 1, SIDE)), place[None, :, None])

@@ -6,11 +6,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hf_sketch.sketches.blocked import BlockedSketch
 from hf_sketch.sketches.srht import SRHT
+from hf_sketch.sketches.transforms.mixing import mixing, square_factors
 
-_TILE = 1024
-_LONGEST = 4 * _TILE  # what one program of four warps keeps in registers
-_LEAST_UNITS = 32  # of a program
+_TILE = 2**10
+_LONGEST = 2**12  # what one program of four warps keeps in registers
+_SHORTEST_LONG = 2**15  # the unit of `sum_long_blocks`, or more of these
+_LONGEST_LONG = 2**18
+_LEAST_ELEMENTS = 2**15  # of a program
 _VECTOR = 8  # elements that one instruction may read
 
 
@@ -21,25 +25,24 @@ class BlockedTensor:
     Args:
         place: its row in the table of addresses.
         operator: its sketch.
-        group: number of its group of layers.
+        group: number of the sum that it belongs to.
         packed: whether it is a vector of small tensors, with zeros behind them.
     """
 
     place: int
-    operator: SRHT
+    operator: BlockedSketch
     group: int
     packed: bool = False
 
 
 @dataclass(frozen=True)
 class BlockTables:
-    """The tables of `sum_blocks`.
+    """The tables of `sum_blocks` and of `sum_long_blocks`.
 
     Args:
         streams: (tensors, 5).
         units: (n, 2).
-        runs: (programs, 4), whose rows of partial sums count from 0 in each group.
-        groups: (programs,), the group of each.
+        runs: (programs, 5), whose rows of partial sums count from 0 in each group.
         rows: how many rows each group has.
         aligned: whether tensors have multiples of 8 elements.
     """
@@ -47,24 +50,34 @@ class BlockTables:
     streams: Tensor
     units: Tensor
     runs: Tensor
-    groups: Tensor
     rows: Sequence[int]
     aligned: bool
 
     def placed(self, starts: Tensor, device: torch.device) -> "BlockTables":
         """Return them on a device, with each group's rows from its start on."""
         runs = self.runs.clone()
-        runs[:, 2] += starts[self.groups]
+        runs[:, 2] += starts[runs[:, 4]]
         streams, units = self.streams.to(device), self.units.to(device, torch.int32)
         runs = runs.to(device, torch.int32)
         return replace(self, streams=streams, units=units, runs=runs)
 
 
-def adds_blocks(operator: SRHT) -> bool:
-    """Return whether `sum_blocks` is for this operator."""
-    if operator.block_size is None or operator.block > _LONGEST:
+def adds_blocks(operator: BlockedSketch) -> bool:
+    """Return whether a kernel adds up this operator's blocks."""
+    if operator.block_size is None or operator.kind != "hadamard":
+        return False
+    if not isinstance(operator, SRHT):
+        return operator.block <= _LONGEST_LONG
+    if operator.block > _LONGEST:
         return False
     return operator.mixed_shape[0] == 1 or operator.block >= _TILE
+
+
+def unit_of(tensors: Sequence[BlockedTensor]) -> int:
+    """Return how many elements a program transforms at a time: blocks, or a longer."""
+    longest = max(of.operator.block for of in tensors)
+    short = isinstance(tensors[0].operator, SRHT)
+    return max(_TILE if short else _SHORTEST_LONG, longest)
 
 
 def block_tables(
@@ -74,11 +87,11 @@ def block_tables(
 
     A program adds up blocks of one segment of one group, in order.
     """
-    counts = [-(-of.operator.in_size // _unit(of.operator)) for of in tensors]
-    most = max(_LEAST_UNITS, -(-sum(counts) // programs))
+    unit = unit_of(tensors) if tensors else _TILE
+    counts = [-(-of.operator.in_size // unit) for of in tensors]
+    most = max(1, _LEAST_ELEMENTS // unit, -(-sum(counts) // programs))
     units = [torch.empty(0, 2, dtype=torch.int64)]
-    runs: list[tuple[int, int, int, int]] = []
-    group_of: list[int] = []
+    runs: list[tuple[int, int, int, int, int]] = []
     rows = [0] * groups
     done = 0
     for group in dict.fromkeys(of.group for of in tensors):
@@ -90,23 +103,17 @@ def block_tables(
             starts = range(low, high, most)
             for row, start in enumerate(starts):
                 stop = min(start + most, high)
-                runs.append((done + start, done + stop, row, first))
-                group_of.append(group)
+                runs.append((done + start, done + stop, row, first, group))
             rows[group] = max(rows[group], len(starts))
-            first, low = first + tensors[0].operator.block, high
+            first, low = first + tensors[own[0]].operator.block, high
         done += len(found)
     return BlockTables(
         torch.tensor([_stream(of) for of in tensors], dtype=torch.int64),
         torch.cat(units),
-        torch.tensor(runs, dtype=torch.int64).view(-1, 4),
-        torch.tensor(group_of, dtype=torch.int64),
+        torch.tensor(runs, dtype=torch.int64).view(-1, 5),
         rows,
         all(of.operator.in_size % _VECTOR == 0 or of.packed for of in tensors),
     )
-
-
-def _unit(operator: SRHT) -> int:
-    return max(_TILE, operator.block)
 
 
 def _by_segment(
@@ -125,3 +132,9 @@ def _by_segment(
 def _stream(of: BlockedTensor) -> list[int]:
     before, after = (of.operator.signs(role).keys[:2] for role in ("before", "after"))
     return [of.place, *before, *after]
+
+
+def long_factors(operator: BlockedSketch, unit: int) -> tuple[Tensor, Tensor]:
+    """Return the transform of a unit of blocks: (3, 32, 32) and (leading, leading)."""
+    drawn = operator.block, operator.seed, operator.permuted
+    return square_factors(mixing("hadamard", *drawn), 3, unit // _SHORTEST_LONG)

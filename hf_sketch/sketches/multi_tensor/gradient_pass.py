@@ -1,53 +1,33 @@
 """A gradient of any number of tensors, sketched in at most five launches."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from hf_sketch.sketches.multi_tensor.blocks import BlockedTensor, block_tables
+from hf_sketch.sketches.blocked import BlockedSketch
+from hf_sketch.sketches.multi_tensor.division import (
+    CHUNK,
+    GradientTensors,
+    divide,
+    packed_chunks,
+    witness_chunks,
+)
 from hf_sketch.sketches.multi_tensor.given import DTYPES, AddressTable, Given
-from hf_sketch.sketches.multi_tensor.matrices import GroupedTensor, matrix_tables
-from hf_sketch.sketches.transforms.fused import whole_factors
+from hf_sketch.sketches.srht import SRHT
 
-CHUNK: Final = 2**10  # elements that a program copies or finishes
-_PROGRAMS: Final = 2**10  # of a kernel, about: a constant, so that sums have one order
-_COLUMNS: Final = 2**5  # numbers that a program adds up
-_NOWHERE: Final = -1
+_LONG_WARPS: Final = 8
 _MODULES: Final = {
     "gather": "row_kernels",
     "sum_blocks": "block_kernels",
+    "sum_long_blocks": "long_block_kernels",
     "sum_matrices": "matrix_kernels",
     "add_rows": "row_kernels",
     "finish_row": "row_kernels",
 }
-
-
-@dataclass(frozen=True)
-class GradientTensors:
-    """How a gradient's tensors are sketched.
-
-    Args:
-        sizes: elements of each tensor, in order.
-        blocked: tensors that are sketched in blocks, and packed vectors, whose places
-            come after those of the tensors.
-        grouped: tensors that are sketched as matrices.
-        packed: where others go among the packed vectors, which lie end to end.
-        packed_sizes: elements of each packed vector, multiples of 1024.
-        out_size: numbers per group of layers.
-        groups: groups of layers.
-    """
-
-    sizes: Sequence[int]
-    blocked: Sequence[BlockedTensor]
-    grouped: Sequence[GroupedTensor]
-    packed: Mapping[int, int]
-    packed_sizes: Sequence[int]
-    out_size: int
-    groups: int
 
 
 @dataclass(frozen=True)
@@ -93,31 +73,25 @@ class GradientPass:
     ) -> None:
         self._tensors, self._device, self._rounding = tensors, device, rounding
         self._addresses = AddressTable(tensors.packed_sizes, device)
-        seen, copied = _witness_chunks(tensors, witnesses), _packed_chunks(tensors)
+        seen, copied = witness_chunks(tensors, witnesses), packed_chunks(tensors)
         self._witnesses = len(seen)
         chunks = torch.tensor([*seen, *copied], dtype=torch.int64)
         self._chunks = chunks.view(-1, 4).to(device)
         # Apart, since Triton compiles again for memory that is not aligned alike.
         self._before = torch.zeros(len(chunks), device=device)
         self._now = torch.zeros(len(chunks), device=device)
-        self._sums = torch.zeros(3, device=device)
-        self._divide_work()
-
-    def _divide_work(self) -> None:
-        """Make the programs' tables, and give each a row of partial sums."""
-        of, device = self._tensors, self._device
-        self._blocks = block_tables(of.blocked, of.groups, _PROGRAMS)
-        self._matrices = matrix_tables(of.grouped, of.groups, _PROGRAMS)
-        rows = torch.tensor([self._blocks.rows, self._matrices.rows])
-        ends = rows.sum(0).cumsum(0)
-        starts = ends - rows.sum(0)
-        self._blocks = self._blocks.placed(starts, device)
-        self._matrices = self._matrices.placed(starts + rows[0], device)
-        self._ranges = torch.stack([starts, ends], 1).to(device, torch.int32)
+        self._norms = torch.zeros(3, device=device)
+        of = self._division = divide(tensors, device)
         # Numbers that no program sums stay zero.
-        self._partial = torch.zeros(int(ends[-1]), of.out_size, device=device)
-        programs = len(self._blocks.runs) + len(self._matrices.runs)
+        partial = torch.zeros(of.partial, device=device)
+        self._partial, self._whole, self._long = (
+            partial,
+            *partial.split([of.whole, of.partial - of.whole]),
+        )
+        programs = len(of.blocks.runs) + len(of.matrices.runs)
         self._squares = torch.zeros(programs, device=device)
+        self._scratch = torch.empty(len(of.blocks.runs) * of.unit, device=device)
+        self._added = torch.zeros(of.rows.length, device=device)
 
     def takes(self, gradients: Sequence[Tensor | None]) -> bool:
         """Return whether the kernels read gradients like these."""
@@ -136,8 +110,7 @@ class GradientPass:
         Args:
             gradients: gradients of each tensor, in order; None counts as zero.
         """
-        row, _ = self._sum(self._give(gradients), self._witnesses)
-        return row
+        return self.finish(gradients, 1.0).row
 
     def note(self, gradients: Sequence[Tensor | None]) -> None:
         """Look at the witnesses before gradients are clipped."""
@@ -152,19 +125,31 @@ class GradientPass:
             gradients: see `sketch`.
             loss_scale: what the loss was multiplied by; clipping may undo it.
         """
-        row, finite = self._sum(self._give(gradients), 0)
-        norm, factor = (torch.empty(1, device=self._device) for _ in range(2))
+        of, device = self._tensors, self._device
+        given, tables = self._give(gradients), self._division.rows
+        finite = torch.empty(1, dtype=torch.uint8, device=device)
+        self._add_up(given, finite)
+        row = torch.empty(of.groups * of.out_size, device=device)
+        norm, factor = (torch.empty(1, device=device) for _ in range(2))
         self._launch(
             "finish_row",
-            (-(-len(row) // CHUNK),),
+            (of.groups, -(-of.out_size // CHUNK)),
+            self._added,
+            tables.terms,
+            tables.ranges,
+            tables.places,
+            tables.weights,
+            tables.factors,
+            self._norms,
             row,
-            self._sums,
             norm,
             factor,
             finite,
-            len(row),
+            of.out_size,
             loss_scale,
             ROUNDING=self._rounding,
+            ROTATES=tables.rotates,
+            BFLOAT16=device.type != "cpu",
         )
         return StepFigures(row, norm, factor, finite.view(torch.bool))
 
@@ -178,30 +163,31 @@ class GradientPass:
                 )
         return self._addresses.give(gradients)
 
-    def _sum(self, given: Given, first_chunk: int) -> tuple[Tensor, Tensor]:
-        """Return the sketch, and a flag of 1."""
-        of = self._tensors
-        self._gather(given, first_chunk, len(self._chunks), self._now)
-        self._sum_blocks(given)
+    def _add_up(self, given: Given, finite: Tensor) -> None:
+        """Compute the sums that the row is made of, and set a flag to 1."""
+        tables = self._division.rows
+        self._gather(given, 0, len(self._chunks), self._now)
+        if self._division.unit:
+            self._sum_long_blocks(given)
+        else:
+            self._sum_blocks(given)
         self._sum_matrices(given)
-        row = torch.empty(of.groups * of.out_size, device=self._device)
-        finite = torch.empty(1, dtype=torch.uint8, device=self._device)
         self._launch(
             "add_rows",
-            (of.groups, -(-of.out_size // _COLUMNS)),
+            (len(tables.parts),),
             self._partial,
-            self._ranges,
+            tables.parts,
+            tables.sums,
+            tables.magnitudes,
             self._squares,
             len(self._squares),
             self._now,
             self._before,
             self._witnesses,
-            row,
-            self._sums,
+            self._added,
+            self._norms,
             finite,
-            of.out_size,
         )
-        return row, finite
 
     def _gather(self, given: Given, first: int, last: int, squares: Tensor) -> None:
         """Copy some chunks, and note the sums of their squares."""
@@ -213,11 +199,12 @@ class GradientPass:
 
     def _sum_blocks(self, given: Given) -> None:
         """Add up the blocks of all tensors."""
-        of = self._blocks
+        of = self._division.blocks
         if not len(of.runs):
             return
         operator = self._tensors.blocked[0].operator
-        factors, leading = whole_factors(operator, self._device)
+        assert isinstance(operator, SRHT)
+        factors, leading = self._division.transform
         self._launch(
             "sum_blocks",
             (len(of.runs),),
@@ -227,12 +214,11 @@ class GradientPass:
             of.runs,
             factors,
             leading,
-            self._partial,
+            self._whole,
             self._squares,
             self._tensors.out_size,
             operator.scale,
-            *operator.signs("before").keys[2:],
-            *operator.signs("after").keys[2:],
+            *_table_keys(operator),
             LEADING=len(leading),
             FOLDS=max(1, CHUNK // operator.block),
             RUN=operator.signs("before").run,
@@ -242,9 +228,34 @@ class GradientPass:
             num_warps=len(leading),
         )
 
+    def _sum_long_blocks(self, given: Given) -> None:
+        """Do the same where blocks are longer, in memory of each program."""
+        of, operator = self._division.blocks, self._tensors.blocked[0].operator
+        factors, leading = self._division.transform
+        self._launch(
+            "sum_long_blocks",
+            (len(of.runs),),
+            given.table,
+            of.streams,
+            of.units,
+            of.runs,
+            factors,
+            leading,
+            self._scratch,
+            self._long,
+            self._squares,
+            *_table_keys(operator),
+            LEADING=leading.shape[1],
+            RUN=operator.signs("before").run,
+            KIND=given.kind,
+            ALIGNED=given.aligned and of.aligned,
+            BFLOAT16=self._device.type != "cpu",
+            num_warps=_LONG_WARPS,
+        )
+
     def _sum_matrices(self, given: Given) -> None:
         """Fold and rotate all matrices."""
-        of = self._matrices
+        of = self._division.matrices
         if not len(of.runs):
             return
         self._launch(
@@ -255,8 +266,8 @@ class GradientPass:
             of.items,
             of.runs,
             of.orders,
-            self._partial,
-            self._squares[len(self._blocks.runs) :],
+            self._whole,
+            self._squares[len(self._division.blocks.runs) :],
             self._tensors.out_size,
             SHAPES=of.shapes,
             COUNT=len(of.shapes),
@@ -270,23 +281,10 @@ class GradientPass:
     ) -> None:
         """Launch a kernel; its module needs Triton, so it is imported here."""
         kernels = importlib.import_module(f"{__package__}.{_MODULES[name]}")
-        with torch.cuda.device_of(self._partial):
+        with torch.cuda.device_of(self._squares):
             getattr(kernels, name)[grid](*args, **kwargs, enable_fp_fusion=True)
 
 
-def _witness_chunks(of: GradientTensors, each: int) -> list[tuple[int, int, int, int]]:
-    """Return chunks of each tensor's first elements, which are copied nowhere."""
-    return [
-        (place, start, min(CHUNK, min(each, size) - start), _NOWHERE)
-        for place, size in enumerate(of.sizes)
-        for start in range(0, min(each, size), CHUNK)
-    ]
-
-
-def _packed_chunks(of: GradientTensors) -> list[tuple[int, int, int, int]]:
-    """Return chunks of the small tensors, and where they are copied to."""
-    return [
-        (place, start, min(CHUNK, of.sizes[place] - start), to + start)
-        for place, to in of.packed.items()
-        for start in range(0, of.sizes[place], CHUNK)
-    ]
+def _table_keys(operator: BlockedSketch) -> tuple[int, ...]:
+    """Return the keys of the signs that all streams share."""
+    return *operator.signs("before").keys[2:], *operator.signs("after").keys[2:]

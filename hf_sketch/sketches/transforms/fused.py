@@ -9,14 +9,20 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from hf_sketch.sketches.transforms.mixing import Mix, Permuted, mixing
+from hf_sketch.sketches.transforms.mixing import (
+    Mix,
+    Permuted,
+    mixing,
+    square_factors,
+)
 from hf_sketch.sketches.transforms.signs import StreamSigns
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _SIDE = 32
 _TILE = _SIDE**2
 _LONGEST_WHOLE = 4 * _TILE  # what one program of four warps keeps in registers
-_LONGEST = 8 * _SIDE * _TILE  # in strips of 32 columns, eight warps
+_MOST_LEADING = 8
+_LONGEST = _MOST_LEADING * _SIDE * _TILE  # in strips of 32 columns, eight warps
 _CHUNK_ELEMENTS = 2**23  # 32 MiB in float32: stays in the cache between two kernels
 _TILES_AT_ONCE = 4
 _MOST_SEGMENTS = 2**16 - 1  # of a grid's third dimension
@@ -243,16 +249,9 @@ def _factors_held(
     block: int, seed: int, permuted: Permuted, count: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     mixed = mixing("hadamard", block, seed, permuted)
-    assert not isinstance(mixed, int)
-    given = list(mixed)
-    one = torch.ones(1, 1)
-    square: list[Tensor] = []
-    for _ in range(count):
-        factor = given.pop() if given else one
-        square.append(torch.kron(torch.eye(_SIDE // len(factor)), factor))
-    leading = given.pop() if given else one
-    assert not given, "the block is longer than the kernels hold"
-    return torch.stack(square).to(device), leading.to(device)
+    square, leading = square_factors(mixed, count)
+    assert len(leading) <= _MOST_LEADING, "the block is longer than the kernels hold"
+    return square.to(device), leading.to(device)
 
 
 @lru_cache(maxsize=512)  # a memo of a pure function: 4 bytes a block

@@ -14,13 +14,13 @@ import triton.language as tl
 
 from hf_sketch.sketches.transforms.kernel_parts import (
     LEFT,
-    RIGHT,
     SIDE,
     TILE,
     flip,
     multiply,
     packed_signs,
     read_factor,
+    rotate,
     table_index,
 )
 
@@ -106,8 +106,7 @@ def sum_whole(
         x = _read_flipped(
             rows_ptr, coordinate - origin, length, first, before_1, before_2, LEADING
         )
-        x = tl.permute(tl.sum(leading * x, 1), (0, 2, 1))
-        y = multiply(left, multiply(right, x, LEFT, BFLOAT16), RIGHT, BFLOAT16)
+        y = rotate(tl.sum(leading * x, 1), right, left, BFLOAT16)
         first = table_index(coordinate, after_run_1, after_run_2, RUN)
         signs = packed_signs(first + at.to(tl.uint32), after_1, after_2)
         total += flip(y, tl.reshape(signs, (LEADING, 1, SIDE)), place)
@@ -152,8 +151,8 @@ def rotate_tiles(
         first = table_index(start + unit, before_run_1, before_run_2, RUN)
         low = start + unit - origin
         x = _read_flipped(rows_ptr, low, length, first, before_1, before_2, TILES)
-        x = tl.permute(tl.reshape(x, (TILES, SIDE, SIDE)), (0, 2, 1))
-        y = multiply(left, multiply(right, x, LEFT, BFLOAT16), RIGHT, BFLOAT16)
+        x = tl.reshape(x, (TILES, SIDE, SIDE))
+        y = rotate(x, right, left, BFLOAT16)
         tl.store(scratch_ptr + unit + at, tl.permute(y, (0, 2, 1)))
 
 

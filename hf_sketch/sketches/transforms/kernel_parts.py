@@ -98,3 +98,13 @@ def read_factor(factors_ptr, number, COPIES: tl.constexpr, BFLOAT16: tl.constexp
     matrix = tl.load(factors_ptr + number * TILE + row * SIDE + column)
     matrix = matrix + tl.zeros((COPIES, SIDE, SIDE), tl.float32)
     return matrix.to(tl.bfloat16) if BFLOAT16 else matrix
+
+
+@triton.jit
+def rotate(x, right, left, BFLOAT16: tl.constexpr):
+    """Tiles times the last two factors: (n, rows, columns) -> (n, columns, rows).
+
+    `left` is transposed.
+    """
+    y = multiply(right, tl.permute(x, (0, 2, 1)), LEFT, BFLOAT16)
+    return multiply(left, y, RIGHT, BFLOAT16)

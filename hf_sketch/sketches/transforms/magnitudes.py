@@ -19,7 +19,7 @@ def weigh_(x: Tensor, seed: int, scale: float) -> Tensor:
         x (b, n)
     """
     if x.shape[1] <= _LONGEST_HELD:
-        return x.mul_(_held(seed, x.shape[1], x.device).to(x) * scale)
+        return x.mul_(magnitudes(seed, x.shape[1], x.device).to(x) * scale)
     rng = CounterRandom(seed, "gaussian")
     for low in range(0, x.shape[1], _LONGEST_HELD):
         part = x[:, low : low + _LONGEST_HELD]
@@ -29,5 +29,6 @@ def weigh_(x: Tensor, seed: int, scale: float) -> Tensor:
 
 
 @lru_cache(maxsize=8)  # a memo of a pure function: at most 1 MiB each
-def _held(seed: int, size: int, device: torch.device) -> Tensor:
+def magnitudes(seed: int, size: int, device: torch.device) -> Tensor:
+    """Return |g_i| of the first columns: (size,), float32."""
     return CounterRandom(seed, "gaussian").normals(0, size).abs().to(device)

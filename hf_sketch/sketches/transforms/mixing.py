@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.transforms.hadamard import (
+    LARGEST_FACTOR,
     apply_kronecker,
     hadamard_matrix,
     kronecker_sizes,
@@ -51,6 +52,38 @@ def mixing(
             matrix = matrix[:, order]
         factors.append(matrix.contiguous())
     return factors
+
+
+def square_factors(
+    transform: Mixing, count: int, leading: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The last factors, all of one size, and the product of those before them.
+
+    Short transforms are several next to each other, each of its own part of a vector.
+
+    Args:
+        transform: factors of at most 32 rows, as `mixing` gives them.
+        count: how many of the last ones.
+        leading: the least size of the product.
+
+    Shapes:
+        returns (count, 32, 32), the last factor first, and (n, n)
+    """
+    assert not isinstance(transform, int)
+    given, one = list(transform), torch.ones(1, 1)
+    square: list[Tensor] = []
+    for _ in range(count):
+        factor = given.pop() if given else one
+        square.append(_beside(factor, LARGEST_FACTOR))
+    rest = one
+    for factor in given:
+        rest = torch.kron(rest, factor)
+    return torch.stack(square), _beside(rest, leading)
+
+
+def _beside(factor: Tensor, size: int) -> Tensor:
+    """Return a block-diagonal matrix of at least `size` rows."""
+    return torch.kron(torch.eye(max(1, size // len(factor))), factor)
 
 
 def haar_columns(size: int, count: int, rng: CounterRandom) -> Tensor:

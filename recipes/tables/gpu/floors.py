@@ -82,6 +82,10 @@ def step_rows(
         for power in bits:
             sketch = ModelSketch(shapes, 2**power, layout)
             actions[f"{layout} 2^{power}"] = partial(sketch.sketch, gradients)
+    sketch = ModelSketch(shapes, 2 ** bits[len(bits) // 2], operator="affd")
+    actions[f"blocked AFFD 2^{bits[len(bits) // 2]}"] = partial(
+        sketch.sketch, gradients
+    )
     floor = sum(x.nbytes for x in gradients.values()) / bandwidth
     return beside(dict.fromkeys(actions, floor), timed(actions, 1 if tiny else 5))
 

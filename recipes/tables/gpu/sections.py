@@ -125,14 +125,17 @@ def agreement(tiny: bool) -> dict[str, dict[str, float]]:
 
 
 def layouts_agreement() -> dict[str, float]:
-    """The same of whole gradients, in every layout."""
+    """The same of whole gradients, in every layout and by operators with kernels."""
     shapes = (("table", (300, 64)), ("weight", (300, 260)), ("bias", (260,)))
     gradients = {name: torch.randn(shape) for name, shape in shapes}
     away = {name: x.to(device()) for name, x in gradients.items()}
     sketches = {layout: ModelSketch(shapes, 256, layout) for layout in LAYOUTS}
+    for operator in ("affd", "afjl", "fjl"):
+        sketch = ModelSketch(shapes, 256, "grouped", operator=operator)
+        sketches[f"grouped {operator}"] = sketch
     return {
-        layout: _distance(sketch.sketch(away), sketch.sketch(gradients))
-        for layout, sketch in sketches.items()
+        name: _distance(sketch.sketch(away), sketch.sketch(gradients))
+        for name, sketch in sketches.items()
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 KERNELS = {"gather", "add_rows", "finish_row", "sum_blocks", "sum_matrices"}
-KERNELS |= {"sum_whole", "rotate_tiles", "sum_strips", "turn_sides"}
+KERNELS |= {"sum_long_blocks", "sum_whole", "rotate_tiles", "sum_strips", "turn_sides"}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton"
@@ -50,9 +50,17 @@ def test_every_kernel_compiles_without_a_device(capability, which, tmp_path):
             assert kernel["vector_reads"] >= 4, kernel
 
 
-def test_steps_are_bound_once_and_compiled_once(tmp_path):
+@pytest.mark.parametrize(
+    ("operator", "blocks"),
+    [
+        ("srht", "sum_blocks"),
+        ("affd", "sum_long_blocks"),
+        pytest.param("fjl", "sum_long_blocks", marks=pytest.mark.full),
+    ],
+)
+def test_steps_are_bound_once_and_compiled_once(operator, blocks, tmp_path):
     """Neither other gradients nor other seeds nor loss scales need other programs."""
-    found = run(tmp_path, "launched_nowhere", "90")
-    row = ["gather", "sum_blocks", "sum_matrices", "add_rows", "finish_row"]
+    found = run(tmp_path, "launched_nowhere", "90", operator)
+    row = ["gather", blocks, "sum_matrices", "add_rows", "finish_row"]
     assert found["steps"] == [["gather", *row]] * 3
     assert found["programs"] == 5

@@ -7,66 +7,29 @@ import torch
 
 from hf_sketch import ModelSketch, Normalizer
 from hf_sketch.model import gradient_pass
-from hf_sketch.sketches.multi_tensor import blocks, matrices
-from hf_sketch.sketches.multi_tensor import gradient_pass as launches
+from hf_sketch.sketches.multi_tensor import blocks, division, matrices
 from hf_sketch.sketches.multi_tensor.gradient_pass import GradientPass
+from tests.helpers.whole_gradients import (
+    BFLOAT16,
+    BLOCKED,
+    DEVICE,
+    FLOAT16,
+    FLOAT32,
+    SHAPES,
+    assert_plain,
+    begin,
+    given,
+    gradients_of,
+)
 
 pytest.importorskip("triton")
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PRECISION = {"cpu": 1e-6, "cuda": 1e-5}[DEVICE.type]
-FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
-
-# Odd sizes, one element and none; matrices longer than their widths along either side,
-# and both; experts; a side that is shorter than its width; one that is in blocks.
-SHAPES = (
-    ("table", (150, 40)),
-    ("one", ()),
-    ("wide", (33, 150)),
-    ("none", (0,)),
-    ("bias", (1029,)),
-    ("experts", (3, 35, 33)),
-    ("vector", (2**16 + 1,)),
-)
-# Of three matrices in blocks and one that is packed.
-BLOCKED = (("a", (2**16,)), ("b", (2**8, 2**8 + 3)), ("c", (300,)))
-
-
-def gradients_of(shapes, *dtypes, seed=0):
-    """Normal numbers by name, of each dtype in turn."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(shape, generator=generator).to(dtypes[i % len(dtypes)])
-        for i, (name, shape) in enumerate(shapes)
-    }
-
-
-def begin(sketch, *settings):
-    return sketch.whole_gradients.begin(DEVICE, *settings)
-
-
-def given(sketch, gradients):
-    """In the order of the map, those that are there."""
-    found = [gradients.get(name) for name, _ in sketch.shapes]
-    return [None if x is None else x.to(DEVICE) for x in found]
-
-
-def assert_plain(sketch, gradients, got=None):
-    """The kernels' sketch in float32 is that of the plain path in float64."""
-    if got is None:
-        got = begin(sketch).sketch(given(sketch, gradients))
-    assert got.dtype == FLOAT32
-    wide = {name: x.double() for name, x in gradients.items()}
-    expected = sketch.sketch(wide)
-    atol = PRECISION * expected.abs().max().item()
-    torch.testing.assert_close(got.cpu().double(), expected, rtol=0, atol=atol)
 
 
 @pytest.fixture
 def little_work_each(monkeypatch):
     """Divides tensors, blocks, folds and groups among as many programs as may be."""
-    monkeypatch.setattr(launches, "_PROGRAMS", 2**20)
-    monkeypatch.setattr(blocks, "_LEAST_UNITS", 7)
+    monkeypatch.setattr(division, "_PROGRAMS", 2**20)
+    monkeypatch.setattr(blocks, "_LEAST_ELEMENTS", 7 * 2**10)
     monkeypatch.setattr(matrices, "_LEAST_ELEMENTS", 1000)
     monkeypatch.setattr(matrices, "_NUMBERS", 2)
 
@@ -149,9 +112,11 @@ def test_gradients_may_be_missing_move_and_lie_apart():
     assert_plain(sketch, first, kept.sketch(given(sketch, first)))
 
 
-def test_groups_of_layers_have_sums_of_their_own():
+@pytest.mark.parametrize("operator", ["srht", "affd"])
+def test_groups_of_layers_have_sums_of_their_own(operator):
     shapes = (("a.0", (40, 40)), ("a.1", (40,)), ("b.0", (40, 40)), ("b.1", (7,)))
-    sketch = ModelSketch(shapes, 64, "grouped", groups=("x", "x", "y", "y"))
+    groups = ("x", "x", "y", "y")
+    sketch = ModelSketch(shapes, 64, "grouped", operator=operator, groups=groups)
     gradients = gradients_of(shapes, FLOAT32)
     assert_plain(sketch, gradients)
     gradients = {name: x for name, x in gradients.items() if name[0] == "b"}
@@ -172,12 +137,20 @@ def launched(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("layers", [1, 12])
-def test_five_launches_make_a_row_of_any_number_of_tensors(layers, launched):
+@pytest.mark.usefixtures("shorter_blocks")
+@pytest.mark.parametrize(
+    ("operator", "layers"),
+    [
+        ("srht", 1),
+        ("srht", 12),
+        *((name, layers) for name in ("affd", "afjl", "fjl") for layers in (1, 3)),
+    ],
+)
+def test_five_launches_make_a_row_of_any_number_of_tensors(operator, layers, launched):
     shapes = [("vector", (2**16,))]
     for layer in range(layers):
         shapes += [(f"{layer}.weight", (16, 18)), (f"{layer}.bias", (18,))]
-    sketch = ModelSketch(tuple(shapes), 16, "grouped")
+    sketch = ModelSketch(tuple(shapes), 16, "grouped", operator=operator)
     assert len(sketch.operators) == layers + 1
     gradients = given(sketch, gradients_of(shapes, BFLOAT16, FLOAT32))
     kept = begin(sketch, 10)
@@ -185,8 +158,8 @@ def test_five_launches_make_a_row_of_any_number_of_tensors(layers, launched):
     assert launched == ["gather"]
     launched.clear()
     kept.finish(gradients, 1.0)
-    steps = ["gather", "sum_blocks", "sum_matrices", "add_rows", "finish_row"]
-    assert launched == steps
+    added = "sum_blocks" if operator == "srht" else "sum_long_blocks"
+    assert launched == ["gather", added, "sum_matrices", "add_rows", "finish_row"]
 
 
 SMALL = (("a", (40, 40)), ("b", (40,)), ("c", (3,)))
@@ -269,7 +242,7 @@ NORMALIZER = Normalizer({n: (torch.ones(math.prod(s)),) for n, s in SMALL}, 1)
     [
         {"layout": "flat"},
         {"layout": "factored"},
-        {"operator": "affd"},
+        {"operator": "qk"},
         {"operator": "dense"},
         {"normalizer": NORMALIZER},
     ],

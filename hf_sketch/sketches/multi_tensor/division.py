@@ -1,0 +1,192 @@
+"""How the work on many tensors is divided among programs."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from hf_sketch.sketches.blocked import BlockedSketch
+from hf_sketch.sketches.multi_tensor.blocks import (
+    BlockedTensor,
+    BlockTables,
+    block_tables,
+    long_factors,
+    unit_of,
+)
+from hf_sketch.sketches.multi_tensor.finishing import as_it_is, finish_of
+from hf_sketch.sketches.multi_tensor.matrices import (
+    GroupedTensor,
+    MatrixTables,
+    matrix_tables,
+)
+from hf_sketch.sketches.multi_tensor.row_tables import (
+    PartialSum,
+    RowTables,
+    aligned,
+    row_tables,
+)
+from hf_sketch.sketches.srht import SRHT
+from hf_sketch.sketches.transforms.fused import whole_factors
+
+CHUNK: Final = 2**10  # elements that a program copies or finishes
+_NOWHERE: Final = -1
+# About, per kernel: constants, so that sums have one order.
+_PROGRAMS: Final = 2**10
+_LONG_PROGRAMS: Final = 2**7  # each has memory for two units
+
+
+@dataclass(frozen=True)
+class GradientTensors:
+    """How a gradient's tensors are sketched.
+
+    Args:
+        sizes: elements of each tensor, in order.
+        blocked: tensors that are sketched in blocks, by operators of one kind, and
+            packed vectors, whose places come after those of the tensors.
+        grouped: tensors that are sketched as matrices.
+        packed: where others go among the packed vectors, which lie end to end.
+        packed_sizes: elements of each packed vector, multiples of 1024.
+        out_size: numbers per group of layers.
+        groups: groups of layers.
+    """
+
+    sizes: Sequence[int]
+    blocked: Sequence[BlockedTensor]
+    grouped: Sequence[GroupedTensor]
+    packed: Mapping[int, int]
+    packed_sizes: Sequence[int]
+    out_size: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class Division:
+    """The programs' tables, on a device.
+
+    Args:
+        blocks: tables of `sum_blocks`, or of `sum_long_blocks`.
+        matrices: tables of `sum_matrices`.
+        rows: tables of `add_rows` and `finish_row`.
+        transform: the factors of the transform of blocks, and the leading ones.
+        unit: numbers of a partial sum of long blocks; 0 if blocks are short.
+        whole: numbers of the partial sums that are as long as the sketch.
+        partial: numbers of all partial sums, which come after those.
+    """
+
+    blocks: BlockTables
+    matrices: MatrixTables
+    rows: RowTables
+    transform: tuple[Tensor, Tensor]
+    unit: int
+    whole: int
+    partial: int
+
+
+def divide(of: GradientTensors, device: torch.device) -> Division:
+    """Make the programs' tables, and give each program a row of partial sums."""
+    long = _by_transform(of.blocked)
+    tensors = of.blocked
+    if long:
+        parts = enumerate(long.values())
+        tensors = [replace(x, group=number) for number, held in parts for x in held]
+    programs = _LONG_PROGRAMS if long else _PROGRAMS
+    blocks = block_tables(tensors, len(long) or of.groups, programs)
+    matrices = matrix_tables(of.grouped, of.groups, _PROGRAMS)
+    own = torch.tensor([0] * of.groups if long else blocks.rows)
+    starts = _starts(own + torch.tensor(matrices.rows))
+    sums = _whole_sums(starts.tolist(), of.out_size)
+    matrices = matrices.placed(starts[:-1] + own, device)
+    whole = partial = aligned(int(starts[-1]) * of.out_size)
+    unit = 0
+    if long:
+        unit, starts = unit_of(tensors), _starts(torch.tensor(blocks.rows))
+        partial += int(starts[-1]) * unit
+        sums += _long_sums(long, [whole + unit * x for x in starts.tolist()])
+    return Division(
+        blocks.placed(starts[:-1], device),
+        matrices,
+        row_tables(sorted(sums, key=lambda of: of.group), of.groups, device),
+        _transform(tensors, [held[0].operator for held in long.values()], device),
+        unit,
+        whole,
+        partial,
+    )
+
+
+def _by_transform(
+    tensors: Sequence[BlockedTensor],
+) -> dict[tuple[int, int], list[BlockedTensor]]:
+    """Return those with long blocks that may be added up, by group and block."""
+    found: dict[tuple[int, int], list[BlockedTensor]] = {}
+    for of in tensors:
+        if not isinstance(of.operator, SRHT):
+            found.setdefault((of.group, of.operator.block), []).append(of)
+    return found
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """Return where each of some ranges begins, and where the last one ends."""
+    return torch.nn.functional.pad(counts.to(torch.int64).cumsum(0), (1, 0))
+
+
+def _whole_sums(starts: Sequence[int], width: int) -> list[PartialSum]:
+    """Return each group's sum of rows that are as long as the sketch."""
+    finish = as_it_is(width)
+    return [
+        PartialSum(group, start * width, end - start, width, width, finish)
+        for group, (start, end) in enumerate(itertools.pairwise(starts))
+    ]
+
+
+def _long_sums(
+    long: Mapping[tuple[int, int], Sequence[BlockedTensor]],
+    starts: Sequence[int],
+) -> list[PartialSum]:
+    """Return the sums of long blocks, which are several to a row if they are short."""
+    sums: list[PartialSum] = []
+    for ((group, block), held), (start, end) in zip(
+        long.items(), itertools.pairwise(starts), strict=True
+    ):
+        operator = held[0].operator
+        width = operator.mixed_shape[1]
+        rows = start, (end - start) // block, block, width
+        sums.append(PartialSum(group, *rows, finish_of(operator)))
+    return sums
+
+
+def _transform(
+    tensors: Sequence[BlockedTensor],
+    long: Sequence[BlockedSketch],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Return the factors of blocks, or of each sum of long ones."""
+    if not tensors:
+        return torch.empty(0), torch.empty(0)
+    if not long:
+        return whole_factors(tensors[0].operator, device)
+    found = [long_factors(operator, unit_of(tensors)) for operator in long]
+    factors, leading = (
+        torch.stack(parts).to(device) for parts in zip(*found, strict=True)
+    )
+    return factors, leading
+
+
+def witness_chunks(of: GradientTensors, each: int) -> list[tuple[int, int, int, int]]:
+    """Return chunks of each tensor's first elements, which are copied nowhere."""
+    return [
+        (place, start, min(CHUNK, min(each, size) - start), _NOWHERE)
+        for place, size in enumerate(of.sizes)
+        for start in range(0, min(each, size), CHUNK)
+    ]
+
+
+def packed_chunks(of: GradientTensors) -> list[tuple[int, int, int, int]]:
+    """Return chunks of the small tensors, and where they are copied to."""
+    return [
+        (place, start, min(CHUNK, of.sizes[place] - start), to + start)
+        for place, to in of.packed.items()
+        for start in range(0, of.sizes[place], CHUNK)
+    ]
