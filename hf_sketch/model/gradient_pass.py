@@ -1,4 +1,4 @@
-"""Whole gradients, sketched by kernels for all tensors at once where there are any."""
+"""Whole gradients, sketched and lifted by kernels for all tensors at once."""
 
 import math
 from collections.abc import Mapping
@@ -7,17 +7,20 @@ import torch
 from torch import Tensor
 
 from hf_sketch.model.operators import Operators
-from hf_sketch.sketches import Grouped, Sketch
+from hf_sketch.sketches import SRHT, Grouped, Sketch
 from hf_sketch.sketches.blocked import BlockedSketch
 from hf_sketch.sketches.multi_tensor.blocks import BlockedTensor, adds_blocks
 from hf_sketch.sketches.multi_tensor.division import CHUNK, GradientTensors
 from hf_sketch.sketches.multi_tensor.gradient_pass import GradientPass
+from hf_sketch.sketches.multi_tensor.lift import Lift
 from hf_sketch.sketches.multi_tensor.matrices import GroupedTensor, folds_matrices
 from hf_sketch.sketches.transforms.devices import can_launch
 
 
 class WholeGradients:
-    """Sketches whole gradients at once, and keeps what that needs on each device.
+    """Sketches and lifts whole gradients at once, where there are kernels for them.
+
+    What that needs is kept, for each device.
 
     Args:
         operators: operators of the parameters.
@@ -28,6 +31,7 @@ class WholeGradients:
     def __init__(self, operators: Operators, scaled: bool) -> None:
         self._operators, self._scaled = operators, scaled
         self._kept: dict[torch.device, GradientPass] = {}
+        self._lifts: dict[torch.device, Lift] = {}
 
     def sketch(self, gradients: Mapping[str, Tensor]) -> Tensor | None:
         """Return the sketch of a gradient, or None if it must be read part by part.
@@ -43,6 +47,40 @@ class WholeGradients:
             self._kept[device] = self.begin(device)
         kept = self._kept[device]
         return kept.sketch(given) if kept.takes(given) else None
+
+    def lift(self, vector: Tensor) -> dict[str, Tensor] | None:
+        """Return what the transpose makes of a vector, or None if no kernel does.
+
+        Shapes:
+            vector (groups * out_size,)
+        """
+        device, operators = vector.device, self._operators
+        if not self.can_lift(device) or vector.dtype != torch.float32:
+            return None
+        if len(vector) != operators.out_size * len(set(operators.group_of.values())):
+            return None  # the operators say what is wrong
+        if vector.requires_grad and torch.is_grad_enabled():
+            return None
+        if device not in self._lifts:
+            self._lifts[device] = self.begin_lift(device)
+        lifted = {
+            name: torch.empty(shape, device=device)
+            for name, shape in operators.shapes.items()
+        }
+        self._lifts[device].lift(vector.detach(), [*lifted.values()])
+        return lifted
+
+    def begin_lift(self, device: torch.device) -> Lift:
+        """Return what lifts vectors to all parameters, in the order of the map."""
+        return Lift(_tensors(self._operators), device)
+
+    def can_lift(self, device: torch.device) -> bool:
+        """Return whether there are kernels for all transposes on a device."""
+        operators = self._operators
+        return self.can_read(device) and not any(
+            isinstance(of, BlockedSketch) and not isinstance(of, SRHT)
+            for of in (*operators.own.values(), *operators.packed.values())
+        )
 
     def can_read(self, device: torch.device) -> bool:
         """Return whether there are kernels for all operators on a device."""

@@ -231,7 +231,8 @@ class ModelSketch:
 
     def adjoint(self, vector: Tensor) -> dict[str, Tensor]:
         """The transpose: a vector of R^row_size lifted to every parameter."""
-        return dict(self.adjoint_parts(vector))
+        found = self.whole_gradients.lift(vector)
+        return dict(self.adjoint_parts(vector)) if found is None else found
 
     def adjoint_parts(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
         """`adjoint`, one parameter after the other, by name."""

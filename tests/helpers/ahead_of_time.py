@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 
 from hf_sketch.sketches.multi_tensor import (
     block_kernels,
+    lift_kernels,
     long_block_kernels,
     matrix_kernels,
     row_kernels,
@@ -33,6 +34,7 @@ SHAPES = (
 BLOCKS = {"LEADING": 1, "FOLDS": 1, "RUN": RUN}
 MATRICES = {"SHAPES": SHAPES[:1], "COUNT": 1}
 TENSORS = {"KIND": 0, "ALIGNED": True}
+LIFTED = TENSORS | {"LEADING": 1, "BLOCK": 1024, "RUN": RUN}
 LONG = {"RUN": RUN}
 WHOLE = " % 16"  # of a number that is a multiple of 16
 ONE_SIDE = {"COUNT": 1, "SIDES": 1, "GROUPS": 64, "PADDED": 64, "SIZE": 8}
@@ -63,6 +65,18 @@ SPECIMENS = [
         TENSORS | {"SHAPES": SHAPES, "COUNT": 3, "ALIGNED": False},
         4,
     ),
+    (lift_kernels.spread, {"KIND": 1, "BASE": 1}, 4),
+    *((lift_kernels.lift_blocks, LIFTED | {"KIND": k, "BASE": k}, 1) for k in range(4)),
+    (lift_kernels.lift_blocks, LIFTED | {"LEADING": 4, "BASE": 4}, 4),
+    *(
+        (lift_kernels.lift_matrices, MATRICES | TENSORS | {"KIND": k, "BASE": k}, 4)
+        for k in range(4)
+    ),
+    (
+        lift_kernels.lift_matrices,
+        TENSORS | {"SHAPES": SHAPES, "COUNT": 3, "ALIGNED": False, "BASE": 4},
+        4,
+    ),
     (hadamard_kernels.sum_whole, LONG | {"LEADING": 1, "ORDERED": True}, 1),
     (hadamard_kernels.rotate_tiles, LONG | {"TILES": 4}, 4),
     (hadamard_kernels.sum_strips, LONG | {"LEADING": 8}, 8),
@@ -75,7 +89,7 @@ SPECIMENS = [
     (turn_kernels.turn_sides, ONE_SIDE | {"stride": "i32", "length": "i32"}, 4),
 ]
 TABLES = ("given_ptr", "streams_ptr", "matrices_ptr", "chunks_ptr")
-TABLES += ("sums_ptr", "terms_ptr", "places_ptr")
+TABLES += ("sums_ptr", "terms_ptr", "places_ptr", "base_ptr")
 WORDS = ("units_ptr", "runs_ptr", "items_ptr", "orders_ptr", "order_ptr", "bounds_ptr")
 WORDS += ("ranges_ptr", "signs_ptr", "parts_ptr")
 TYPES = {
@@ -122,6 +136,7 @@ def compiled(kernel, constants, warps, capability):
         "target": re.search(r"\.target (sm_\d+)", code)[1],
         "bytes": len(found.asm["cubin"]),
         "vector_reads": len(re.findall(wide, code)),
+        "vector_writes": len(re.findall(r"st\.global\S*\.v4\.b32", code)),
         "products": len(re.findall(r"mma\.sync|wgmma\.mma|tcgen05\.mma", code)),
         "atomics": len(re.findall(r"\b(?:atom|red)\.global", code)),
     }

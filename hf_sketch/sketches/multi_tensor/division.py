@@ -190,3 +190,8 @@ def packed_chunks(of: GradientTensors) -> list[tuple[int, int, int, int]]:
         for place, to in of.packed.items()
         for start in range(0, of.sizes[place], CHUNK)
     ]
+
+
+def table_keys(operator: BlockedSketch) -> tuple[int, ...]:
+    """Return the keys of the signs that all streams share."""
+    return *operator.signs("before").keys[2:], *operator.signs("after").keys[2:]

@@ -39,10 +39,13 @@ class AddressTable:
     Args:
         packed_sizes: elements of each packed vector.
         device: where the tensors are.
+        wide: whether packed vectors are in float32 beside any tensors.
     """
 
-    def __init__(self, packed_sizes: Sequence[int], device: torch.device) -> None:
-        self._packed_sizes, self._device = packed_sizes, device
+    def __init__(
+        self, packed_sizes: Sequence[int], device: torch.device, wide: bool = False
+    ) -> None:
+        self._packed_sizes, self._device, self._wide = packed_sizes, device, wide
         self._packed: dict[torch.dtype, Tensor] = {}
         self._rows: list[Row] = []
         self._table = torch.empty(0)
@@ -55,7 +58,8 @@ class AddressTable:
         held = [None if x is None else x.detach().contiguous() for x in tensors]
         kinds = {DTYPES.index(x.dtype) for x in held if x is not None}
         kind = kinds.pop() if len(kinds) == 1 else _MIXED
-        packed = self._packed_at(torch.float32 if kind == _MIXED else DTYPES[kind])
+        wide = self._wide or kind == _MIXED
+        packed = self._packed_at(torch.float32 if wide else DTYPES[kind])
         rows = [_row(x) for x in held]
         aligned = all(address % _VECTOR_BYTES == 0 for address, *_ in rows)
         rows += map(_row, packed.split(self._packed_sizes))

@@ -8,12 +8,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from hf_sketch.sketches.blocked import BlockedSketch
 from hf_sketch.sketches.multi_tensor.division import (
     CHUNK,
     GradientTensors,
     divide,
     packed_chunks,
+    table_keys,
     witness_chunks,
 )
 from hf_sketch.sketches.multi_tensor.given import DTYPES, AddressTable, Given
@@ -218,7 +218,7 @@ class GradientPass:
             self._squares,
             self._tensors.out_size,
             operator.scale,
-            *_table_keys(operator),
+            *table_keys(operator),
             LEADING=len(leading),
             FOLDS=max(1, CHUNK // operator.block),
             RUN=operator.signs("before").run,
@@ -244,7 +244,7 @@ class GradientPass:
             self._scratch,
             self._long,
             self._squares,
-            *_table_keys(operator),
+            *table_keys(operator),
             LEADING=leading.shape[1],
             RUN=operator.signs("before").run,
             KIND=given.kind,
@@ -283,8 +283,3 @@ class GradientPass:
         kernels = importlib.import_module(f"{__package__}.{_MODULES[name]}")
         with torch.cuda.device_of(self._squares):
             getattr(kernels, name)[grid](*args, **kwargs, enable_fp_fusion=True)
-
-
-def _table_keys(operator: BlockedSketch) -> tuple[int, ...]:
-    """Return the keys of the signs that all streams share."""
-    return *operator.signs("before").keys[2:], *operator.signs("after").keys[2:]

@@ -75,9 +75,8 @@ class MatrixTables:
     Args:
         matrices: (n, 11).
         items: (n, 5).
-        runs: (programs, 6), whose rows of partial sums count from 0 in each group.
+        runs: (programs, 7), whose rows of partial sums count from 0 in each group.
         orders: (tensors, 2, 64).
-        groups: (programs,), the group of each.
         rows: how many rows each group has.
         shapes: what programs are compiled for.
         aligned: whether rows of matrices have multiples of 8 elements.
@@ -87,7 +86,6 @@ class MatrixTables:
     items: Tensor
     runs: Tensor
     orders: Tensor
-    groups: Tensor
     rows: Sequence[int]
     shapes: tuple[tuple[float, ...], ...]
     aligned: bool
@@ -95,7 +93,7 @@ class MatrixTables:
     def placed(self, starts: Tensor, device: torch.device) -> "MatrixTables":
         """Return them on a device, with each group's rows from its start on."""
         runs = self.runs.clone()
-        runs[:, 5] += starts[self.groups]
+        runs[:, 5] += starts[runs[:, 6]]
         matrices, orders = self.matrices.to(device), self.orders.to(device)
         items, runs = (x.to(device, torch.int32) for x in (self.items, runs))
         return replace(self, matrices=matrices, orders=orders, items=items, runs=runs)
@@ -129,7 +127,6 @@ def matrix_tables(
     matrices, owners = _matrices(tensors)
     items: list[_Item] = []
     runs: list[tuple[int, ...]] = []
-    group_of: list[int] = []
     rows = [0] * groups
     for group in range(groups):
         for number, shape in enumerate(shapes):
@@ -143,16 +140,14 @@ def matrix_tables(
             ends = list(_divide(matrices, own, shape, most, items))
             for row, (low, high) in enumerate(zip([start, *ends], ends, strict=False)):
                 for p, q in _tiles(shape):
-                    runs.append((low, high, number, p, q, rows[group] + row))
-                    group_of.append(group)
+                    runs.append((low, high, number, p, q, rows[group] + row, group))
             rows[group] += len(ends)
     orders = [_orders(of.operator).unsqueeze(0) for of in tensors]
     return MatrixTables(
         torch.tensor(matrices, dtype=torch.int64),
         torch.tensor(items, dtype=torch.int64),
-        torch.tensor(runs, dtype=torch.int64).view(-1, 6),
+        torch.tensor(runs, dtype=torch.int64).view(-1, 7),
         torch.cat([torch.empty(0, 2, _MOST_GROUPS, dtype=torch.int32), *orders]),
-        torch.tensor(group_of, dtype=torch.int64),
         rows,
         tuple(map(tuple, shapes)),
         all(of.operator.sides[-1] % _VECTOR == 0 for of in tensors),

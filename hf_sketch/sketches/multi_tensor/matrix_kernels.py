@@ -40,12 +40,12 @@ def sum_matrices(
         matrices (n, 11): the tensor, the first element, rows, columns, for each side
             the keys of its signs and the index of the first, and the place in `orders`
         items (n, 5): the matrix, and ranges of its places c and of folds of its rows
-        runs (programs, 6): the first item, one past the last, which of SHAPES its
-            matrices have, the first p and q, and the row of `partial`
+        runs (programs, 7): the first item, one past the last, which of SHAPES its
+            matrices have, the first p and q, the row of `partial`, and the group
         orders (n, 2, 64): by side, the rows of the Hadamard matrix
         partial (rows, width), squares (programs,)
     """
-    run = runs_ptr + 6 * tl.program_id(0)
+    run = runs_ptr + 7 * tl.program_id(0)
     for number in tl.static_range(COUNT):
         if tl.load(run + 2) == number:
             squares = _sum_matrices(
@@ -93,7 +93,7 @@ def _sum_matrices(
         matrix = matrices_ptr + 11 * tl.load(item)
         orders = orders_ptr + 128 * tl.load(matrix + 10) + group
         first = tl.load(orders, group < GROUPS, 0)
-        second = _hadamard(tl.load(orders + 64, group < GROUPS, 0), group)
+        second = hadamard(tl.load(orders + 64, group < GROUPS, 0), group)
         second = second.to(tl.bfloat16) if BFLOAT16 else second
         for c in tl.range(tl.load(item + 1), tl.load(item + 2), AT_ONCE):
             row = (c + line // P) * FIRST + low_p + line % P
@@ -106,7 +106,7 @@ def _sum_matrices(
             turned = tl.reshape(
                 multiply(second, x, LEFT, BFLOAT16), (PADDED, AT_ONCE, P * Q)
             )
-            entries = _hadamard(first, c + tl.arange(0, AT_ONCE))
+            entries = hadamard(first, c + tl.arange(0, AT_ONCE))
             total += tl.sum(turned * entries[:, :, None], 1)
     inner = tl.arange(0, P * Q)
     inner = (low_p + inner // Q) * SECOND + low_q + inner % Q
@@ -160,7 +160,7 @@ def _fold(
 
 
 @triton.jit
-def _hadamard(row, column):
+def hadamard(row, column):
     """Entries of Sylvester's Hadamard matrix: (n,), (m,) -> (n, m)."""
     bits = row[:, None] & column[None, :]  # of at most 6
     bits ^= bits >> 4

@@ -124,7 +124,7 @@ def agreement(tiny: bool) -> dict[str, dict[str, float]]:
     return distances
 
 
-def layouts_agreement() -> dict[str, float]:
+def layouts_agreement() -> dict[str, dict[str, float]]:
     """The same of whole gradients, in every layout and by operators with kernels."""
     shapes = (("table", (300, 64)), ("weight", (300, 260)), ("bias", (260,)))
     gradients = {name: torch.randn(shape) for name, shape in shapes}
@@ -133,10 +133,21 @@ def layouts_agreement() -> dict[str, float]:
     for operator in ("affd", "afjl", "fjl"):
         sketch = ModelSketch(shapes, 256, "grouped", operator=operator)
         sketches[f"grouped {operator}"] = sketch
+    vector = torch.randn(256)
     return {
-        name: _distance(sketch.sketch(away), sketch.sketch(gradients))
+        name: {
+            "sketch": _distance(sketch.sketch(away), sketch.sketch(gradients)),
+            "adjoint": _distance(
+                _end_to_end(sketch.adjoint(vector.to(device()))),
+                _end_to_end(sketch.adjoint(vector)),
+            ),
+        }
         for name, sketch in sketches.items()
     }
+
+
+def _end_to_end(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([x.flatten() for x in tensors.values()])
 
 
 def _distance(got: Tensor, expected: Tensor) -> float:

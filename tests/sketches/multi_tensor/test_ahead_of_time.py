@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 KERNELS = {"gather", "add_rows", "finish_row", "sum_blocks", "sum_matrices"}
 KERNELS |= {"sum_long_blocks", "sum_whole", "rotate_tiles", "sum_strips", "turn_sides"}
+KERNELS |= {"spread", "lift_blocks", "lift_matrices"}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton"
@@ -44,10 +45,11 @@ def test_every_kernel_compiles_without_a_device(capability, which, tmp_path):
         assert kernel["target"] == f"sm_{capability}"
         assert kernel["bytes"] > 0
         assert kernel["atomics"] == 0, kernel  # sums have one order
-        if kernel["kernel"].startswith(("sum", "rotate", "turn")):
+        if kernel["kernel"].startswith(("sum", "rotate", "turn", "lift")):
             assert kernel["products"] > 0, kernel
         if kernel["aligned"] and kernel["kind"] < 3:  # 16 bytes in an instruction
             assert kernel["vector_reads"] >= 4, kernel
+            assert kernel["vector_writes"] >= 1 or "lift" not in kernel["kernel"]
 
 
 @pytest.mark.parametrize(
