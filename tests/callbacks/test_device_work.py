@@ -103,20 +103,30 @@ def bert(layers):
 
 
 def watched(
-    model, directory, out_size=256, step=LATE, of=None, arguments=None, **settings
+    model,
+    directory,
+    out_size=256,
+    step=LATE,
+    steps=1,
+    of=None,
+    arguments=None,
+    **settings,
 ):
-    """What a recorded step asks for; `of` is left with what comes from then on."""
+    """What a recorded step asks for, or each of several.
+
+    `of` is left with what comes from the beginning of the last one on.
+    """
     tokens = torch.arange(80).remainder(60).view(40, 2).repeat(1, 4).tolist()
     labels = tokens
     if isinstance(model, BertForSequenceClassification):
         labels = [number % 3 for number in range(len(tokens))]
-    watch = Watch(step, of)
+    watches = [Watch(number, of) for number in range(step, step + steps)]
     trainer = Trainer(
         model,
         TrainingArguments(
             str(directory),
             per_device_train_batch_size=4,
-            max_steps=step + 1,
+            max_steps=step + steps,
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
@@ -124,10 +134,10 @@ def watched(
             **(arguments or {}),
         ),
         train_dataset=Dataset.from_dict({"input_ids": tokens, "labels": labels}),
-        callbacks=[GradientSketchCallback(out_size, **settings), watch],
+        callbacks=[GradientSketchCallback(out_size, **settings), *watches],
     )
     trainer.train()
-    return watch.seen
+    return watches[0].seen if steps == 1 else [watch.seen for watch in watches]
 
 
 def waits(seen):
@@ -193,3 +203,20 @@ def test_a_layer_asks_for_four_operations_at_most(
         launches.append(Counter(folded))
     assert launches[1] - launches[0] == Counter(sides)
     assert operations[1] - operations[0] <= 4 * modules
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@pytest.mark.parametrize("model", [gpt2, *full(llama, bert)])
+@pytest.mark.parametrize("bf16", [True, *full(False)], ids=str)
+def test_each_step_asks_for_the_same_operations_in_the_same_shapes(
+    model, bf16, folded, tmp_path
+):
+    """No size depends on numbers, so that memory of the step before serves the next."""
+    settings = {"steps": 2, "arguments": {"bf16": bf16}}
+    steps = watched(model(1), tmp_path, **settings)
+    first, second = (
+        [found for found in seen.results if not found[0].startswith(AFTER_ARRIVAL)]
+        for seen in steps
+    )
+    assert len(first) > 100
+    assert first == second

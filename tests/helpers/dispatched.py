@@ -42,13 +42,15 @@ class Dispatched(TorchDispatchMode):
     """Counts the operations that our own code asks for, and notes its waits.
 
     Operations that the Trainer or a model asks for are not counted, but for those
-    within our hooks. Those of a file are counted together.
+    within our hooks. Those of a file are counted together. `results` are the shapes of
+    what each operation gives, in order.
     """
 
     def __init__(self):
         super().__init__()
         self.operations = Counter()
         self.waits = Counter()
+        self.results = []
         self._plain = {}
 
     def __enter__(self):
@@ -70,7 +72,11 @@ class Dispatched(TorchDispatchMode):
                 self.operations[where.partition(":")[0], name] += 1
             if name in WAITING or selects_by_mask(name, args):
                 self.waits[f"{name} at {where}"] += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if where is not None:
+            shapes = [x.shape for x in tree_leaves(result) if torch.is_tensor(x)]
+            self.results.append((where, name, shapes))
+        return result
 
     def _reading(self, name):
         plain = getattr(torch.Tensor, name)
