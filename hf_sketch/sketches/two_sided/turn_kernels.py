@@ -13,7 +13,8 @@ from hf_sketch.sketches.transforms.kernel_parts import LEFT, flip, multiply
 BITS = tl.constexpr(32)  # signs in a word
 
 
-@triton.jit
+# Batches differ in their length, which must not make Triton compile again.
+@triton.jit(do_not_specialize=("tokens", "words", "kept"))
 def turn_sides(
     x_ptr,
     stride,

@@ -66,3 +66,9 @@ def test_steps_are_bound_once_and_compiled_once(operator, blocks, tmp_path):
     row = ["gather", blocks, "sum_matrices", "add_rows", "finish_row"]
     assert found["steps"] == [["gather", *row]] * 3
     assert found["programs"] == 5
+
+
+def test_vectors_of_any_number_of_tokens_take_one_program(tmp_path):
+    """One per dtype."""
+    found = run(tmp_path, "turned_nowhere", "90")
+    assert found == {"launches": 16, "programs": 2}

@@ -12,6 +12,7 @@ from tests.helpers.folded_sides import launch_everywhere
 pytest.importorskip("triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PRECISION = {"cpu": 1e-6, "cuda": 1e-5}[DEVICE.type]
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -52,8 +53,27 @@ def expected_of(operator, side, x):
 def assert_plain(got, operator, side, x):
     expected = expected_of(operator, side, x)
     assert got.dtype == FLOAT32
-    precision = 1e-6 * float(expected.abs().max())
+    precision = PRECISION * float(expected.abs().max())
     torch.testing.assert_close(got.cpu().double(), expected, rtol=0, atol=precision)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
+@pytest.mark.parametrize("out_size", [700, 2**12, 2**16])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_device_turns_long_vectors_as_the_cpu_does(count, out_size, dtype):
+    bits = (out_size - 1).bit_length()
+    widths = (2 ** ((bits + 6) // 2),) * 2
+    sides = [
+        (operator_of((4096, 3000), widths, out_size, str(number)), 1)
+        for number in range(count)
+    ]
+    x = vectors(*sides[0], dtype, examples=3, tokens=65)
+    for places in together(sides):
+        some = [sides[place] for place in places]
+        for got, side in zip(turn(x, some), some, strict=True):
+            assert_plain(got, *side, x)
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=repr)
