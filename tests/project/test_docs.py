@@ -12,7 +12,7 @@ HOME = "https://github.com/hf-sketch/hf-sketch/blob/main/"
 PAGES = [
     README,
     ROOT / ".github" / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 
 
@@ -25,7 +25,7 @@ def blocks(page):
 )
 def test_the_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {}
+    names = {"__name__": "__main__"}
     for block in blocks(page):
         exec(compile(block, page.name, "exec"), names)
 
