@@ -14,7 +14,7 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if TEXTS not in path.parents
 )
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DIALECT = re.compile(
     r"\b(told|tells(?! you)|anew|in vain|the mend|turned round|looks? after|hear of"
     r"|speaks? for"
