@@ -81,10 +81,10 @@ class GradientRows:
     def push_to_hub(
         self, repo_id: str, private: bool | None = None, token: str | None = None
     ) -> str:
-        """Upload the store to a dataset repository that `load_sketches(repo_id)` opens.
+        """Upload the store, and a card if there is none, to a dataset repository.
 
         Returns:
-            the commit's address.
+            the commit's address; `load_sketches(repo_id)` opens what is there.
 
         Raises:
             ValueError: the rows are in memory only.

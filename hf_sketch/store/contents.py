@@ -13,6 +13,35 @@ from hf_sketch.store.manifest import KINDS, Manifest, missing_ranks, shards_of
 from hf_sketch.store.rows import UPDATE
 
 T = TypeVar("T")
+_CARD = """---
+library_name: hf_sketch
+tags:
+- hf-sketch
+- training-data-attribution
+- gradients
+---
+
+# Gradient sketches of a training run
+
+Each row is a sketch of a gradient: {out_size:,} numbers, a seeded random projection
+that nearly keeps inner products. {rows}. They cover {elements:,} trainable
+parameters (layout {layout}, operator {operator}, seed {seed}).
+
+Measured error: {error}.
+
+```python
+from hf_sketch import load_sketches, sketch_dataset
+
+store = load_sketches("{repo_id}")
+queries = sketch_dataset(model, data, store.model_sketch, processing_class=tokenizer)
+store.attribute(queries, top_k=10)  # the training examples behind these queries
+```
+`model` is the model that was trained, `data` what you ask about. Texts of the training
+set are not in here; row `example_id` is their number in it.
+
+Sketches are made of gradients, from which parts of the training data may be
+reconstructed. Share them as you would share the data.
+"""
 _OF_SKETCH = ("out_size", "layout", "operator", "seed")
 _OF_HEADER = ("loss", "row_dtype", "unverified", "unowned", "train_rows")
 
@@ -80,6 +109,25 @@ def describe(directory: Path) -> str:
         lines += [f"    no rows {gap}" for gap in manifest.gaps]
     lines += [f"  no files of process {rank}" for rank in missing_ranks(manifests)]
     return "\n".join(lines)
+
+
+def card_of(directory: Path, repo_id: str) -> str:
+    """Return the dataset card of a store: what its rows are and how to load them.
+
+    Args:
+        directory: the store.
+        repo_id: its repository on the Hub.
+    """
+    held = inventory(directory)
+    names = {"per_example": "single examples", "per_step": "steps", UPDATE: "updates"}
+    kinds = [
+        f"{held[kind]['rows']:,} are of {name}"
+        for kind, name in names.items()
+        if kind in held and held[kind]["rows"]
+    ]
+    error = read_header(directory).measured_error or "not measured"
+    rows = ", ".join(kinds) or "There are none yet"
+    return _CARD.format(**{**held, "rows": rows, "error": error, "repo_id": repo_id})
 
 
 def inventory(directory: Path) -> dict[str, Any]:

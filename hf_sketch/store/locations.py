@@ -11,6 +11,7 @@ from fsspec.core import url_to_fs
 from fsspec.spec import AbstractFileSystem
 from huggingface_hub import HfApi, constants, snapshot_download
 
+from hf_sketch.store.contents import card_of
 from hf_sketch.store.header import HEADER, NORMALIZER
 from hf_sketch.store.log import (
     file_names,
@@ -22,6 +23,7 @@ from hf_sketch.store.log import (
 )
 from hf_sketch.store.manifest import Manifest
 
+_CARD = "README.md"
 _FOLDER = "sketches"
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -58,6 +60,8 @@ def push_store(
 ) -> str:
     """Upload a store to a dataset repository, creating it if necessary.
 
+    A repository without a dataset card gets one.
+
     Returns:
         the commit's address.
 
@@ -82,6 +86,14 @@ def push_store(
         # What an earlier push has left of these processes; other files stay.
         delete_patterns=[p for r in ranks for p in (f"*-{r:05d}-*", f"*-{r:05d}.*")],
     )
+    if not api.file_exists(repo_id, _CARD, repo_type="dataset"):
+        api.upload_file(
+            repo_id=repo_id,
+            path_or_fileobj=card_of(directory, repo_id).encode(),
+            path_in_repo=_CARD,
+            repo_type="dataset",
+            commit_message="Describe the sketches",
+        )
     return commit.commit_url
 
 
