@@ -1,7 +1,7 @@
 """Whole gradients, sketched and lifted by kernels for all tensors at once."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,6 +54,34 @@ class WholeGradients:
         Shapes:
             vector (groups * out_size,)
         """
+        lift = self._lift_of(vector)
+        if lift is None:
+            return None
+        lifted = {
+            name: torch.empty(shape, device=vector.device)
+            for name, shape in self._operators.shapes.items()
+        }
+        lift.lift(vector.detach(), [*lifted.values()])
+        return lifted
+
+    def lift_onto(
+        self, vector: Tensor, base: Sequence[Tensor], into: Sequence[Tensor]
+    ) -> bool:
+        """Set tensors to base plus what is lifted, and return whether kernels do it.
+
+        Args:
+            vector: see `lift`.
+            base: tensors of the parameters' sizes, in the order of the map.
+            into: others, which are written.
+        """
+        lift = self._lift_of(vector)
+        if lift is None or not lift.takes([*base, *into]):
+            return False
+        lift.lift(vector.detach(), into, base)
+        return True
+
+    def _lift_of(self, vector: Tensor) -> Lift | None:
+        """Return what lifts a vector, or None if it is lifted tensor by tensor."""
         device, operators = vector.device, self._operators
         if not self.can_lift(device) or vector.dtype != torch.float32:
             return None
@@ -63,12 +91,7 @@ class WholeGradients:
             return None
         if device not in self._lifts:
             self._lifts[device] = self.begin_lift(device)
-        lifted = {
-            name: torch.empty(shape, device=device)
-            for name, shape in operators.shapes.items()
-        }
-        self._lifts[device].lift(vector.detach(), [*lifted.values()])
-        return lifted
+        return self._lifts[device]
 
     def begin_lift(self, device: torch.device) -> Lift:
         """Return what lifts vectors to all parameters, in the order of the map."""

@@ -33,20 +33,30 @@ class MovedWeights:
         model_sketch: ModelSketch,
         vector: Tensor,
     ) -> None:
-        """Compute theta0 + S.T vector for the sketch's parameters, one after another.
+        """Compute theta0 + S.T vector for the sketch's parameters.
+
+        Kernels for all of them do it at once, where there are any, or one after another
+        is lifted.
 
         Shapes:
             vector (model_sketch.out_size,)
         """
-        self.restore(kept={name for name, _ in model_sketch.shapes})
-        for name, part in model_sketch.adjoint_parts(vector):
-            parameter = self._moved[name] = parameters[name]
-            if name not in self._beside:
-                self._beside[name] = self._copy(parameter.detach())
-            base, theta = parameter.detach(), self._beside[name]
-            if self._merged:
-                base, theta = theta, base
-            torch.add(base.to(part.device), part, out=theta)
+        names = [name for name, _ in model_sketch.shapes]
+        self.restore(kept=set(names))
+        base, theta = zip(*(self._pair(n, parameters[n]) for n in names), strict=True)
+        if model_sketch.whole_gradients.lift_onto(vector, base, theta):
+            return
+        parts = (part for _, part in model_sketch.adjoint_parts(vector))
+        for here, there, part in zip(base, theta, parts, strict=True):
+            torch.add(here.to(part.device), part, out=there)
+
+    def _pair(self, name: str, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+        """Return where theta0 and theta of a parameter are."""
+        self._moved[name] = parameter
+        if name not in self._beside:
+            self._beside[name] = self._copy(parameter.detach())
+        here, beside = parameter.detach(), self._beside[name]
+        return (beside, here) if self._merged else (here, beside)
 
     def at(self, name: str, parameter: nn.Parameter) -> Tensor:
         """Return where a parameter has moved to; itself if it has not."""
