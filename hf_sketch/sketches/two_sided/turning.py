@@ -47,10 +47,12 @@ def launches(device: torch.device) -> bool:
 def can_turn(side: Side, of: OneSide, like: Tensor) -> bool:
     """Return whether `turn` is for a side that is added to rows like these."""
     x, (operator, place) = side.numbers, of
+    if not launches(x.device):
+        return False
     plain = not side.folded and side.expert is None and side.scale is None
     fits = operator.groups <= _MOST_GROUPS and _width(operator, place) <= _NUMBERS
     known = x.dtype in _DTYPES and like.dtype == torch.float32
-    return plain and fits and known and launches(x.device)
+    return plain and fits and known
 
 
 def turn(x: Tensor, sides: Sequence[OneSide]) -> list[Tensor]:
