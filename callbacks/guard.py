@@ -29,14 +29,14 @@ _LEAST_WINDOW = 10
 
 @dataclass(eq=False, repr=False)
 class GuardCallback(TrainerCallback):
-    """Watches training for batches that harm a guard set, or have unusual losses.
+    """Watches training for batches with unusual losses, or that harm a guard set.
 
     It needs a `GradientSketchCallback` before it in the Trainer's list, and judges the
-    rows that this records, by two measures:
+    rows that this records, by one or two measures:
 
-    - opposition: minus the smallest cosine between an example's gradient and those of
-      the guard set, averaged over the step's examples with their weights;
-    - loss: the same mean of the examples' own losses, if they are known.
+    - loss: the mean of the examples' own losses with their weights, if they are known;
+    - opposition, with `queries`: the same mean of minus the smallest cosine between an
+      example's gradient and those of the guard set.
 
     A step stands out if a measure lies more than `threshold` robust standard deviations
     above its median over the last `window` recorded steps, as in `find_spikes`, or if
@@ -49,8 +49,9 @@ class GuardCallback(TrainerCallback):
     without the callback. docs/guard.md has an example, and how well it works.
 
     Args:
-        queries: the guard set, a dataset of training's own form with labels. A few
-            dozen examples of what the model must not lose.
+        queries: the guard set, a dataset of training's own form with labels: a few
+            dozen examples of what the model must not lose. By default only losses
+            count, which find bad batches equally well (docs/guard.md).
         every: number of steps after which the guard set is sketched again.
         action: what to do before the optimizer steps: "log" to the file, also "warn",
             also "skip" the step, or "quarantine", which skips it and sets the labels
@@ -70,11 +71,11 @@ class GuardCallback(TrainerCallback):
         >>> callbacks = [GradientSketchCallback(1024), GuardCallback(guard, every=50)]
     """
 
-    queries: Any
+    queries: Any = None
     every: int = 100
     _: KW_ONLY
     action: Action = "warn"
-    threshold: float = 4.0
+    threshold: float = 3.0
     window: int = 50
 
     def __post_init__(self) -> None:

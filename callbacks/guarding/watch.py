@@ -4,7 +4,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from hf_sketch.processes import of_each, of_first, reduced
 
 from ..recording.run import Run
 from ..recording.trainers import wrap_method
-from .guard_set import GuardSet
+from .guard_set import GuardSet, first_two
 
 Line = dict[str, Any]
+NOT_FINITE: Final = "not finite"
 
 
 class GuardSettings(Protocol):
@@ -66,7 +67,9 @@ class Watch:
         self.state, self._run, self._settings = trainer.state, run, settings
         self._optimizer, self._args = optimizer, trainer.args
         self._parameters = list(run.sketcher.parameters.values())
-        self._guard_set = GuardSet(trainer, settings.queries, model, run.sketcher)
+        self._guard_set: GuardSet | None = None
+        if settings.queries is not None:
+            self._guard_set = GuardSet(trainer, settings.queries, model, run.sketcher)
         self._queries: Tensor | None = None
         self._batches: list[Mapping[str, Tensor]] = []
         self._lost = False  # a micro-batch has nothing but quarantined examples
@@ -78,7 +81,8 @@ class Watch:
             self._note(line)
         run.followers.append(self._add)
         if settings.action == "quarantine":
-            self._guard_set.check_ignored_labels()
+            some = first_two(trainer.train_dataset)
+            GuardSet(trainer, some, model, run.sketcher).check_ignored_labels()
             undo = wrap_method(trainer, "compute_loss", self._compute_loss)
             run.closing.callback(undo)
         undo = wrap_method(trainer, "log", self._log)
@@ -88,15 +92,16 @@ class Watch:
         """Begin an optimizer step, at times with new sketches of the guard set."""
         self._batches.clear()
         self._lost = False
-        if self._queries is None or self.state.global_step % self._settings.every == 0:
+        due = self.state.global_step % self._settings.every == 0
+        if self._guard_set is not None and (self._queries is None or due):
             self._queries = self._guard_set.sketched()
 
     def end_gradient(self) -> None:
         """Judge the step whose gradient is complete; all processes call together."""
         if not self._run.is_recorded:
             return
-        weight, *sums, lost = reduced(self._sums(), "sum").tolist()
-        if not weight and not lost:
+        weight, *sums, broken, lost = reduced(self._sums(), "sum").tolist()
+        if not (weight or broken or lost):
             return  # no example has a label
         values = {
             name: total / weight if weight else float("nan")
@@ -104,6 +109,13 @@ class Watch:
         }
         deviations = self._history.deviations(values)
         reasons = [n for n in MEASURES if deviations[n] > self._settings.threshold]
+        if broken:
+            reasons = [NOT_FINITE]
+        elif self._guard_set is None and np.isnan(values["loss"]):
+            raise ValueError(
+                "The losses of examples are not known: they are computed outside the "
+                "model. Pass queries to GuardCallback, which it judges gradients by."
+            )
         line: Line = {"step": self.state.global_step + 1, **_finite(values)}
         line |= _finite({f"{name}_deviation": x for name, x in deviations.items()})
         line |= {"action": None, "reasons": reasons, "examples": []}
@@ -112,17 +124,19 @@ class Watch:
             line["examples"] = self._named(reasons)
             self._act(line)
         self._note(line)
-        self._since_log.append(values["opposition"])
+        if self._queries is not None:
+            self._since_log.append(values["opposition"])
         if self._args.process_index == 0:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def _log(self, log: Callable[..., None], logs: Any, *args: Any, **kw: Any) -> None:
         """Call `Trainer.log`, with what was noted if it logs the training loss."""
-        if "loss" in logs and self._since_log:
-            mean = float(np.mean(self._since_log))
-            logs |= {"sketch/opposition": mean, "sketch/alarms": self._alarms}
-            self._alarms, self._since_log = 0, []
+        if "loss" in logs:
+            logs["sketch/alarms"], self._alarms = self._alarms, 0
+            if self._since_log:
+                logs["sketch/opposition"] = float(np.mean(self._since_log))
+                self._since_log = []
         log(logs, *args, **kw)
 
     def _compute_loss(
@@ -147,15 +161,24 @@ class Watch:
 
     def _add(self, columns: Mapping[str, Tensor]) -> None:
         """Note the rows of a micro-batch's examples."""
-        assert self._queries is not None
-        values, which = opposition(columns["sketch"].to(self._queries), self._queries)
-        kept = {name: columns[name] for name in ("example_id", "weight", "loss")}
-        self._batches.append({**kept, "opposition": values, "query": which})
+        names = ("example_id", "weight", "loss", "finite")
+        kept = {name: columns[name] for name in names}
+        if self._queries is None:
+            kept["opposition"] = torch.full_like(kept["loss"], torch.nan)
+            kept["query"] = torch.full_like(kept["example_id"], -1)
+        else:
+            rows = columns["sketch"].to(self._queries)
+            kept["opposition"], kept["query"] = opposition(rows, self._queries)
+        self._batches.append(kept)
 
     def _sums(self) -> Tensor:
-        """The sums of this step's weights and of its weighted measures, (4,)."""
+        """Return sums of this step.
+
+        Of weights, of weighted measures, of rows that are not finite and of lost
+        micro-batches.
+        """
         like = self._parameters[0]
-        total = torch.zeros(len(MEASURES) + 2, device=like.device)
+        total = torch.zeros(len(MEASURES) + 3, device=like.device)
         for batch in self._batches:
             weight = batch["weight"].to(total)
             total[0] += weight.sum()
@@ -163,6 +186,7 @@ class Watch:
                 # 0 times NaN: an example without labels has no loss.
                 own = torch.where(weight == 0, 0, weight * batch[name].to(total))
                 total[place] += own.sum()
+            total[-2] += batch["finite"].logical_not().sum().to(total)
         total[-1] = float(self._lost)
         return total
 
@@ -174,10 +198,17 @@ class Watch:
             lines = [
                 dict(zip(batch, x, strict=True)) for x in zip(*columns, strict=True)
             ]
-            own += [line for line in lines if line["weight"]]
+            own += [line for line in lines if line["weight"] or not line["finite"]]
         everyone = [line for lines in of_each(own) for line in lines]
         found: dict[int, Line] = {}
         for reason in reasons:
+            if reason == NOT_FINITE:
+                found = {
+                    place: {**line, "reasons": [NOT_FINITE]}
+                    for place, line in enumerate(everyone)
+                    if not line["finite"]
+                }
+                continue
             values = [line[reason] for line in everyone]
             weights = [line["weight"] for line in everyone]
             usual = self._history.usual(reason)
@@ -197,7 +228,8 @@ class Watch:
     def _note(self, line: Line) -> None:
         """Keep what later steps need of a line."""
         values = {name: line[name] for name in MEASURES if line[name] is not None}
-        self._history.add(values)
+        if NOT_FINITE not in line["reasons"]:
+            self._history.add(values)
         if line["action"] == "quarantine":
             self._quarantined |= {one["example_id"] for one in line["examples"]}
 
@@ -250,8 +282,8 @@ def _sentence(line: Line) -> str:
     """Return a line of the file as a sentence."""
     parts: list[str] = []
     for name in line["reasons"]:
-        if line[name] is None:
-            parts.append(f"its {name} is not finite")
+        if name == NOT_FINITE:
+            parts.append("rows are NaN or infinite")
         else:
             far = line[f"{name}_deviation"]
             parts.append(f"its {name} is {line[name]:.3g}, {far:.1f} deviations above")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_sketch import load_sketches, sketch_dataset
 from hf_sketch.callbacks import GradientSketchCallback, GuardCallback
@@ -212,34 +213,40 @@ def test_quarantined_examples_have_no_part_in_later_epochs(tmp_path):
 
 
 def test_a_batch_of_quarantined_examples_is_skipped(tmp_path):
-    """All eight labels are wrong, so that the second epoch has none to train on."""
-    bad = range(BATCH * (BAD_STEP - 1), BATCH * BAD_STEP)
-    around = Around()
-    guard = guard_of("quarantine", threshold=3.0)
-    trainer = run(tmp_path, recorder(), guard, around, bad=bad, num_train_epochs=2)
-    lines = {line["step"]: line for line in alarms_of(tmp_path)}
-    assert {one["example_id"] for one in lines[BAD_STEP]["examples"]} == {*bad}
-    again = BAD_STEP + STEPS
-    assert lines[again]["action"] == "quarantine"
-    assert_same(around.before[again], around.after[again])
+    """All eight labels are wrong; in the second epoch nothing else stands out."""
+    bad, around = range(BATCH * (BAD_STEP - 1), BATCH * BAD_STEP), Around()
+    guard = guard_of("quarantine")
+
+    class Lenient(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            guard.threshold = 1e9 if state.global_step else 3.0
+
+    options = {"bad": bad, "num_train_epochs": 2}
+    trainer = run(tmp_path, recorder(), guard, around, Lenient(), **options)
+    first, again = alarms_of(tmp_path)
+    assert {one["example_id"] for one in first["examples"]} == {*bad}
+    assert (again["step"], again["reasons"]) == (BAD_STEP + STEPS, [])
+    assert again["action"] == "quarantine"
+    assert_same(around.before[again["step"]], around.after[again["step"]])
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
 def test_evaluation_counts_quarantined_examples(tmp_path):
-    """Losses of an evaluation on the training set itself are those of the model."""
-    guard = guard_of("quarantine")
-    trainer = guarded_trainer(tmp_path, recorder(), guard, num_train_epochs=2)
+    """It comes right after a batch from which training has left some out."""
+    last = BAD_STEP + STEPS
+    options = {"max_steps": last, "per_device_eval_batch_size": BATCH}
+    trainer = guarded_trainer(tmp_path, recorder(), guard_of("quarantine"), **options)
     trainer.eval_dataset = trainer.train_dataset
-    trainer.args.eval_strategy = "epoch"
+    trainer.args.eval_strategy, trainer.args.eval_steps = IntervalStrategy.STEPS, last
     with pytest.warns(UserWarning, match="no label from now on"):
         trainer.train()
-    model, rows = trainer.model.eval(), trainer.train_dataset.with_format("torch")[:]
+    rows = load_sketches(tmp_path).where(step=last).dataset.with_format("torch")[:]
+    assert 0 < int((rows["weight"] == 0).sum()) < BATCH
+    model, data = trainer.model.eval(), trainer.train_dataset.with_format("torch")[:]
     with torch.no_grad():
-        loss = model(rows["x"], rows["labels"])["loss"]
-    history = [
-        log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log
-    ]
-    assert history[-1] == pytest.approx(float(loss), rel=1e-5)
+        loss = model(data["x"], data["labels"])["loss"]
+    (found,) = [x["eval_loss"] for x in trainer.state.log_history if "eval_loss" in x]
+    assert found == pytest.approx(float(loss), rel=1e-5)
 
 
 @pytest.mark.parametrize("stop", [15, 25])
@@ -276,6 +283,21 @@ def test_the_logs_count_what_stood_out(warned):
     assert found == pytest.approx([x["opposition"] for x in lines_of(warned[1])])
 
 
+def test_losses_alone_are_judged_without_a_guard_set(plain, tmp_path):
+    around = Around()
+    guard = GuardCallback(action="skip", window=WINDOW, threshold=5.0)
+    trainer = guarded_trainer(tmp_path, recorder(), guard, around)
+    with pytest.warns(UserWarning, match="Step 22 stands out: its loss is"):
+        trainer.train()
+    (line,) = alarms_of(tmp_path)
+    assert (line["step"], line["reasons"]) == (BAD_STEP, ["loss"])
+    assert {one["example_id"] for one in line["examples"]} == {*BAD}
+    assert {line["opposition"] for line in lines_of(tmp_path)} == {None}
+    assert_same(around.before[BAD_STEP], around.after[BAD_STEP])
+    assert losses_of(trainer)[:BAD_STEP] == losses_of(plain)[:BAD_STEP]
+    assert not any("sketch/opposition" in log for log in trainer.state.log_history)
+
+
 def test_gradients_that_are_not_finite_stand_out_at_once(tmp_path):
     class Breaks(TrainerCallback):
         def on_step_begin(self, args, state, control, model, **kwargs):
@@ -290,7 +312,7 @@ def test_gradients_that_are_not_finite_stand_out_at_once(tmp_path):
     with pytest.warns(UserWarning, match="are NaN or infinite at step 4"):
         run(tmp_path, recorder(), guard_of("skip"), Breaks(), around, bad=())
     (line,) = alarms_of(tmp_path)
-    assert (line["step"], line["opposition"]) == (4, None)
+    assert (line["step"], line["reasons"]) == (4, ["not finite"])
     assert len(line["examples"]) == BATCH
     assert all(w.isfinite().all() for w in around.after[5])
 
@@ -337,6 +359,19 @@ def test_what_cannot_be_guarded_is_refused(tmp_path):
     }
     with pytest.raises(ValueError, match="no integer labels"):
         floats.train()
+
+
+def test_losses_outside_the_model_need_a_guard_set(tmp_path):
+    def loss(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs["logits"], labels)
+
+    trainer = guarded_trainer(tmp_path, recorder(), GuardCallback())
+    trainer.compute_loss_func = loss
+    with (
+        pytest.warns(UserWarning, match="computed outside the model"),
+        pytest.raises(ValueError, match="Pass queries to GuardCallback"),
+    ):
+        trainer.train()
 
 
 def test_a_loss_that_counts_labels_of_minus_100_has_no_quarantine(tmp_path):

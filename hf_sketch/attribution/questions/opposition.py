@@ -50,17 +50,13 @@ def culprits(values: Sequence[float], weights: Sequence[float], usual: float) ->
         usual: what the mean of the others must not exceed.
 
     Returns:
-        their places, those that add most to the mean first; if values are not finite,
-        the places of these.
+        their places, those that add most to the mean first.
 
     Examples:
         >>> culprits([1.0, 9.0, 1.0, 6.0], [0.25] * 4, 2.0).tolist()
         [1, 3]
     """
     own = np.array(values)
-    broken = np.flatnonzero(~np.isfinite(own))
-    if len(broken):
-        return broken
     excess = np.array(weights) * (own - usual)
     order = np.argsort(-excess, kind="stable")
     missing = np.cumsum(excess[order]) < excess.sum()
@@ -81,8 +77,7 @@ class GuardHistory:
     def deviations(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return how far a step stands out by each measure; see `find_spikes`.
 
-        NaN while there are too few steps to compare with, or no value; infinity if the
-        opposition is not finite.
+        NaN while there are too few steps to compare with, or no value.
         """
         found: dict[str, float] = dict.fromkeys(MEASURES, float("nan"))
         for name, value in values.items():
@@ -90,8 +85,6 @@ class GuardHistory:
             if len(before) == self._window and np.isfinite(value):
                 median, deviation = middle_and_deviation(np.array(before))
                 found[name] = (value - median) / deviation
-        if not np.isfinite(values["opposition"]):
-            found["opposition"] = float("inf")
         return found
 
     def add(self, values: Mapping[str, float]) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,8 @@ from hf_sketch.attribution.columns import column
 from hf_sketch.attribution.questions.spikes import deviations_before
 from hf_sketch.callbacks import GradientSketchCallback, GuardCallback
 from hf_sketch.recipes.saved_report import ReportArguments, save_report
-from hf_sketch.recipes.tables.quality.planted_spikes import InOrder, wilson
+from hf_sketch.recipes.tables.quality.planted_spikes import InOrder
+from hf_sketch.recipes.tables.training.guard_summary import GUARD, RULES, summary
 from hf_sketch.recipes.tables.training.guard_tasks import (
     GuardTask,
     facts_task,
@@ -29,12 +30,8 @@ from hf_sketch.recipes.tables.training.guard_tasks import (
 from hf_sketch.recipes.training_defaults import with_small
 
 _WINDOW = 50
-_FALSE_ALARMS = 0.01
-_THRESHOLDS = (3.0, 4.0, 5.0)
 _WARM_UP = 900
 _TINY: dict[str, Any] = {"seeds": "0", "steps": 72, "bursts": 1, "out_size": 64}
-_RULES = ("opposition", "loss", "gradient_norm")
-_GUARD = ("opposition", "loss")  # what the callback looks at
 
 
 @dataclass
@@ -164,7 +161,8 @@ def guarded_run(arguments: GuardArguments, seed: int) -> dict[str, Any]:
     task = task_of(arguments, seed)
     planted = Planted.of(task, arguments, seed)
     recorder = GradientSketchCallback(arguments.out_size)
-    guard = GuardCallback(Dataset.from_list(task.guard), task.every, action="log")
+    queries, rule = Dataset.from_list(task.guard), {"window": _WINDOW, "threshold": 4.0}
+    guard = GuardCallback(queries, task.every, action="log", **rule)
     clock = _Clock(recorder, guard)
     with TemporaryDirectory() as directory:
         trainer = InOrder(
@@ -182,7 +180,7 @@ def guarded_run(arguments: GuardArguments, seed: int) -> dict[str, Any]:
     lines = [json.loads(line) for line in text.splitlines()]
     found = {
         name: np.array([line[f"{name}_deviation"] for line in lines], float)
-        for name in _GUARD
+        for name in GUARD
     }
     found["gradient_norm"] = deviations_before(norms, _WINDOW)
     found["gradient_norm"][:_WINDOW] = np.nan
@@ -224,47 +222,6 @@ def _named(line: Mapping[str, Any], bad: np.ndarray[Any, Any]) -> dict[str, floa
     }
 
 
-def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what each rule finds, at fixed thresholds and at 1% false alarms."""
-    kinds = np.concatenate([run["kinds"] for run in runs])
-    values = {
-        name: np.concatenate([run["deviations"][name] for run in runs])
-        for name in _RULES
-    }
-    judged = ~np.isnan(values["opposition"])
-    good = judged & (kinds == "")
-    rules: dict[str, Any] = {
-        name: {f"{t:g}": values[name] > t for t in _THRESHOLDS} for name in _RULES
-    }
-    rules["guard"] = {
-        t: rules["opposition"][t] | rules["loss"][t] for t in rules["loss"]
-    }
-    for name in _RULES:
-        bar = np.quantile(values[name][good], 1 - _FALSE_ALARMS)
-        rules[name]["at 1%"] = values[name] > bar
-    ends = np.maximum(*(values[name] for name in _GUARD))
-    rules["guard"]["at 1%"] = ends > np.quantile(ends[good], 1 - _FALSE_ALARMS)
-    results: dict[str, Any] = {"runs": len(runs), "good_steps": int(good.sum())}
-    for name, by_bar in rules.items():
-        results[name] = {
-            bar: {
-                "false_alarms": wilson(int(found[good].sum()), int(good.sum())),
-                "found": {
-                    kind: wilson(int(found[own].sum()), int(own.sum()))
-                    for kind in sorted({*kinds} - {""})
-                    for own in [judged & (kinds == kind)]
-                },
-            }
-            for bar, found in by_bar.items()
-        }
-    named = [one for run in runs for one in run["named"]]
-    for key in ("part_of_bad", "part_of_named"):
-        parts = [one[key] for one in named]
-        results[key] = float(np.mean(parts)) if parts else None
-    results["cost"] = [run["cost"] for run in runs]
-    return results
-
-
 def run_guard(arguments: GuardArguments) -> dict[str, Any]:
     """Plant, train, judge, print and save."""
     arguments = with_small(arguments, _TINY if arguments.tiny else {})
@@ -289,7 +246,7 @@ def run_guard(arguments: GuardArguments) -> dict[str, Any]:
 
 
 def _print(results: Mapping[str, Any]) -> None:
-    for name in (*_RULES, "guard"):
+    for name in (*RULES, "guard"):
         for bar, one in results[name].items():
             parts = {k: v and round(v[0], 3) for k, v in one["found"].items()}
             print(f"{name} {bar}: false {one['false_alarms'][0]:.4f}, {parts}")

@@ -27,8 +27,10 @@ class Separating(nn.Module):
             nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 2)
         )
 
-    def forward(self, x, labels):
+    def forward(self, x, labels=None):
         logits = self.layers(x)
+        if labels is None:
+            return {"logits": logits}
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
