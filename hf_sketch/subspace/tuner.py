@@ -58,8 +58,7 @@ class SubspaceModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        if self.coordinates.merged_adapters:
-            self.unmerge_adapter()
+        self._take_out("add_adapter")
         self._theta.restore()
         base = self._theta.base
         config = self.config_of(adapter_name)
@@ -84,14 +83,7 @@ class SubspaceModel(BaseTuner):
                 "one subspace adapter is active at a time, got "
                 f"{names}: call set_adapter with one name, or merge the others."
             )
-        if self.coordinates.merged_adapters:
-            warnings.warn(
-                "set_adapter takes the merged adapter out of the model first, got "
-                f"{self.coordinates.merged_adapters} merged: call unmerge_adapter() "
-                "before it.",
-                stacklevel=2,
-            )
-            self.unmerge_adapter()
+        self._take_out("set_adapter")
         super().set_adapter(adapter_name, inference_mode)
         self.coordinates.set_adapter(adapter_name, inference_mode)
 
@@ -119,6 +111,17 @@ class SubspaceModel(BaseTuner):
             return
         self._theta.unmerge()
         self.coordinates.merged_adapters = []
+
+    def _take_out(self, call: str) -> None:
+        """Unmerge with a warning, as PEFT does, if an adapter is merged."""
+        merged = self.coordinates.merged_adapters
+        if merged:
+            warnings.warn(
+                f"{call} takes the merged adapter out of the model first, got "
+                f"{merged} merged: call unmerge_adapter() before it.",
+                stacklevel=3,
+            )
+            self.unmerge_adapter()
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
