@@ -62,11 +62,9 @@ class Theta:
         self._weights.exchange()
 
     def close(self, keep: bool) -> None:
-        """Let the model go: at theta if that was merged and is to be kept."""
-        if keep:
-            self.base.put_back()
-            self._weights.keep()
-        else:
+        """Let the model go: at theta0, or at theta if that was merged and is kept."""
+        self.base.put_back()
+        if not keep:
             self.restore()
         for handle in self._handles:
             handle.remove()
@@ -91,8 +89,7 @@ class Theta:
             if not omega.any():
                 self._weights.restore()
                 return
-            dtype = torch.promote_types(omega.dtype, torch.float32)
-            vector = omega.new_zeros(sketch.out_size, dtype=dtype)
+            vector = omega.new_zeros(sketch.out_size)
             vector[: len(omega)] = omega
             self._weights.move(self.base.parameters, sketch, vector)
 

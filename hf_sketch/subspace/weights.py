@@ -22,8 +22,8 @@ class MovedWeights:
     """
 
     def __init__(self, on_disk: bool = False) -> None:
-        self._merged = self._on_disk = on_disk
-        self._beside: dict[str, Tensor] = {}  # theta, or theta0 if theta is merged
+        self._on_disk = on_disk
+        self._beside: dict[str, Tensor] = {}  # theta; theta0 on disk or while merged
         self._moved: dict[str, nn.Parameter] = {}
 
     @torch.no_grad()
@@ -56,11 +56,11 @@ class MovedWeights:
         if name not in self._beside:
             self._beside[name] = self._copy(parameter.detach())
         here, beside = parameter.detach(), self._beside[name]
-        return (beside, here) if self._merged else (here, beside)
+        return (beside, here) if self._on_disk else (here, beside)
 
     def at(self, name: str, parameter: nn.Parameter) -> Tensor:
         """Return where a parameter has moved to; itself if it has not."""
-        if self._merged or name not in self._moved:
+        if self._on_disk or name not in self._moved:
             return parameter
         return self._beside[name]
 
@@ -81,12 +81,6 @@ class MovedWeights:
         for name, parameter in self._moved.items():
             theirs = parameter.data
             parameter.data, self._beside[name] = self._beside[name], theirs
-        self._merged = not self._merged
-
-    def keep(self) -> None:
-        """Take the parameters as they are for theta0."""
-        self._beside, self._moved = {}, {}
-        self._merged = self._on_disk
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Move or cast what stands beside, as `nn.Module._apply` does parameters."""

@@ -18,10 +18,11 @@ def adapted(model, dim=16, **settings):
     return peft_model, tuner
 
 
-def lifted(tuner):
-    """S.T omega by parameter."""
-    vector = tuner.omega.detach().new_zeros(tuner.model_sketch.out_size)
-    vector[: len(tuner.omega)] = tuner.omega.detach()
+def lifted(tuner, dtype=None):
+    """S.T omega by parameter, in omega's dtype or another."""
+    omega = tuner.omega.detach()
+    vector = omega.new_zeros(tuner.model_sketch.out_size, dtype=dtype)
+    vector[: len(omega)] = omega
     return tuner.model_sketch.adjoint(vector)
 
 

@@ -15,6 +15,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from hf_sketch import SubspaceConfig
+from tests.helpers.adapters import lifted
 from tests.helpers.tiers import full
 
 
@@ -160,7 +161,7 @@ def test_a_merged_adapter_that_is_unloaded_leaves_the_base(kind, settings):
 
 
 @each_case
-@pytest.mark.parametrize("dtype", [torch.float32, *full(torch.bfloat16, torch.float16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *full(torch.float32, torch.float16)])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_an_adapter_has_float32_or_the_dtype_of_its_base(
     kind, settings, dtype, autocast, tmp_path
@@ -174,6 +175,13 @@ def test_an_adapter_has_float32_or_the_dtype_of_its_base(
     model(inputs()).sum().backward()
     assert omegas[0].grad.isfinite().all()
     assert omegas[0].grad.any()
+    # What is lifted is rounded once, as theta.
+    lift = lifted(model.base_model, torch.float32)
+    merged = model.merge_and_unload()
+    for name, parameter in new_base(kind, dtype).named_parameters():
+        if name in lift:
+            theta = (parameter.float() + lift[name]).to(dtype)
+            assert torch.equal(merged.get_parameter(name), theta)
 
 
 @each_case
