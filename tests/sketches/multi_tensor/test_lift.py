@@ -61,7 +61,7 @@ def assert_lifted(sketch, vector, found, base=None):
         ModelSketch(SHAPES, 700, "grouped"),
         ModelSketch(BLOCKED, 100, "blocked", seed=3),
         pytest.param(ModelSketch(BLOCKED, 2100, "blocked"), marks=pytest.mark.full),
-        pytest.param(ModelSketch(SHAPES, 4096, "grouped"), marks=pytest.mark.full),
+        pytest.param(ModelSketch(SHAPES, 1024, "grouped"), marks=pytest.mark.full),
     ],
     ids=lambda sketch: f"{sketch.layout} {sketch.out_size}",
 )
