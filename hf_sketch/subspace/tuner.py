@@ -117,8 +117,8 @@ class SubspaceModel(BaseTuner):
         merged = self.coordinates.merged_adapters
         if merged:
             warnings.warn(
-                f"{call} takes the merged adapter out of the model first, got "
-                f"{merged} merged: call unmerge_adapter() before it.",
+                f"{call} unmerges the adapters {merged} first. Call "
+                "unmerge_adapter() before it.",
                 stacklevel=3,
             )
             self.unmerge_adapter()

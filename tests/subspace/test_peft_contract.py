@@ -196,11 +196,11 @@ def test_adapters_are_added_switched_and_deleted(kind, settings):
     second = model(inputs())
     assert not torch.allclose(second, first)
     model.merge_adapter()
-    with pytest.warns(UserWarning, match="set_adapter takes the merged adapter out"):
+    with pytest.warns(UserWarning, match="set_adapter unmerges the adapters"):
         model.set_adapter("default")
     assert torch.equal(model(inputs()), first)
     model.merge_adapter()
-    with pytest.warns(UserWarning, match="add_adapter takes the merged adapter out"):
+    with pytest.warns(UserWarning, match="add_adapter unmerges the adapters"):
         model.add_adapter("third", SubspaceConfig(**settings))
     assert torch.equal(model(inputs()), first)
     model.delete_adapter("third")
