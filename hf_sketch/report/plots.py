@@ -202,8 +202,9 @@ def plot_dimension_search(search: DimensionSearch) -> Figure:
     axes = figure.subplots()
     steps = [stage.step for stage in search.path]
     axes.plot(steps, [stage.metric for stage in search.path], "o-", markersize=3)
-    axes.axhline(search.target, linestyle="--", color="C1")
-    axes.annotate(f"target {search.target:.4g}", (steps[0], search.target))
+    target = f"target {search.target:.4g}"
+    axes.axhline(search.target, linestyle="--", color="C1", label=target)
+    axes.legend()
     doubled = [stage for stage in search.path if stage.decision == "double"]
     for stage in doubled:
         axes.axvline(stage.step, linewidth=0.5, color="grey")

@@ -115,7 +115,8 @@ def test_the_plot_marks_doublings():
     for step, dim, metric in ((0, 4, 0.3), (10, 4, 0.3), (20, 8, 0.5), (30, 8, 0.95)):
         search = search.after(step, dim, metric)
     axes = plot_dimension_search(search).axes[0]
-    assert [text.get_text() for text in axes.texts] == ["target 0.9", "4", "8"]
+    assert [text.get_text() for text in axes.texts] == ["4", "8"]
+    assert axes.get_legend().get_texts()[0].get_text() == "target 0.9"
     assert list(axes.lines[0].get_ydata()) == [0.3, 0.3, 0.5, 0.95]
     with pytest.raises(ValueError, match="needs an evaluation to be drawn"):
         plot_dimension_search(DimensionSearch(0.9, "eval_accuracy", 64))
