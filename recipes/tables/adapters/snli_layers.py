@@ -41,7 +41,7 @@ class Rows:
     mask: Tensor
     labels: Tensor
 
-    def batch(self, own: Tensor | slice) -> dict[str, Tensor]:
+    def batch(self, own: Tensor) -> dict[str, Tensor]:
         """Return the model's inputs for some rows, without padding common to all."""
         mask = self.mask[own]
         length = int(mask.sum(1).max())
@@ -111,10 +111,10 @@ class PeersTask:
         ]
         return cls(top, train, *parts)
 
-    def run(
+    def fit(
         self, model: nn.Module, rate: float, seed: int, steps: int, batch: int
-    ) -> dict[str, float]:
-        """Train with AdamW, a linear schedule and no weight decay; measure."""
+    ) -> None:
+        """Train with AdamW, a linear schedule and no weight decay."""
         set_seed(seed)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0)
@@ -127,13 +127,6 @@ class PeersTask:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        tuning_loss, _ = _measured(model, self.tuning)
-        test_loss, accuracy = _measured(model, self.test)
-        return {
-            "tuning_loss": tuning_loss,
-            "test_loss": test_loss,
-            "accuracy": accuracy,
-        }
 
 
 def _rows(model: Any, first: int, pairs: Any) -> Rows:
@@ -157,13 +150,13 @@ def _rows(model: Any, first: int, pairs: Any) -> Rows:
 
 
 @torch.no_grad()
-def _measured(model: nn.Module, rows: Rows) -> tuple[float, float]:
-    """The mean loss and the accuracy."""
+def measured(model: nn.Module, rows: Rows) -> tuple[float, float]:
+    """Return the mean loss and the accuracy."""
     model.eval()
     loss, right = 0.0, 0
-    for start in range(0, len(rows.labels), _EVALUATION_BATCH):
-        batch = rows.batch(slice(start, start + _EVALUATION_BATCH))
+    for own in rows.mask.sum(1).argsort().split(_EVALUATION_BATCH):
+        batch = rows.batch(own)
         output = model(**batch)
-        loss += float(output.loss) * len(batch["labels"])
+        loss += float(output.loss) * len(own)
         right += int((output.logits.argmax(1) == batch["labels"]).sum())
     return loss / len(rows.labels), right / len(rows.labels)

@@ -24,7 +24,7 @@ from hf_sketch.recipes.tables.adapters.methods import (
     first_rate,
     trained,
 )
-from hf_sketch.recipes.tables.adapters.snli_layers import PeersTask
+from hf_sketch.recipes.tables.adapters.snli_layers import PeersTask, measured
 from hf_sketch.recipes.training_defaults import with_small
 
 _FULL: Final = "full"
@@ -114,14 +114,21 @@ def cell(
         return None
 
     @cache
-    def run(rate: float, seed: int) -> dict[str, float]:
+    def fitted(rate: float, seed: int) -> nn.Module:
         adapter = model_of(seed)
         assert adapter is not None
-        return task.run(adapter, rate, seed, arguments.steps, arguments.batch_size)
+        task.fit(adapter, rate, seed, arguments.steps, arguments.batch_size)
+        return adapter
 
     start = _FULL_RATE if method == _FULL else first_rate(method)
-    rate = tuned(lambda rate: run(rate, 0)["tuning_loss"], start)
-    runs = [run(rate, seed) for seed in range(arguments.seeds)]
+    rate = tuned(lambda rate: measured(fitted(rate, 0), task.tuning)[0], start)
+    runs: list[dict[str, float]] = []
+    for seed in range(arguments.seeds):
+        tuning_loss, _ = measured(fitted(rate, seed), task.tuning)
+        loss, accuracy = measured(fitted(rate, seed), task.test)
+        runs.append(
+            {"tuning_loss": tuning_loss, "test_loss": loss, "accuracy": accuracy}
+        )
     return {"parameters": trained(model), "rate": rate, "runs": runs}
 
 
