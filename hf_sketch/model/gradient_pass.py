@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_sketch.model.operators import Operators
-from hf_sketch.sketches import SRHT, Grouped, Sketch
+from hf_sketch.sketches import Grouped, Sketch
 from hf_sketch.sketches.blocked import BlockedSketch
 from hf_sketch.sketches.multi_tensor.blocks import BlockedTensor, adds_blocks
 from hf_sketch.sketches.multi_tensor.division import CHUNK, GradientTensors
@@ -83,7 +83,7 @@ class WholeGradients:
     def _lift_of(self, vector: Tensor) -> Lift | None:
         """Return what lifts a vector, or None if it is lifted tensor by tensor."""
         device, operators = vector.device, self._operators
-        if not self.can_lift(device) or vector.dtype != torch.float32:
+        if not self.can_read(device) or vector.dtype != torch.float32:
             return None
         if len(vector) != operators.out_size * len(set(operators.group_of.values())):
             return None  # the operators say what is wrong
@@ -96,14 +96,6 @@ class WholeGradients:
     def begin_lift(self, device: torch.device) -> Lift:
         """Return what lifts vectors to all parameters, in the order of the map."""
         return Lift(_tensors(self._operators), device)
-
-    def can_lift(self, device: torch.device) -> bool:
-        """Return whether there are kernels for all transposes on a device."""
-        operators = self._operators
-        return self.can_read(device) and not any(
-            isinstance(of, BlockedSketch) and not isinstance(of, SRHT)
-            for of in (*operators.own.values(), *operators.packed.values())
-        )
 
     def can_read(self, device: torch.device) -> bool:
         """Return whether there are kernels for all operators on a device."""

@@ -14,12 +14,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_sketch.sketches.multi_tensor import (
-    block_kernels,
-    lift_kernels,
-    long_block_kernels,
-    matrix_kernels,
-    row_kernels,
+from hf_sketch.sketches.multi_tensor.kernels import (
+    blocks,
+    lifted,
+    lifted_long_blocks,
+    long_blocks,
+    matrices,
+    rows,
 )
 from hf_sketch.sketches.transforms import hadamard_kernels
 from hf_sketch.sketches.transforms.signs import RUN
@@ -42,38 +43,48 @@ ONE_SIDE |= {"AT_ONCE": 16, "stride": "i32 % 16", "length": "i32 % 16"}
 LEADING = {"LEADING": 2}
 # Of each kernel: arguments that it is compiled for, types of pointers, and warps.
 SPECIMENS = [
-    (row_kernels.gather, {"KIND": 3}, 4),
-    (row_kernels.add_rows, {}, 4),
+    (rows.gather, {"KIND": 3}, 4),
+    (rows.add_rows, {}, 4),
     *(
-        (row_kernels.finish_row, {"ROUNDING": 1e-6, "ROTATES": rotates}, 4)
+        (rows.finish_row, {"ROUNDING": 1e-6, "ROTATES": rotates}, 4)
         for rotates in (True, False)
     ),
-    *((block_kernels.sum_blocks, BLOCKS | TENSORS | {"KIND": k}, 1) for k in range(4)),
-    (block_kernels.sum_blocks, BLOCKS | TENSORS | {"LEADING": 4}, 4),
-    (block_kernels.sum_blocks, BLOCKS | TENSORS | {"FOLDS": 16, "ALIGNED": False}, 1),
+    *((blocks.sum_blocks, BLOCKS | TENSORS | {"KIND": k}, 1) for k in range(4)),
+    (blocks.sum_blocks, BLOCKS | TENSORS | {"LEADING": 4}, 4),
+    (blocks.sum_blocks, BLOCKS | TENSORS | {"FOLDS": 16, "ALIGNED": False}, 1),
     *(
-        (long_block_kernels.sum_long_blocks, LONG | TENSORS | {"LEADING": 2**k}, 8)
+        (long_blocks.sum_long_blocks, LONG | TENSORS | {"LEADING": 2**k}, 8)
         for k in range(4)
     ),
-    (long_block_kernels.sum_long_blocks, LONG | TENSORS | LEADING | {"KIND": 3}, 8),
-    *(
-        (matrix_kernels.sum_matrices, MATRICES | TENSORS | {"KIND": k}, 4)
-        for k in range(4)
-    ),
+    (long_blocks.sum_long_blocks, LONG | TENSORS | LEADING | {"KIND": 3}, 8),
+    *((matrices.sum_matrices, MATRICES | TENSORS | {"KIND": k}, 4) for k in range(4)),
     (
-        matrix_kernels.sum_matrices,
+        matrices.sum_matrices,
         TENSORS | {"SHAPES": SHAPES, "COUNT": 3, "ALIGNED": False},
         4,
     ),
-    (lift_kernels.spread, {"KIND": 1, "BASE": 1}, 4),
-    *((lift_kernels.lift_blocks, LIFTED | {"KIND": k, "BASE": k}, 1) for k in range(4)),
-    (lift_kernels.lift_blocks, LIFTED | {"LEADING": 4, "BASE": 4}, 4),
+    (lifted.spread, {"KIND": 1, "BASE": 1}, 4),
+    *((lifted.lift_blocks, LIFTED | {"KIND": k, "BASE": k}, 1) for k in range(4)),
+    (lifted.lift_blocks, LIFTED | {"LEADING": 4, "BASE": 4}, 4),
     *(
-        (lift_kernels.lift_matrices, MATRICES | TENSORS | {"KIND": k, "BASE": k}, 4)
+        (
+            lifted_long_blocks.lift_long_blocks,
+            LONG | TENSORS | {"LEADING": 2**k, "KIND": k, "BASE": k},
+            8,
+        )
         for k in range(4)
     ),
     (
-        lift_kernels.lift_matrices,
+        lifted_long_blocks.lift_long_blocks,
+        LONG | TENSORS | LEADING | {"BASE": 4, "ALIGNED": False},
+        8,
+    ),
+    *(
+        (lifted.lift_matrices, MATRICES | TENSORS | {"KIND": k, "BASE": k}, 4)
+        for k in range(4)
+    ),
+    (
+        lifted.lift_matrices,
         TENSORS | {"SHAPES": SHAPES, "COUNT": 3, "ALIGNED": False, "BASE": 4},
         4,
     ),

@@ -5,7 +5,6 @@ steps with other gradients and seeds launches, and how many programs were compil
 that.
 """
 
-import importlib
 import json
 import sys
 
@@ -15,6 +14,7 @@ from triton.runtime import driver
 
 from hf_sketch import ModelSketch
 from hf_sketch.sketches.multi_tensor import gradient_pass
+from hf_sketch.sketches.multi_tensor.launching import kernel_of
 
 SHAPES = (("table", (600, 64)), ("w", (72, 96)), ("b", (96,)), ("v", (2**16 + 8,)))
 
@@ -37,8 +37,7 @@ launched = []
 
 def launch(self, name, grid, *args, **kwargs):
     """Do all that a launch does but the last."""
-    package, modules = gradient_pass.__package__, gradient_pass._MODULES
-    kernel = getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
+    kernel = kernel_of(name)
     if "BFLOAT16" in kwargs:
         kwargs["BFLOAT16"] = True
     found = kernel.warmup(*args, **kwargs, enable_fp_fusion=True, grid=grid)

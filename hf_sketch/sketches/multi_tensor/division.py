@@ -36,6 +36,7 @@ _NOWHERE: Final = -1
 # About, per kernel: constants, so that sums have one order.
 _PROGRAMS: Final = 2**10
 _LONG_PROGRAMS: Final = 2**7  # each has memory for two units
+LONG_WARPS: Final = 8  # of each of those
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Division:
         matrices: tables of `sum_matrices`.
         rows: tables of `add_rows` and `finish_row`.
         transform: the factors of the transform of blocks, and the leading ones.
-        unit: numbers of a partial sum of long blocks; 0 if blocks are short.
+        long: a tensor of each sum of long blocks, by group and block.
+        unit: numbers of such a partial sum; 0 if blocks are short.
         whole: numbers of the partial sums that are as long as the sketch.
         partial: numbers of all partial sums, which come after those.
     """
@@ -80,6 +82,7 @@ class Division:
     matrices: MatrixTables
     rows: RowTables
     transform: tuple[Tensor, Tensor]
+    long: Sequence[BlockedTensor]
     unit: int
     whole: int
     partial: int
@@ -110,6 +113,7 @@ def divide(of: GradientTensors, device: torch.device) -> Division:
         matrices,
         row_tables(sorted(sums, key=lambda of: of.group), of.groups, device),
         _transform(tensors, [held[0].operator for held in long.values()], device),
+        [held[0] for held in long.values()],
         unit,
         whole,
         partial,

@@ -1,15 +1,15 @@
 """A gradient of any number of tensors, sketched in at most five launches."""
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_sketch.sketches.multi_tensor.division import (
     CHUNK,
+    LONG_WARPS,
     GradientTensors,
     divide,
     packed_chunks,
@@ -17,17 +17,8 @@ from hf_sketch.sketches.multi_tensor.division import (
     witness_chunks,
 )
 from hf_sketch.sketches.multi_tensor.given import DTYPES, AddressTable, Given
+from hf_sketch.sketches.multi_tensor.launching import launch
 from hf_sketch.sketches.srht import SRHT
-
-_LONG_WARPS: Final = 8
-_MODULES: Final = {
-    "gather": "row_kernels",
-    "sum_blocks": "block_kernels",
-    "sum_long_blocks": "long_block_kernels",
-    "sum_matrices": "matrix_kernels",
-    "add_rows": "row_kernels",
-    "finish_row": "row_kernels",
-}
 
 
 @dataclass(frozen=True)
@@ -250,7 +241,7 @@ class GradientPass:
             KIND=given.kind,
             ALIGNED=given.aligned and of.aligned,
             BFLOAT16=self._device.type != "cpu",
-            num_warps=_LONG_WARPS,
+            num_warps=LONG_WARPS,
         )
 
     def _sum_matrices(self, given: Given) -> None:
@@ -279,7 +270,5 @@ class GradientPass:
     def _launch(
         self, name: str, grid: tuple[int, ...], *args: Any, **kwargs: Any
     ) -> None:
-        """Launch a kernel; its module needs Triton, so it is imported here."""
-        kernels = importlib.import_module(f"{__package__}.{_MODULES[name]}")
-        with torch.cuda.device_of(self._squares):
-            getattr(kernels, name)[grid](*args, **kwargs, enable_fp_fusion=True)
+        """Launch a kernel."""
+        launch(self._squares, name, grid, *args, **kwargs)

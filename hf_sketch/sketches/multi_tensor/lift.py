@@ -1,6 +1,5 @@
 """A vector of sketch numbers, lifted to any number of tensors in three launches."""
 
-import importlib
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -8,13 +7,16 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.multi_tensor.division import (
+    LONG_WARPS,
     GradientTensors,
     divide,
     packed_chunks,
     table_keys,
 )
 from hf_sketch.sketches.multi_tensor.given import DTYPES, AddressTable, Given
+from hf_sketch.sketches.multi_tensor.launching import launch
 from hf_sketch.sketches.srht import SRHT
+from hf_sketch.sketches.transforms.precision import exact
 
 _WITHOUT: Final = 4  # in place of a dtype where there are no tensors
 
@@ -26,7 +28,7 @@ class Lift:
     copied from the packed vectors: three launches, which write each element once.
 
     Args:
-        tensors: how they are sketched, blocks by SRHT.
+        tensors: how they are sketched.
         device: where they are.
     """
 
@@ -37,6 +39,8 @@ class Lift:
         self._bases = AddressTable([0] * len(tensors.packed_sizes), device, wide=True)
         chunks = torch.tensor(packed_chunks(tensors), dtype=torch.int64)
         self._chunks = chunks.view(-1, 4).to(device)
+        programs, unit = len(self._division.blocks.runs), self._division.unit
+        self._scratch = torch.empty(programs * unit, device=device)
 
     def takes(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether the kernels write tensors like these."""
@@ -69,7 +73,8 @@ class Lift:
         bases = self._bases.give([None] * len(tensors) if base is None else base)
         kinds = {"KIND": given.kind, "BASE": _WITHOUT if base is None else bases.kind}
         aligned = given.aligned and bases.aligned
-        self._lift_blocks(vector, given, bases, aligned, kinds)
+        lift_blocks = self._lift_long if self._division.long else self._lift_blocks
+        lift_blocks(vector, given, bases, aligned, kinds)
         self._lift_matrices(vector, given, bases, aligned, kinds)
         if len(self._chunks):
             tables = given.table, bases.table, self._chunks, given.packed
@@ -113,6 +118,57 @@ class Lift:
             **kinds,
         )
 
+    def _lift_long(
+        self,
+        vector: Tensor,
+        given: Given,
+        bases: Given,
+        aligned: bool,
+        kinds: dict[str, int],
+    ) -> None:
+        """Do the same where blocks are longer, in memory of each program."""
+        of, operator = self._division.blocks, self._tensors.blocked[0].operator
+        factors, leading = self._division.transform
+        self._launch(
+            "lift_long_blocks",
+            len(of.runs),
+            given.table,
+            bases.table,
+            of.streams,
+            of.units,
+            of.runs,
+            factors,
+            leading,
+            self._scratch,
+            self._mixed(vector),
+            *table_keys(operator),
+            LEADING=leading.shape[1],
+            RUN=operator.signs("before").run,
+            ALIGNED=aligned and of.aligned,
+            BFLOAT16=self._device.type != "cpu",
+            num_warps=LONG_WARPS,
+            **kinds,
+        )
+
+    @exact
+    def _mixed(self, vector: Tensor) -> Tensor:
+        """Return what each long sum's numbers come to, for each block of a unit.
+
+        Shapes:
+            vector (groups * out_size,) -> (sums, unit)
+        """
+        long, unit = self._division.long, self._division.unit
+        vectors = vector.view(-1, self._tensors.out_size)
+        found = {
+            operator.block: operator.finish_adjoint(vectors)
+            for operator in (of.operator for of in long)
+        }
+        mixed = vector.new_zeros(len(long), unit)
+        for row, of in zip(mixed, long, strict=True):
+            numbers = found[of.operator.block][of.group]
+            row.view(-1, of.operator.block)[:, : len(numbers)] = numbers
+        return mixed
+
     def _lift_matrices(
         self,
         vector: Tensor,
@@ -143,7 +199,5 @@ class Lift:
         )
 
     def _launch(self, name: str, programs: int, *args: Any, **kwargs: Any) -> None:
-        """Launch a kernel; its module needs Triton, so it is imported here."""
-        kernels = importlib.import_module(f"{__package__}.lift_kernels")
-        with torch.cuda.device_of(self._chunks):
-            getattr(kernels, name)[programs,](*args, **kwargs, enable_fp_fusion=True)
+        """Launch a kernel."""
+        launch(self._chunks, name, (programs,), *args, **kwargs)

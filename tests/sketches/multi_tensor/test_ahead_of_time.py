@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 KERNELS = {"gather", "add_rows", "finish_row", "sum_blocks", "sum_matrices"}
 KERNELS |= {"sum_long_blocks", "sum_whole", "rotate_tiles", "sum_strips", "turn_sides"}
-KERNELS |= {"spread", "lift_blocks", "lift_matrices"}
+KERNELS |= {"spread", "lift_blocks", "lift_long_blocks", "lift_matrices"}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton"

@@ -104,6 +104,60 @@ def test_what_is_lifted_is_added_to_a_base_and_rounded_once(dtypes):
     assert_lifted(sketch, vector, tensors, base)
 
 
+@pytest.mark.usefixtures("shorter_blocks")
+@pytest.mark.parametrize(
+    ("operator", "layout", "out_size"),
+    [
+        ("affd", "grouped", 700),
+        ("affd", "blocked", 2100),
+        ("fjl", "blocked", 300),
+        pytest.param("afjl", "blocked", 700, marks=pytest.mark.full),
+        pytest.param("affd", "grouped", 1, marks=pytest.mark.full),
+        pytest.param("afjl", "grouped", 2**12, marks=pytest.mark.full),
+    ],
+)
+def test_long_blocks_are_lifted_to_a_base(operator, layout, out_size, launched):
+    """Also those of a vector whose block is shorter, and of a second group of layers.
+
+    Programs lift several units, in the same memory.
+    """
+    shapes = SHAPES if layout == "grouped" else BLOCKED
+    groups = ["y" if name == "b" else "x" for name, _ in shapes]
+    sketch = ModelSketch(
+        shapes, out_size, layout, seed=3, operator=operator, groups=groups
+    )
+    base = gradients_of(shapes, FLOAT32, seed=1)
+    tensors = {name: torch.full_like(x, 7.0).to(DEVICE) for name, x in base.items()}
+    held = [x.to(DEVICE) for x in base.values()]
+    vector = vector_of(sketch)
+    assert sketch.whole_gradients.lift_onto(vector, held, [*tensors.values()])
+    assert "lift_long_blocks" in launched
+    assert_lifted(sketch, vector, tensors, base)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("operator", "bits"), [("affd", 16), ("fjl", 18)])
+def test_the_longest_blocks_are_lifted(operator, bits, launched):
+    """Of two and of eight times 2**15 elements."""
+    shapes = (("a", (2**bits + 5,)), ("b", (300,)))
+    sketch = ModelSketch(shapes, 3000, "blocked", operator=operator)
+    vector = vector_of(sketch)
+    assert_lifted(sketch, vector, sketch.adjoint(vector))
+    assert "lift_long_blocks" in launched
+
+
+@pytest.mark.usefixtures("shorter_blocks")
+@pytest.mark.parametrize("dtypes", [(BFLOAT16,), (FLOAT16, FLOAT32, BFLOAT16)])
+def test_lifted_long_blocks_are_rounded_once(dtypes):
+    shapes = (("a", (2**16 + 8,)), ("b", (33,)), ("c", (2**15,)))
+    sketch = ModelSketch(shapes, 64, "blocked", operator="affd")
+    base = gradients_of(shapes, *dtypes, seed=1)
+    tensors = {name: torch.full_like(x, 7.0).to(DEVICE) for name, x in base.items()}
+    lift, vector = sketch.whole_gradients.begin_lift(DEVICE), vector_of(sketch)
+    lift.lift(vector, [*tensors.values()], [x.to(DEVICE) for x in base.values()])
+    assert_lifted(sketch, vector, tensors, base)
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_three_launches_lift_to_any_number_of_tensors(layers, launched):
     shapes = [("vector", (2**16,))]
@@ -121,7 +175,7 @@ def test_other_vectors_and_maps_are_lifted_tensor_by_tensor(launched):
     vector = vector_of(sketch).requires_grad_()
     assert sketch.adjoint(vector)["a"].requires_grad
     normalizer = Normalizer({n: (torch.ones(math.prod(s)),) for n, s in SMALL}, 1)
-    for settings in ({"operator": "affd"}, {"normalizer": normalizer}):
+    for settings in ({"layout": "flat"}, {"normalizer": normalizer}):
         sketch = ModelSketch(SMALL, 16, **{"layout": "grouped", **settings})
         sketch.adjoint(vector_of(sketch))
     assert not launched

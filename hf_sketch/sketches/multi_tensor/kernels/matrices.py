@@ -9,7 +9,7 @@
 import triton
 import triton.language as tl
 
-from hf_sketch.sketches.multi_tensor.reading import read
+from hf_sketch.sketches.multi_tensor.kernels.reading import read
 from hf_sketch.sketches.transforms.kernel_parts import (
     LEFT,
     flip,

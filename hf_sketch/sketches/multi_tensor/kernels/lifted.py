@@ -13,8 +13,8 @@ to what a tensor of `base` has, and stored once in the tensor of `given`.
 import triton
 import triton.language as tl
 
-from hf_sketch.sketches.multi_tensor.matrix_kernels import hadamard
-from hf_sketch.sketches.multi_tensor.reading import add_to
+from hf_sketch.sketches.multi_tensor.kernels.matrices import hadamard
+from hf_sketch.sketches.multi_tensor.kernels.reading import add_to
 from hf_sketch.sketches.transforms.kernel_parts import (
     LEFT,
     SIDE,

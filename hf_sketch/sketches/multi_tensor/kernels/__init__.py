@@ -1,0 +1,1 @@
+"""The Triton kernels of the passes, whose modules are imported at a launch."""
