@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hf_sketch.sketches.affd import AFFD
 from hf_sketch.sketches.afjl import AFJL
@@ -41,6 +42,55 @@ class Finish:
     weights: Tensor
     magnitudes: Tensor | None = None
     factors: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FinishTransposed:
+    """The transpose of a `Finish`, on a device, in float64 (which TF32 leaves alone).
+
+    Args:
+        of: the tables.
+        block: how many sums there are.
+    """
+
+    of: Finish
+    block: int
+
+    @classmethod
+    def on(cls, device: torch.device, operator: BlockedSketch) -> "FinishTransposed":
+        """Return that of an operator, with its tables on a device."""
+        found = finish_of(operator)
+        moved = (
+            None if x is None else x.to(device, torch.float64)
+            for x in (found.weights, found.magnitudes, found.factors)
+        )
+        weights, drawn, factors = moved
+        assert weights is not None
+        places = found.places.to(device, torch.int64)
+        finish = Finish(found.length, found.stride, places, weights, drawn, factors)
+        return cls(finish, operator.block)
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """Return the sums of each group.
+
+        Shapes:
+            numbers (groups, out_size) -> (groups, block)
+        """
+        x, of = numbers.double(), self.of
+        if of.factors is not None:
+            right, left = of.factors
+            x = pad(x, (0, -x.shape[1] % _TILE)).view(len(x), -1, 32, 32)
+            x = of.weights.T @ (left.T @ x @ right).flatten(2)
+            x = x.flatten(1)[:, : self.block]
+        elif of.stride == 1:
+            spread = (x.unsqueeze(-1) * of.weights).flatten(1)
+            x = x.new_zeros(len(x), self.block)
+            every = torch.arange(len(x), device=x.device).unsqueeze(1)
+            # Unlike index_add_, this has one order of sums on every device.
+            x.index_put_((every, of.places.flatten()), spread, accumulate=True)
+        if of.magnitudes is not None:
+            x = x * of.magnitudes[: x.shape[1]]
+        return pad(x, (0, self.block - x.shape[1])).to(numbers.dtype)
 
 
 def finish_of(operator: BlockedSketch) -> Finish:

@@ -1,6 +1,7 @@
 """A vector of sketch numbers, lifted to any number of tensors in three launches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -13,12 +14,36 @@ from hf_sketch.sketches.multi_tensor.division import (
     packed_chunks,
     table_keys,
 )
+from hf_sketch.sketches.multi_tensor.finishing import FinishTransposed
 from hf_sketch.sketches.multi_tensor.given import DTYPES, AddressTable, Given
 from hf_sketch.sketches.multi_tensor.launching import launch
 from hf_sketch.sketches.srht import SRHT
 from hf_sketch.sketches.transforms.precision import exact
 
 _WITHOUT: Final = 4  # in place of a dtype where there are no tensors
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the elements that are lifted go.
+
+    Args:
+        given: the tensors that are written.
+        bases: tensors that are added.
+        kinds: the places of their dtypes.
+    """
+
+    given: Given
+    bases: Given
+    kinds: Mapping[str, int]
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        return self.given.table, self.bases.table
+
+    @property
+    def aligned(self) -> bool:
+        return self.given.aligned and self.bases.aligned
 
 
 class Lift:
@@ -41,6 +66,10 @@ class Lift:
         self._chunks = chunks.view(-1, 4).to(device)
         programs, unit = len(self._division.blocks.runs), self._division.unit
         self._scratch = torch.empty(programs * unit, device=device)
+        self._finishes = {
+            of.operator.block: FinishTransposed.on(device, of.operator)
+            for of in self._division.long
+        }
 
     def takes(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether the kernels write tensors like these."""
@@ -72,83 +101,40 @@ class Lift:
         given = self._addresses.give(tensors)
         bases = self._bases.give([None] * len(tensors) if base is None else base)
         kinds = {"KIND": given.kind, "BASE": _WITHOUT if base is None else bases.kind}
-        aligned = given.aligned and bases.aligned
-        lift_blocks = self._lift_long if self._division.long else self._lift_blocks
-        lift_blocks(vector, given, bases, aligned, kinds)
-        self._lift_matrices(vector, given, bases, aligned, kinds)
+        to = _Places(given, bases, kinds)
+        self._lift_blocks(vector, to)
+        self._lift_matrices(vector, to)
         if len(self._chunks):
-            tables = given.table, bases.table, self._chunks, given.packed
+            tables = *to.tables, self._chunks, given.packed
             self._launch("spread", len(self._chunks), *tables, **kinds)
 
-    def _lift_blocks(
-        self,
-        vector: Tensor,
-        given: Given,
-        bases: Given,
-        aligned: bool,
-        kinds: dict[str, int],
-    ) -> None:
+    def _lift_blocks(self, vector: Tensor, to: _Places) -> None:
+        """Lift all blocks; long ones in memory of each program."""
         of = self._division.blocks
         if not len(of.runs):
             return
         operator = self._tensors.blocked[0].operator
-        assert isinstance(operator, SRHT)
         factors, leading = self._division.transform
-        self._launch(
-            "lift_blocks",
-            len(of.runs),
-            given.table,
-            bases.table,
-            of.streams,
-            of.units,
-            of.runs,
-            factors,
-            leading,
-            vector,
-            self._tensors.out_size,
-            operator.mixed_shape[1],
-            operator.scale,
-            *table_keys(operator),
-            LEADING=len(leading),
-            BLOCK=operator.block,
-            RUN=operator.signs("before").run,
-            ALIGNED=aligned and of.aligned,
-            BFLOAT16=self._device.type != "cpu",
-            num_warps=len(leading),
-            **kinds,
-        )
-
-    def _lift_long(
-        self,
-        vector: Tensor,
-        given: Given,
-        bases: Given,
-        aligned: bool,
-        kinds: dict[str, int],
-    ) -> None:
-        """Do the same where blocks are longer, in memory of each program."""
-        of, operator = self._division.blocks, self._tensors.blocked[0].operator
-        factors, leading = self._division.transform
-        self._launch(
-            "lift_long_blocks",
-            len(of.runs),
-            given.table,
-            bases.table,
-            of.streams,
-            of.units,
-            of.runs,
-            factors,
-            leading,
-            self._scratch,
-            self._mixed(vector),
-            *table_keys(operator),
-            LEADING=leading.shape[1],
-            RUN=operator.signs("before").run,
-            ALIGNED=aligned and of.aligned,
-            BFLOAT16=self._device.type != "cpu",
-            num_warps=LONG_WARPS,
-            **kinds,
-        )
+        tables = *to.tables, of.streams, of.units, of.runs, factors, leading
+        settings = {
+            "LEADING": leading.shape[1],
+            "RUN": operator.signs("before").run,
+            "ALIGNED": to.aligned and of.aligned,
+            "BFLOAT16": self._device.type != "cpu",
+            **to.kinds,
+        }
+        if self._division.long:
+            numbers = self._scratch, self._mixed(vector)
+            settings["num_warps"] = LONG_WARPS
+            name = "lift_long_blocks"
+        else:
+            assert isinstance(operator, SRHT)
+            kept = operator.mixed_shape[1]
+            numbers = vector, self._tensors.out_size, kept, operator.scale
+            settings |= {"BLOCK": operator.block, "num_warps": len(leading)}
+            name = "lift_blocks"
+        keys = table_keys(operator)
+        self._launch(name, len(of.runs), *tables, *numbers, *keys, **settings)
 
     @exact
     def _mixed(self, vector: Tensor) -> Tensor:
@@ -159,32 +145,22 @@ class Lift:
         """
         long, unit = self._division.long, self._division.unit
         vectors = vector.view(-1, self._tensors.out_size)
-        found = {
-            operator.block: operator.finish_adjoint(vectors)
-            for operator in (of.operator for of in long)
-        }
-        mixed = vector.new_zeros(len(long), unit)
-        for row, of in zip(mixed, long, strict=True):
-            numbers = found[of.operator.block][of.group]
-            row.view(-1, of.operator.block)[:, : len(numbers)] = numbers
-        return mixed
+        found = {block: finish(vectors) for block, finish in self._finishes.items()}
+        return torch.stack(
+            [
+                found[of.operator.block][of.group].repeat(unit // of.operator.block)
+                for of in long
+            ]
+        )
 
-    def _lift_matrices(
-        self,
-        vector: Tensor,
-        given: Given,
-        bases: Given,
-        aligned: bool,
-        kinds: dict[str, int],
-    ) -> None:
+    def _lift_matrices(self, vector: Tensor, to: _Places) -> None:
         of = self._division.matrices
         if not len(of.runs):
             return
         self._launch(
             "lift_matrices",
             len(of.runs),
-            given.table,
-            bases.table,
+            *to.tables,
             of.matrices,
             of.items,
             of.runs,
@@ -193,9 +169,9 @@ class Lift:
             self._tensors.out_size,
             SHAPES=of.shapes,
             COUNT=len(of.shapes),
-            ALIGNED=aligned and of.aligned,
+            ALIGNED=to.aligned and of.aligned,
             BFLOAT16=self._device.type != "cpu",
-            **kinds,
+            **to.kinds,
         )
 
     def _launch(self, name: str, programs: int, *args: Any, **kwargs: Any) -> None:
