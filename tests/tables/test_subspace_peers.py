@@ -63,6 +63,8 @@ def test_a_small_run_is_saved_and_not_repeated(tmp_path, capsys):
         assert 0 <= run["accuracy"] <= 1
     saved = json.loads((tmp_path / "subspace_peers_1.json").read_text())
     assert saved["results"] == results
+    plot = (tmp_path / "subspace_peers_1.svg").read_text()
+    assert all(f"<!-- {name} -->" in plot for name in ("affd", "lora", "bitfit"))
     torch.manual_seed(1)
     assert run_subspace_peers(arguments) == results
     assert "affd 12: 4,096 parameters" in capsys.readouterr().out

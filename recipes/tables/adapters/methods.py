@@ -21,7 +21,7 @@ HEAD: Final = "classifier"
 _ATTENTION: Final = ("query", "value")
 _ALL_LINEAR: Final = ("query", "key", "value", "dense")
 # Operator and layout; QK would have to fit each part of the others.
-_SUBSPACES: Final = {
+SUBSPACES: Final = {
     "affd": ("affd", "blocked"),
     "srht": ("srht", "blocked"),
     "grouped": ("srht", "grouped"),
@@ -53,7 +53,7 @@ RATES: Final = {
     "randlora": 2e-3,
     _BITFIT: 2e-3,
 }
-METHODS: Final = (*_SUBSPACES, "affd+head", *RATES)
+METHODS: Final = (*SUBSPACES, "affd+head", *RATES)
 
 
 def first_rate(method: str) -> float:
@@ -87,8 +87,8 @@ def adapted(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     head = sum(p.numel() for p in getattr(new_model(), HEAD).parameters())
     saved = [HEAD] if 3 * head <= budget else []
-    if method in _SUBSPACES:
-        operator, layout = _SUBSPACES[method]
+    if method in SUBSPACES:
+        operator, layout = SUBSPACES[method]
         config = SubspaceConfig(dim=budget, operator=operator, layout=layout, seed=seed)
         return get_peft_model(new_model(), config)
     if method == "affd+head":

@@ -1,9 +1,10 @@
 """How accurate a method of fine-tuning is per trained parameter, on SNLI."""
 
 import copy
+import importlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,8 +19,10 @@ from transformers import (
 )
 
 from hf_sketch.recipes.saved_report import ReportArguments, save_report
+from hf_sketch.recipes.spectrum_report import plots_if_installed
 from hf_sketch.recipes.tables.adapters.methods import (
     METHODS,
+    SUBSPACES,
     adapted,
     first_rate,
     trained,
@@ -133,7 +136,7 @@ def cell(
 
 
 def run_subspace_peers(arguments: SubspacePeersArguments) -> dict[str, Any]:
-    """Measure what is not there yet, print and save after each."""
+    """Measure what is not there yet, print and save; plot if matplotlib is there."""
     if arguments.tiny:
         arguments = with_small(arguments, _TINY)
     name = f"subspace_peers_{arguments.trained_layers}"
@@ -160,8 +163,49 @@ def run_subspace_peers(arguments: SubspacePeersArguments) -> dict[str, Any]:
             file.write_text(json.dumps(found))
         results[key] = json.loads(file.read_text())
         _print(key, results[key])
-    print("saved", save_report(arguments.output_dir, name, arguments, results))
+    path = save_report(arguments.output_dir, name, arguments, results)
+    print("saved", path)
+    if plots_if_installed() is not None:
+        save_plot(path.with_suffix(".svg"), results)
+        print("saved", path.with_suffix(".svg"))
     return results
+
+
+def save_plot(path: Path, results: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Plot each method's accuracy over its numbers of parameters: mean and range."""
+    figure = importlib.import_module("matplotlib.figure").Figure(
+        figsize=(8, 5), layout="constrained"
+    )
+    axes = figure.subplots()
+    curves: dict[str, list[tuple[int, list[float]]]] = {}
+    for key, found in results.items():
+        if found is not None:
+            accuracies = [run["accuracy"] for run in found["runs"]]
+            of = curves.setdefault(key.split()[0], [])
+            of.append((found["parameters"], accuracies))
+    for _, accuracies in curves.pop(_FULL, []):
+        mean = sum(accuracies) / len(accuracies)
+        axes.axhline(mean, linestyle="--", color="grey", label="full fine-tuning")
+    for place, (method, points) in enumerate(curves.items()):
+        sizes, by_size = zip(*sorted(points), strict=True)
+        means = [sum(x) / len(x) for x in by_size]
+        below = [mean - min(x) for mean, x in zip(means, by_size, strict=True)]
+        above = [max(x) - mean for mean, x in zip(means, by_size, strict=True)]
+        style = "-o" if method in SUBSPACES else ":s"
+        axes.errorbar(
+            sizes,
+            means,
+            (below, above),
+            fmt=style,
+            color=f"C{place % 10}",
+            label=method,
+            capsize=2,
+            alpha=0.8,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="trained parameters", ylabel="accuracy on SNLI: mean, range")
+    axes.legend(ncols=2)
+    figure.savefig(path)
 
 
 def _print(key: str, found: dict[str, Any] | None) -> None:
