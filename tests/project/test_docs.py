@@ -57,6 +57,8 @@ def test_the_readmes_links_are_whole_since_package_indexes_show_it_too():
     targets = re.findall(r"\]\(([^)]+)\)", README.read_text())
     assert len(targets) > 20
     for target in targets:
+        if target.startswith("https://img.shields.io/badge/"):
+            continue  # a picture of its own address
         path = re.fullmatch(rf"{re.escape(HOME)}([^#?]+)([#?].*)?", target)
         assert path is not None, target
         assert (ROOT / path[1]).exists(), target
