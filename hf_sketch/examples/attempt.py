@@ -42,6 +42,8 @@ def attempt() -> Generator[Attempt]:
     outcome = Attempt()
     try:
         yield outcome
+    # Models, datasets and collators are others' code, which may raise any class, also
+    # one of its own. No list of types covers that, and callers have another way left.
     except Exception as error:
         if not is_held(error):
             raise
