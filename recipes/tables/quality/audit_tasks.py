@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -16,13 +15,13 @@ from transformers import (
     EvalPrediction,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     default_data_collator,
     set_seed,
 )
 
 from hf_sketch import CounterRandom
 from hf_sketch.recipes.tables.quality.lds_tasks import Digits, Perceptron, SnliHead
+from hf_sketch.recipes.tables.silent_training import silent_training
 from hf_sketch.recipes.texts.data_files import check_texts, read_data_file
 from hf_sketch.recipes.texts.entailment import LABELS, load_pairs
 from hf_sketch.recipes.texts.minilm import embedded_model_path, new_model
@@ -160,16 +159,8 @@ def accuracy_after(
     set_seed(seed)
     trainer = Trainer(
         task.new_model(),
-        TrainingArguments(
-            str(directory),
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            per_device_eval_batch_size=64,
-            dataloader_pin_memory=torch.accelerator.is_available(),
-            seed=seed,
-            **task.settings,
+        silent_training(
+            str(directory), seed, per_device_eval_batch_size=64, **task.settings
         ),
         train_dataset=rows,
         eval_dataset=task.test,

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from torch import nn
-from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
     AutoTokenizer,
     DataCollatorForLanguageModeling,
@@ -20,7 +18,6 @@ from transformers import (
     GPT2LMHeadModel,
     HfArgumentParser,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
@@ -28,6 +25,7 @@ from hf_sketch import GradientRows, load_sketches
 from hf_sketch.attribution.columns import column
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.recipes.saved_report import ReportArguments, save_report
+from hf_sketch.recipes.tables.silent_training import silent_training
 from hf_sketch.recipes.texts.country_facts import country_documents, word_tokenizer
 from hf_sketch.recipes.texts.entailment import LABELS, load_pairs, tokenize
 from hf_sketch.recipes.texts.minilm import embedded_model_path, new_model
@@ -83,13 +81,6 @@ class SpikeTask:
     new_model: Callable[[], nn.Module]
     collator: Any
     learning_rate: float
-
-
-class InOrder(Trainer):
-    """A Trainer that takes its examples in the order of the dataset."""
-
-    def _get_train_sampler(self, *_: Any) -> Sampler[Any]:
-        return SequentialSampler(self.train_dataset)  # pyright: ignore
 
 
 def labels_task(rows: int, train_file: str | None = None) -> SpikeTask:
@@ -149,21 +140,17 @@ def planted_run(
     set_seed(seed)
     directory = Path(arguments.output_dir) / f"planted-{arguments.task}-{seed}"
     shutil.rmtree(directory, ignore_errors=True)
-    trainer = InOrder(
+    trainer = Trainer(
         task.new_model(),
-        TrainingArguments(
+        silent_training(
             str(directory),
+            seed,
             num_train_epochs=1,
+            train_sampling_strategy="sequential",
             per_device_train_batch_size=_BATCH,
             learning_rate=task.learning_rate,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=10,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            seed=seed,
-            dataloader_pin_memory=torch.accelerator.is_available(),
         ),
         train_dataset=Dataset.from_list(rows),
         data_collator=task.collator,

@@ -10,16 +10,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_sketch import load_sketches
 from hf_sketch.attribution.columns import column
 from hf_sketch.attribution.questions.spikes import deviations_before
 from hf_sketch.callbacks import GradientSketchCallback, GuardCallback
 from hf_sketch.recipes.saved_report import ReportArguments, save_report
-from hf_sketch.recipes.tables.quality.planted_spikes import InOrder
+from hf_sketch.recipes.tables.silent_training import silent_training
 from hf_sketch.recipes.tables.training.guard_summary import GUARD, RULES, summary
 from hf_sketch.recipes.tables.training.guard_tasks import (
     GuardTask,
@@ -165,7 +164,7 @@ def guarded_run(arguments: GuardArguments, seed: int) -> dict[str, Any]:
     guard = GuardCallback(queries, task.every, action="log", **rule)
     clock = _Clock(recorder, guard)
     with TemporaryDirectory() as directory:
-        trainer = InOrder(
+        trainer = Trainer(
             task.model,
             _settings(directory, task, arguments, seed),
             train_dataset=Dataset.from_list(planted.rows),
@@ -195,20 +194,16 @@ def guarded_run(arguments: GuardArguments, seed: int) -> dict[str, Any]:
 def _settings(
     directory: str, task: GuardTask, arguments: GuardArguments, seed: int
 ) -> TrainingArguments:
-    return TrainingArguments(
+    return silent_training(
         directory,
+        seed,
         num_train_epochs=1,
+        train_sampling_strategy="sequential",
         per_device_train_batch_size=arguments.batch_size,
         per_device_eval_batch_size=arguments.batch_size,
         learning_rate=task.learning_rate,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=20,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=seed,
-        dataloader_pin_memory=torch.accelerator.is_available(),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import HfArgumentParser, Trainer, set_seed
 
 from hf_sketch import (
     HessianOperator,
@@ -23,6 +23,7 @@ from hf_sketch.attribution.columns import column
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.recipes.saved_report import ReportArguments, save_report
 from hf_sketch.recipes.tables.quality.lds_tasks import Digits, SnliHead
+from hf_sketch.recipes.tables.silent_training import silent_training
 
 _TARGETS = {"digits": 0.2, "snli_head": 0.6}
 _RECORDED_BATCH = 8
@@ -183,20 +184,15 @@ def recorded(
     with TemporaryDirectory() as folder:
         trainer = Trainer(
             model,
-            TrainingArguments(
+            silent_training(
                 folder,
+                seed,
                 max_steps=steps,
                 per_device_train_batch_size=_RECORDED_BATCH,
                 learning_rate=rate,
                 lr_scheduler_type="constant",
                 optim="sgd",
                 max_grad_norm=0.0,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                seed=seed,
-                dataloader_pin_memory=torch.accelerator.is_available(),
             ),
             train_dataset=rows,
             callbacks=[GradientSketchCallback(out_size, measure_error=False)],
