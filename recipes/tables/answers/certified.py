@@ -12,21 +12,25 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_sketch import GradientRows, ModelSketch
-from hf_sketch.recipes.saved_report import ReportArguments, save_report
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.models.exact_products import gradients
 from hf_sketch.recipes.tables.quality.lds import task_of
 from hf_sketch.recipes.tables.quality.lds_methods import sketched
-from hf_sketch.recipes.tables.quality.lds_options import LdsArguments
+from hf_sketch.recipes.tables.quality.lds_options import (
+    LdsArguments,
+    TaskArguments,
+    of_task,
+)
 from hf_sketch.recipes.tables.quality.lds_training import Collate, Task, example_losses
-from hf_sketch.recipes.training_defaults import with_small
+from hf_sketch.recipes.tables.quality.removals import SETTINGS
 
 _TINY = {"rows": 60, "queries": 4, "epochs": 1, "maps": 2, "out_sizes": "64"}
 _EQUAL = 1e-9  # relative distance of scores that rounding explains
-_EPOCHS = {"digits": 30, "snli_head": 3, "language": 3}
+_SETTINGS = {**SETTINGS, "language": {"epochs": 3}}
 
 
 @dataclass
-class CertifiedArguments(ReportArguments):
+class CertifiedArguments(TaskArguments):
     """Certified top rows beside the top of all exact scores.
 
     The trained model computes in float64 here: in float32, the gradient of a query
@@ -43,19 +47,13 @@ class CertifiedArguments(ReportArguments):
     train_file: str | None = field(
         default=None, metadata={"help": "SNLI rows, or texts for language."}
     )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "The same, for queries."}
-    )
-    rows: int = field(default=1000, metadata={"help": "Rows of the training set."})
     queries: int = field(default=200, metadata={"help": "Trials, of one query each."})
-    epochs: int = field(default=0, metadata={"help": "Passes; 0 for the task's own."})
     maps: int = field(default=20, metadata={"help": "Maps of different seeds."})
     out_sizes: str = field(default="256,1024,4096", metadata={"help": "Sketch sizes."})
     layouts: str = field(default="grouped,blocked", metadata={"help": "Map layouts."})
     methods: str = field(default="dot,cosine", metadata={"help": "Scoring methods."})
     top_k: int = field(default=10, metadata={"help": "Rows per query."})
     confidence: float = field(default=0.99, metadata={"help": "As promised."})
-    tiny: bool = field(default=False, metadata={"help": "A few rows, as a check."})
 
 
 @dataclass(frozen=True)
@@ -164,16 +162,9 @@ def run_certified(arguments: CertifiedArguments) -> dict[str, Any]:
     Raises:
         ValueError: the task is unknown.
     """
-    if arguments.task not in _EPOCHS:
-        raise ValueError(
-            f"task must be one of {', '.join(_EPOCHS)}, got {arguments.task!r}: pass "
-            "--task digits."
-        )
-    small = {"epochs": _EPOCHS[arguments.task]}
-    arguments = with_small(arguments, _TINY if arguments.tiny else small)
-    shared = ("output_dir", "task", "model_name_or_path", "train_file", "tiny")
-    shared += ("validation_file", "rows", "queries", "epochs")
-    task = task_of(LdsArguments(**{name: getattr(arguments, name) for name in shared}))
+    arguments = of_task(arguments, _TINY, _SETTINGS)
+    model_name = {"model_name_or_path": arguments.model_name_or_path}
+    task = task_of(LdsArguments(**arguments.shared, **model_name))
     model = task.train(torch.arange(len(task.rows)), 0)[-1].model.double()
     task.collate = partial(_in_float64, task.collate)
     trials = Trials(task, model, Truth.of(task, model), arguments)

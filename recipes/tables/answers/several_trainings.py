@@ -11,18 +11,21 @@ from transformers import HfArgumentParser
 from hf_sketch import ModelSketch, combine_scores
 from hf_sketch.attribution.evaluation import linear_datamodeling_score
 from hf_sketch.attribution.questions.trainings import CombinedScores
-from hf_sketch.recipes.saved_report import ReportArguments, save_report
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.quality.lds import ground_truth, task_of
 from hf_sketch.recipes.tables.quality.lds_methods import sketched
-from hf_sketch.recipes.tables.quality.lds_options import LdsArguments
+from hf_sketch.recipes.tables.quality.lds_options import (
+    LdsArguments,
+    TaskArguments,
+    of_task,
+)
 from hf_sketch.recipes.tables.quality.lds_training import Task
 from hf_sketch.recipes.tables.quality.removals import (
-    EPOCHS,
+    SETTINGS,
     RemovalsArguments,
     removed_sets,
     retrained,
 )
-from hf_sketch.recipes.training_defaults import with_small
 
 _TINY = {"rows": 40, "queries": 6, "subsets": 4, "removals": 6, "trainings": 6}
 _TINY |= {"epochs": 1, "out_size": 64}
@@ -35,29 +38,18 @@ _FIRST_SEED = 100  # beyond those of the truth
 
 
 @dataclass
-class SeveralTrainingsArguments(ReportArguments):
+class SeveralTrainingsArguments(TaskArguments):
     """Datamodeling scores of one, three and five trainings, and what the spread covers.
 
     No recorded training has the seed of a training that is the truth. The baseline is
     that number of sketches of one training, at the same bytes.
     """
 
-    task: str = field(default="digits", metadata={"help": "digits or snli_head."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "SNLI rows instead of our own pairs."}
-    )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "The same, for queries."}
-    )
-    rows: int = field(default=1000, metadata={"help": "Rows of the training set."})
-    queries: int = field(default=200, metadata={"help": "Other rows to ask of."})
-    epochs: int = field(default=0, metadata={"help": "Passes; 0 for the task's own."})
     subsets: int = field(default=100, metadata={"help": "Random halves trained on."})
     removals: int = field(default=90, metadata={"help": "Sets that are removed."})
     seeds: int = field(default=3, metadata={"help": "Retrainings; losses' mean."})
     trainings: int = field(default=15, metadata={"help": "Recorded trainings."})
     out_size: int = field(default=1024, metadata={"help": "Numbers in a sketch."})
-    tiny: bool = field(default=False, metadata={"help": "A few rows, as a check."})
 
 
 def recorded_scores(
@@ -139,9 +131,7 @@ def coverage(estimates: Tensor, changes: Tensor) -> dict[int, dict[str, float]]:
 
 def measure(arguments: SeveralTrainingsArguments) -> dict[str, Any]:
     """Record, combine, retrain and compare."""
-    shared = ("output_dir", "task", "train_file", "validation_file", "rows", "queries")
-    shared += ("epochs", "seeds", "tiny")
-    common = {name: getattr(arguments, name) for name in shared}
+    common = {**arguments.shared, "seeds": arguments.seeds}
     lds = LdsArguments(**common, subsets=arguments.subsets)
     task = task_of(lds)
     subsets, losses = ground_truth(task, lds)
@@ -172,13 +162,7 @@ def run_several_trainings(arguments: SeveralTrainingsArguments) -> dict[str, Any
     Raises:
         ValueError: the task is unknown.
     """
-    if arguments.task not in EPOCHS:
-        raise ValueError(
-            f"task must be one of {', '.join(EPOCHS)}, got {arguments.task!r}: pass "
-            "--task digits."
-        )
-    small = {"epochs": EPOCHS[arguments.task]}
-    arguments = with_small(arguments, _TINY if arguments.tiny else small)
+    arguments = of_task(arguments, _TINY, SETTINGS)
     results = measure(arguments)
     _print(results)
     name = f"several_trainings_{arguments.task}"

@@ -1,6 +1,8 @@
 """Options of the study of datamodeling scores."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from hf_sketch.recipes.saved_report import ReportArguments
 from hf_sketch.recipes.training_defaults import with_small
@@ -52,7 +54,29 @@ _SETTINGS = {
 
 
 @dataclass
-class LdsArguments(ReportArguments):
+class TaskArguments(ReportArguments):
+    """A training that is repeated on other rows, and its queries."""
+
+    task: str = field(default="digits", metadata={"help": "digits or snli_head."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "SNLI rows instead of our own pairs."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "The same, for queries."}
+    )
+    rows: int = field(default=1000, metadata={"help": "Rows of the training set."})
+    queries: int = field(default=200, metadata={"help": "Number of held-out queries."})
+    epochs: int = field(default=0, metadata={"help": "Passes; 0 for the task's own."})
+    tiny: bool = field(default=False, metadata={"help": "A few rows, as a check."})
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What another script is given that repeats the same training."""
+        return {each.name: getattr(self, each.name) for each in fields(TaskArguments)}
+
+
+@dataclass
+class LdsArguments(TaskArguments):
     """Linear datamodeling scores (LDS) of this library's methods and of other packages.
 
     Models are retrained on random halves of the training set; the LDS is the rank
@@ -69,14 +93,6 @@ class LdsArguments(ReportArguments):
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder of a model, for language."}
     )
-    train_file: str | None = field(
-        default=None, metadata={"help": "SNLI rows instead of our own pairs."}
-    )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "The same, for queries."}
-    )
-    rows: int = field(default=1000, metadata={"help": "Rows of the training set."})
-    queries: int = field(default=200, metadata={"help": "Number of held-out queries."})
     epochs: int = field(default=30, metadata={"help": "Passes of each training."})
     subsets: int = field(default=100, metadata={"help": "Random halves trained on."})
     seeds: int = field(default=2, metadata={"help": "Models of each; losses' mean."})
@@ -118,7 +134,6 @@ class LdsArguments(ReportArguments):
             "help": "Dampings of dattri's dense Hessian, of gigabytes; none if empty."
         },
     )
-    tiny: bool = field(default=False, metadata={"help": "A few rows, as a check."})
 
 
 def settled(arguments: LdsArguments) -> LdsArguments:
@@ -127,10 +142,25 @@ def settled(arguments: LdsArguments) -> LdsArguments:
     Raises:
         ValueError: the task is unknown.
     """
-    if arguments.task not in _SETTINGS:
+    return of_task(arguments, _TINY, _SETTINGS)
+
+
+def of_task(
+    arguments: Any, tiny: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]
+) -> Any:
+    """Return `TaskArguments` with the defaults of their task.
+
+    Args:
+        arguments: arguments as they were passed.
+        tiny: defaults of a check.
+        settings: defaults by the name of each known task.
+
+    Raises:
+        ValueError: the task is unknown.
+    """
+    if arguments.task not in settings:
         raise ValueError(
-            f"task must be one of {', '.join(_SETTINGS)}, got {arguments.task!r}: pass "
+            f"task must be one of {', '.join(settings)}, got {arguments.task!r}: pass "
             "--task digits."
         )
-    small = _TINY if arguments.tiny else _SETTINGS[arguments.task]
-    return with_small(arguments, small)
+    return with_small(arguments, tiny if arguments.tiny else settings[arguments.task])

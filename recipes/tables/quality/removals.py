@@ -12,16 +12,20 @@ from transformers import HfArgumentParser
 
 from hf_sketch import CounterRandom, GradientRows, ModelSketch
 from hf_sketch.attribution.evaluation import correlations
-from hf_sketch.recipes.saved_report import ReportArguments, save_report
+from hf_sketch.recipes.saved_report import save_report
 from hf_sketch.recipes.tables.paper.saved_losses import SavedLosses
+from hf_sketch.recipes.tables.quality.lds import task_of
 from hf_sketch.recipes.tables.quality.lds_methods import sketched
-from hf_sketch.recipes.tables.quality.lds_tasks import Digits, SnliHead
+from hf_sketch.recipes.tables.quality.lds_options import (
+    LdsArguments,
+    TaskArguments,
+    of_task,
+)
 from hf_sketch.recipes.tables.quality.lds_training import Task
-from hf_sketch.recipes.training_defaults import with_small
 
 _TINY = {"rows": 40, "queries": 6, "removals": 9, "seeds": 2, "epochs": 1}
 _TINY |= {"out_size": 64}
-EPOCHS = {"digits": 30, "snli_head": 3}
+SETTINGS = {"digits": {"epochs": 30}, "snli_head": {"epochs": 3}}
 _LEAST, _MOST = 0.001, 0.3  # parts of the rows that are removed
 _SMALL = 0.01  # below it retraining differs by its noise alone, nearly
 _NORMAL = 1.645  # standard deviations to both sides of a 90% interval
@@ -29,27 +33,16 @@ _KINDS = ("random", "label", "proponents")
 
 
 @dataclass
-class RemovalsArguments(ReportArguments):
+class RemovalsArguments(TaskArguments):
     """Coverage of the intervals of what_if, against models retrained without examples.
 
     A third of the removals is random, a third begins with the rows of one label, a
     third are the strongest proponents of a query. Their sizes go from 0.1% to 30%.
     """
 
-    task: str = field(default="digits", metadata={"help": "digits or snli_head."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "SNLI rows instead of our own pairs."}
-    )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "The same, for queries."}
-    )
-    rows: int = field(default=1000, metadata={"help": "Rows of the training set."})
-    queries: int = field(default=200, metadata={"help": "Number of held-out queries."})
-    epochs: int = field(default=0, metadata={"help": "Passes; 0 for the task's own."})
     removals: int = field(default=210, metadata={"help": "Sets that are removed."})
     seeds: int = field(default=3, metadata={"help": "Models of each; losses' mean."})
     out_size: int = field(default=1024, metadata={"help": "Numbers in a sketch."})
-    tiny: bool = field(default=False, metadata={"help": "A few rows, as a check."})
 
 
 def removed_sets(scores: Tensor, labels: Tensor, count: int) -> list[Tensor]:
@@ -205,21 +198,8 @@ def run_removals(arguments: RemovalsArguments) -> dict[str, Any]:
     Raises:
         ValueError: the task is unknown.
     """
-    if arguments.task not in EPOCHS:
-        raise ValueError(
-            f"task must be one of {', '.join(EPOCHS)}, got {arguments.task!r}: pass "
-            "--task digits."
-        )
-    small = _TINY if arguments.tiny else {"epochs": EPOCHS[arguments.task]}
-    arguments = with_small(arguments, small)
-    sizes = (arguments.rows, arguments.queries, arguments.epochs)
-    if arguments.task == "digits":
-        task: Task = Digits(*sizes)
-    else:
-        layers = 1 if arguments.tiny else None
-        files = (arguments.train_file, arguments.validation_file)
-        task = SnliHead(*sizes, *files, num_hidden_layers=layers)
-    results = measure(task, arguments)
+    arguments = of_task(arguments, _TINY, SETTINGS)
+    results = measure(task_of(LdsArguments(**arguments.shared)), arguments)
     _print(results)
     name = f"removals_{arguments.task}"
     print("saved", save_report(arguments.output_dir, name, arguments, results))
