@@ -8,6 +8,16 @@ _FLAT_ONLY = ("qk", "ffd", "dense")
 # 90% of full fine-tuning (Schioppa 2024, A.6), in the units of the metric scripts.
 PAPER_TARGETS = {"eval_accuracy": 0.801, "eval_rouge1": 36.6, "eval_rouge2": 15.69}
 
+TRAIN_FILE = {
+    "help": ".json, .jsonl or .csv, optionally with .gz, with the columns premise, "
+    "hypothesis, label (SNLI) or document, summary (XSum). By default pairs written "
+    "for hf_sketch, or XSum from the Hub."
+}
+SMALL = {
+    "help": "Run offline in minutes on two cores: a small model, few rows, and smaller "
+    "numbers for every option left at its default."
+}
+
 
 @dataclass
 class DimensionArguments:
@@ -16,25 +26,12 @@ class DimensionArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Model to fine-tune; the paper's by default."}
     )
-    train_file: str | None = field(
-        default=None,
-        metadata={
-            "help": ".json, .jsonl or .csv, optionally with .gz, with the columns "
-            "premise, hypothesis, label (SNLI) or document, summary (XSum). By default "
-            "pairs written for hf_sketch, or XSum from the Hub."
-        },
-    )
+    train_file: str | None = field(default=None, metadata=TRAIN_FILE)
     validation_file: str | None = field(
         default=None,
         metadata={"help": "Evaluation rows in the same form; with SNLI's train_file."},
     )
-    small: bool = field(
-        default=False,
-        metadata={
-            "help": "Run offline in minutes on two cores: a small model, few rows, and "
-            "smaller numbers for every option left at its default."
-        },
-    )
+    small: bool = field(default=False, metadata=SMALL)
     operator: str = field(
         default="affd", metadata={"help": "Operator of the sketch, by name."}
     )

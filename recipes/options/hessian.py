@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hf_sketch.recipes.options.dimension import SMALL, TRAIN_FILE
+
 
 @dataclass
 class HessianArguments:
@@ -21,21 +23,8 @@ class HessianArguments:
             "help": "Model; roberta-base for snli and bart-base for xsum by default."
         },
     )
-    train_file: str | None = field(
-        default=None,
-        metadata={
-            "help": ".json, .jsonl or .csv, optionally with .gz, with the columns "
-            "premise, hypothesis, label (SNLI) or document, summary (XSum). By default "
-            "pairs written for hf_sketch, or XSum from the Hub."
-        },
-    )
-    small: bool = field(
-        default=False,
-        metadata={
-            "help": "Run offline in minutes on two cores: a small model, few rows, and "
-            "smaller numbers for every option left at its default."
-        },
-    )
+    train_file: str | None = field(default=None, metadata=TRAIN_FILE)
+    small: bool = field(default=False, metadata=SMALL)
     steps: str = field(
         default="0,10,50,100,150,200,250,500",
         metadata={"help": "Steps to compute a spectrum after; 0 is the start."},

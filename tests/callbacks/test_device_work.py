@@ -24,11 +24,11 @@ from transformers import (
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.examples.modules import known_losses
 from hf_sketch.examples.rules import base, norms
-from hf_sketch.model import gradient_pass
 from hf_sketch.sketches import grouped, outer
 from hf_sketch.sketches.multi_tensor.gradient_pass import GradientPass
 from tests.helpers.dispatched import Dispatched
 from tests.helpers.folded_sides import launch_everywhere
+from tests.helpers.launches import note_launches
 from tests.helpers.tiers import full
 
 AFTER_ARRIVAL = ("callbacks/recording/sink.py", "hf_sketch/store/writer.py")
@@ -66,15 +66,7 @@ def as_on_a_device(monkeypatch):
 def launched(monkeypatch):
     """The names of the kernels that are launched, interpreted."""
     pytest.importorskip("triton")
-    names, launch = [], GradientPass._launch
-
-    def noted(self, name, *args, **kwargs):
-        names.append(name)
-        launch(self, name, *args, **kwargs)
-
-    monkeypatch.setattr(GradientPass, "_launch", noted)
-    monkeypatch.setattr(gradient_pass, "can_launch", lambda device: True)
-    return names
+    return note_launches(monkeypatch, GradientPass)
 
 
 @pytest.fixture

@@ -8,12 +8,11 @@ from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
-from transformers import TrainerCallback
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.callbacks.recording.origins.ids import ExampleIds, check_stream
-from tests.helpers.trained.training import tiny_dataset, tiny_trainer
+from tests.helpers.trained.training import RowNotes, tiny_dataset, tiny_trainer
 
 SIZE = 64
 SETTINGS = [
@@ -136,20 +135,6 @@ def test_a_stream_with_a_part_for_each_process_is_taken():
     assert sorted(parts) == [*range(22)]
 
 
-class BatchNotes(TrainerCallback):
-    """Notes the first token of each training row: the row's number plus one."""
-
-    def __init__(self):
-        self.rows = []
-
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        def note(module, args, kwargs):
-            if module.training:
-                self.rows += (kwargs["input_ids"][:, 0] - 1).tolist()
-
-        self.handle = model.register_forward_pre_hook(note, with_kwargs=True)
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -172,7 +157,7 @@ class BatchNotes(TrainerCallback):
     "remove_unused_columns", [True, pytest.param(False, marks=pytest.mark.full)]
 )
 def test_example_ids_are_row_numbers(tmp_path, arguments, remove_unused_columns):
-    dataset, notes = tiny_dataset(), BatchNotes()
+    dataset, notes = tiny_dataset(), RowNotes()
     if not remove_unused_columns:
         dataset = dataset.remove_columns("text")
     trainer = tiny_trainer(
@@ -202,7 +187,7 @@ def test_duplicate_examples_have_rows_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("every_steps", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_only_every_nth_step_is_recorded_with_the_right_ids(tmp_path, every_steps):
-    notes = BatchNotes()
+    notes = RowNotes()
     callback = GradientSketchCallback(SIZE, every_steps=every_steps)
     tiny_trainer(tmp_path, notes, callback).train()
     store = load_sketches(tmp_path)

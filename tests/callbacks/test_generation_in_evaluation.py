@@ -6,7 +6,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from tests.helpers.own_gradients import assert_rows_are_own
+from tests.helpers.own_gradients import RESTING, assert_rows_are_own
 from tests.helpers.rows import rows_of
 from tests.helpers.tiers import full
 from tests.helpers.trained.text_training import undropped
@@ -22,15 +22,8 @@ def trained(directory, model, watched=True, generates=True, **arguments):
         for index in range(4)
     ]
     settings = {
-        "per_device_train_batch_size": 3,
-        "num_train_epochs": 1,
+        **RESTING,
         "learning_rate": 1e-2,
-        "max_grad_norm": 0.0,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
         "eval_strategy": "steps",
         "eval_steps": 1,
         "predict_with_generate": generates,

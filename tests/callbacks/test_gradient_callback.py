@@ -6,7 +6,12 @@ from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.callbacks.recording import examples
 from tests.helpers.tiers import full
-from tests.helpers.trained.training import tiny_bert, tiny_dataset, tiny_trainer
+from tests.helpers.trained.training import (
+    GradientNotes,
+    tiny_bert,
+    tiny_dataset,
+    tiny_trainer,
+)
 
 SIZE = 256
 
@@ -28,18 +33,6 @@ def trained(tmp_path, *callbacks, **arguments):
     trainer = tiny_trainer(tmp_path, *callbacks, **arguments)
     trainer.train()
     return trainer
-
-
-class GradientNotes(TrainerCallback):
-    """Keeps the gradients that the optimizer gets."""
-
-    def __init__(self):
-        self.gradients = []
-
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        self.gradients.append(
-            {name: p.grad.clone() for name, p in model.named_parameters()}
-        )
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Examples whose labels are all ignored: their rows and weights are zero."""
 
-import importlib.util
-
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering
@@ -12,12 +10,15 @@ from tests.helpers.own_gradients import assert_rows_are_own, resting_trainer
 from tests.helpers.tiers import full
 from tests.helpers.trained.text_training import undropped
 from tests.helpers.trained.tiny_models import tiny_inputs
-from tests.helpers.trained.trl_training import number_of, texts, tokenizer, trl_trainer
+from tests.helpers.trained.trl_training import (
+    needs_trl,
+    number_of,
+    texts,
+    tokenizer,
+    trl_trainer,
+)
 
 FIRST_BATCH, SCATTERED, LATE = {0, 1, 2, 4}, {1, 4}, {7}
-needs_trl = pytest.mark.skipif(
-    importlib.util.find_spec("trl") is None, reason="needs the package trl"
-)
 
 
 def examples_of(name, without):

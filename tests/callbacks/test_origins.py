@@ -3,27 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from tests.helpers.trained.training import tiny_dataset, tiny_trainer
+from tests.helpers.trained.training import RowNotes, tiny_dataset, tiny_trainer
 
 SIZE = 64
-
-
-class Notes(TrainerCallback):
-    """Notes the first token of each training row: the row's number plus one."""
-
-    def __init__(self):
-        self.rows = []
-
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        def note(module, args, kwargs):
-            if module.training:
-                self.rows += (kwargs["input_ids"][:, 0] - 1).tolist()
-
-        model.register_forward_pre_hook(note, with_kwargs=True)
 
 
 def sorting(items):
@@ -75,7 +61,7 @@ def shuffles(trainer):
 
 def trained(directory, collator=collated, shuffled=False, **arguments):
     """The rows' ids, and those of the examples that the model saw."""
-    notes = Notes()
+    notes = RowNotes()
     trainer = tiny_trainer(directory, notes, GradientSketchCallback(SIZE), **arguments)
     trainer.data_collator = collator
     trainer.train_dataset = tiny_dataset().remove_columns("text")

@@ -17,6 +17,7 @@ from tests.helpers.trained.trl_training import (
     completions,
     generating_trainer,
     judged_answers,
+    needs_trl,
     number_of,
     pairs,
     ranked_texts,
@@ -27,12 +28,7 @@ from tests.helpers.trained.trl_training import (
     trl_trainer,
 )
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("trl") is None, reason="needs the package trl"
-    ),
-    pytest.mark.filterwarnings("ignore"),  # TRL's own
-]
+pytestmark = [needs_trl, pytest.mark.filterwarnings("ignore")]  # TRL's own
 SIZE = 256
 PADDING_FREE = {"padding_free": True, "max_length": None}
 full = partial(pytest.param, marks=pytest.mark.full)

@@ -1,6 +1,5 @@
 """Which examples the batches of TRL's trainers are made of."""
 
-import importlib.util
 import zlib
 
 import numpy as np
@@ -12,6 +11,7 @@ from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
 from tests.helpers.trained.trl_training import (
     generating_trainer,
+    needs_trl,
     pairs,
     prompt,
     texts,
@@ -19,12 +19,7 @@ from tests.helpers.trained.trl_training import (
     trl_trainer,
 )
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("trl") is None, reason="needs the package trl"
-    ),
-    pytest.mark.filterwarnings("ignore"),  # TRL's own
-]
+pytestmark = [needs_trl, pytest.mark.filterwarnings("ignore")]  # TRL's own
 SIZE = 256
 
 

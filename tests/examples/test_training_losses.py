@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.nn import functional
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_sketch import ExampleSketcher, ModelSketch, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
@@ -15,7 +15,12 @@ from hf_sketch.store.contents import describe
 from hf_sketch.store.header import read_header
 from tests.helpers.tiers import full
 from tests.helpers.trained.tiny_models import FEW, MORE, tiny_inputs, tiny_model
-from tests.helpers.trained.training import tiny_batch, tiny_bert, tiny_trainer
+from tests.helpers.trained.training import (
+    GradientNotes,
+    tiny_batch,
+    tiny_bert,
+    tiny_trainer,
+)
 
 SIZE = 256
 
@@ -53,18 +58,6 @@ def test_training_is_bit_equal_with_and_without(tmp_path, name, layout):
     assert len(set(plain)) > 1
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert len(load_sketches(tmp_path / "watched").dataset) == 24
-
-
-class GradientNotes(TrainerCallback):
-    """Keeps the gradients that the optimizer gets."""
-
-    def __init__(self):
-        self.gradients = []
-
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        self.gradients.append(
-            {name: p.grad.clone() for name, p in model.named_parameters()}
-        )
 
 
 def assert_weighted_rows_are_step_gradients(store, notes):

@@ -10,30 +10,29 @@ from hf_sketch.callbacks import GradientSketchCallback
 SIZE = 256
 
 
-class InOrder(Trainer):
-    """Takes the examples in the order of the dataset."""
-
-    def _get_train_sampler(self, *_):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+RESTING = {  # batches of three, which leave the weights as they are
+    "per_device_train_batch_size": 3,
+    "num_train_epochs": 1,
+    "learning_rate": 0.0,
+    "max_grad_norm": 0.0,
+    "report_to": [],
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
 
 
 def resting_trainer(directory, model, examples, collator=None, **arguments):
-    """A Trainer that records batches of three, and leaves the weights as they are."""
+    """A Trainer that records the examples in their order."""
     settings = {
-        "per_device_train_batch_size": 3,
-        "num_train_epochs": 1,
-        "learning_rate": 0.0,
-        "max_grad_norm": 0.0,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
+        **RESTING,
+        "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,
     }
     if collator is None:
         examples = Dataset.from_list(examples)
-    return InOrder(
+    return Trainer(
         model,
         TrainingArguments(str(directory), **{**settings, **arguments}),
         train_dataset=examples,

@@ -6,12 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoTokenizer,
     BertConfig,
     BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    set_seed,
 )
 
 from hf_sketch import load_sketches, sketch_dataset
@@ -21,11 +17,11 @@ from hf_sketch.attribution.record import (
     record_attribution,
 )
 from hf_sketch.cli import main
-from hf_sketch.recipes.texts.minilm import embedded_model_path
 from hf_sketch.recipes.texts.text_rows import load_text_model, text_columns, tokenized
 from hf_sketch.spectra.files import save_spectrum
 from hf_sketch.store.blocks import sketch_matrix
 from tests.helpers.spectra import VALUES, made_of
+from tests.helpers.trained.saved_language_model import save_language_model
 from tests.helpers.trained.text_classifier import ROWS, SMALL, trained_classifier
 
 
@@ -148,13 +144,7 @@ def test_spectra_and_report_are_made_from_the_shell(classifier, capsys, tmp_path
 def language_model(tmp_path_factory):
     """A tiny causal model with a tokenizer, and passages."""
     directory = tmp_path_factory.mktemp("language")
-    set_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64
-    )
-    GPT2LMHeadModel(config).save_pretrained(directory / "model")
-    tokenizer.save_pretrained(directory / "model")
+    save_language_model(directory / "model", 16)
     lines = [f"passage number {i} tells of the river and of the sea" for i in range(12)]
     lines.insert(3, " = A heading = ")
     with gzip.open(directory / "train.txt.gz", "wt") as file:

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_sketch import load_sketches
 from hf_sketch.cli import main
@@ -15,10 +14,10 @@ from hf_sketch.recipes.selection.choice import (
     diverse_rows,
     over_tasks,
 )
-from hf_sketch.recipes.texts.minilm import embedded_model_path
 from hf_sketch.store.header import Header
 from hf_sketch.store.writer import SketchWriter
 from tests.helpers.stores import SKETCH
+from tests.helpers.trained.saved_language_model import save_language_model
 
 SEA = ["the sea carries ships to the harbour", "waves of the sea wash the harbour"]
 COOK = ["boil the rice and add salt to the pan", "add butter to the pan and boil it"]
@@ -28,13 +27,7 @@ COOK = ["boil the rice and add salt to the pan", "add butter to the pan and boil
 def language(tmp_path_factory):
     """A small model, a pool of two topics in turn, and queries of one of them."""
     directory = tmp_path_factory.mktemp("select")
-    set_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64
-    )
-    GPT2LMHeadModel(config).save_pretrained(directory / "model")
-    tokenizer.save_pretrained(directory / "model")
+    save_language_model(directory / "model", 32)
     pool = [f"{(SEA, COOK)[i % 2][i // 2 % 2]} on day {i}" for i in range(40)]
     (directory / "pool.txt").write_text("\n".join(pool))
     asked = [f"ships wait in the harbour of the sea {i}" for i in range(4)]

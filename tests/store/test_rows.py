@@ -8,6 +8,7 @@ from hf_sketch.store.blocks import sketch_matrix
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_STEP, ROW_DTYPES, decode, encode
 from hf_sketch.store.writer import SketchWriter
+from tests.helpers.stores import step_row
 
 SIZE = 4096
 
@@ -97,12 +98,8 @@ def test_a_store_gives_back_the_rows_it_can_keep(tmp_path, row_dtype):
     sketch = ModelSketch((("weight", (8, 8)),), 16)
     writer = SketchWriter(tmp_path, Header(sketch, row_dtype=row_dtype))
     rows = normal(5, 16) * 1e-6
-    for step, row in enumerate(rows, start=1):
-        one = torch.ones(1, dtype=torch.float64)
-        columns = {"learning_rate": one, "gradient_norm": one, "clip_factor": one}
-        columns |= {"epoch": torch.tensor([0]), "step": torch.tensor([step])}
-        columns |= {"finite": torch.tensor([True]), "sketch": row.unsqueeze(0)}
-        writer.append(PER_STEP, columns)
+    for step, row in enumerate(rows.split(1), start=1):
+        writer.append(PER_STEP, step_row(step, sketch=row))
     writer.flush()
     steps = load_sketches(tmp_path).steps
     assert steps.features["sketch"].feature.dtype == row_dtype
@@ -118,12 +115,8 @@ def test_groups_of_layers_are_rounded_each_by_its_own_largest(tmp_path, row_dtyp
     sizes = torch.tensor([1.0, 1e-6, 300.0]).repeat_interleave(16)
     rows = normal(5, 48) * sizes
     rows[3, 17] = torch.inf
-    for step, row in enumerate(rows, start=1):
-        one = torch.ones(1, dtype=torch.float64)
-        columns = {"learning_rate": one, "gradient_norm": one, "clip_factor": one}
-        columns |= {"epoch": torch.tensor([0]), "step": torch.tensor([step])}
-        columns |= {"finite": torch.tensor([True]), "sketch": row.unsqueeze(0)}
-        writer.append(PER_STEP, columns)
+    for step, row in enumerate(rows.split(1), start=1):
+        writer.append(PER_STEP, step_row(step, sketch=row))
     writer.flush()
     writer.close()
     got = sketch_matrix(load_sketches(tmp_path).steps).view(5, 3, 16)

@@ -14,6 +14,7 @@ from hf_sketch.durable import Draft
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_STEP, ROW_DTYPES
 from hf_sketch.store.writer import SketchWriter
+from tests.helpers.stores import step_row
 
 SIZE = 1024
 SKETCH = ModelSketch((("weight", (SIZE, 2)),), SIZE)
@@ -31,16 +32,7 @@ class Memory:
         sketch = np.full((1, SIZE), step, dtype=np.float32)
         weakref.finalize(sketch, self.count, -sketch.nbytes)
         self.count(sketch.nbytes)
-        one = torch.ones(1, dtype=torch.float64)
-        return {
-            "epoch": torch.tensor([0]),
-            "step": torch.tensor([step]),
-            "learning_rate": one,
-            "gradient_norm": one,
-            "clip_factor": one,
-            "finite": torch.tensor([True]),
-            "sketch": torch.from_numpy(sketch),
-        }
+        return step_row(step, sketch=torch.from_numpy(sketch))
 
     def count(self, change):
         with self.lock:

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from hf_sketch import ModelSketch
-from hf_sketch.model import gradient_pass
 from hf_sketch.sketches.multi_tensor.lift import Lift
 from hf_sketch.subspace.weights import MovedWeights
+from tests.helpers.launches import note_launches
 
 pytest.importorskip("triton")
 
@@ -18,15 +18,7 @@ OUT_SIZE = 64
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels that are launched, wherever tensors are."""
-    names, plain = [], Lift._launch
-
-    def launch(self, name, *args, **kwargs):
-        names.append(name)
-        plain(self, name, *args, **kwargs)
-
-    monkeypatch.setattr(Lift, "_launch", launch)
-    monkeypatch.setattr(gradient_pass, "can_launch", lambda device: True)
-    return names
+    return note_launches(monkeypatch, Lift)
 
 
 def moved(dtype=torch.float32, transposed=False):

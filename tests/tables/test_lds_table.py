@@ -4,7 +4,6 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_sketch.attribution.evaluation import random_subsets, retrain_on_subsets
 from hf_sketch.recipes.setups import snli_setup
@@ -25,7 +24,7 @@ from hf_sketch.recipes.tables.quality.lds_tasks import (
     SnliHead,
     embedded_pairs,
 )
-from hf_sketch.recipes.texts.minilm import embedded_model_path
+from tests.helpers.trained.saved_language_model import save_language_model
 
 needs_digits = pytest.mark.skipif(
     importlib.util.find_spec("sklearn") is None, reason="scikit-learn has the digits"
@@ -83,13 +82,7 @@ def test_the_study_of_a_frozen_encoder_divides_rows_among_groups(tmp_path):
 def language(tmp_path_factory):
     """A language model's folder and files of short texts."""
     directory = tmp_path_factory.mktemp("language")
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
-    set_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=2, n_positions=64
-    )
-    GPT2LMHeadModel(config).save_pretrained(directory / "model")
-    tokenizer.save_pretrained(directory / "model")
+    save_language_model(directory / "model", 8)
     for name, count in (("train", 24), ("asked", 3)):
         rain = [" and rain" * (i % 3) for i in range(count)]
         texts = [f"day {i} has {i * i} clouds{rain[i]}" for i in range(count)]

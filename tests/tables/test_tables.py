@@ -3,7 +3,7 @@ from statistics import mean
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sketch.examples.measured_error import top_found
 from hf_sketch.recipes.tables.costs.step_cost import (
@@ -21,22 +21,15 @@ from hf_sketch.recipes.tables.paper.table6 import (
     pearson_r,
     run_table6,
 )
-from hf_sketch.recipes.texts.minilm import embedded_model_path
 from tests.helpers.tiers import full
 from tests.helpers.trained.recipe_runs import assert_saved
+from tests.helpers.trained.saved_language_model import save_language_model
 
 
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory):
     """The folder of a tiny causal language model with a tokenizer."""
-    folder = tmp_path_factory.mktemp("language-model")
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
-    ends = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": None}
-    sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    config = GPT2Config(vocab_size=len(tokenizer), **sizes, **ends)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_language_model(tmp_path_factory.mktemp("language-model"), 16)
 
 
 @pytest.mark.parametrize(

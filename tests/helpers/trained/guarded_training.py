@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_sketch.callbacks import GradientSketchCallback, GuardCallback
-from tests.helpers.own_gradients import InOrder
 
 BATCH, STEPS, WINDOW = 8, 30, 10
 BAD_STEP = 22
@@ -57,8 +56,9 @@ def guarded_trainer(directory, *callbacks, bad=BAD, **arguments):
         "disable_tqdm": True,
         "use_cpu": True,
         "seed": 7,
+        "train_sampling_strategy": "sequential",
     }
-    return InOrder(
+    return Trainer(
         Separating(),
         TrainingArguments(str(directory), **{**settings, **arguments}),
         train_dataset=separable(BATCH * STEPS, 1, bad),

@@ -76,6 +76,32 @@ def tiny_trainer(
     )
 
 
+class RowNotes(TrainerCallback):
+    """Notes the row number of each training example, by its first token."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        def note(module, args, kwargs):
+            if module.training:
+                self.rows += (kwargs["input_ids"][:, 0] - 1).tolist()
+
+        model.register_forward_pre_hook(note, with_kwargs=True)
+
+
+class GradientNotes(TrainerCallback):
+    """Keeps the gradients that the optimizer gets."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.gradients.append(
+            {name: p.grad.clone() for name, p in model.named_parameters()}
+        )
+
+
 class Interrupt(TrainerCallback):
     """Stops training with an exception after a step, as Ctrl-C does."""
 

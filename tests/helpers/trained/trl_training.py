@@ -1,6 +1,7 @@
 """TRL's trainers on a tiny model and numbered texts, whose weights stay as they are."""
 
 import importlib
+import importlib.util
 import re
 
 import pytest
@@ -15,6 +16,11 @@ from transformers import (
 )
 
 from hf_sketch.recipes.texts.minilm import embedded_model_path
+from tests.helpers.own_gradients import RESTING
+
+needs_trl = pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None, reason="needs the package trl"
+)
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "to", "her"]
 _TEMPLATE = (
@@ -142,15 +148,7 @@ def trl_trainer(
     """
     arguments = {
         "output_dir": str(directory),
-        "per_device_train_batch_size": 3,
-        "num_train_epochs": 1,
-        "learning_rate": 0.0,
-        "max_grad_norm": 0.0,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
+        **RESTING,
         "bf16": False,
         "gradient_checkpointing": False,
         "seed": 3,

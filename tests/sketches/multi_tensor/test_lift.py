@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_sketch import ModelSketch, Normalizer
-from hf_sketch.model import gradient_pass
 from hf_sketch.sketches.multi_tensor.lift import Lift
+from tests.helpers.launches import note_launches
 from tests.helpers.whole_gradients import (
     BFLOAT16,
     BLOCKED,
@@ -28,15 +28,7 @@ ATOL = {FLOAT32: 1e-6, BFLOAT16: 2**-7, FLOAT16: 2**-11}
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels that are launched, wherever tensors are."""
-    names, plain = [], Lift._launch
-
-    def launch(self, name, *args, **kwargs):
-        names.append(name)
-        plain(self, name, *args, **kwargs)
-
-    monkeypatch.setattr(Lift, "_launch", launch)
-    monkeypatch.setattr(gradient_pass, "can_launch", lambda device: True)
-    return names
+    return note_launches(monkeypatch, Lift)
 
 
 def vector_of(sketch, seed=0):
