@@ -20,6 +20,7 @@ from tests.helpers.trained.training import (
     tiny_batch,
     tiny_bert,
     tiny_trainer,
+    undropped_bert,
 )
 
 SIZE = 256
@@ -67,10 +68,6 @@ def assert_weighted_rows_are_step_gradients(store, notes):
         total = rows["weight"][chosen].float() @ rows["sketch"][chosen]
         expected = store.model_sketch.sketch(gradients)
         assert (total - expected).norm() < 1e-4 * expected.norm()
-
-
-def undropped_bert():
-    return tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
 def smoothed(outputs, labels, num_items_in_batch=None):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_sketch import load_updates, verify_training
-from tests.helpers.processes.distributed_training import undropped_bert
+from tests.helpers.trained.training import undropped_bert
 
 pytestmark = pytest.mark.xdist_group("processes")
 

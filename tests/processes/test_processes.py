@@ -11,7 +11,7 @@ from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.store.header import Header
 from hf_sketch.store.log import read_manifests
 from hf_sketch.store.writer import SketchWriter
-from tests.helpers.processes.distributed_training import GLOBAL_BATCH, SIZE, even
+from tests.helpers.processes.joint_trainers import GLOBAL_BATCH, SIZE, even
 from tests.helpers.processes.launching import (
     ACCELERATE,
     assert_bit_equal_training,

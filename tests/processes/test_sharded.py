@@ -9,12 +9,13 @@ import torch
 
 from hf_sketch import load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
-from tests.helpers.processes.distributed_training import SIZE, even
 from tests.helpers.processes.failing_trials import adapted
+from tests.helpers.processes.joint_trainers import SIZE, even
 from tests.helpers.processes.launching import launch, results, run_together
 from tests.helpers.processes.loaded_training import TRAINING as LOADED
 from tests.helpers.processes.loaded_training import even_dataset
-from tests.helpers.processes.sharded_training import GREATEST, IN_MANY_UNITS
+from tests.helpers.processes.sharded_models import IN_MANY_UNITS
+from tests.helpers.processes.sharded_training import GREATEST
 from tests.helpers.rows import assert_same_rows, columns, in_order
 from tests.helpers.trained.text_training import Pad, undropped
 from tests.helpers.trained.text_training import train as trained

@@ -8,8 +8,8 @@ from accelerate.state import PartialState
 
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.model.zero import whole_shape
-from tests.helpers.processes.distributed_training import SIZE, even, train
 from tests.helpers.processes.failing_trials import adapted
+from tests.helpers.processes.joint_trainers import SIZE, even, train
 from tests.helpers.wrong_rules import wrong_first_factors
 
 STAGES = (0, 1, 2, 3)

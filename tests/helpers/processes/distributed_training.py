@@ -1,16 +1,10 @@
-"""Training in several processes: scenarios of tests/processes."""
+"""Training in several processes by DDP: scenarios of tests/processes."""
 
 import gc
-import json
-import os
-import warnings
-from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import reduce
 from peft import get_peft_model
 from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -19,39 +13,21 @@ from transformers import TrainerCallback
 from hf_sketch import SubspaceConfig
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.processes import end_group
-from tests.helpers.trained.text_training import Pad, text_dataset, undropped
-from tests.helpers.trained.training import (
-    Interrupt,
-    tiny_bert,
-    tiny_dataset,
-    tiny_trainer,
+from tests.helpers.processes.joint_trainers import (
+    GLOBAL_BATCH,
+    SIZE,
+    Notes,
+    even,
+    exchanged_sizes,
+    leave,
+    stopped,
+    train,
+    trainer_of,
 )
+from tests.helpers.trained.text_training import Pad, text_dataset, undropped
+from tests.helpers.trained.training import tiny_dataset, undropped_bert
 
-SIZE = 64
-GLOBAL_BATCH = 4
 OWN_BATCHES = {"dispatch_batches": False}
-
-
-class Notes(TrainerCallback):
-    """Keeps the gradients that the optimizer gets, and the examples that came."""
-
-    def __init__(self):
-        self.gradients = []
-        self.seen = []
-
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        def note(module, args, kwargs):
-            if module.training:  # the first token of an example is its row's number
-                self.seen += (kwargs["input_ids"][:, 0] - 1).tolist()
-
-        self.handle = model.register_forward_pre_hook(note, with_kwargs=True)
-
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        named = [(n, p.grad) for n, p in model.named_parameters()]
-        self.gradients.append({n: g.clone() for n, g in named if g is not None})
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.handle.remove()
 
 
 class Gate(nn.Module):
@@ -63,62 +39,6 @@ class Gate(nn.Module):
 
     def forward(self, x):
         return self.heads[0](x) + self.heads[1 + PartialState().process_index](x)
-
-
-@contextmanager
-def exchanged_sizes():
-    """How many numbers our code adds up over the processes, each time."""
-    sizes = []
-
-    def noting(x, how):
-        sizes.append(x.numel())
-        return reduce(x, how)
-
-    with patch("hf_sketch.processes.reduce", noting):
-        yield sizes
-
-
-def undropped_bert():
-    return tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-
-
-def trainer_of(directory, *callbacks, rows=22, **arguments):
-    """A Trainer whose batches hold as many examples in any number of processes."""
-    settings = {
-        "per_device_train_batch_size": GLOBAL_BATCH // int(os.environ["WORLD_SIZE"]),
-        "dataset": tiny_dataset(rows),
-        "ddp_backend": "gloo",
-    }
-    return tiny_trainer(directory, *callbacks, **{**settings, **arguments})
-
-
-def train(directory, *callbacks, resume=None, **arguments):
-    """Train, and leave what became of it in the directory."""
-    trainer = trainer_of(directory, *callbacks, **arguments)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer.train(resume_from_checkpoint=resume)
-    history = trainer.state.log_history
-    leave(directory, curve=[entry["loss"] for entry in history if "loss" in entry])
-    leave(directory, warnings=[str(warning.message) for warning in caught])
-    rank = PartialState().process_index
-    torch.save(trainer.model.state_dict(), directory / f"weights-{rank}.pt")
-    PartialState().wait_for_everyone()
-
-
-def leave(directory, **results):
-    """Write down what this process has to tell."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, result in results.items():
-        path = directory / f"{name}-{PartialState().process_index}.json"
-        path.write_text(json.dumps(result))
-
-
-def even():
-    """Training that is the same in any number of processes."""
-    # BERT's loss is a mean; by default the Trainer takes it for a share of a sum.
-    settings = {"rows": 24, "average_tokens_across_devices": False}
-    return {**settings, "model": undropped_bert()}
 
 
 def divides(directory):
@@ -142,14 +62,6 @@ def interrupted(directory):
     """As watched, with an interruption."""
     stopped(directory)
     train(directory, GradientSketchCallback(SIZE), resume=True)
-
-
-def stopped(directory, callback=None, **arguments):
-    callbacks = callback or GradientSketchCallback(SIZE), Interrupt(5)
-    try:
-        train(directory, *callbacks, **arguments)
-    except KeyboardInterrupt:
-        PartialState().wait_for_everyone()
 
 
 def ledger(directory):

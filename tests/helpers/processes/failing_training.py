@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.model.group_sum import GroupSum
-from tests.helpers.processes.distributed_training import SIZE, leave, train
+from tests.helpers.processes.joint_trainers import SIZE, leave, train
 
 
 class Hidden(TrainerCallback):

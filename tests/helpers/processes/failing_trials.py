@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.examples.modules import trial
 from hf_sketch.examples.modules.probe import Reference
-from tests.helpers.processes.distributed_training import SIZE, leave, undropped_bert
+from tests.helpers.processes.joint_trainers import SIZE, leave
 from tests.helpers.processes.sharded_training import train
+from tests.helpers.trained.training import undropped_bert
 from tests.helpers.wrong_rules import wrong_first_factors
 
 

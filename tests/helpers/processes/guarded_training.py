@@ -6,7 +6,7 @@ import torch
 from accelerate.state import PartialState
 from transformers import TrainerCallback
 
-from tests.helpers.processes.distributed_training import leave
+from tests.helpers.processes.joint_trainers import leave
 from tests.helpers.trained.guarded_training import (
     BAD_STEP,
     BATCH,

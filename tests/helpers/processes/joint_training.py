@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 import hf_sketch.spectra.files as spectrum_files
 from hf_sketch import SubspaceConfig
 from hf_sketch.callbacks import HessianSpectrumCallback, IntrinsicDimensionCallback
-from tests.helpers.processes.distributed_training import even, leave, train, trainer_of
+from tests.helpers.processes.joint_trainers import even, leave, train, trainer_of
 from tests.helpers.trained.text_training import Pad, text_dataset, undropped
 from tests.helpers.trained.training import Interrupt, tiny_dataset
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.callbacks.placement import check_processes
-from tests.helpers.processes.distributed_training import GLOBAL_BATCH, SIZE, leave
+from tests.helpers.processes.joint_trainers import GLOBAL_BATCH, SIZE, leave
 from tests.helpers.processes.launching import run_scenarios
 from tests.helpers.trained.text_training import Pad, text_dataset, undropped
 from tests.helpers.trained.training import TINY_TRAINING

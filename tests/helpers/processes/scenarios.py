@@ -11,6 +11,7 @@ from tests.helpers.processes import (
     guarded_training,
     joint_scoring,
     joint_training,
+    sharded_models,
     sharded_training,
 )
 from tests.helpers.processes.launching import run_scenarios
@@ -22,6 +23,7 @@ SCENARIOS = {
     **failing_training.SCENARIOS,
     **deepspeed_training.SCENARIOS,
     **distributed_training.SCENARIOS,
+    **sharded_models.SCENARIOS,
     **sharded_training.SCENARIOS,  # last: their meshes hold the group for ever
     **failing_trials.SCENARIOS,
 }

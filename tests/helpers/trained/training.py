@@ -29,6 +29,10 @@ def tiny_bert(num_labels=CLASSES, seed=0, **config):
     return BertForSequenceClassification(BertConfig(**{**settings, **config}))
 
 
+def undropped_bert():
+    return tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
 def tiny_batch(size=5, length=11, seed=1):
     """Token ids with padding of different lengths, and labels."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,89 @@
+"""Rows of models in shards (FSDP2), no Trainer: scenarios of tests/processes."""
+
+from collections import Counter
+
+from accelerate.state import PartialState
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from hf_sketch import ExampleSketcher, ModelSketch, sketch_dataset
+from tests.helpers.processes.joint_trainers import SIZE, leave
+from tests.helpers.trained.tiny_models import NAMES, tiny_inputs, tiny_model
+from tests.helpers.trained.training import tiny_dataset
+
+
+def sharded(model, mesh=None):
+    """Every layer, then the rest, as FSDP2 is meant to be used."""
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def layers_of(module):
+    """The members of the outermost lists of modules."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else layers_of(child)
+
+
+def in_many_units(model):
+    """Each module with parameters that no other has, then the rest."""
+    names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for module in model.modules():
+        own = list(module.parameters())
+        alone = not any(module.children()) and all(names[id(p)] == 1 for p in own)
+        if own and alone:
+            fully_shard(module)
+    return fully_shard(model)
+
+
+def families(directory):
+    """Rows of models of every kind, each process with a half of the examples."""
+    PartialState(cpu=True, backend="gloo")
+    for name in NAMES:
+        distance, model = distance_in_shards(name, sharded)
+        leave(directory, **{name: distance})
+    refused_by_sketch_dataset(directory, model)
+
+
+def units(directory):
+    """The same in small units."""
+    PartialState(cpu=True, backend="gloo")
+    for name in IN_MANY_UNITS:
+        distance, _ = distance_in_shards(name, in_many_units)
+        leave(directory, **{name: distance})
+    try:
+        distance_in_shards("vit", in_many_units)
+    except ValueError as error:
+        leave(directory, vit=str(error))
+
+
+def distance_in_shards(name, shard):
+    """Of rows from those of whole parameters; and the model in shards."""
+    rank = PartialState().process_index
+    inputs = {n: x[2 * rank :][:2] for n, x in tiny_inputs(name).items()}
+    model = tiny_model(name, use_cache=False)
+    wanted = rows_of(model, inputs)
+    got = rows_of(shard(model), inputs)
+    each = (got - wanted).norm(dim=1) / wanted.norm(dim=1)
+    return float(each.max()), model
+
+
+def refused_by_sketch_dataset(directory, model):
+    sketch = ModelSketch.from_model(model, SIZE)
+    try:
+        sketch_dataset(model, tiny_dataset(2), sketch)
+    except ValueError as error:
+        leave(directory, dataset=str(error))
+
+
+def rows_of(model, inputs):
+    """The rows of a batch."""
+    sketch = ModelSketch.from_model(model, SIZE, "grouped")
+    with ExampleSketcher(model, sketch) as sketcher:
+        model(**inputs).loss.backward()
+        assert sketcher.unverified is None
+        return sketcher.take().rows
+
+
+IN_MANY_UNITS = ("gpt2", "llama", "gemma", "mixtral", "bert", "bart", "t5")
+SCENARIOS = {f"fsdp/{scenario.__name__}": scenario for scenario in (families, units)}
