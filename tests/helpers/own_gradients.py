@@ -1,11 +1,12 @@
-"""Rows beside backward passes of each example alone, by the Trainer's own loss."""
+"""Rows beside backward passes of each example alone."""
 
 import torch
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
-from hf_sketch import load_sketches
+from hf_sketch import ExampleSketcher, ModelSketch, load_sketches
 from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.examples.calls import field_of
 
 SIZE = 256
 
@@ -81,3 +82,25 @@ def own(trainer, index, sketch):
     gradient = sketch.sketch(named)
     model.zero_grad()
     return gradient, float(loss.detach())
+
+
+def own_row(model, batch, sketch, index):
+    """The sketch of one example's gradient, from a backward pass of its own."""
+    model.zero_grad()
+    alone = {name: column[index : index + 1] for name, column in batch.items()}
+    loss = field_of(model(**alone), "loss", 0)
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return sketch.sketch(gradients), float(loss.detach())
+
+
+def assert_rows_match(model, batch, layout, tolerance):
+    size = min(256, sum(p.numel() for p in model.parameters()))
+    sketch = ModelSketch.from_model(model, size, layout)
+    with ExampleSketcher(model, sketch) as sketcher:
+        got = sketcher.sketch(batch)
+    for index in range(len(batch["labels"])):
+        row, loss = own_row(model, batch, sketch, index)
+        assert (got.rows[index] - row).norm() < tolerance * row.norm()
+        assert abs(float(got.losses[index]) - loss) < tolerance
+    return got

@@ -10,9 +10,6 @@ import pytest
 import torch
 
 from hf_sketch import AFFD, AFJL, FFD, FJL, QK, SRHT, Composed, Dense, Grouped
-from hf_sketch.sketches import grouped
-from hf_sketch.sketches.outer import Routed, Side
-from hf_sketch.sketches.pieces import WorkingMemory
 from tests.helpers.operators.dense import (
     dense_affd,
     dense_afjl,
@@ -25,7 +22,6 @@ from tests.helpers.operators.dense import (
 )
 
 MIXES = ("hadamard", "fft", "kronecker")
-
 OPERATORS = [
     (AFFD(1, 1, seed=0), dense_affd),
     (AFFD(2**10 + 1, 100, seed=3), dense_affd),
@@ -78,7 +74,6 @@ OPERATORS = [
         lambda op: dense_affd(op.outer) @ dense_qk(op.inner, (1024,), (128,)),
     ),
 ]
-
 each_operator = pytest.mark.parametrize(
     ("operator", "dense"),
     [(operator, functools.cache(dense)) for operator, dense in OPERATORS],
@@ -144,55 +139,6 @@ def test_a_part_of_the_coordinates_is_sketched_as_if_others_were_zero(operator):
         assert_close(got, part @ matrix[:, start:stop].T)
 
 
-def test_outer_products_of_experts_are_sketched_as_if_they_were_formed():
-    operator = Grouped(480, 60, 2, sides=(4, 5, 24), widths=(8, 16))
-    left, right = random(12, 5), random(12, 24)
-    example = torch.tensor([0, 2, 2, 0, 0, 2, 2, 2, 0, 2, 0, 2])  # and none of 1
-    expert = torch.tensor([3, 1, 1, 0, 3, 2, 2, 1, 0, 3, 3, 1])
-    formed = torch.zeros(3, 4, 5, 24, dtype=torch.float64)
-    for t in range(12):
-        formed[example[t], expert[t]] += torch.outer(left[t], right[t])
-    routed = Routed(right, example, expert, 3, 4)
-    left, right, expert = routed.by_example(left)
-    rows = torch.ones(3, 60, dtype=torch.float64)
-    sides = Side(left, expert=expert), Side(right, expert=expert)
-    operator.add_outer_(rows, *sides, WorkingMemory())
-    assert_close(rows, 1 + formed.flatten(1) @ dense_grouped(operator).T)
-
-
-@pytest.mark.parametrize(
-    "operator",
-    [
-        Grouped(360, 64, 3, sides=(60, 6), widths=(32, 8), stream="w"),
-        Grouped(114, 60, 1, sides=(19, 6), widths=(16, 16)),
-        QK(60, 16, 0, in_factors=(10, 6), out_factors=(4, 4), rotation="signs"),
-    ],
-    ids=repr,
-)
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("at_once", [1, 2**17])
-def test_sums_of_outer_products_share_memory(operator, scaled, at_once, monkeypatch):
-    monkeypatch.setattr(grouped, "_ELEMENTS_AT_ONCE", at_once)
-    height, width = operator.sides
-    dense = dense_grouped(operator) if isinstance(operator, Grouped) else None
-    matrix = dense_qk(operator, (10, 6), (4, 4)) if dense is None else dense
-    scales = (random(height), random(width)) if scaled else (None, None)
-    factors = torch.outer(*scales) if scaled else torch.ones(height, width).double()
-    left, right = random(5, 7, height), random(5, 7, width)
-    ids = torch.arange(35).view(5, 7) * 11 % height
-    one_hot = torch.nn.functional.one_hot(ids, height).double()
-    rows, memory = torch.ones(5, operator.out_size).double(), WorkingMemory()
-    whole = Side(right, scale=scales[1])
-    operator.add_outer_(rows, Side(left, scale=scales[0]), whole, memory)
-    operator.add_outer_(rows, Side(ids, scale=scales[0]), whole, memory)
-    given = random(5, 7, height)
-    folded = Side(operator.fold(given, 0), folded=True)
-    operator.add_outer_(rows, folded, Side(right), memory)
-    formed = torch.einsum("bti,btj->bij", left + one_hot, right) * factors
-    formed += torch.einsum("bti,btj->bij", given, right)
-    assert_close(rows, 1 + formed.flatten(1) @ matrix.T)
-
-
 @each_operator
 def test_it_is_the_same_after_a_trip_through_json(operator, dense):
     if isinstance(operator, Composed):
@@ -249,15 +195,6 @@ def test_bad_input_is_named(operator, dense):
         operator @ torch.ones(operator.shape[1], dtype=torch.int64)
 
 
-@pytest.mark.parametrize("kind", [AFFD, AFJL, FFD, FJL, QK, SRHT])
-@pytest.mark.parametrize("out_size", [0, -3, 9])
-def test_sizes_out_of_range_are_named(kind, out_size):
-    with pytest.raises(ValueError, match=rf"in \[1, 8\].*got {out_size}: pass"):
-        kind(7, out_size, seed=0)
-    with pytest.raises(ValueError, match="in_size must be at least 1, got 0"):
-        kind(0, 1, seed=0)
-
-
 def test_another_process_draws_the_same_bits():
     script = (
         "import torch\n"
@@ -275,29 +212,3 @@ def test_another_process_draws_the_same_bits():
         for operator in (AFFD(5000, 64, 0, 256), QK(5000, 64, 0))
     ]
     assert run.stdout.splitlines() == [str(line) for line in ours]
-
-
-@pytest.mark.parametrize("kind", [AFFD, AFJL, FJL])
-def test_an_unknown_mix_is_named(kind):
-    with pytest.raises(ValueError, match=r"mix must be one of .*, got 'dct'"):
-        kind(7, 4, seed=0, mix="dct")
-
-
-def test_operators_whose_sizes_do_not_meet_are_named():
-    with pytest.raises(ValueError, match=r"must give 100 numbers.* got 50: build the"):
-        AFFD(100, 20, seed=1) @ QK(1000, 50, seed=2)
-
-
-@pytest.mark.parametrize(
-    ("sides", "widths", "message"),
-    [
-        ((10, 5), (8, 8), r"product of in_size=60, got \(10, 5\): pass the weight's"),
-        ((60,), (8, 8), r"sides must be .* got \(60,\)"),
-        ((10, 6), (8, 6), r"powers of two of at most 32 .* got \(8, 6\): leave"),
-        ((10, 6), (64, 8), r"at most 32 with a product .* got \(64, 8\)"),
-        ((10, 6), (4, 4), r"product of at least that, got \(4, 4\)"),
-    ],
-)
-def test_sides_and_widths_that_do_not_fit_are_named(sides, widths, message):
-    with pytest.raises(ValueError, match=message):
-        Grouped(60, 30, seed=0, sides=sides, widths=widths)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_sketch.callbacks import GradientSketchCallback, GuardCallback
 
@@ -99,3 +99,30 @@ def weights_of(trainer):
 
 def losses_of(trainer):
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class Around(TrainerCallback):
+    """Keeps weights and what the optimizer keeps, before and after each step."""
+
+    def __init__(self):
+        self.before, self.after, self.rates = {}, {}, {}
+
+    def on_step_begin(self, args, state, control, model, optimizer, **kwargs):
+        self.before[state.global_step + 1] = self._taken(model, optimizer)
+
+    def on_step_end(self, args, state, control, model, optimizer, **kwargs):
+        self.after[state.global_step] = self._taken(model, optimizer)
+        self.rates[state.global_step] = optimizer.param_groups[0]["lr"]
+
+    def _taken(self, model, optimizer):
+        kept = [
+            value.clone()
+            for parameter in model.parameters()
+            for value in optimizer.state[parameter].values()
+        ]
+        return [p.detach().clone() for p in model.parameters()] + kept
