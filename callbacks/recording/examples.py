@@ -1,20 +1,129 @@
 """The rows of a batch's examples, and their error on the first batches."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from transformers import Trainer
 
 from hf_sketch.examples.batch import ExampleBatch
 from hf_sketch.examples.measured_error import MeasuredError, measure_error
 from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.model.fsdp import in_shards
 from hf_sketch.sketches.transforms.lazy import is_lazy
+from hf_sketch.store.header import Header
 from hf_sketch.store.rows import row_columns
 
-from .origins.finder import Origins
+from .arriving import steps_early
+from .compiled import uncompiled, warn_of_cost
+from .loss_check import LossCheck
+from .origins.answers import Answers
+from .origins.finder import FindOrigins, OriginFinder, Origins
+from .origins.ids import followed_ids
 
 MEASURED_EXAMPLES = 3
+
+
+class ExampleReader:
+    """Reads the rows of each batch's examples, and finds whose they are.
+
+    Args:
+        header: header of the store.
+        trainer: the one that trains.
+        model: the model that trains.
+        loader: the training DataLoader.
+        optimizer: the one that steps.
+        measured: number of rows that are compared with exact gradients, True for three.
+    """
+
+    def __init__(
+        self,
+        header: Header,
+        trainer: Trainer,
+        model: nn.Module,
+        loader: DataLoader[Any],
+        optimizer: Optimizer,
+        measured: bool | int,
+    ) -> None:
+        self._args, self._per_row = trainer.args, header.per_row
+        warn_of_cost(self._args)
+        early = steps_early(optimizer, trainer.deepspeed)
+        self.sketcher = ExampleSketcher(
+            model, header.model_sketch, header.loss, bool(measured), early
+        )
+        self._ids = followed_ids(loader, self._args, trainer.state.global_step)
+        self._origins = OriginFinder(trainer, loader, self.sketcher)
+        self._losses = LossCheck(trainer, self.sketcher)
+        self._first = FirstBatches(measured)
+        self._answers: Answers | None = None
+        self._find: FindOrigins | None = None  # whose rows calls' batches are
+        self.drawn: Sequence[int | None] | None = None  # ids of the present batch
+
+    def follow_answers(self, trainer: Trainer) -> Callable[[], None]:
+        """Add columns of the answers that a Trainer generates; return what ends it."""
+        self._answers = Answers(trainer)
+        return self._answers.watch()
+
+    def start_epoch(self) -> None:
+        """Begin a pass over the training set."""
+        if self._ids is not None:
+            self._ids.start_epoch()
+
+    def start_batch(self, collated: Any) -> None:
+        """Begin a loader's batch, whether its rows are recorded or not."""
+        self.drawn = None if self._ids is None else self._ids.next_batch()
+        kept = copy.copy(collated)  # the Trainer may take parts out
+        self._find = partial(self._origins.find, drawn=self.drawn, collated=kept)
+
+    @contextmanager
+    def watching(self, first: bool) -> Generator[None]:
+        """Hold hooks on the model; see `LossCheck.watching` for `first`."""
+        with ExitStack() as hooks:
+            hooks.enter_context(uncompiled(self._args))
+            hooks.enter_context(self.sketcher)
+            if self._find is not None:
+                hooks.enter_context(self._losses.watching(self._find, first))
+            yield
+
+    def read(
+        self, position: Mapping[str, Tensor | float], loss_scale: float
+    ) -> tuple[ExampleBatch, dict[str, Tensor]]:
+        """Return a batch whose backward pass has run, and the columns of its rows.
+
+        Its weights are shares of the step's gradient, which is the mean over the
+        processes'.
+        """
+        batch = self.sketcher.take(loss_scale)
+        assert self._find is not None
+        origins = self._find(batch.calls)
+        batch = replace(batch, weights=batch.weights / self._args.world_size)
+        self._first.add(batch)
+        place = {**position, "rank": self._args.process_index}
+        if self._answers is not None:
+            place |= self._answers.columns(len(batch.rows))
+        loss = self.sketcher.loss
+        return batch, example_columns(place, origins, batch, loss, self._per_row)
+
+    def measure(self, low_precision: bool) -> MeasuredError | None:
+        """Compare rows of the first batches; see `FirstBatches.measure`."""
+        return self._first.measure(self.sketcher, low_precision)
+
+    def forget(self) -> None:
+        """Drop the first batches, and whose the rows of the present one are."""
+        self._find = None
+        self._first.forget()
+
+    def close(self) -> None:
+        """Give the loader its own sampler back."""
+        if self._ids is not None:
+            self._ids.close()
 
 
 def example_columns(

@@ -1,13 +1,11 @@
 """One run of a Trainer: where training is, and which rows it gives."""
 
-import copy
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -19,15 +17,11 @@ from hf_sketch.processes import OtherProcessFailedError, check_others
 from hf_sketch.store.header import Header
 from hf_sketch.store.rows import PER_EXAMPLE, PER_STEP
 
-from .arriving import learning_rate, loss_scale, step_reader, steps_early
-from .compiled import uncompiled, warn_of_cost
-from .examples import FirstBatches, example_columns
+from .arriving import learning_rate, loss_scale, step_reader
+from .examples import ExampleReader
 from .forecast import RecordSettings
 from .live import Follower, LiveLog
-from .loss_check import LossCheck
-from .origins.answers import Answers, generates_answers
-from .origins.finder import FindOrigins, OriginFinder
-from .origins.ids import ExampleIds, followed_ids
+from .origins.answers import generates_answers
 from .sink import RowSink
 from .steps import StepReader, SumCheck, computes_in_16_bits
 from .stopping import unless_stopped, warn_of_stop
@@ -62,37 +56,29 @@ class Run:
         self.stopped, self.raises = False, settings.raises
         self._since = 0  # the first step that lacks rows, once recording has stopped
         self._agrees = args.world_size > 1 and not settings.raises
-        self._every_steps, self._per_row = settings.every_steps, header.per_row
+        self._every_steps = settings.every_steps
         self._args, self.state, self._optimizer = args, state, optimizer
         self._epoch, self._micro_step = int(state.epoch or 0) - 1, 0
         self._low_precision = computes_in_16_bits(args, model)
         compares = settings.per_example and settings.per_step
         self._sum = SumCheck(compares, self._low_precision)
-        self.sketcher: ExampleSketcher | None = None
-        self._ids: ExampleIds | None = None
-        self._origins: OriginFinder | None = None
-        self._answers: Answers | None = None
-        self._find: FindOrigins | None = None  # whose rows calls' batches are
-        self._losses: LossCheck | None = None
+        self._examples: ExampleReader | None = None
         self._steps: StepReader | None = None
         self._ledger: WeightLedger | None = None
         self._updates = settings.updates
-        self._engine, self._measured = trainer.deepspeed, settings.measure_error
+        self._engine = trainer.deepspeed
         self._rate, self._loss_scale = 0.0, 1.0
         self._live = LiveLog(args.world_size)
         self.followers: list[Follower] = [self._live.add_examples]
-        self.drawn: Sequence[int | None] | None = None  # ids of the present batch
         self._open(header, trainer, model, loader, settings)
         self._compares_jointly = settings.per_example and in_shards(model.parameters())
-        known = self._sink.writer.measured_error is not None or args.process_index > 0
-        self._first = FirstBatches(0 if known else self._measured)
 
     @unless_stopped
     def start_epoch(self) -> None:
         """Begin a pass over the training set."""
         self._epoch += 1
-        if self._ids is not None:
-            self._ids.start_epoch()
+        if self._examples is not None:
+            self._examples.start_epoch()
 
     @unless_stopped
     def start_step(self) -> None:
@@ -107,19 +93,14 @@ class Run:
         """Hold hooks on the model for a pass over a loader's batch."""
         if self._compares_jointly and self.is_recorded and not self._micro_step:
             self._agree()  # or others would wait for one that has stopped
-        if self._origins is not None and not self.stopped:
-            self.drawn = None if self._ids is None else self._ids.next_batch()
-            kept = copy.copy(collated)  # the Trainer may take parts out
-            self._find = partial(self._origins.find, drawn=self.drawn, collated=kept)
+        if self._examples is not None and not self.stopped:
+            self._examples.start_batch(collated)
         with ExitStack() as hooks:
             self._rate = learning_rate(self._optimizer)  # before it steps
             if self.is_recorded and not self.stopped:
                 self._loss_scale = loss_scale(self._optimizer)
-                if self.sketcher is not None:
-                    hooks.enter_context(uncompiled(self._args))
-                    hooks.enter_context(self.sketcher)
-                if self._losses is not None and self._find is not None:
-                    watch = self._losses.watching(self._find, not self._sum.done)
+                if self._examples is not None:
+                    watch = self._examples.watching(first=not self._sum.done)
                     hooks.enter_context(watch)
                 if self._steps is not None:
                     hooks.enter_context(self._steps.watched(self.sketcher))
@@ -131,8 +112,8 @@ class Run:
         if self.is_recorded:
             if self._steps is not None:
                 self._steps.note()
-            if self.sketcher is not None:
-                self._record_examples(self.sketcher)
+            if self._examples is not None:
+                self._record_examples(self._examples)
         self._micro_step += 1
 
     def end_gradient(self) -> None:
@@ -173,8 +154,9 @@ class Run:
 
     def close(self) -> None:
         """Close the store; rows that are not written are dropped."""
-        self._find = self._ledger = None
-        self._first.forget()
+        self._ledger = None
+        if self._examples is not None:
+            self._examples.forget()
         self.closing.close()
 
     def stop(self, reason: str, since: int | None = None) -> None:
@@ -204,16 +186,11 @@ class Run:
         step, sketch = self.state.global_step, header.model_sketch
         with ExitStack() as opened:
             if settings.per_example:
-                warn_of_cost(self._args)
-                early = steps_early(self._optimizer, self._engine)
-                self.sketcher = ExampleSketcher(
-                    model, sketch, header.loss, bool(self._measured), early
+                measured = settings.measure_error
+                self._examples = ExampleReader(
+                    header, trainer, model, loader, self._optimizer, measured
                 )
-                self._ids = followed_ids(loader, self._args, step)
-                self._origins = OriginFinder(trainer, loader, self.sketcher)
-                self._losses = LossCheck(trainer, self.sketcher)
-                if self._ids is not None:
-                    opened.callback(self._ids.close)
+                opened.callback(self._examples.close)
                 header = replace(header, answers=generates_answers(trainer))
             if settings.per_step:
                 self._steps = step_reader(sketch, model, self._optimizer, self._engine)
@@ -223,10 +200,23 @@ class Run:
             if self._updates:
                 self._ledger = WeightLedger(sketch, model, self._sink.append)
                 self._ledger.start_run(self._epoch + 1, step)
-            if settings.per_example and self._sink.writer.has_answers:
-                self._answers = Answers(trainer)
-                opened.callback(self._answers.watch())
+            if self._examples is not None:
+                writer = self._sink.writer
+                if writer.has_answers:
+                    opened.callback(self._examples.follow_answers(trainer))
+                if writer.measured_error is not None or self._args.process_index > 0:
+                    self._examples.forget()  # the error is known, or another's to take
             self.closing = opened.pop_all()
+
+    @property
+    def sketcher(self) -> ExampleSketcher | None:
+        """What reads the rows of examples, if they are recorded."""
+        return None if self._examples is None else self._examples.sketcher
+
+    @property
+    def drawn(self) -> Sequence[int | None] | None:
+        """The ids of the present batch's examples, as far as they are followed."""
+        return None if self._examples is None else self._examples.drawn
 
     @property
     def coverage(self) -> ModuleCoverage | None:
@@ -244,24 +234,15 @@ class Run:
         step = self.state.global_step + 1
         return {"epoch": self._epoch, "step": step, "learning_rate": self._rate}
 
-    def _record_examples(self, sketcher: ExampleSketcher) -> None:
+    def _record_examples(self, examples: ExampleReader) -> None:
         """Hand on the rows of a batch, and add them up."""
-        batch = sketcher.take(self._loss_scale)
-        assert self._find is not None
-        origins = self._find(batch.calls)
-        # A step's gradient is the mean over the processes'.
-        batch = replace(batch, weights=batch.weights / self._args.world_size)
+        place = {**self._position, "micro_step": self._micro_step}
+        batch, columns = examples.read(place, self._loss_scale)
         self._sum.add(batch)
-        place: dict[str, Tensor | float] = {**self._position}
-        place |= {"micro_step": self._micro_step, "rank": self._args.process_index}
-        if self._answers is not None:
-            place |= self._answers.columns(len(batch.rows))
-        columns = example_columns(place, origins, batch, sketcher.loss, self._per_row)
         if len(columns["example_id"]):
             self._sink.append(PER_EXAMPLE, columns)
             for follow in self.followers:
                 follow(columns)
-        self._first.add(batch)
 
     @unless_stopped
     def _record_step(self) -> None:
@@ -276,9 +257,9 @@ class Run:
             if self._args.process_index == 0:
                 self._sink.append(PER_STEP, row)
             self._sink.writer.note(unowned=self._sum.check(row))
-        if self.sketcher is not None:
-            unverified = self.sketcher.unverified
-            error = self._first.measure(self.sketcher, self._low_precision)
+        if self._examples is not None:
+            unverified = self._examples.sketcher.unverified
+            error = self._examples.measure(self._low_precision)
             self._sink.writer.note(unverified=unverified, measured_error=error)
 
     @unless_stopped
