@@ -94,6 +94,10 @@ def bert(layers):
     return BertForSequenceClassification(BertConfig(**sizes))
 
 
+MODELS = (gpt2, llama, bert)
+CLIPPED = {"gradient_accumulation_steps": 2, "max_grad_norm": 1e-3}
+
+
 def watched(
     model,
     directory,
@@ -154,15 +158,15 @@ def test_a_step_row_is_five_launches_without_a_wait(operator, tmp_path, launched
 
 
 @pytest.mark.usefixtures("as_on_a_device")
-@pytest.mark.parametrize("model", [gpt2, llama, bert])
 @pytest.mark.parametrize(
-    "arguments",
+    ("model", "arguments"),
     [
-        {},
-        {"gradient_accumulation_steps": 2, "max_grad_norm": 1e-3},
-        pytest.param({"bf16": True}, marks=pytest.mark.full),
+        *((model, {}) for model in MODELS),
+        (gpt2, CLIPPED),
+        *full((llama, CLIPPED), (bert, CLIPPED)),
+        *full(*((model, {"bf16": True}) for model in MODELS)),
     ],
-    ids=["plain", "accumulated and clipped", "bf16"],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_step_with_rows_of_examples_waits_for_nothing(model, arguments, tmp_path):
     seen = watched(model(1), tmp_path, arguments=arguments)

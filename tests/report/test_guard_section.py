@@ -1,6 +1,9 @@
 """The page's section on steps that stood out to a guard."""
 
 import json
+import shutil
+
+import pytest
 
 from hf_sketch.report.page import write_report
 from tests.helpers.trained.guarded_training import (
@@ -14,25 +17,32 @@ from tests.helpers.trained.guarded_training import (
 )
 
 
-def test_steps_that_stood_out_are_on_the_page_with_their_examples(tmp_path):
-    run(tmp_path, recorder(), guard_of("skip"))
-    page = write_report(tmp_path).read_text()
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """A run whose bad step was skipped."""
+    directory = tmp_path_factory.mktemp("guarded")
+    run(directory, recorder(), guard_of("skip"))
+    return directory
+
+
+def test_steps_that_stood_out_are_on_the_page_with_their_examples(guarded):
+    page = write_report(guarded).read_text()
     section = page[page.index('<section id="guard">') :]
     section = section[: section.index("</section>")]
     assert f"judged {STEPS} steps" in section
     assert section.count("<tr>") == 1 + 1
     assert f'<td data-value="{BAD_STEP}">{BAD_STEP}</td>' in section
     assert '<td class="text">skip</td>' in section
-    (line,) = [line for line in lines_of(tmp_path) if line["action"]]
+    (line,) = [line for line in lines_of(guarded) if line["action"]]
     assert f"({line['loss_deviation']:+.1f})" in section
     for example in BAD:
         assert f"#{example}</a> (" in section
         assert f'<tr id="example-{example}">' in page
 
 
-def test_many_alarms_are_counted_and_the_first_are_shown(tmp_path):
+def test_many_alarms_are_counted_and_the_first_are_shown(guarded, tmp_path):
     """A line that a kill has cut off is left out."""
-    run(tmp_path, recorder(), guard_of("log"))
+    shutil.copytree(guarded, tmp_path, dirs_exist_ok=True)
     named = {"example_id": 3, "reasons": ["loss"]}
     line = {"opposition": None, "loss": 2.0, "loss_deviation": None}
     line |= {"opposition_deviation": None, "action": "log", "reasons": ["loss"]}

@@ -31,7 +31,7 @@ def test_sections_of_several_runs_are_joined(tmp_path):
 
 
 def test_times_stand_beside_their_floors(tmp_path):
-    saved = run(tmp_path, "ceilings", "step", "scoring", "examples_1b")
+    saved = run(tmp_path, "ceilings", "step", "scoring")
     rates = saved["ceilings"]["results"]
     for name in ("step", "scoring"):
         for figures in saved[name]["results"].values():
@@ -42,9 +42,6 @@ def test_times_stand_beside_their_floors(tmp_path):
     floor = saved["scoring"]["results"]["int8, 100 queries"]["floor_seconds"]
     read = 4096 * 64 / rates["copy_bytes_per_second"]
     assert floor == pytest.approx(max(read, flops / rates["float32_flops_per_second"]))
-    examples = saved["examples_1b"]["results"]
-    assert examples["plain"]["ratio_to_plain"] == 1
-    assert examples["grouped"]["ratio_to_plain"] > 0
 
 
 @pytest.mark.parametrize("items", [None, 7])
@@ -75,8 +72,7 @@ without_losses = pytest.mark.filterwarnings("ignore:.* so the loss column is NaN
 @without_losses
 def test_rows_are_recorded_of_a_fused_head(tmp_path, caplog):
     caplog.set_level(logging.INFO, "hf_sketch.examples")
-    results = run(tmp_path, "fused_head")["fused_head"]["results"]
-    assert results["grouped"]["ratio_to_plain"] > 0
+    assert "grouped" in run(tmp_path, "fused_head")["fused_head"]["results"]
     assert not caplog.messages  # no module is read in another way
 
 

@@ -27,11 +27,10 @@ def test_a_small_run_counts_what_was_planted(tmp_path, task):
     arguments = PlantedSpikesArguments(output_dir=str(tmp_path), task=task, tiny=True)
     found = run_planted_spikes(arguments)
     assert (tmp_path / f"planted_spikes_{task}.json").exists()
-    for total in found.values():
-        assert total["planted"] == 2
-        assert total["judged_steps"] == 46
-        assert total["found"] <= 2
-        assert total["false_soon_after"] <= total["false"]
+    assert {(x["planted"], x["judged_steps"]) for x in found.values()} == {(2, 46)}
+    for kind in ("found", "false"):  # higher thresholds find fewer steps
+        counts = [total[kind] for total in found.values()]
+        assert counts == sorted(counts, reverse=True)
 
 
 def test_an_unknown_task_is_refused(tmp_path):

@@ -32,10 +32,9 @@ def test_a_small_sweep_finds_the_fewest_steps_of_each_batch(tmp_path):
     assert steps.keys() == {16, 64}
     fewest = min(batch * count for batch, count in steps.items())
     assert found["critical_batch"] == fewest / min(steps.values())
-    for batch, best in found["best"].items():
+    for best in found["best"].values():
         tried = dict(best["tried"])
         assert best["steps"] == tried[best["rate"]] == min(filter(None, tried.values()))
-        assert batch in (16, 64)
     noise, signal, ratio = found["exact"]["start"]["exact"]
     assert ratio == pytest.approx(noise / signal)
     assert found["exact"]["start"]["found"][0] == pytest.approx(noise, rel=0.2)

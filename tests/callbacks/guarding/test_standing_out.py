@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from hf_sketch import load_sketches, sketch_dataset
 from hf_sketch.callbacks import GuardCallback
 from hf_sketch.store.blocks import sketch_matrix
+from tests.helpers.tiers import full
 from tests.helpers.trained.guarded_training import (
     BAD,
     BAD_STEP,
@@ -121,7 +122,7 @@ def test_deviations_are_those_of_find_spikes(warned):
             assert (name in line["reasons"]) == (found > 5)
 
 
-@pytest.mark.parametrize("stop", [15, 25])
+@pytest.mark.parametrize("stop", [25, *full(15)])
 def test_resumed_training_compares_with_the_steps_before(tmp_path, stop):
     settings = {"save_strategy": "steps", "save_steps": 5, "num_train_epochs": 2}
     whole = run(tmp_path / "a", recorder(), guard_of("quarantine"), **settings)
