@@ -53,7 +53,8 @@ RATES: Final = {
     "randlora": 2e-3,
     _BITFIT: 2e-3,
 }
-METHODS: Final = (*SUBSPACES, "affd+head", *RATES)
+_WITH_HEAD: Final = "+head"
+METHODS: Final = (*SUBSPACES, "affd+head", "grouped+head", *RATES)
 
 
 def first_rate(method: str) -> float:
@@ -68,7 +69,7 @@ def adapted(
 
     The classifier is trained in full, and counted, where it takes at most a third of
     the budget; below, it stays as it was drawn. In a subspace it moves as all else
-    does, but for "affd+head".
+    does, but for "affd+head" and "grouped+head".
 
     Args:
         method: one of `METHODS`.
@@ -87,14 +88,19 @@ def adapted(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     head = sum(p.numel() for p in getattr(new_model(), HEAD).parameters())
     saved = [HEAD] if 3 * head <= budget else []
-    if method in SUBSPACES:
-        operator, layout = SUBSPACES[method]
-        config = SubspaceConfig(dim=budget, operator=operator, layout=layout, seed=seed)
-        return get_peft_model(new_model(), config)
-    if method == "affd+head":
-        if not saved:
+    subspace = SUBSPACES.get(method.removesuffix(_WITH_HEAD))
+    if subspace is not None:
+        whole = method in SUBSPACES
+        if not whole and not saved:
             return None
-        config = SubspaceConfig(dim=budget - head, seed=seed, modules_to_save=saved)
+        dim = budget if whole else budget - head
+        config = SubspaceConfig(
+            dim=dim,
+            operator=subspace[0],
+            layout=subspace[1],
+            seed=seed,
+            modules_to_save=None if whole else saved,
+        )
         return get_peft_model(new_model(), config)
     if method == _BITFIT:
         return _with_biases(new_model(), budget, bool(saved))

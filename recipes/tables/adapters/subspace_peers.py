@@ -191,7 +191,7 @@ def save_plot(path: Path, results: Mapping[str, Mapping[str, Any] | None]) -> No
         means = [sum(x) / len(x) for x in by_size]
         below = [mean - min(x) for mean, x in zip(means, by_size, strict=True)]
         above = [max(x) - mean for mean, x in zip(means, by_size, strict=True)]
-        style = "-o" if method in SUBSPACES else ":s"
+        style = "-o" if method.split("+")[0] in SUBSPACES else ":s"
         axes.errorbar(
             sizes,
             means,
