@@ -61,7 +61,7 @@ def test_memory_does_not_grow_with_the_store(monkeypatch, descending):
     assert top["example_id"][:] == [100 + place for place in best]
 
 
-def test_of_equal_rows_in_several_blocks_the_first_are_told(monkeypatch):
+def test_of_equal_rows_in_several_blocks_the_first_are_returned(monkeypatch):
     monkeypatch.setattr("hf_sketch.store.blocks._BLOCK_ELEMENTS", 4 * 10)
     # Whole numbers have exact products; of others the place may decide the rounding.
     one, asked = (4 * random_matrix(n, seed) for n, seed in ((1, 0), (2, 1)))

@@ -1,4 +1,4 @@
-"""What a user is told before training starts, and what a dry run leaves behind."""
+"""What is reported before training starts, and what a dry run leaves behind."""
 
 import logging
 import random
@@ -58,8 +58,8 @@ def test_one_line_says_before_training_what_will_be_there(
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
     elements = sum(p.numel() for p in parameters)
     assert f"parameters: {len(parameters)} ({elements:,} elements)" in line
-    told = re.search(r"bytes on disk: about ([\d.]+) kB", line)
-    assert float(told[1]) * 1000 == pytest.approx(stored_bytes(tmp_path), rel=0.2)
+    reported = re.search(r"bytes on disk: about ([\d.]+) kB", line)
+    assert float(reported[1]) * 1000 == pytest.approx(stored_bytes(tmp_path), rel=0.2)
 
 
 def test_modules_are_counted_by_how_their_gradients_are_read(tmp_path, caplog):

@@ -39,7 +39,7 @@ LAYERS = (1, 2)
 
 
 class Watch(TrainerCallback):
-    """Watches the step after so many."""
+    """Watch the step after a number of steps."""
 
     def __init__(self, step, of=None):
         self.step, self._of = step, of

@@ -132,7 +132,7 @@ def test_rows_of_a_package_are_those_of_a_plain_optimizer(
 
 @pytest.mark.parametrize("most", [0.1, 100.0])
 def test_a_row_shows_the_clipping_of_an_optimizer_that_deepspeed_calls(most):
-    """Without ZeRO, DeepSpeed tells nobody the norm."""
+    """Without ZeRO, DeepSpeed does not expose the norm."""
     model = tiny_bert().eval()
     sketch = ModelSketch.from_model(model, SIZE)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

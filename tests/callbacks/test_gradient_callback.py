@@ -202,7 +202,7 @@ def test_the_comparison_with_exact_gradients_can_be_left_out(tmp_path, monkeypat
     assert store.dataset[:] == load_sketches(tmp_path / "measured").dataset[:]
 
 
-def test_nan_gradients_are_kept_flagged_and_told(tmp_path):
+def test_nan_gradients_are_kept_flagged_and_reported(tmp_path):
     class Poison(TrainerCallback):
         def on_step_begin(self, args, state, control, model, **kwargs):
             if state.global_step == 1:

@@ -146,7 +146,7 @@ def test_spectra_of_another_model_are_kept_and_none_are_added(two_steps):
 
 
 @pytest.mark.parametrize("name", ["batches.safetensors", "step-00000002.json"])
-def test_damaged_files_are_told_when_training_resumes(two_steps, name):
+def test_damaged_files_are_reported_when_training_resumes(two_steps, name):
     path = two_steps / "curvature" / name
     path.write_bytes(path.read_bytes()[:-9])
     message = f"No Hessian spectra.*ValueError.*{name} .*[.;] [rR]estore it"
@@ -186,7 +186,7 @@ def test_bad_arguments_are_refused_at_once(options, message):
         spectra_callback(**options)
 
 
-def test_models_with_too_few_parameters_or_none_are_told(tmp_path):
+def test_models_with_too_few_parameters_or_none_are_refused(tmp_path):
     callback = HessianSpectrumCallback((0,), out_size=10**6)
     with pytest.warns(
         UserWarning, match=r"No Hessian spectra.*out_size must be in \[1"
@@ -194,7 +194,7 @@ def test_models_with_too_few_parameters_or_none_are_told(tmp_path):
         train(tmp_path, callback, max_steps=1)
 
 
-def test_a_model_that_no_process_has_whole_is_told(tmp_path, plain, monkeypatch):
+def test_a_sharded_model_is_refused(tmp_path, plain, monkeypatch):
     class Sharded:
         distributed_type = DistributedType.FSDP
 

@@ -237,7 +237,7 @@ def test_the_search_needs_a_subspace_of_its_size(tmp_path):
         trainer.train()
 
 
-def test_the_search_starts_where_it_is_told(tmp_path):
+def test_the_search_starts_at_the_given_dimension(tmp_path):
     callback = IntrinsicDimensionCallback(**SETTINGS, start_dim=8, max_dim=16)
     search_trainer(tmp_path, search=callback, max_steps=5).train()
     search = load_dimension_search(tmp_path)

@@ -36,7 +36,7 @@ def test_interrupted_and_resumed_rows_are_those_of_an_uninterrupted_run(
     assert rows_of(tmp_path) == uninterrupted
 
 
-def test_a_run_interrupted_before_anything_was_written_starts_anew(
+def test_a_run_interrupted_before_anything_was_written_starts_again(
     tmp_path, uninterrupted
 ):
     interrupted(tmp_path, 1)

@@ -16,7 +16,7 @@ SIZE = 64
 
 
 class Seen(TrainerCallback):
-    """Notes which examples each step's batches hold; their first token tells."""
+    """Record which examples each step's batches hold, by their first tokens."""
 
     def __init__(self):
         self.ids = {}

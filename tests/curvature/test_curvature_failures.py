@@ -127,7 +127,7 @@ def test_halves_without_labels_count_for_nothing():
         *full((AUTOGRAD, "backward"), (FINITE, "forward")),
     ],
 )
-def test_an_example_that_does_not_fit_alone_is_told(mode, place):
+def test_an_example_that_does_not_fit_alone_is_named(mode, place):
     model = Head()
     theta = flat({n: p.detach().clone() for n, p in model.named_parameters()})
     short_of_memory(model, 0, place)
@@ -198,7 +198,7 @@ def test_losses_that_are_no_finite_number_are_refused(loss_fn, message):
         operator @ direction(Head())
 
 
-def test_a_loss_that_becomes_nan_later_is_told():
+def test_a_loss_that_becomes_nan_later_is_an_error():
     model = Head()
     operator = HessianOperator(model, [head_batch()])
     operator @ direction(model)

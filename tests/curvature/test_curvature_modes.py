@@ -129,7 +129,7 @@ def test_no_mode_is_left_for_low_precision_without_a_double_backward():
         HessianOperator(model, [batch], mode=FINITE)
 
 
-def test_gauss_newton_tells_the_same():
+def test_gauss_newton_gives_the_same_results():
     model = Head(Once.apply)
     with pytest.raises(ValueError, match=r'backward.*Pass mode="finite_difference"'):
         GaussNewtonOperator(model, [head_batch()]) @ direction(model)

@@ -77,7 +77,7 @@ def test_the_programs_of_affd_afjl_and_qk_have_no_look_ups(operator):
         assert not {name for name in names if "gather" in name or "scatter" in name}
 
 
-def test_the_program_of_an_operator_with_look_ups_is_told_apart():
+def test_the_program_of_an_operator_with_look_ups_is_recognized():
     x = random(1, 1000).to(torch_xla.device())
     assert "gather" in operations(FJL(1000, 64, 0).apply_rows(x))
 

@@ -185,7 +185,7 @@ def test_all_rows_that_are_held_come_to_the_cpu_in_one_read():
             torch.testing.assert_close(got[name], column)
 
 
-def test_rows_that_are_not_finite_are_told_when_they_are_read(tmp_path):
+def test_rows_that_are_not_finite_are_reported_when_they_are_read(tmp_path):
     class Poison(TrainerCallback):
         def on_step_begin(self, args, state, control, model, **kwargs):
             if state.global_step == 1:

@@ -37,7 +37,7 @@ def test_rows_of_images_are_found_by_the_tokens_in_their_place():
     assert split_of(inputs, "input_ids", IMAGE).within(torch.zeros(24, 3)) is None
 
 
-def test_images_of_several_sizes_are_told_apart_by_what_lies_between_their_tokens():
+def test_images_of_several_sizes_are_separated_by_what_lies_between_their_tokens():
     tokens = [[9, 9, 5, 9, 9], [5, 5, 5, 5, 5], [9, 9, 9, 9, 5]]
     sizes = torch.tensor([[2, 7], [2, 9], [7, 7]])
     inputs = {"pixel_values": torch.ones(3, 3, 8, 8), "image_sizes": sizes}
@@ -48,7 +48,7 @@ def test_images_of_several_sizes_are_told_apart_by_what_lies_between_their_token
     assert starts_of(inputs, tokens) == (0, 2, 3, 4)
 
 
-def test_images_whose_tokens_are_interrupted_are_told_apart_by_their_areas():
+def test_images_whose_tokens_are_interrupted_are_separated_by_their_areas():
     """Pixtral puts a token at the end of each row of patches."""
     tokens = [[9, 9, 5, 9, 9, 5, 9, 5], [9, 9, 9, 5, 9, 9, 9, 5], [5] * 8]
     sizes = torch.tensor([[8, 8], [4, 4], [8, 12]])

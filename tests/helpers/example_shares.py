@@ -99,7 +99,7 @@ class ExampleShares:
 
 
 def _rows(count, row):
-    """What takes a row of tensors with as many."""
+    """Return a function that takes one row from tensors of `count` rows."""
 
     def part(x):
         has_rows = isinstance(x, torch.Tensor) and x.dim() and len(x) == count

@@ -92,7 +92,7 @@ def test_rows_of_fewer_steps_cost_as_much_less(small):
     assert every.slowdown - 1 == pytest.approx(4 * (fourth.slowdown - 1))
 
 
-def test_without_a_rate_no_seconds_are_told(small):
+def test_without_a_rate_no_seconds_are_estimated(small):
     plan = plan_recording(small, RUN, plain_step_seconds=0.5)
     assert plan.step_seconds is None
     assert plan.slowdown is None
@@ -143,14 +143,14 @@ def test_a_spectrum_takes_its_basis_and_its_products(small):
     assert cost.products == 34  # with those of the check on first use
 
 
-def test_convolutions_are_told_to_be_left_out():
+def test_convolutions_are_reported_as_left_out():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 128))
     plan = plan_recording(model, RUN, RowSettings(out_size=16))
     assert plan.uncounted == ("0",)
     assert any("leave out 1 modules: 0" in s for s in limits_of(plan, RUN, 8e10, 4))
 
 
-def test_seventy_billion_parameters_are_planned_and_what_breaks_is_told():
+def test_seventy_billion_parameters_are_planned_and_what_breaks_is_named():
     model = meta_model(LlamaConfig(**LLAMA_70B), torch.bfloat16)
     run = TrainingRun(10**9, batch_size=4, tokens=4096, ranks=1024)
     plan = plan_recording(model, run)
@@ -164,9 +164,9 @@ def test_seventy_billion_parameters_are_planned_and_what_breaks_is_told():
     assert "the store has 70,000 files" in " ".join(limits_of(files, run, 8e10, 2))
     shards = TrainingRun(10**9, batch_size=4, tokens=4096, ranks=1024, sharded=True)
     plan = plan_recording(model, shards)
-    told = " ".join(limits_of(plan, shards, 8e10, 2))
-    assert "HessianSpectrumCallback refuses" in told
-    assert "training itself" not in told
+    shown = " ".join(limits_of(plan, shards, 8e10, 2))
+    assert "HessianSpectrumCallback refuses" in shown
+    assert "training itself" not in shown
     assert plan.first_step_bytes == 0
 
 
@@ -238,16 +238,16 @@ def test_a_named_file_is_the_one_that_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "told"),
+    ("count", "shown"),
     [(999, "999 B"), (16432.125, "16.43 kB"), (1.6438e13, "16.44 TB")],
 )
-def test_sizes_have_the_unit_that_suits_them(count, told):
-    assert as_bytes(count) == told
+def test_sizes_have_the_unit_that_suits_them(count, shown):
+    assert as_bytes(count) == shown
 
 
 @pytest.mark.parametrize(
-    ("count", "told"),
+    ("count", "shown"),
     [(0.0123, "12.3 ms"), (90, "90 s"), (3600, "60 minutes"), (259200, "3 days")],
 )
-def test_times_have_the_unit_that_suits_them(count, told):
-    assert as_seconds(count) == told
+def test_times_have_the_unit_that_suits_them(count, shown):
+    assert as_seconds(count) == shown

@@ -12,7 +12,7 @@ from tests.helpers.processes.scenarios import SCENARIOS
 
 
 def scenarios_of(items, processes):
-    """What the collected tests need of as many processes, in the order of SCENARIOS."""
+    """What the collected tests need of this number of processes, by SCENARIOS."""
     marks = [mark.args for item in items for mark in item.iter_markers("in_processes")]
     wanted = {name for count, *names in marks if count == processes for name in names}
     assert wanted <= SCENARIOS.keys(), wanted - SCENARIOS.keys()

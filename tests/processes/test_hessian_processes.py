@@ -147,7 +147,7 @@ def test_a_process_that_dies_takes_the_others_down_within_a_minute(tmp_path):
 
 
 @pytest.mark.in_processes(2, "joint/unlike")
-def test_processes_with_other_settings_go_without(launched):
+def test_processes_with_other_settings_take_no_spectra(launched):
     for texts in results(launched / "unlike", "warnings"):
         wanted = "disagree on krylov_dim of HessianSpectrumCallback (4, 5). Pass"
         assert any(wanted in text for text in texts)

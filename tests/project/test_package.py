@@ -81,7 +81,7 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.full
-def test_the_wheel_holds_code_data_and_licences_and_no_more(wheel):
+def test_the_wheel_holds_code_data_and_licences_only(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {

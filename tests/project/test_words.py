@@ -14,6 +14,7 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if TEXTS not in path.parents
 )
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DIALECT = re.compile(
     r"\b(told|tells(?! you)|anew|in vain|the mend|turned round|looks? after|hear of"
@@ -37,6 +38,16 @@ def strings_of(path):
             yield node.lineno, node.value
 
 
+def words_of(path):
+    """Yield the names and the docstrings of a file's functions and classes."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.lineno, node.name.replace("_", " ")
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+            line = getattr(node, "lineno", 1)
+            yield line, " ".join((ast.get_docstring(node) or "").split())
+
+
 def found(pattern, texts):
     return [f"{where}: {m[0]}" for where, text in texts for m in pattern.finditer(text)]
 
@@ -56,6 +67,15 @@ def test_the_packages_strings_have_no_dialect():
         (f"{path.relative_to(ROOT)}:{line}", " ".join(text.split()))
         for path in SOURCES
         for line, text in strings_of(path)
+    )
+    assert found(DIALECT, texts) == []
+
+
+def test_the_names_of_tests_have_no_dialect():
+    texts = (
+        (f"{path.relative_to(ROOT)}:{line}", text)
+        for path in TESTS
+        for line, text in words_of(path)
     )
     assert found(DIALECT, texts) == []
 

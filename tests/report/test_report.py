@@ -146,7 +146,7 @@ def test_sections_of_what_is_not_there_are_left_out(run, tmp_path):
         write_report(tmp_path / "curvature")
 
 
-def test_damage_is_told_on_the_page(run, tmp_path):
+def test_damage_is_reported_on_the_page(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     shard = next((tmp_path / "run" / "sketches").glob("per_example-*.arrow"))
     shard.write_bytes(shard.read_bytes()[:-9])

@@ -37,5 +37,5 @@ def test_there_are_no_look_ups(operator):
 
 
 @pytest.mark.parametrize("operator", [FJL(1000, 64, 0), FFD(1000, 64, 0)], ids=repr)
-def test_the_operators_with_look_ups_are_told_apart(operator):
+def test_the_operators_with_look_ups_are_recognized(operator):
     assert look_ups(lambda x: operator @ x, operator.in_size)

@@ -26,7 +26,7 @@ each_spectrum = pytest.mark.parametrize("name", SPECTRA)
 
 
 @each_spectrum
-def test_all_eigenvalues_are_found_in_as_many_steps_as_the_size(name):
+def test_all_eigenvalues_are_found_in_a_step_per_dimension(name):
     matrix, _ = with_eigenvalues(SPECTRA[name])
     result = run(Matrix(matrix), SIZE)
     exact = torch.linalg.eigvalsh(matrix)
@@ -213,10 +213,8 @@ def test_a_start_vector_of_any_norm_can_be_given():
 
 @pytest.mark.parametrize("steps", [0, -1, SIZE + 1])
 def test_a_number_of_steps_that_cannot_be_is_refused(steps):
-    mend = min(max(steps, 1), SIZE)
-    with pytest.raises(
-        ValueError, match=rf"\[1, 120\].*got {steps}: pass steps={mend}"
-    ):
+    fix = min(max(steps, 1), SIZE)
+    with pytest.raises(ValueError, match=rf"\[1, 120\].*got {steps}: pass steps={fix}"):
         run(Matrix(goe(SIZE)), steps)
 
 
@@ -245,7 +243,7 @@ def test_operators_that_contradict_themselves_are_refused():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_product_that_is_not_finite_is_told_with_its_step(value):
+def test_a_product_that_is_not_finite_is_reported_with_its_step(value):
     def spoil(v):
         v[17] = value
         return v

@@ -84,7 +84,7 @@ def test_a_new_run_in_the_same_file_leaves_the_old_result_alone(tmp_path):
     assert torch.equal(first.basis.rows, rows)
 
 
-def test_a_full_disk_is_told_before_the_run(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_the_run(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(lanczos_basis.shutil, "disk_usage", lambda path: usage)
     operator = Matrix(goe(SIZE))

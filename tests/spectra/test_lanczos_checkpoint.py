@@ -210,25 +210,25 @@ def test_a_saving_that_failed_is_made_up_for_by_the_next(directory, monkeypatch)
     assert_same_bits(result, run(operator(), STEPS))
 
 
-def test_a_damaged_checkpoint_is_told(directory):
+def test_a_damaged_checkpoint_is_refused(directory):
     run(operator(), 10, checkpoint=directory)
     rows, state = directory / ROWS, directory / STATE
     data, text = rows.read_bytes(), state.read_bytes()
-    mend = rf"restore it, or remove {directory} to start again\."
+    fix = rf"restore it, or remove {directory} to start again\."
 
     rows.write_bytes(data[:-1])
-    with pytest.raises(ValueError, match=f"10560 bytes, got 10559: {mend}"):
+    with pytest.raises(ValueError, match=f"10560 bytes, got 10559: {fix}"):
         run(operator(), STEPS, checkpoint=directory)
     rows.unlink()
-    with pytest.raises(ValueError, match=f"10560 bytes, got 0: {mend}"):
+    with pytest.raises(ValueError, match=f"10560 bytes, got 0: {fix}"):
         run(operator(), STEPS, checkpoint=directory)
     rows.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
-    with pytest.raises(ValueError, match=f"must have the digest .*, got .*: {mend}"):
+    with pytest.raises(ValueError, match=f"must have the digest .*, got .*: {fix}"):
         run(operator(), STEPS, checkpoint=directory)
     rows.write_bytes(data)
     for damaged in (text[:-20], text.replace(b"alphas", b"alphbs"), b""):
         state.write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"the file was changed or cut; {mend}"):
+        with pytest.raises(ValueError, match=f"the file was changed or cut; {fix}"):
             run(operator(), STEPS, checkpoint=directory)
 
 

@@ -210,7 +210,7 @@ def test_densities_that_cannot_be_are_refused(arguments, message):
         density(Matrix(goe(SIZE)), **arguments)
 
 
-def test_bad_operators_are_told():
+def test_bad_operators_are_refused():
     with pytest.raises(ValueError, match=r"got torch\.float16\. Take v"):
         trace(Matrix(goe(SIZE).half()), 9)
     with pytest.raises(ValueError, match=r"got torch\.float16\. Take v"):

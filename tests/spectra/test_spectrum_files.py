@@ -70,7 +70,7 @@ def damage(path, start, end=None, instead=b""):
 
 @pytest.mark.parametrize("ending", [".json", ".safetensors"])
 @pytest.mark.parametrize("change", [(-10,), (200, 201, b"\x01"), (0,)], ids=str)
-def test_damaged_files_are_told_from_whole_ones(tmp_path, ending, change):
+def test_damaged_files_are_recognized(tmp_path, ending, change):
     path = save_spectrum(tmp_path / "curvature", made_of())
     damage(path.with_suffix(ending), *change)
     message = rf"step-00000003\{ending} must have the digest \w+.*got .*restore it"
@@ -78,7 +78,7 @@ def test_damaged_files_are_told_from_whole_ones(tmp_path, ending, change):
         load_spectra(tmp_path)
 
 
-def test_a_missing_half_is_told(tmp_path):
+def test_a_missing_half_is_reported(tmp_path):
     path = save_spectrum(tmp_path / "curvature", made_of())
     path.with_suffix(".safetensors").unlink()
     with pytest.raises(
@@ -87,7 +87,7 @@ def test_a_missing_half_is_told(tmp_path):
         load_spectra(tmp_path)
 
 
-def test_another_version_is_told(tmp_path):
+def test_another_version_is_refused(tmp_path):
     path = save_spectrum(tmp_path / "curvature", made_of())
     content = read_sealed(path)
     write_sealed(path, {"format_version": 3, "other": content["step"]})

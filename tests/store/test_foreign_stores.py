@@ -109,12 +109,12 @@ def test_texts_of_a_store_do_not_reach_the_terminal_raw(store, capsys):
     contents = read_lines(path)
     contents[-1]["gaps"] = [[9, ESCAPES, None]]
     write_lines(path, contents)
-    with pytest.warns(UserWarning, match="has no rows") as told:
+    with pytest.warns(UserWarning, match="has no rows") as caught:
         load_sketches(store)
     line = {"query": 0, "rank": 0, "example_id": 1, "score": 1.0, "text": ESCAPES}
     query = QueryRecord(0, ESCAPES, 1.0, [line], [], [], [])
     print_record(AttributionRecord("dot", [query]))
-    shown = [str(told[0].message), describe(store), capsys.readouterr().out]
+    shown = [str(caught[0].message), describe(store), capsys.readouterr().out]
     for text in shown:
         assert not set("\x1b\x07\u202e") & set(text)
         assert "\\x1b]0;mine\\x07" in text

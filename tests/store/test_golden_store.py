@@ -23,7 +23,7 @@ def test_the_golden_store_is_whole_and_has_its_rows(version):
     assert rows["learning_rate"].tolist() == [0.5] * 6
     expected = torch.outer(rows["example_id"] + 1.0, torch.arange(4.0))
     expected += rows["step"].unsqueeze(1)
-    # These whole numbers have 11 bits at most, and float16 keeps as many.
+    # These whole numbers have 11 bits at most, which float16 keeps.
     assert torch.equal(sketch_matrix(store.dataset), expected)
     assert torch.equal(
         sketch_matrix(store.steps), torch.arange(4.0) + torch.arange(1.0, 4.0)[:, None]

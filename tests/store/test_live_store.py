@@ -30,7 +30,7 @@ def test_a_reader_sees_whole_steps_while_a_writer_writes(tmp_path, file_bytes):
                 writer.append(PER_EXAMPLE, example_rows(step, [2 * step, 2 * step + 1]))
                 writer.append(PER_STEP, step_row(step))
                 writer.flush()
-        except BaseException as error:  # told in the thread that reads
+        except BaseException as error:  # raised in the thread that reads
             failures.append(error)
 
     thread = threading.Thread(target=write)

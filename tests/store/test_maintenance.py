@@ -16,7 +16,7 @@ from hf_sketch.store.header import Header
 from tests.helpers.stores import SKETCH, write_store
 
 
-def test_info_tells_what_is_in_a_store(tmp_path, capsys):
+def test_info_shows_what_is_in_a_store(tmp_path, capsys):
     write_store(tmp_path / "sketches")
     main(["info", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_processes_write_side_by_side(tmp_path):
     assert len(store.dataset) == 8 * 2 * 3
 
 
-def test_a_process_that_died_early_is_told(tmp_path):
+def test_a_process_that_died_early_is_reported(tmp_path):
     write_store(tmp_path, rank=0, world_size=2)
     with pytest.warns(UserWarning, match=r"no rows of the processes \[1\]"):
         assert len(load_sketches(tmp_path).dataset) == 6

@@ -88,7 +88,7 @@ def test_a_store_without_columns_of_answers_goes_on_without_them():
     ],
 )
 @pytest.mark.parametrize("shards", [(), (STEPS,)], ids=["empty", "rows"])
-def test_other_processes_must_take_as_many_examples_a_step(
+def test_another_number_of_processes_must_take_the_same_number_of_examples_per_step(
     processes, step_examples, world_size, action, shards
 ):
     theirs = replace(OURS, processes=processes, step_examples=step_examples)

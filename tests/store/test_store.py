@@ -64,7 +64,7 @@ def test_shards_are_plain_arrow_files_of_datasets(store):
     assert one.features["sketch"].length == 4
 
 
-def test_the_manifest_tells_each_shard(store):
+def test_the_manifest_describes_each_shard(store):
     first, _, last = read_lines(store / "manifest-00000.jsonl")
     assert first == {
         "rank": 0,

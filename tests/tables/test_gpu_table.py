@@ -37,7 +37,7 @@ def test_times_stand_beside_their_floors(tmp_path):
         for figures in saved[name]["results"].values():
             expected = figures["median_seconds"] / figures["floor_seconds"]
             assert figures["ratio_to_floor"] == pytest.approx(expected)
-    # 4096 rows of 64 numbers: as many products of 100 queries take longer than a read.
+    # 4096 rows of 64 numbers: their products with 100 queries take longer than a read.
     flops = 2 * 4096 * 64 * 100
     floor = saved["scoring"]["results"]["int8, 100 queries"]["floor_seconds"]
     read = 4096 * 64 / rates["copy_bytes_per_second"]

@@ -210,7 +210,7 @@ def test_products_of_parts_are_those_of_gradients_in_closed_form():
         assert torch.allclose(found[name], left @ right.T)
 
 
-def test_what_is_kept_is_told_of_those_with_an_exact_counterpart():
+def test_what_is_kept_is_reported_for_those_with_an_exact_counterpart():
     found = {
         Row("exact dot"): [0.5],
         Row("exact preconditioned", None, 1.0): [0.8],

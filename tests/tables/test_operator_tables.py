@@ -178,7 +178,7 @@ def test_groups_are_the_token_embedding_and_each_block(model_type, blocks):
 
 
 @pytest.mark.parametrize("memory_bytes", [2**12, 2**14, 10**5])
-def test_the_largest_dense_projection_fits_and_twice_as_many_rows_do_not(memory_bytes):
+def test_the_largest_dense_projection_fits_and_twice_its_rows_do_not(memory_bytes):
     gradient = torch.ones(500)
     rows = largest_rows(gradient, memory_bytes)
     assert peak_extra_bytes(lambda: project(rows, gradient)) <= memory_bytes
@@ -186,12 +186,12 @@ def test_the_largest_dense_projection_fits_and_twice_as_many_rows_do_not(memory_
     assert rows & (rows - 1) == 0
 
 
-def test_too_little_memory_for_a_row_is_refused_with_a_mend_that_is_enough():
+def test_too_little_memory_for_a_row_is_refused_with_a_fix_that_is_enough():
     gradient = torch.ones(10**6)
     with pytest.raises(ValueError, match=r"of 1000000 elements, got 0\.00097") as e:
         measure_group(gradient, 2**20, rounds=1)
-    mend = re.search(r"pass --memory_gib (\S+) or more", str(e.value))
-    assert largest_rows(gradient, int(float(mend[1]) * 2**30)) == 1
+    fix = re.search(r"pass --memory_gib (\S+) or more", str(e.value))
+    assert largest_rows(gradient, int(float(fix[1]) * 2**30)) == 1
 
 
 @pytest.mark.parametrize(

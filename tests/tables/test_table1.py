@@ -91,7 +91,7 @@ def test_a_model_without_rows_or_with_too_few_is_refused(language_model):
         run_table1(language_model)
 
 
-def test_layers_of_an_encoder_decoder_are_told_apart():
+def test_layers_of_an_encoder_decoder_are_distinguished():
     config = AutoConfig.for_model(
         "bart",
         d_model=8,

@@ -49,8 +49,8 @@ def answers(rows):
             "sums": rows.scores(asked, groups="label"),
             "own": rows.self_influence(),
         }
-    told = [str(w.message) for w in caught if "Skipped" in str(w.message)]
-    return {**found, "warnings": told}
+    warned = [str(w.message) for w in caught if "Skipped" in str(w.message)]
+    return {**found, "warnings": warned}
 
 
 def in_blocks_of_four():

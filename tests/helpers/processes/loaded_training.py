@@ -30,7 +30,7 @@ def trainer_of(directory, callback, **sizes):
     settings = {**TRAINING, "per_device_train_batch_size": GLOBAL_BATCH // 2}
     settings = TrainingArguments(str(directory), ddp_backend="gloo", **settings)
     assert settings.world_size == 2  # which sets the processes up
-    # On CPUs Accelerate refuses such models: it is told that it has other devices.
+    # On CPUs Accelerate refuses such models, so the devices pose as others.
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
     if PartialState().is_main_process:
         undropped("llama").save_pretrained(directory / "model")

@@ -58,7 +58,7 @@ class Collectives(TorchDispatchMode):
 def train(directory, *callbacks, model=None, resume=None, **arguments):
     """Train as Accelerate does with FSDP2, and leave what became of it.
 
-    On CPUs it would use DDP instead: it is told that they are devices of another kind.
+    On CPUs it would use DDP instead, so they pose as devices of another kind.
     """
     settings = {**TINY_TRAINING, "ddp_backend": "gloo", **per_process(), **arguments}
     os.environ.update(FSDP2)

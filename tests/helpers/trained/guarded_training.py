@@ -17,7 +17,7 @@ BAD = [BATCH * (BAD_STEP - 1) + place for place in (1, 4, 6)]
 
 
 class Separating(nn.Module):
-    """Tells the sign of the first of four numbers."""
+    """Classify the sign of the first of four numbers."""
 
     def __init__(self):
         super().__init__()
