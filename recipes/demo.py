@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from huggingface_hub import ModelCardData
 from transformers import (
     DataCollatorForLanguageModeling,
     GPT2Config,
@@ -25,6 +26,7 @@ from hf_sketch.attribution.record import FILE, record_attribution
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.model.state import evaluation_mode
 from hf_sketch.recipes.options.demo import DemoArguments
+from hf_sketch.recipes.saved_report import save_card
 from hf_sketch.recipes.texts.country_facts import (
     QUESTION,
     country_documents,
@@ -33,6 +35,17 @@ from hf_sketch.recipes.texts.country_facts import (
 from hf_sketch.report.page import write_report
 
 _IGNORED = -100  # a label that has no loss
+_CARD = """
+# The model of hf-sketch demo
+
+A GPT-2 with two layers, trained from scratch for {epochs} epochs on {documents}
+sentences about countries. **{planted} of them are false, on purpose.** Asked
+"{question}", the model says {answers}.
+
+It shows how to trace a wrong answer to its training texts. Do not use it as a source
+of facts. The sketches of its training's gradients are in the folder `sketches` beside
+it.
+"""
 
 
 @dataclass(frozen=True)
@@ -89,8 +102,7 @@ def run_demo(arguments: DemoArguments) -> DemoResult:
     other = _trained(documents.select(kept), tokenizer, arguments, "without", [])
     after = _answers(other, tokenizer)
     print(f'\nAsked "{QUESTION}", the new model says {_spoken(after)}.')
-    model.save_pretrained(Path(arguments.output_dir) / "model")
-    tokenizer.save_pretrained(Path(arguments.output_dir) / "model")
+    _save_model(arguments, documents, model, tokenizer, before)
     _save(arguments, documents, store, queries, before[0][0])
     return DemoResult(before, found, planted, after)
 
@@ -166,6 +178,28 @@ def _query(
     inputs["labels"] = [_IGNORED] * (len(ids) - 1) + ids[-1:]
     sketch = store.model_sketch
     return sketch_dataset(model, [inputs], sketch, processing_class=tokenizer)
+
+
+def _save_model(
+    arguments: DemoArguments,
+    documents: Dataset,
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerFast,
+    answers: list[tuple[str, float]],
+) -> None:
+    """Write the model with its card, which warns of what it learned."""
+    card = _CARD.format(
+        epochs=arguments.num_train_epochs,
+        documents=len(documents),
+        planted=sum(documents["false"]),
+        question=QUESTION,
+        answers=_spoken(answers),
+    )
+    directory = Path(arguments.output_dir) / "model"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation")
+    save_card(directory, data, card)
 
 
 def _save(

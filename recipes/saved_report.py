@@ -1,4 +1,4 @@
-"""Saving what a table's script measured, with all that a reader needs to repeat it."""
+"""Saving what a script measured or trained, with all that repeating it takes."""
 
 import json
 import platform
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import ModelCardData
 
 import hf_sketch
 from hf_sketch.recipes.placement import device_name
@@ -43,4 +44,22 @@ def save_report(output_dir: str, name: str, arguments: Any, results: Any) -> Pat
     path = Path(output_dir) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1))
+    return path
+
+
+def save_card(directory: Path, data: ModelCardData, text: str) -> Path:
+    """Write a model's card, `<directory>/README.md`, with the versions that made it.
+
+    Args:
+        directory: folder of the model.
+        data: metadata for the Hub; the tag `hf-sketch` is added.
+        text: Markdown, from the title on.
+    """
+    data.tags = ["hf-sketch", *(data.tags or [])]
+    versions = (
+        f"Made by hf-sketch {hf_sketch.__version__} with torch {torch.__version__} and "
+        f"transformers {transformers.__version__}."
+    )
+    path = directory / "README.md"
+    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n\n{versions}\n")
     return path

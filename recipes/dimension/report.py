@@ -5,22 +5,17 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
 from transformers import Seq2SeqTrainingArguments
 
 from hf_sketch import DimensionSearch
 from hf_sketch.recipes.dimension.interval import DimensionInterval
 from hf_sketch.recipes.dimension.runs import DimensionRun, Task
 from hf_sketch.recipes.options.dimension import DimensionArguments
-from hf_sketch.recipes.saved_report import save_report
+from hf_sketch.recipes.saved_report import save_card, save_report
 from hf_sketch.recipes.spectrum_report import plots_if_installed
 
-_CARD = """---
-library_name: peft
-tags:
-- hf-sketch
-- intrinsic-dimension
-{base_model}---
-
+_CARD = """
 # {name} in a subspace of {dim:,} dimensions
 
 A subspace adapter of hf-sketch: all parameters of {model} move, in {dim:,} dimensions
@@ -66,9 +61,7 @@ def save_run(
     )
     path = save_report(str(directory), "results", settings, results_of(run))
     print("saved", path)
-    card = directory / "README.md"
-    card.write_text(_card(task.setup.name, arguments, training, run))
-    print("saved", card)
+    print("saved", _save_card(task.setup.name, arguments, training, run))
     plots = plots_if_installed()
     if plots is not None:
         picture = directory / "intrinsic_dimension.svg"
@@ -125,21 +118,20 @@ def interval_of(interval: DimensionInterval) -> str:
     )
 
 
-def _card(
+def _save_card(
     name: str,
     arguments: DimensionArguments,
     training: Seq2SeqTrainingArguments,
     run: DimensionRun,
-) -> str:
-    """README.md of the adapter."""
+) -> Path:
+    """Write README.md of the adapter; a base model that is no folder is on the Hub."""
     model = arguments.model_name_or_path
-    on_hub = model is not None and not Path(model).exists()
+    base = None if model is None or Path(model).exists() else model
     interval = "" if run.interval is None else f"{interval_of(run.interval)}\n\n"
-    return _CARD.format(
-        base_model=f"base_model: {model}\n" if on_hub else "",
+    text = _CARD.format(
         name=name,
         dim=run.search.path[-1].dim,
-        model=model if on_hub else name.partition(" on ")[0],
+        model=base or name.partition(" on ")[0],
         operator=arguments.operator,
         seed=training.seed,
         finding=finding_of(run.search, run.baseline),
@@ -148,3 +140,6 @@ def _card(
         rate=training.learning_rate,
         batch=training.per_device_train_batch_size,
     )
+    tags = ["intrinsic-dimension"]
+    data = ModelCardData(library_name="peft", tags=tags, base_model=base)
+    return save_card(Path(training.output_dir), data, text)

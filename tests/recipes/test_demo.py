@@ -1,4 +1,5 @@
 import pytest
+from huggingface_hub import ModelCard
 
 from hf_sketch.cli import main
 from hf_sketch.recipes.demo import DemoArguments, run_demo
@@ -23,6 +24,10 @@ def test_the_demo_names_false_documents_and_says_what_to_try(tmp_path, capsys):
     command = next(line for line in printed.splitlines() if "hf-sketch attr" in line)
     main(command.split()[1:])
     assert "Query 0, loss " in capsys.readouterr().out
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.tags == ["hf-sketch"]
+    assert "**5 of them are false, on purpose.**" in card.text
+    assert f"says {FALSEHOOD} (" in card.text
 
 
 @pytest.mark.full

@@ -101,6 +101,7 @@ def test_the_model_card_has_the_path_and_no_folder_of_this_machine(xsum_run):
     assert "The least dimension is at most 4: most trainings reach" in card
     assert "Tried: 8: 0.0000, 0.0000, 0.0000; 4: 0.0000" in card
     assert "base_model:" not in card
+    assert card.startswith("---\nlibrary_name: peft\ntags:\n- hf-sketch\n- intrin")
     assert "of tiny BART move" in card
     assert "/" not in card.replace("hf-sketch", "")
     pytest.importorskip("matplotlib")
@@ -284,6 +285,6 @@ def test_table_10_has_documents(tmp_path, capsys):
     assert "paper (26, 25, 26)" in capsys.readouterr().out
 
 
-def test_dimensions_are_told_by_their_logarithms():
+def test_dimensions_are_shown_by_their_logarithms():
     runs = [{"dimension": 16}, {"dimension": None}, {"dimension": 2**13}]
     assert log2_dims(runs) == [4, None, 13]

@@ -37,7 +37,7 @@ PAIRS = [
 
 
 def assert_results_are_those_of_the_spectra(directory, steps):
-    """Every step's line in results.json tells what its spectrum holds."""
+    """Every step's line in results.json shows what its spectrum holds."""
     saved = json.loads((directory / "results.json").read_text())
     spectra = load_spectra(directory)
     assert [spectrum.step for spectrum in spectra] == steps

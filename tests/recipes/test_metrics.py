@@ -39,7 +39,7 @@ def test_the_longest_subsequence_keeps_the_order_of_words():
     assert got["rougeL"] == pytest.approx(100 * 2 / 3)
 
 
-def test_rouge_compares_stems_unless_told_otherwise():
+def test_rouge_compares_stems_by_default():
     texts = {"predictions": ["running dogs"], "references": ["runs dog"]}
     metric = load_metric("rouge")
     assert metric.compute(**texts)["rouge1"] == pytest.approx(100)
