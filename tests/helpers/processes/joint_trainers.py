@@ -59,7 +59,7 @@ def exchanged_sizes():
 
 
 def trainer_of(directory, *callbacks, rows=22, **arguments):
-    """A Trainer whose batches hold as many examples in any number of processes."""
+    """A Trainer whose batches hold the same examples in any number of processes."""
     settings = {
         "per_device_train_batch_size": GLOBAL_BATCH // int(os.environ["WORLD_SIZE"]),
         "dataset": tiny_dataset(rows),
