@@ -68,3 +68,9 @@ def test_a_small_run_is_saved_and_not_repeated(tmp_path, capsys):
     torch.manual_seed(1)
     assert run_subspace_peers(arguments) == results
     assert "affd 12: 4,096 parameters" in capsys.readouterr().out
+    arguments.methods = "full,affd,srht"
+    more = run_subspace_peers(arguments)
+    assert more == results | {"srht 12": more["srht 12"]}
+    arguments.steps = 3
+    with pytest.raises(ValueError, match=r"steps=2, not 3. Pass another --output_dir"):
+        run_subspace_peers(arguments)

@@ -34,6 +34,7 @@ _FULL: Final = "full"
 _FULL_RATE: Final = 1e-4
 _FACTOR: Final = 3.0  # from one learning rate to the next
 _MOST_RATES: Final = 7
+_FREE: Final = ("methods", "bits", "output_dir", "tiny")  # settings of a run alone
 _TINY = {"methods": "full,affd,lora,bitfit", "bits": "12", "seeds": 1, "steps": 2}
 _TINY |= {"tuning_rows": 20, "test_rows": 20, "trained_layers": 1, "batch_size": 4}
 
@@ -45,7 +46,7 @@ class SubspacePeersArguments(ReportArguments):
     MiniLM on SNLI. The last layers are adapted; what comes before them is the same for
     all methods and computed once. A method's learning rate is tuned for each number of
     parameters by the loss on rows that are not those of the test, with the first seed.
-    Runs that have ended are kept in <output_dir>/subspace_peers and not repeated.
+    Results in <output_dir> are added to, and what is there is not measured again.
     """
 
     methods: str = field(
@@ -136,12 +137,16 @@ def cell(
 
 
 def run_subspace_peers(arguments: SubspacePeersArguments) -> dict[str, Any]:
-    """Measure what is not there yet, print and save; plot if matplotlib is there."""
+    """Measure what is not there yet, print and save; plot if matplotlib is there.
+
+    Raises:
+        ValueError: the results that are there were measured with other settings.
+    """
     if arguments.tiny:
         arguments = with_small(arguments, _TINY)
     name = f"subspace_peers_{arguments.trained_layers}"
-    kept = Path(arguments.output_dir) / name
-    kept.mkdir(parents=True, exist_ok=True)
+    path = Path(arguments.output_dir) / f"{name}.json"
+    kept_results(path, arguments)
     count = arguments.steps * arguments.batch_size
     task = PeersTask.load(
         arguments.trained_layers,
@@ -149,7 +154,6 @@ def run_subspace_peers(arguments: SubspacePeersArguments) -> dict[str, Any]:
         arguments.train_file,
         arguments.validation_file,
     )
-    results: dict[str, Any] = {}
     cells = [
         (method, int(bits))
         for bits in arguments.bits.split(",")
@@ -157,18 +161,33 @@ def run_subspace_peers(arguments: SubspacePeersArguments) -> dict[str, Any]:
     ]
     for method, bits in tqdm(cells, desc="Methods"):
         key = _FULL if method == _FULL else f"{method} {bits}"
-        file = kept / f"{key.replace(' ', '_')}.json"
-        if not file.exists():
+        if key not in kept_results(path, arguments):
             found = cell(task, arguments, method, 2**bits)
-            file.write_text(json.dumps(found))
-        results[key] = json.loads(file.read_text())
-        _print(key, results[key])
-    path = save_report(arguments.output_dir, name, arguments, results)
+            # Read again, since others may have added to it.
+            results = kept_results(path, arguments) | {key: found}
+            save_report(arguments.output_dir, name, arguments, results)
+        _print(key, kept_results(path, arguments)[key])
+    results = kept_results(path, arguments)
     print("saved", path)
     if plots_if_installed() is not None:
         save_plot(path.with_suffix(".svg"), results)
         print("saved", path.with_suffix(".svg"))
     return results
+
+
+def kept_results(path: Path, arguments: SubspacePeersArguments) -> dict[str, Any]:
+    """Return the results in a report; raise if it was made with other settings."""
+    if not path.is_file():
+        return {}
+    report = json.loads(path.read_text())
+    for setting, value in vars(arguments).items():
+        kept = report["arguments"].get(setting)
+        if setting not in _FREE and value != kept:
+            raise ValueError(
+                f"{path} was made with {setting}={kept!r}, not {value!r}. Pass "
+                "another --output_dir, or the same setting."
+            )
+    return report["results"]
 
 
 def save_plot(path: Path, results: Mapping[str, Mapping[str, Any] | None]) -> None:
