@@ -37,17 +37,18 @@ def page(verdicts: Iterable[Verdict]) -> str:
     lines = [
         "# Models",
         "",
-        "This page is generated. The census builds a tiny random model of every class",
-        "in Transformers' auto mappings and trains it twice, without the callback and",
-        "with it. A class counts as right if the row of each of its nine examples is",
-        "the sketch of that example's own gradient: cosine, norm and loss within 0.1%.",
-        "Classes that do not train without the callback do not count.",
+        "Which model classes does recording support? The census builds a tiny random",
+        "model of every class in Transformers' auto mappings. It trains the model",
+        "twice, without the callback and with it. A class is right if each of its",
+        "nine examples has a row that matches the sketch of the example's own",
+        "gradient. Cosine, norm and loss must agree within 0.1%. Classes that do not",
+        "train without the callback do not count. The census generates this page.",
         "",
         f"With transformers {transformers.__version__} and torch {torch.__version__},",
         f"**{right} of {apart} classes ({right / max(1, apart):.1%}) are right**.",
-        f"Another {mixing} are refused because their examples see each other, by",
-        "BatchNorm in training mode or in the loss, so that no example has a gradient",
-        "of its own.",
+        f"Another {mixing} are refused because their examples see each other, through",
+        "BatchNorm in training mode or through the loss. No example there has a",
+        "gradient of its own.",
         "",
         "```bash",
         "python -m hf_sketch.recipes.tables.census --page docs/models.md",
@@ -85,7 +86,8 @@ def _text_alone(trained: Sequence[Verdict]) -> list[str]:
         return []
     return [
         "",
-        f"Trained on text alone, without an image or sound: {', '.join(names)}.",
+        "These classes were trained on text alone, without an image or sound: "
+        f"{', '.join(names)}.",
     ]
 
 
