@@ -41,7 +41,8 @@ class HvpCostArguments(ReportArguments):
         default=60, metadata={"help": "Lanczos steps of their yardstick."}
     )
     fine_tuning_steps: int = field(
-        default=100, metadata={"help": "Lanczos steps for MiniLM's eigenvalues."}
+        default=100,
+        metadata={"help": "Training steps of MiniLM, before its eigenvalues."},
     )
     tiny: bool = field(
         default=False, metadata={"help": "A small model and one round, as a check."}
