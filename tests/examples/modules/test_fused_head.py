@@ -184,7 +184,9 @@ class FusedLlamaWithLoss(FusedLlama):
 
 
 def test_outputs_without_a_gradient_are_left_out(monkeypatch):
-    monkeypatch.setattr("tests.examples.test_fused_head.FusedLlama", FusedLlamaWithLoss)
+    monkeypatch.setattr(
+        "tests.examples.modules.test_fused_head.FusedLlama", FusedLlamaWithLoss
+    )
     model = fused_llama(1.0, None, False)
     sketch = ModelSketch.from_model(model, SIZE)
     with ExampleSketcher(model, sketch) as sketcher:
@@ -255,7 +257,7 @@ def made_alone(model, sketch, labels, index):
 @pytest.mark.parametrize("items", [None, 40])
 @pytest.mark.parametrize("kind", [LossOfTokens, LossOfRows])
 def test_a_loss_alone_shows_what_it_is_a_mean_of(monkeypatch, rows, items, kind):
-    monkeypatch.setattr("tests.examples.test_fused_head.FusedLlama", kind)
+    monkeypatch.setattr("tests.examples.modules.test_fused_head.FusedLlama", kind)
     model = fused_llama(1.0, None, False)
     model.lm_head.requires_grad_(False)  # its own rule takes no other loss
     sketch = ModelSketch.from_model(model, SIZE)
