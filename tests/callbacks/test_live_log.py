@@ -72,7 +72,7 @@ def test_numbers_are_those_of_the_recorded_rows(run):
     trainer, _ = run
     steps = list(steps_of(load_sketches(trainer.args.output_dir)))
     logged = [logs for logs in trainer.state.log_history if "loss" in logs]
-    logged = 0
+    compared = 0
     for place, logs in enumerate(logged):
         top, cosines, noise, signal = (-9.0, None), [], 0.0, 0.0
         for number in (2 * place, 2 * place + 1):
@@ -93,9 +93,9 @@ def test_numbers_are_those_of_the_recorded_rows(run):
         assert logs["sketch/alignment"] == pytest.approx(mean, abs=1e-4)
         assert ("sketch/noise_scale" in logs) == (signal > 0)
         if signal > 0:
-            logged += 1
+            compared += 1
             assert logs["sketch/noise_scale"] == pytest.approx(noise / signal, rel=1e-2)
-    assert logged
+    assert compared
 
 
 def test_a_trainer_of_its_own_sees_them_and_is_left_as_it_was(tmp_path):
