@@ -46,7 +46,7 @@ class Finish:
 
 @dataclass(frozen=True)
 class FinishTransposed:
-    """The transpose of a `Finish`, on a device, in float64 (which TF32 leaves alone).
+    """The transpose of a `Finish`, in float64, whose products TF32 does not round.
 
     Args:
         of: the tables.
@@ -58,7 +58,7 @@ class FinishTransposed:
 
     @classmethod
     def on(cls, device: torch.device, operator: BlockedSketch) -> "FinishTransposed":
-        """Return that of an operator, with its tables on a device."""
+        """Return the transpose of an operator's finish, with tables on a device."""
         found = finish_of(operator)
         moved = (
             None if x is None else x.to(device, torch.float64)
@@ -71,7 +71,7 @@ class FinishTransposed:
         return cls(finish, operator.block)
 
     def __call__(self, numbers: Tensor) -> Tensor:
-        """Return the sums of each group.
+        """Apply the transpose to the numbers of each group.
 
         Shapes:
             numbers (groups, out_size) -> (groups, block)

@@ -1,4 +1,4 @@
-"""Where each Triton kernel is."""
+"""Finding and launching the Triton kernels."""
 
 import importlib
 from typing import Any, Final
@@ -21,7 +21,7 @@ _MODULES: Final = {
 
 
 def kernel_of(name: str) -> Any:
-    """Return a kernel; its module needs Triton, so it is imported here."""
+    """Return a kernel. Its module is imported here, because it needs Triton."""
     module = f"{__package__}.kernels.{_MODULES[name]}"
     return getattr(importlib.import_module(module), name)
 

@@ -109,7 +109,7 @@ class Lift:
             self._launch("spread", len(self._chunks), *tables, **kinds)
 
     def _lift_blocks(self, vector: Tensor, to: _Places) -> None:
-        """Lift all blocks; long ones in memory of each program."""
+        """Lift all blocks. Long ones are lifted in scratch memory, per program."""
         of = self._division.blocks
         if not len(of.runs):
             return
@@ -138,7 +138,7 @@ class Lift:
 
     @exact
     def _mixed(self, vector: Tensor) -> Tensor:
-        """Return what each long sum's numbers come to, for each block of a unit.
+        """Undo the finish of each long sum, and repeat it for each block of a unit.
 
         Shapes:
             vector (groups * out_size,) -> (sums, unit)

@@ -1,1 +1,1 @@
-"""The Triton kernels of the passes, whose modules are imported at a launch."""
+"""Triton kernels of the passes over many tensors, imported when they launch."""

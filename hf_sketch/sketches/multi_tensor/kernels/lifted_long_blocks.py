@@ -1,4 +1,4 @@
-"""The Triton kernel that lifts blocks that are longer than registers are."""
+"""The Triton kernel that lifts blocks too long for a program's registers."""
 
 # Triton is not installed everywhere, and its language has no types.
 # pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false
@@ -48,14 +48,14 @@ def lift_long_blocks(
     ALIGNED: tl.constexpr,
     BFLOAT16: tl.constexpr,
 ):
-    """Lift what a sum's numbers come to, to its units of LEADING * 2**15 numbers.
+    """Lift the numbers of a sum to its units of LEADING * 2**15 elements.
 
     The reverse of `sum_long_blocks`: strips of columns first, then tiles.
 
     Shapes:
         streams (n, 5), units (n, 2), runs (programs, 5), factors (sums, 3, 32, 32),
             leading (sums, LEADING, LEADING), scratch (programs, unit): as there
-        mixed (sums, unit): of each block of a unit the same
+        mixed (sums, unit): the same numbers for each block of a unit
     """
     UNIT: tl.constexpr = LEADING * SIDE * TILE
     run = tl.program_id(0)
