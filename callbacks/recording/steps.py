@@ -5,6 +5,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from transformers import TrainingArguments
 
 from hf_sketch.examples.batch import ExampleBatch
 from hf_sketch.examples.sketcher import ExampleSketcher
-from hf_sketch.model.fsdp import own_part
+from hf_sketch.model.fsdp import in_row_shards, own_part
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.processes import reduced
 from hf_sketch.sketches.multi_tensor.given import DTYPES
@@ -75,16 +76,21 @@ class GradientsAtOnce(StepReader):
 
     Args:
         model_sketch: a map that kernels compute.
-        parameters: what is trained, by name, on one device and in no shards.
+        parameters: what is trained, by name, on one device; whole, or in row shards.
     """
 
     def __init__(
         self, model_sketch: ModelSketch, parameters: Mapping[str, Tensor]
     ) -> None:
         self._parameters = [parameters[name] for name, _ in model_sketch.shapes]
-        settings = witnesses_each(len(parameters)), ROUNDING
+        parts: dict[str, range] = {}
+        for name, parameter in parameters.items():
+            part, start = own_part(parameter.detach())
+            parts[name] = range(start, start + len(part))
+        settings = witnesses_each(len(parameters)), ROUNDING, parts
+        join = partial(reduced, how="sum") if in_row_shards(self._parameters) else None
         device = self._parameters[0].device
-        self._pass = model_sketch.whole_gradients.begin(device, *settings)
+        self._pass = model_sketch.whole_gradients.begin(device, *settings, join)
 
     def note(self) -> None:
         self._pass.note(self._gradients())
@@ -102,9 +108,15 @@ class GradientsAtOnce(StepReader):
         )
 
     def _gradients(self) -> list[Tensor | None]:
-        """Return the gradients, those of sparse embeddings with their zeros."""
+        """Return the gradients, those of sparse embeddings with their zeros.
+
+        Of shards, what this process answers for.
+        """
         found = [parameter.grad for parameter in self._parameters]
-        return [x.to_dense() if x is not None and x.is_sparse else x for x in found]
+        return [
+            None if x is None else own_part(x.to_dense() if x.is_sparse else x)[0]
+            for x in found
+        ]
 
 
 def left_gradients(
@@ -113,11 +125,12 @@ def left_gradients(
     """Return what reads the gradients that are left, at once where kernels do it."""
     given = [(parameters[name], shape) for name, shape in model_sketch.shapes]
     devices = {parameter.device for parameter, _ in given}
+    plain = all(type(x) in (Tensor, nn.Parameter) for x, _ in given)
     at_once = (
         len(devices) == 1
         and model_sketch.whole_gradients.can_read(devices.pop())
-        # In shards, a tensor is of another type, or of another shape.
-        and all(type(x) in (Tensor, nn.Parameter) for x, _ in given)
+        # In shards of other kinds, a tensor is of another type, or of another shape.
+        and (plain or in_row_shards(x for x, _ in given))
         and all(tuple(x.shape) == shape and x.dtype in DTYPES for x, shape in given)
     )
     reader = GradientsAtOnce if at_once else LeftGradients

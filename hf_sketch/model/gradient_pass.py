@@ -1,7 +1,7 @@
 """Whole gradients, sketched and lifted by kernels for all tensors at once."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -108,7 +108,12 @@ class WholeGradients:
         )
 
     def begin(
-        self, device: torch.device, witnesses: int = 0, rounding: float = 0.0
+        self,
+        device: torch.device,
+        witnesses: int = 0,
+        rounding: float = 0.0,
+        parts: Mapping[str, range] | None = None,
+        join: Callable[[Tensor], Tensor] | None = None,
     ) -> GradientPass:
         """Return what sketches all parameters' gradients, in the order of the map.
 
@@ -116,12 +121,20 @@ class WholeGradients:
             device: where the gradients are.
             witnesses: see `GradientPass`.
             rounding: see `GradientPass`.
+            parts: by name, which elements of each parameter are in this process; all by
+                default.
+            join: see `GradientPass`.
         """
-        return GradientPass(_tensors(self._operators), device, witnesses, rounding)
+        tensors = _tensors(self._operators, parts)
+        return GradientPass(tensors, device, witnesses, rounding, join)
 
 
-def _tensors(operators: Operators) -> GradientTensors:
-    """Return how each parameter is sketched."""
+def _tensors(
+    operators: Operators, parts: Mapping[str, range] | None = None
+) -> GradientTensors:
+    """Return how each parameter is sketched, or the given parts of each."""
+    if parts is None:
+        parts = {name: range(math.prod(x)) for name, x in operators.shapes.items()}
     groups = {
         name: i for i, name in enumerate(dict.fromkeys(operators.group_of.values()))
     }
@@ -130,18 +143,19 @@ def _tensors(operators: Operators) -> GradientTensors:
     starts = _starts(sizes)
     own = {name: groups[operators.group_of[name]] for name in operators.own}
     blocked = [
-        BlockedTensor(places[name], of, own[name])
+        BlockedTensor(places[name], of, own[name], parts[name])
         for name, of in operators.own.items()
         if isinstance(of, BlockedSketch)
     ]
     for number, (group, of) in enumerate(operators.packed.items()):
         assert isinstance(of, BlockedSketch)
-        blocked.append(BlockedTensor(len(places) + number, of, groups[group], True))
+        place, part = len(places) + number, range(of.shape[1])
+        blocked.append(BlockedTensor(place, of, groups[group], part, packed=True))
     return GradientTensors(
-        [math.prod(shape) for shape in operators.shapes.values()],
+        [parts[name] for name in operators.shapes],
         blocked,
         [
-            GroupedTensor(places[name], of, own[name])
+            GroupedTensor(places[name], of, own[name], parts[name])
             for name, of in operators.own.items()
             if isinstance(of, Grouped)
         ],

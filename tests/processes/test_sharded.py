@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import fields
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -75,6 +76,20 @@ def test_rows_of_steps_in_blocks(launched, tmp_path):
     wanted = columns(single(tmp_path, **options).steps)
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.in_processes(2, "fsdp/at_once")
+def test_kernels_sketch_all_shards_at_once(launched, whole):
+    """And exchange, once per step, a sketch with three norms."""
+    got, wanted = (
+        columns(store.steps) for store in (load_sketches(launched / "at_once"), whole)
+    )
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-6)
+    for sizes in results(launched / "at_once", "exchanged"):
+        assert sizes == [SIZE + 3] * 6
 
 
 @pytest.mark.in_processes(2, "fsdp/layers")

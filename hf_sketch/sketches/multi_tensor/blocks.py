@@ -26,13 +26,19 @@ class BlockedTensor:
         place: its row in the table of addresses.
         operator: its sketch.
         group: number of the sum that it belongs to.
+        part: which of its elements are there.
         packed: whether it is a vector of small tensors, with zeros behind them.
     """
 
     place: int
     operator: BlockedSketch
     group: int
+    part: range
     packed: bool = False
+
+    def units(self, length: int) -> range:
+        """Return the units of this length that have any of the elements."""
+        return range(self.part.start // length, -(-self.part.stop // length))
 
 
 @dataclass(frozen=True)
@@ -88,15 +94,15 @@ def block_tables(
     A program adds up blocks of one segment of one group, in order.
     """
     unit = unit_of(tensors) if tensors else _TILE
-    counts = [-(-of.operator.in_size // unit) for of in tensors]
-    most = max(1, _LEAST_ELEMENTS // unit, -(-sum(counts) // programs))
+    spans = [of.units(unit) for of in tensors]
+    most = max(1, _LEAST_ELEMENTS // unit, -(-sum(map(len, spans)) // programs))
     units = [torch.empty(0, 2, dtype=torch.int64)]
     runs: list[tuple[int, int, int, int, int]] = []
     rows = [0] * groups
     done = 0
     for group in dict.fromkeys(of.group for of in tensors):
         own = [place for place, of in enumerate(tensors) if of.group == group]
-        found, ends = _by_segment(tensors, own, counts)
+        found, ends = _by_segment(tensors, own, spans)
         units.append(found)
         first, low = 0, 0
         for high in ends:
@@ -112,17 +118,24 @@ def block_tables(
         torch.cat(units),
         torch.tensor(runs, dtype=torch.int64).view(-1, 5),
         rows,
-        all(of.operator.in_size % _VECTOR == 0 or of.packed for of in tensors),
+        all(is_aligned(of.part) or of.packed for of in tensors),
     )
 
 
+def is_aligned(part: range) -> bool:
+    """Return whether a part of a tensor begins and ends at multiples of 8 elements."""
+    return part.start % _VECTOR == part.stop % _VECTOR == 0
+
+
 def _by_segment(
-    tensors: Sequence[BlockedTensor], own: Sequence[int], counts: Sequence[int]
+    tensors: Sequence[BlockedTensor], own: Sequence[int], spans: Sequence[range]
 ) -> tuple[Tensor, list[int]]:
     """Return a group's units by segment, (n, 2), and where each segment ends."""
-    of = torch.cat([torch.full((counts[i],), i) for i in own])
-    unit = torch.cat([torch.arange(counts[i]) for i in own])
-    places = torch.cat([tensors[i].operator.places(0, counts[i]) for i in own])
+    of = torch.cat([torch.full((len(spans[i]),), i) for i in own])
+    unit = torch.cat([torch.arange(spans[i].start, spans[i].stop) for i in own])
+    places = torch.cat(
+        [tensors[i].operator.places(spans[i].start, spans[i].stop) for i in own]
+    )
     segments = tensors[own[0]].operator.mixed_shape[0]
     order = places.argsort(stable=True)
     ends = places.bincount(minlength=segments).cumsum(0)

@@ -1,7 +1,7 @@
 """How the work on many tensors is divided among programs."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -44,7 +44,7 @@ class GradientTensors:
     """How a gradient's tensors are sketched.
 
     Args:
-        sizes: elements of each tensor, in order.
+        parts: which elements of each tensor are there, in order: all, or a shard's.
         blocked: tensors that are sketched in blocks, by operators of one kind, and
             packed vectors, whose places come after those of the tensors.
         grouped: tensors that are sketched as matrices.
@@ -54,7 +54,7 @@ class GradientTensors:
         groups: groups of layers.
     """
 
-    sizes: Sequence[int]
+    parts: Sequence[range]
     blocked: Sequence[BlockedTensor]
     grouped: Sequence[GroupedTensor]
     packed: Mapping[int, int]
@@ -181,19 +181,25 @@ def _transform(
 def witness_chunks(of: GradientTensors, each: int) -> list[tuple[int, int, int, int]]:
     """Return chunks of each tensor's first elements, which are copied nowhere."""
     return [
-        (place, start, min(CHUNK, min(each, size) - start), _NOWHERE)
-        for place, size in enumerate(of.sizes)
-        for start in range(0, min(each, size), CHUNK)
+        (place, start, count, _NOWHERE)
+        for place, part in enumerate(of.parts)
+        for start, count in _chunks(part[:each])
     ]
 
 
 def packed_chunks(of: GradientTensors) -> list[tuple[int, int, int, int]]:
     """Return chunks of the small tensors, and where they are copied to."""
     return [
-        (place, start, min(CHUNK, of.sizes[place] - start), to + start)
+        (place, start, count, to + start)
         for place, to in of.packed.items()
-        for start in range(0, of.sizes[place], CHUNK)
+        for start, count in _chunks(of.parts[place])
     ]
+
+
+def _chunks(part: range) -> Iterator[tuple[int, int]]:
+    """Yield the first element of each chunk, and how many it has."""
+    for start in part[::CHUNK]:
+        yield start, min(CHUNK, part.stop - start)
 
 
 def table_keys(operator: BlockedSketch) -> tuple[int, ...]:

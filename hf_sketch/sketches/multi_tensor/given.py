@@ -11,7 +11,8 @@ DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _MIXED: Final = len(DTYPES)
 _VECTOR_BYTES: Final = 16  # that one instruction may read
 
-Row = tuple[int, int, int]  # the address, the number of elements, and the dtype's place
+# The address of element 0, the first element, one past the last, the dtype's place.
+Row = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class Given:
     """The tensors of one call.
 
     Args:
-        table: (tensors and packed vectors, 3).
+        table: (tensors and packed vectors, 4).
         kind: place of the dtype that all tensors have, or 3 if they differ.
-        aligned: whether all addresses are multiples of 16 bytes.
+        aligned: whether all tensors begin at multiples of 16 bytes.
         packed: where small tensors are copied to, end to end.
         tensors: what the addresses are of, so that it lives until kernels are launched.
     """
@@ -40,12 +41,19 @@ class AddressTable:
         packed_sizes: elements of each packed vector.
         device: where the tensors are.
         wide: whether packed vectors are in float32 beside any tensors.
+        firsts: of each tensor's elements, which one comes first, in a shard; zeros by
+            default.
     """
 
     def __init__(
-        self, packed_sizes: Sequence[int], device: torch.device, wide: bool = False
+        self,
+        packed_sizes: Sequence[int],
+        device: torch.device,
+        wide: bool = False,
+        firsts: Sequence[int] = (),
     ) -> None:
         self._packed_sizes, self._device, self._wide = packed_sizes, device, wide
+        self._firsts = firsts
         self._packed: dict[torch.dtype, Tensor] = {}
         self._rows: list[Row] = []
         self._table = torch.empty(0)
@@ -60,8 +68,9 @@ class AddressTable:
         kind = kinds.pop() if len(kinds) == 1 else _MIXED
         wide = self._wide or kind == _MIXED
         packed = self._packed_at(torch.float32 if wide else DTYPES[kind])
-        rows = [_row(x) for x in held]
-        aligned = all(address % _VECTOR_BYTES == 0 for address, *_ in rows)
+        aligned = all(x.data_ptr() % _VECTOR_BYTES == 0 for x in held if x is not None)
+        firsts = self._firsts or [0] * len(held)
+        rows = [_row(x, first) for x, first in zip(held, firsts, strict=True)]
         rows += map(_row, packed.split(self._packed_sizes))
         if rows != self._rows:
             # From pinned memory, so that the device is not waited for.
@@ -79,7 +88,8 @@ class AddressTable:
         return self._packed[dtype]
 
 
-def _row(x: Tensor | None) -> Row:
+def _row(x: Tensor | None, first: int = 0) -> Row:
     if x is None:
-        return 0, 0, 0
-    return x.data_ptr(), x.numel(), DTYPES.index(x.dtype)
+        return 0, 0, 0, 0
+    address = x.data_ptr() - first * x.element_size()
+    return address, first, first + x.numel(), DTYPES.index(x.dtype)

@@ -1,6 +1,6 @@
 """A gradient of any number of tensors, sketched in at most five launches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,8 @@ class GradientPass:
     which is the same on all devices. Small tensors are copied end to end, blocks are
     flipped, transformed and added up, matrices are folded and rotated, partial sums are
     added up, and the row is finished: five launches. Their memory is kept, and serves
-    calls on one stream.
+    calls on one stream. Gradients may be shards of tensors: each process then reads its
+    own, and what they add up is joined before the row is finished.
 
     Args:
         tensors: how they are sketched.
@@ -53,6 +54,7 @@ class GradientPass:
         witnesses: elements at the start of each tensor from which `finish` computes
             the factor of clipping.
         rounding: the relative change that is no clipping.
+        join: adds up vectors of all processes, if gradients are shards.
     """
 
     def __init__(
@@ -61,9 +63,12 @@ class GradientPass:
         device: torch.device,
         witnesses: int = 0,
         rounding: float = 0.0,
+        join: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._tensors, self._device, self._rounding = tensors, device, rounding
-        self._addresses = AddressTable(tensors.packed_sizes, device)
+        self._join = join
+        firsts = [part.start for part in tensors.parts]
+        self._addresses = AddressTable(tensors.packed_sizes, device, firsts=firsts)
         seen, copied = witness_chunks(tensors, witnesses), packed_chunks(tensors)
         self._witnesses = len(seen)
         chunks = torch.tensor([*seen, *copied], dtype=torch.int64)
@@ -71,7 +76,6 @@ class GradientPass:
         # Apart, since Triton compiles again for memory that is not aligned alike.
         self._before = torch.zeros(len(chunks), device=device)
         self._now = torch.zeros(len(chunks), device=device)
-        self._norms = torch.zeros(3, device=device)
         of = self._division = divide(tensors, device)
         # Numbers that no program sums stay zero.
         partial = torch.zeros(of.partial, device=device)
@@ -82,7 +86,9 @@ class GradientPass:
         programs = len(of.blocks.runs) + len(of.matrices.runs)
         self._squares = torch.zeros(programs, device=device)
         self._scratch = torch.empty(len(of.blocks.runs) * of.unit, device=device)
-        self._added = torch.zeros(of.rows.length, device=device)
+        # In one vector, which processes join at once.
+        self._sums = torch.zeros(of.rows.length + 3, device=device)
+        self._added, self._norms = self._sums.split([of.rows.length, 3])
 
     def takes(self, gradients: Sequence[Tensor | None]) -> bool:
         """Return whether the kernels read gradients like these."""
@@ -120,6 +126,8 @@ class GradientPass:
         given, tables = self._give(gradients), self._division.rows
         finite = torch.empty(1, dtype=torch.uint8, device=device)
         self._add_up(given, finite)
+        if self._join is not None:
+            self._sums.copy_(self._join(self._sums))
         row = torch.empty(of.groups * of.out_size, device=device)
         norm, factor = (torch.empty(1, device=device) for _ in range(2))
         self._launch(
@@ -146,11 +154,11 @@ class GradientPass:
 
     def _give(self, gradients: Sequence[Tensor | None]) -> Given:
         """Return the table of gradients, which must be of the right sizes."""
-        for size, x in zip(self._tensors.sizes, gradients, strict=True):
-            if x is not None and x.numel() != size:
+        for part, x in zip(self._tensors.parts, gradients, strict=True):
+            if x is not None and x.numel() != len(part):
                 raise ValueError(
-                    f"a gradient must have {size} elements, its parameter's, got "
-                    f"{x.numel()}: pass whole gradients, in the order of the map."
+                    f"a gradient must have {len(part)} elements, as its parameter has "
+                    f"here, got {x.numel()}: pass them in the order of the map."
                 )
         return self._addresses.give(gradients)
 

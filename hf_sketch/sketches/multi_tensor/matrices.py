@@ -1,7 +1,7 @@
 """Which program folds and rotates which parts of which matrices."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from hf_sketch.sketches.grouped import Grouped
+from hf_sketch.sketches.multi_tensor.blocks import is_aligned
 
 _NUMBERS = 64  # of a group that one program sums
 _MOST_GROUPS = 64
 _FEWEST_MULTIPLIED = 16
 _LEAST_ELEMENTS = 2**15  # of a program
-_VECTOR = 8  # elements that one instruction may read
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,13 @@ class GroupedTensor:
         place: its row in the table of addresses.
         operator: its sketch.
         group: number of its group of layers.
+        part: which of its elements are there.
     """
 
     place: int
     operator: Grouped
     group: int
+    part: range
 
 
 class Shape(NamedTuple):
@@ -99,6 +101,22 @@ class MatrixTables:
         return replace(self, matrices=matrices, orders=orders, items=items, runs=runs)
 
 
+class _Matrix(NamedTuple):
+    """A matrix that is a tensor or one of its experts.
+
+    Args:
+        of: the tensor.
+        row: what the table of matrices says of it.
+        lines: which of its rows are there.
+        width: its columns.
+    """
+
+    of: GroupedTensor
+    row: Sequence[int]
+    lines: range
+    width: int
+
+
 class _Item(NamedTuple):
     """A range of places c of a matrix, and of the folds of its rows."""
 
@@ -121,36 +139,38 @@ def matrix_tables(
 
     A program sums some of the numbers of matrices of one shape and group, in order.
     """
-    elements = sum(of.operator.in_size for of in tensors)
+    elements = sum(len(of.part) for of in tensors)
     most = max(_LEAST_ELEMENTS, -(-elements // programs))
     shapes = tuple(dict.fromkeys(Shape.of(of.operator) for of in tensors))
-    matrices, owners = _matrices(tensors)
+    matrices = [*_matrices(tensors)]
     items: list[_Item] = []
     runs: list[tuple[int, ...]] = []
     rows = [0] * groups
     for group in range(groups):
         for number, shape in enumerate(shapes):
-            own = [
-                matrix
-                for matrix, owner in enumerate(owners)
-                if tensors[owner].group == group
-                and Shape.of(tensors[owner].operator) == shape
-            ]
+            own = {
+                place: matrix
+                for place, matrix in enumerate(matrices)
+                if matrix.of.group == group and Shape.of(matrix.of.operator) == shape
+            }
             start = len(items)
-            ends = list(_divide(matrices, own, shape, most, items))
+            ends = list(_divide(own, shape, most, items))
             for row, (low, high) in enumerate(zip([start, *ends], ends, strict=False)):
                 for p, q in _tiles(shape):
                     runs.append((low, high, number, p, q, rows[group] + row, group))
             rows[group] += len(ends)
     orders = [_orders(of.operator).unsqueeze(0) for of in tensors]
     return MatrixTables(
-        torch.tensor(matrices, dtype=torch.int64),
+        torch.tensor([x.row for x in matrices], dtype=torch.int64),
         torch.tensor(items, dtype=torch.int64),
         torch.tensor(runs, dtype=torch.int64).view(-1, 7),
         torch.cat([torch.empty(0, 2, _MOST_GROUPS, dtype=torch.int32), *orders]),
         rows,
         tuple(map(tuple, shapes)),
-        all(of.operator.sides[-1] % _VECTOR == 0 for of in tensors),
+        all(
+            is_aligned(range(of.operator.sides[-1])) and is_aligned(of.part)
+            for of in tensors
+        ),
     )
 
 
@@ -162,26 +182,28 @@ def _tiles(shape: Shape) -> Iterator[tuple[int, int]]:
 
 
 def _divide(
-    matrices: Sequence[Sequence[int]],
-    own: Sequence[int],
-    shape: Shape,
-    most: int,
-    items: list[_Item],
+    own: Mapping[int, _Matrix], shape: Shape, most: int, items: list[_Item]
 ) -> Iterator[int]:
-    """Add the items of some matrices to `items`, and yield where a program's end."""
+    """Add the items of some matrices to `items`, and yield where a program's end.
+
+    Args:
+        own: the matrices, by their rows of the table.
+        shape: theirs.
+        most: about how many elements a program reads.
+        items: those of matrices before.
+    """
     tiles = sum(1 for _ in _tiles(shape))
     weight = 0
-    for matrix in own:
-        _, _, height, width, *_ = matrices[matrix]
-        places = min(shape.groups, -(-height // shape.first))
-        folds = -(-height // (shape.groups * shape.first))
+    for matrix, of in own.items():
+        places, folds = _spans(of.lines, shape)
         # Elements that a program reads of `at_once` places, in one fold.
-        each = shape.at_once * shape.first * width // tiles
-        some = shape.at_once * max(1, most // (each * folds))
-        depth = max(1, min(folds, most // each))
-        for first in range(0, places, some):
-            for low in range(0, folds, depth):
-                last, high = min(first + some, places), min(low + depth, folds)
+        each = shape.at_once * shape.first * of.width // tiles
+        some = shape.at_once * max(1, most // (each * len(folds)))
+        depth = max(1, min(len(folds), most // each))
+        for first in places[::some]:
+            for low in folds[::depth]:
+                last = min(first + some, places.stop)
+                high = min(low + depth, folds.stop)
                 items.append(_Item(matrix, first, last, low, high))
                 weight += each * (high - low) * -(-(last - first) // shape.at_once)
                 if weight >= most:
@@ -191,20 +213,31 @@ def _divide(
         yield len(items)
 
 
-def _matrices(tensors: Sequence[GroupedTensor]) -> tuple[list[list[int]], list[int]]:
-    """Return the rows of the table of matrices, and the tensor of each."""
-    rows: list[list[int]] = []
-    owners: list[int] = []
+def _spans(lines: range, shape: Shape) -> tuple[range, range]:
+    """Return the places c and the folds that have any of some rows of a matrix."""
+    height = shape.groups * shape.first
+    folds = range(lines.start // height, -(-lines.stop // height))
+    if len(folds) > 1:
+        return range(shape.groups), folds
+    above = folds.start * height
+    first, last = lines.start - above, lines.stop - above
+    return range(first // shape.first, -(-last // shape.first)), folds
+
+
+def _matrices(tensors: Sequence[GroupedTensor]) -> Iterator[_Matrix]:
+    """Yield all matrices of which there are any rows."""
     for number, of in enumerate(tensors):
         *experts, height, width = of.operator.sides
         first, second = (of.operator.side_signs(side).keys for side in (0, 1))
         for expert in range(math.prod(experts)):
             start = expert * height * width
+            low = max(0, (of.part.start - start) // width)
+            lines = range(low, min(height, -(-(of.part.stop - start) // width)))
             left, right = expert * height, expert * width
             sides = *first, left, *second, right
-            rows.append([of.place, start, height, width, *sides, number])
-            owners.append(number)
-    return rows, owners
+            row = of.place, start, height, width, *sides, number
+            if lines:
+                yield _Matrix(of, row, lines, width)
 
 
 def _orders(operator: Grouped) -> Tensor:

@@ -16,6 +16,7 @@ from hf_sketch import HessianOperator, SubspaceConfig
 from hf_sketch.callbacks import GradientSketchCallback, HessianSpectrumCallback
 from hf_sketch.callbacks.recording import steps
 from hf_sketch.callbacks.recording.steps import step_columns
+from hf_sketch.model import gradient_pass
 from hf_sketch.recipes.tables.measure import peak_extra_bytes
 from tests.helpers.processes.joint_trainers import (
     GLOBAL_BATCH,
@@ -104,6 +105,18 @@ def watched(directory):
 
 def blocked(directory):
     train(directory, GradientSketchCallback(SIZE, layout="blocked", per_example=False))
+
+
+def at_once(directory):
+    """By the kernels for all tensors, which Triton interprets on CPUs."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    callback = GradientSketchCallback(SIZE, per_example=False)
+    with (
+        patch.object(gradient_pass, "can_launch", lambda device: True),
+        exchanged_sizes() as exchanged,
+    ):
+        train(directory, callback)
+    leave(directory, exchanged=exchanged)
 
 
 def ledger(directory):
@@ -208,6 +221,7 @@ SCENARIOS = {
         resumed,
         replicas,
         blocked,
+        at_once,
         ledger,
         layers,
         checkpointed,

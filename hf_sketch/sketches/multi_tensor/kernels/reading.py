@@ -1,7 +1,8 @@
 """How Triton kernels read and write tensors that are given by their addresses.
 
-In the table `given`, (tensors, 3), are the address of each tensor, its number of
-elements and its dtype's place in `DTYPES`. A tensor that is missing has no elements.
+The table `given`, (tensors, 4), has each tensor's address, the first element that is
+there, one past the last, and the dtype's place in `DTYPES`. The address is that of
+element 0, even if a shard has only later ones. A tensor that is missing has none.
 """
 
 # Triton is not installed everywhere, and its language has no types.
@@ -19,32 +20,32 @@ def read(given_ptr, tensor, at, mask, KIND: tl.constexpr, ALIGNED: tl.constexpr)
     """Elements of a tensor as float32, zero where there are none.
 
     KIND is the place of the dtype that all tensors have, or 3 if they differ. If
-    ALIGNED, addresses are multiples of 16 bytes, and numbers of elements of 8.
+    ALIGNED, addresses are multiples of 16 bytes, and the ends of tensors of 8 elements.
     """
-    address = tl.load(given_ptr + 3 * tensor)
-    elements = tl.load(given_ptr + 3 * tensor + 1)
+    row = given_ptr + 4 * tensor
+    address, first, end = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     if ALIGNED:
-        elements = tl.multiple_of(elements, 8)
+        first, end = tl.multiple_of(first, 8), tl.multiple_of(end, 8)
+    mask &= (at >= first) & (at < end)
     if KIND == 0:
-        return _of(address, at, mask, elements, tl.float32, ALIGNED)
+        return _of(address, at, mask, tl.float32, ALIGNED)
     if KIND == 1:
-        return _of(address, at, mask, elements, tl.bfloat16, ALIGNED)
+        return _of(address, at, mask, tl.bfloat16, ALIGNED)
     if KIND == 2:
-        return _of(address, at, mask, elements, tl.float16, ALIGNED)
-    kind = tl.load(given_ptr + 3 * tensor + 2)
-    none = tl.zeros_like(elements)
-    x = _of(address, at, mask, tl.where(kind == 0, elements, none), tl.float32, False)
-    x += _of(address, at, mask, tl.where(kind == 1, elements, none), tl.bfloat16, False)
-    x += _of(address, at, mask, tl.where(kind == 2, elements, none), tl.float16, False)
+        return _of(address, at, mask, tl.float16, ALIGNED)
+    kind = tl.load(row + 3)
+    x = _of(address, at, mask & (at < tl.where(kind == 0, end, 0)), tl.float32, False)
+    x += _of(address, at, mask & (at < tl.where(kind == 1, end, 0)), tl.bfloat16, False)
+    x += _of(address, at, mask & (at < tl.where(kind == 2, end, 0)), tl.float16, False)
     return x
 
 
 @triton.jit
-def _of(address, at, mask, elements, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+def _of(address, at, mask, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = address.to(tl.pointer_type(dtype))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
-    return tl.load(pointer + at, mask & (at < elements), 0.0).to(tl.float32)
+    return tl.load(pointer + at, mask, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -59,16 +60,15 @@ def add_to(
     BASE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Store base + x in elements of a tensor, rounded once to its dtype.
+    """Store base + x in elements of a whole tensor, rounded once to its dtype.
 
     KIND is as for `read`, but that packed vectors are in float32. BASE is the same of
     the tensors in `base`, or 4 if there are none.
     """
     if BASE < 4:
         x += read(base_ptr, tensor, at, mask, BASE, ALIGNED)
-    address = tl.load(given_ptr + 3 * tensor)
-    elements = tl.load(given_ptr + 3 * tensor + 1)
-    kind = tl.load(given_ptr + 3 * tensor + 2)
+    row = given_ptr + 4 * tensor
+    address, elements, kind = tl.load(row), tl.load(row + 2), tl.load(row + 3)
     if ALIGNED:
         elements = tl.multiple_of(elements, 8)
     if kind == 0:
