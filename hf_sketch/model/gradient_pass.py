@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from hf_sketch.model.normalizer import Normalizer
 from hf_sketch.model.operators import Operators
 from hf_sketch.sketches import Grouped, Sketch
 from hf_sketch.sketches.blocked import BlockedSketch
@@ -24,12 +26,12 @@ class WholeGradients:
 
     Args:
         operators: operators of the parameters.
-        scaled: whether gradients are scaled before they are sketched, which no kernel
-            does.
+        normalizer: scales gradients before they are sketched. Vectors are then lifted
+            by no kernel.
     """
 
-    def __init__(self, operators: Operators, scaled: bool) -> None:
-        self._operators, self._scaled = operators, scaled
+    def __init__(self, operators: Operators, normalizer: Normalizer | None) -> None:
+        self._operators, self._normalizer = operators, normalizer
         self._kept: dict[torch.device, GradientPass] = {}
         self._lifts: dict[torch.device, Lift] = {}
 
@@ -85,6 +87,8 @@ class WholeGradients:
         device, operators = vector.device, self._operators
         if not self.can_read(device) or vector.dtype != torch.float32:
             return None
+        if self._normalizer is not None:
+            return None
         if len(vector) != operators.out_size * len(set(operators.group_of.values())):
             return None  # the operators say what is wrong
         if vector.requires_grad and torch.is_grad_enabled():
@@ -100,7 +104,7 @@ class WholeGradients:
     def can_read(self, device: torch.device) -> bool:
         """Return whether there are kernels for all operators on a device."""
         operators = self._operators
-        if self._scaled or operators.layout == "flat" or not can_launch(device):
+        if operators.layout == "flat" or not can_launch(device):
             return False
         return all(
             _has_kernel(of)
@@ -126,7 +130,25 @@ class WholeGradients:
             join: see `GradientPass`.
         """
         tensors = _tensors(self._operators, parts)
+        if self._normalizer is not None:
+            tensors = replace(tensors, scales=self._scales(tensors.packed_sizes))
         return GradientPass(tensors, device, witnesses, rounding, join)
+
+    def _scales(self, packed_sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Return factors of rows and columns, of each parameter and packed vector."""
+        normalizer, operators = self._normalizer, self._operators
+        assert normalizer is not None
+        scales = {name: normalizer.sides(name) for name in operators.shapes}
+        packed = {
+            group: torch.zeros(size)
+            for group, size in zip(operators.packed, packed_sizes, strict=True)
+        }
+        for name, place in operators.places.items():
+            rows, columns = scales[name]
+            packed[operators.group_of[name]][place] = torch.outer(rows, columns).view(
+                -1
+            )
+        return [*scales.values(), *((torch.ones(1), x) for x in packed.values())]
 
 
 def _tensors(

@@ -113,6 +113,11 @@ class Normalizer:
         matrix = rows.unflatten(1, (len(left), len(right)))
         return (matrix * left.unsqueeze(1)).mul_(right).flatten(1)
 
+    def sides(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the factors of a parameter's rows and columns; a vector is one row."""
+        *rows, columns = self._scales[name]
+        return rows[0] if rows else torch.ones(1), columns
+
     def side(self, name: str, side: int, like: Tensor) -> Tensor:
         """Return the factors of one side of a matrix's outer products: (length,).
 

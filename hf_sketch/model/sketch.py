@@ -180,7 +180,7 @@ class ModelSketch:
     @cached_property
     def whole_gradients(self) -> WholeGradients:
         """What sketches gradients by kernels for all tensors at once, where it can."""
-        return WholeGradients(self._operators, self.normalizer is not None)
+        return WholeGradients(self._operators, self.normalizer)
 
     def sketch_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
         """Sketch a batch of gradients, or of parts of them.

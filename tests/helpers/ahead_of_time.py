@@ -35,6 +35,7 @@ SHAPES = (
 BLOCKS = {"LEADING": 1, "FOLDS": 1, "RUN": RUN}
 MATRICES = {"SHAPES": SHAPES[:1], "COUNT": 1}
 TENSORS = {"KIND": 0, "ALIGNED": True}
+READ = TENSORS | {"SCALED": False}
 LIFTED = TENSORS | {"LEADING": 1, "BLOCK": 1024, "RUN": RUN}
 LONG = {"RUN": RUN}
 WHOLE = " % 16"  # of a number that is a multiple of 16
@@ -49,18 +50,21 @@ SPECIMENS = [
         (rows.finish_row, {"ROUNDING": 1e-6, "ROTATES": rotates}, 4)
         for rotates in (True, False)
     ),
-    *((blocks.sum_blocks, BLOCKS | TENSORS | {"KIND": k}, 1) for k in range(4)),
-    (blocks.sum_blocks, BLOCKS | TENSORS | {"LEADING": 4}, 4),
-    (blocks.sum_blocks, BLOCKS | TENSORS | {"FOLDS": 16, "ALIGNED": False}, 1),
+    *((blocks.sum_blocks, BLOCKS | READ | {"KIND": k}, 1) for k in range(4)),
+    (blocks.sum_blocks, BLOCKS | READ | {"LEADING": 4}, 4),
+    (blocks.sum_blocks, BLOCKS | READ | {"FOLDS": 16, "ALIGNED": False}, 1),
+    (blocks.sum_blocks, BLOCKS | READ | {"SCALED": True}, 1),
     *(
-        (long_blocks.sum_long_blocks, LONG | TENSORS | {"LEADING": 2**k}, 8)
+        (long_blocks.sum_long_blocks, LONG | READ | {"LEADING": 2**k}, 8)
         for k in range(4)
     ),
-    (long_blocks.sum_long_blocks, LONG | TENSORS | LEADING | {"KIND": 3}, 8),
-    *((matrices.sum_matrices, MATRICES | TENSORS | {"KIND": k}, 4) for k in range(4)),
+    (long_blocks.sum_long_blocks, LONG | READ | LEADING | {"KIND": 3}, 8),
+    (long_blocks.sum_long_blocks, LONG | READ | LEADING | {"SCALED": True}, 8),
+    *((matrices.sum_matrices, MATRICES | READ | {"KIND": k}, 4) for k in range(4)),
+    (matrices.sum_matrices, MATRICES | READ | {"SCALED": True}, 4),
     (
         matrices.sum_matrices,
-        TENSORS | {"SHAPES": SHAPES, "COUNT": 3, "ALIGNED": False},
+        READ | {"SHAPES": SHAPES, "COUNT": 3, "ALIGNED": False},
         4,
     ),
     (lifted.spread, {"KIND": 1, "BASE": 1}, 4),
@@ -100,7 +104,7 @@ SPECIMENS = [
     (turn_kernels.turn_sides, ONE_SIDE | {"stride": "i32", "length": "i32"}, 4),
 ]
 TABLES = ("given_ptr", "streams_ptr", "matrices_ptr", "chunks_ptr")
-TABLES += ("sums_ptr", "terms_ptr", "places_ptr", "base_ptr")
+TABLES += ("sums_ptr", "terms_ptr", "places_ptr", "base_ptr", "scales_ptr")
 WORDS = ("units_ptr", "runs_ptr", "items_ptr", "orders_ptr", "order_ptr", "bounds_ptr")
 WORDS += ("ranges_ptr", "signs_ptr", "parts_ptr")
 TYPES = {

@@ -52,6 +52,8 @@ class GradientTensors:
         packed_sizes: elements of each packed vector, multiples of 1024.
         out_size: numbers per group of layers.
         groups: groups of layers.
+        scales: of each tensor and packed vector, factors of rows and of columns that
+            its elements are multiplied by; none if they are not.
     """
 
     parts: Sequence[range]
@@ -61,6 +63,7 @@ class GradientTensors:
     packed_sizes: Sequence[int]
     out_size: int
     groups: int
+    scales: Sequence[tuple[Tensor, Tensor]] = ()
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,16 @@ def _chunks(part: range) -> Iterator[tuple[int, int]]:
     """Yield the first element of each chunk, and how many it has."""
     for start in part[::CHUNK]:
         yield start, min(CHUNK, part.stop - start)
+
+
+def scale_tables(of: GradientTensors, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the table of scales, (tensors and packed vectors, 3), and all factors."""
+    sides = [side for both in of.scales for side in both]
+    starts = _starts(torch.tensor([len(side) for side in sides], dtype=torch.int64))
+    widths = torch.tensor([len(x) for _, x in of.scales], dtype=torch.int64)
+    table = torch.stack([starts[:-1:2], starts[1::2], widths], 1)
+    factors = torch.cat([torch.empty(0), *sides])
+    return table.to(device), factors.to(device)
 
 
 def table_keys(operator: BlockedSketch) -> tuple[int, ...]:

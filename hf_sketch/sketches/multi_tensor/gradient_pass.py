@@ -13,6 +13,7 @@ from hf_sketch.sketches.multi_tensor.division import (
     GradientTensors,
     divide,
     packed_chunks,
+    scale_tables,
     table_keys,
     witness_chunks,
 )
@@ -76,6 +77,7 @@ class GradientPass:
         # Apart, since Triton compiles again for memory that is not aligned alike.
         self._before = torch.zeros(len(chunks), device=device)
         self._now = torch.zeros(len(chunks), device=device)
+        self._scales = scale_tables(tensors, device)
         of = self._division = divide(tensors, device)
         # Numbers that no program sums stay zero.
         partial = torch.zeros(of.partial, device=device)
@@ -213,6 +215,7 @@ class GradientPass:
             of.runs,
             factors,
             leading,
+            *self._scales,
             self._whole,
             self._squares,
             self._tensors.out_size,
@@ -223,6 +226,7 @@ class GradientPass:
             RUN=operator.signs("before").run,
             KIND=given.kind,
             ALIGNED=given.aligned and of.aligned,
+            SCALED=bool(self._tensors.scales),
             BFLOAT16=self._device.type != "cpu",
             num_warps=len(leading),
         )
@@ -240,6 +244,7 @@ class GradientPass:
             of.runs,
             factors,
             leading,
+            *self._scales,
             self._scratch,
             self._long,
             self._squares,
@@ -248,6 +253,7 @@ class GradientPass:
             RUN=operator.signs("before").run,
             KIND=given.kind,
             ALIGNED=given.aligned and of.aligned,
+            SCALED=bool(self._tensors.scales),
             BFLOAT16=self._device.type != "cpu",
             num_warps=LONG_WARPS,
         )
@@ -265,6 +271,7 @@ class GradientPass:
             of.items,
             of.runs,
             of.orders,
+            *self._scales,
             self._whole,
             self._squares[len(self._division.blocks.runs) :],
             self._tensors.out_size,
@@ -272,6 +279,7 @@ class GradientPass:
             COUNT=len(of.shapes),
             KIND=given.kind,
             ALIGNED=given.aligned and of.aligned,
+            SCALED=bool(self._tensors.scales),
             BFLOAT16=self._device.type != "cpu",
         )
 

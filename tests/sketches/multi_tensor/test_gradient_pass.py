@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_sketch import ModelSketch, Normalizer
+from hf_sketch import ModelSketch
 from hf_sketch.model import gradient_pass
 from hf_sketch.sketches.multi_tensor import blocks, division, matrices
 from hf_sketch.sketches.multi_tensor.gradient_pass import GradientPass
@@ -233,9 +233,6 @@ def test_a_map_sketches_whole_gradients_by_kernels(launched):
     assert not launched
 
 
-NORMALIZER = Normalizer({n: (torch.ones(math.prod(s)),) for n, s in SMALL}, 1)
-
-
 @pytest.mark.usefixtures("with_kernels")
 @pytest.mark.parametrize(
     "settings",
@@ -244,7 +241,6 @@ NORMALIZER = Normalizer({n: (torch.ones(math.prod(s)),) for n, s in SMALL}, 1)
         {"layout": "factored"},
         {"operator": "qk"},
         {"operator": "dense"},
-        {"normalizer": NORMALIZER},
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@
 import triton
 import triton.language as tl
 
-from hf_sketch.sketches.multi_tensor.kernels.reading import read
+from hf_sketch.sketches.multi_tensor.kernels.reading import read, scaled
 from hf_sketch.sketches.transforms.kernel_parts import (
     SIDE,
     TILE,
@@ -30,6 +30,8 @@ def sum_blocks(
     runs_ptr,
     factors_ptr,
     leading_ptr,
+    scales_ptr,
+    sides_ptr,
     partial_ptr,
     squares_ptr,
     width,
@@ -43,6 +45,7 @@ def sum_blocks(
     RUN: tl.constexpr,
     KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
     BFLOAT16: tl.constexpr,
 ):
     """Add up units of LEADING tiles, each flipped, transformed and flipped again.
@@ -53,6 +56,7 @@ def sum_blocks(
         runs (programs, 5): the first unit, one past the last, the row of `partial`, the
             first number there, and the group
         factors (2, 32, 32), leading (LEADING, LEADING): the last one first
+        scales (tensors, 3), sides: what elements are multiplied by, if SCALED
         partial (rows, width), squares (programs,)
     """
     run = tl.program_id(0)
@@ -74,6 +78,8 @@ def sum_blocks(
         where = tl.reshape(at, (1, LEADING, SIDE, 1)) + place[None, None, None, :]
         x = read(given_ptr, tl.load(keys), start + where, where >= 0, KIND, ALIGNED)
         squares += x * x
+        if SCALED:
+            x = scaled(x, scales_ptr, sides_ptr, tl.load(keys), start + where)
         signs = tl.reshape(signs, (1, LEADING, SIDE, 1))
         x = flip(x, signs, place[None, None, None, :])
         y = rotate(tl.sum(leading * x, 1), right, left, BFLOAT16)

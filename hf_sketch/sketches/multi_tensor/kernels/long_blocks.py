@@ -9,7 +9,7 @@
 import triton
 import triton.language as tl
 
-from hf_sketch.sketches.multi_tensor.kernels.reading import read
+from hf_sketch.sketches.multi_tensor.kernels.reading import read, scaled
 from hf_sketch.sketches.transforms.kernel_parts import (
     LEFT,
     SIDE,
@@ -34,6 +34,8 @@ def sum_long_blocks(
     runs_ptr,
     factors_ptr,
     leading_ptr,
+    scales_ptr,
+    sides_ptr,
     scratch_ptr,
     partial_ptr,
     squares_ptr,
@@ -45,6 +47,7 @@ def sum_long_blocks(
     RUN: tl.constexpr,
     KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
     BFLOAT16: tl.constexpr,
 ):
     """Add up units of LEADING * 2**15 numbers, flipped, transformed, flipped again.
@@ -58,6 +61,7 @@ def sum_long_blocks(
         runs (programs, 5): the first unit, one past the last, the row of `partial`,
             and last the sum, by which factors are chosen
         factors (sums, 3, 32, 32), leading (sums, LEADING, LEADING): the last one first
+        scales (tensors, 3), sides: what elements are multiplied by, if SCALED
         scratch (programs, unit), partial (rows, unit), squares (programs,)
     """
     UNIT: tl.constexpr = LEADING * SIDE * TILE
@@ -78,6 +82,8 @@ def sum_long_blocks(
             start,
             scratch_ptr,
             factors_ptr,
+            scales_ptr,
+            sides_ptr,
             squares,
             before_1,
             before_2,
@@ -85,6 +91,7 @@ def sum_long_blocks(
             RUN,
             KIND,
             ALIGNED,
+            SCALED,
             BFLOAT16,
         )
         _add_strips(
@@ -109,6 +116,8 @@ def _rotate_tiles(
     start,
     scratch_ptr,
     factors_ptr,
+    scales_ptr,
+    sides_ptr,
     squares,
     before_1,
     before_2,
@@ -116,6 +125,7 @@ def _rotate_tiles(
     RUN: tl.constexpr,
     KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
     BFLOAT16: tl.constexpr,
 ):
     """Apply the last two factors to a unit's tiles; return the sums of squares."""
@@ -130,6 +140,8 @@ def _rotate_tiles(
         at = tl.reshape(line, (1, _TILES, SIDE, 1)) + place
         x = read(given_ptr, tl.load(keys), start + at, at >= 0, KIND, ALIGNED)
         squares += x * x
+        if SCALED:
+            x = scaled(x, scales_ptr, sides_ptr, tl.load(keys), start + at)
         x = flip(x, tl.reshape(signs, (1, _TILES, SIDE, 1)), place)
         y = rotate(tl.reshape(x, (_TILES, SIDE, SIDE)), right, left, BFLOAT16)
         to = tl.reshape(at, (_TILES, SIDE, SIDE))

@@ -25,6 +25,8 @@ def sum_matrices(
     items_ptr,
     runs_ptr,
     orders_ptr,
+    scales_ptr,
+    sides_ptr,
     partial_ptr,
     squares_ptr,
     width,
@@ -32,6 +34,7 @@ def sum_matrices(
     COUNT: tl.constexpr,
     KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
     BFLOAT16: tl.constexpr,
 ):
     """Fold parts of matrices along both sides, and rotate them, as `Grouped` does.
@@ -43,6 +46,7 @@ def sum_matrices(
         runs (programs, 7): the first item, one past the last, which of SHAPES its
             matrices have, the first p and q, the row of `partial`, and the group
         orders (n, 2, 64): by side, the rows of the Hadamard matrix
+        scales (tensors, 3), sides: what elements are multiplied by, if SCALED
         partial (rows, width), squares (programs,)
     """
     run = runs_ptr + 7 * tl.program_id(0)
@@ -54,10 +58,13 @@ def sum_matrices(
                 items_ptr,
                 run,
                 orders_ptr,
+                scales_ptr,
+                sides_ptr,
                 partial_ptr + tl.load(run + 5).to(tl.int64) * width,
                 SHAPES[number],
                 KIND,
                 ALIGNED,
+                SCALED,
                 BFLOAT16,
             )
             tl.store(squares_ptr + tl.program_id(0), squares)
@@ -70,10 +77,13 @@ def _sum_matrices(
     items_ptr,
     run,
     orders_ptr,
+    scales_ptr,
+    sides_ptr,
     partial_ptr,
     SHAPE: tl.constexpr,
     KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
     BFLOAT16: tl.constexpr,
 ):
     """Sum the P x Q numbers of a run, of all groups, AT_ONCE places c at a time."""
@@ -98,7 +108,17 @@ def _sum_matrices(
         for c in tl.range(tl.load(item + 1), tl.load(item + 2), AT_ONCE):
             row = (c + line // P) * FIRST + low_p + line % P
             x, squared = _fold(
-                given_ptr, matrix, item, row, low_q, SHAPE, KIND, ALIGNED
+                given_ptr,
+                matrix,
+                item,
+                scales_ptr,
+                sides_ptr,
+                row,
+                low_q,
+                SHAPE,
+                KIND,
+                ALIGNED,
+                SCALED,
             )
             squares += squared
             x = tl.permute(tl.reshape(x, (AT_ONCE * P, PADDED, Q)), (1, 0, 2))
@@ -121,11 +141,14 @@ def _fold(
     given_ptr,
     matrix,
     item,
+    scales_ptr,
+    sides_ptr,
     row,
     low_q,
     SHAPE: tl.constexpr,
     KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Fold an item's rows onto those given, and all columns; with the squares."""
     Q: tl.constexpr = SHAPE[4]
@@ -146,6 +169,9 @@ def _fold(
         line = row + fold * HEIGHT
         inside = (below & (line < rows))[:, None]
         index = line + tl.load(matrix + 6)
+        if SCALED:
+            of_line = sides_ptr + tl.load(scales_ptr + 3 * tensor) + index[:, None]
+            scale = tl.load(of_line, inside, 0.0)
         signs = words(index, tl.load(matrix + 4), tl.load(matrix + 5))[:, None]
         base = start + line.to(tl.int64)[:, None] * columns
         for right in tl.range(0, columns, WIDTH):
@@ -153,6 +179,9 @@ def _fold(
             mask = inside & (column < WIDTH)[None, :] & (at < columns)
             y = read(given_ptr, tensor, base + at, mask, KIND, ALIGNED)
             squares += y * y
+            if SCALED:
+                of_column = sides_ptr + tl.load(scales_ptr + 3 * tensor + 1) + at
+                y *= scale * tl.load(of_column, at < columns, 0.0)
             place = at + tl.load(matrix + 9)
             flips = words(place, tl.load(matrix + 7), tl.load(matrix + 8))
             x += flip(y, signs ^ flips, tl.zeros((1, 1), tl.int32))

@@ -49,6 +49,22 @@ def _of(address, at, mask, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def scaled(x, scales_ptr, sides_ptr, tensor, at):
+    """Elements of a tensor times the factors of their rows and columns.
+
+    In the table `scales`, (tensors, 3), are where in `sides` each tensor's factors of
+    rows begin, and those of columns, and how many columns there are.
+    """
+    row = scales_ptr + 3 * tensor
+    place, width = at.to(tl.uint32), tl.load(row + 2).to(tl.uint32)
+    line = place // width
+    column = place - line * width
+    there = x != 0  # not behind the last element
+    x *= tl.load(sides_ptr + tl.load(row) + line, there, 0.0)
+    return x * tl.load(sides_ptr + tl.load(row + 1) + column, there, 0.0)
+
+
+@triton.jit
 def add_to(
     given_ptr,
     base_ptr,
