@@ -104,9 +104,8 @@ def test_a_row_is_the_sketch_of_what_the_optimizer_did(tmp_path, model, options)
         zip(weights.before, weights.after, strict=True), 1
     ):
         change = sketch.sketch({name: after[name] - before[name] for name in names})
-        torch.testing.assert_close(
-            rows["sketch"][number], change.float(), rtol=1e-5, atol=1e-9
-        )
+        error = (rows["sketch"][number] - change).norm()
+        assert error <= 1e-6 * change.norm()  # 1.5e-7 is float32's rounding
         state = balance.of(sketch.sketch({name: after[name] for name in names}))
         wanted = state.tolist()
         assert rows["balance"][number].tolist() == pytest.approx(wanted, abs=1e-7)
