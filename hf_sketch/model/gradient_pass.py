@@ -144,10 +144,8 @@ class WholeGradients:
             for group, size in zip(operators.packed, packed_sizes, strict=True)
         }
         for name, place in operators.places.items():
-            rows, columns = scales[name]
-            packed[operators.group_of[name]][place] = torch.outer(rows, columns).view(
-                -1
-            )
+            elements = torch.outer(*scales[name]).flatten()
+            packed[operators.group_of[name]][place] = elements
         return [*scales.values(), *((torch.ones(1), x) for x in packed.values())]
 
 
