@@ -74,3 +74,26 @@ def test_a_small_run_is_saved_and_not_repeated(tmp_path, capsys):
     arguments.steps = 3
     with pytest.raises(ValueError, match=r"steps=2, not 3. Pass another --output_dir"):
         run_subspace_peers(arguments)
+
+
+@pytest.mark.full
+def test_a_small_run_on_summaries_is_saved(tmp_path):
+    arguments = SubspacePeersArguments(
+        output_dir=str(tmp_path), tiny=True, task="xsum", methods="srht,lora"
+    )
+    results = run_subspace_peers(arguments)
+    assert set(results) == {"srht 12", "lora 12"}
+    assert results["srht 12"]["parameters"] == 2**12
+    for found in results.values():
+        (run,) = found["runs"]
+        assert 0 <= run["accuracy"] <= 1
+        assert 0 < run["test_loss"] < 2 * math.log(30522)  # of MiniLM's tokens
+    assert "XSUM" in (tmp_path / "subspace_peers_xsum_1.svg").read_text()
+
+
+def test_other_tasks_are_refused(tmp_path):
+    arguments = SubspacePeersArguments(output_dir=str(tmp_path), task="squad")
+    with pytest.raises(
+        ValueError, match="task must be one of 'snli', 'xsum', got 'squad'"
+    ):
+        run_subspace_peers(arguments)

@@ -67,8 +67,8 @@ def adapted(
 ) -> nn.Module | None:
     """Return a model with the largest adapter within a budget of trained parameters.
 
-    The classifier is trained in full, and counted, where it takes at most a third of
-    the budget; below, it stays as it was drawn. In a subspace it moves as all else
+    A classifier is trained in full, and counted, where it takes at most a third of the
+    budget; below, it stays as it was drawn. In a subspace it moves as all else
     does, but for "affd+head" and "grouped+head".
 
     Args:
@@ -86,8 +86,9 @@ def adapted(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
-    head = sum(p.numel() for p in getattr(new_model(), HEAD).parameters())
-    saved = [HEAD] if 3 * head <= budget else []
+    parameters = new_model().named_parameters()
+    head = sum(p.numel() for name, p in parameters if name.startswith(HEAD))
+    saved = [HEAD] if 0 < 3 * head <= budget else []
     subspace = SUBSPACES.get(method.removesuffix(_WITH_HEAD))
     if subspace is not None:
         whole = method in SUBSPACES

@@ -1,4 +1,4 @@
-"""How accurate a method of fine-tuning is per trained parameter, on SNLI."""
+"""How accurate a method of fine-tuning is per trained parameter."""
 
 import copy
 import importlib
@@ -27,9 +27,14 @@ from hf_sketch.recipes.tables.adapters.methods import (
     first_rate,
     trained,
 )
-from hf_sketch.recipes.tables.adapters.snli_layers import PeersTask, measured
+from hf_sketch.recipes.tables.adapters.snli_layers import snli_task
+from hf_sketch.recipes.tables.adapters.task import PeersTask, measured
+from hf_sketch.recipes.tables.adapters.xsum_layers import xsum_task
 from hf_sketch.recipes.training_defaults import with_small
+from hf_sketch.sketches.choices import check_choice
 
+_SNLI: Final = "snli"
+_TASKS: Final = {_SNLI: snli_task, "xsum": xsum_task}
 _FULL: Final = "full"
 _FULL_RATE: Final = 1e-4
 _FACTOR: Final = 3.0  # from one learning rate to the next
@@ -43,11 +48,15 @@ _TINY |= {"tuning_rows": 20, "test_rows": 20, "trained_layers": 1, "batch_size":
 class SubspacePeersArguments(ReportArguments):
     """Accuracy over trained parameters: subspaces, and methods that PEFT has.
 
-    MiniLM on SNLI. The last layers are adapted; what comes before them is the same for
-    all methods and computed once. A method's learning rate is tuned for each number of
-    parameters by the loss on rows that are not those of the test, with the first seed.
-    Results in <output_dir> are added to, and what is there is not measured again.
+    "snli" is MiniLM on SNLI. The last layers are adapted; what comes before them is the
+    same for all methods and computed once. "xsum" is an encoder-decoder of MiniLM's
+    first layers on XSum, and its accuracy that of the next token. A method's learning
+    rate is tuned for each number of parameters by the loss on rows that are not those
+    of the test, with the first seed. Results in <output_dir> are added to, and what is
+    there is not measured again.
     """
+
+    task: str = field(default="snli", metadata={"help": "What is learned: snli, xsum."})
 
     methods: str = field(
         default=",".join((_FULL, *METHODS)), metadata={"help": "Comma-separated."}
@@ -59,13 +68,13 @@ class SubspacePeersArguments(ReportArguments):
     seeds: int = field(
         default=3, metadata={"help": "Runs at the tuned rate: data order and adapter."}
     )
-    trained_layers: int = field(default=2, metadata={"help": "Last layers, of six."})
+    trained_layers: int = field(default=2, metadata={"help": "Layers, of six."})
     steps: int = field(default=200, metadata={"help": "Optimizer steps per run."})
     batch_size: int = field(default=16, metadata={"help": "Pairs in a batch."})
     tuning_rows: int = field(default=500, metadata={"help": "Rows of tuning."})
     test_rows: int = field(default=2000, metadata={"help": "Rows of the test."})
     train_file: str | None = field(
-        default=None, metadata={"help": "SNLI rows instead of our own pairs."}
+        default=None, metadata={"help": "Rows of SNLI or XSum instead of our own."}
     )
     validation_file: str | None = field(
         default=None, metadata={"help": "The same, for tuning and the test."}
@@ -144,11 +153,13 @@ def run_subspace_peers(arguments: SubspacePeersArguments) -> dict[str, Any]:
     """
     if arguments.tiny:
         arguments = with_small(arguments, _TINY)
-    name = f"subspace_peers_{arguments.trained_layers}"
+    check_choice("task", arguments.task, tuple(_TASKS))
+    kind = "" if arguments.task == _SNLI else f"{arguments.task}_"
+    name = f"subspace_peers_{kind}{arguments.trained_layers}"
     path = Path(arguments.output_dir) / f"{name}.json"
     kept_results(path, arguments)
     count = arguments.steps * arguments.batch_size
-    task = PeersTask.load(
+    task = _TASKS[arguments.task](
         arguments.trained_layers,
         (count, arguments.tuning_rows, arguments.test_rows),
         arguments.train_file,
@@ -170,7 +181,7 @@ def run_subspace_peers(arguments: SubspacePeersArguments) -> dict[str, Any]:
     results = kept_results(path, arguments)
     print("saved", path)
     if plots_if_installed() is not None:
-        save_plot(path.with_suffix(".svg"), results)
+        save_plot(path.with_suffix(".svg"), arguments.task, results)
         print("saved", path.with_suffix(".svg"))
     return results
 
@@ -181,7 +192,8 @@ def kept_results(path: Path, arguments: SubspacePeersArguments) -> dict[str, Any
         return {}
     report = json.loads(path.read_text())
     for setting, value in vars(arguments).items():
-        kept = report["arguments"].get(setting)
+        # Older reports do not name the task.
+        kept = report["arguments"].get(setting, _SNLI if setting == "task" else None)
         if setting not in _FREE and value != kept:
             raise ValueError(
                 f"{path} was made with {setting}={kept!r}, not {value!r}. Pass "
@@ -190,7 +202,9 @@ def kept_results(path: Path, arguments: SubspacePeersArguments) -> dict[str, Any
     return report["results"]
 
 
-def save_plot(path: Path, results: Mapping[str, Mapping[str, Any] | None]) -> None:
+def save_plot(
+    path: Path, task: str, results: Mapping[str, Mapping[str, Any] | None]
+) -> None:
     """Plot each method's accuracy over its numbers of parameters: mean and range."""
     figure = importlib.import_module("matplotlib.figure").Figure(
         figsize=(8, 5), layout="constrained"
@@ -222,7 +236,8 @@ def save_plot(path: Path, results: Mapping[str, Mapping[str, Any] | None]) -> No
             alpha=0.8,
         )
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="trained parameters", ylabel="accuracy on SNLI: mean, range")
+    of = f"accuracy on {task.upper()}: mean, range"
+    axes.set(xlabel="trained parameters", ylabel=of)
     axes.legend(ncols=2)
     figure.savefig(path)
 

@@ -4,7 +4,7 @@
 # pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false
 # pyright: reportMissingParameterType=false, reportUnknownVariableType=false
 # pyright: reportUnknownLambdaType=false, reportGeneralTypeIssues=false
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false
 
 import triton
 import triton.language as tl
