@@ -128,6 +128,8 @@ def draw_subspace(config: SubspaceConfig, base: BaseModel) -> ModelSketch:
             "base_fingerprint=None in the adapter's SubspaceConfig to use others."
         )
     shapes = tuple((name, tuple(p.shape)) for name, p in covered.items())
+    assert config.layout is not None
+    assert config.operator is not None
     settings = config.largest_dim, config.layout, config.seed, config.operator
     sketch = ModelSketch(shapes, *settings)
     try:

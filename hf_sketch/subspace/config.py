@@ -48,8 +48,12 @@ class SubspaceConfig(PeftConfig):
         dim: length of omega.
         max_dim: largest dimension that `grow_subspace` may grow the subspace to; None
             for `dim`. Sketching needs working memory for that many numbers.
-        operator: "affd", "afjl", "srht", "fjl", "qk", "ffd" or "dense".
-        layout: "blocked", "factored" or "flat", see `ModelSketch`.
+        operator: "srht", "affd", "afjl", "fjl", "qk", "ffd" or "dense". The default is
+            "srht", or "affd" if the subspace can grow, since its first rows reach every
+            parameter.
+        layout: "grouped", "blocked", "factored" or "flat", see `ModelSketch`. The
+            default is "blocked" if an operator is passed or the subspace can grow, else
+            "grouped".
         seed: draws S.
         target_parameters: names of the parameters that move, whole or their last parts
             (["weight"] for all weights), or a regular expression for the whole name;
@@ -81,8 +85,8 @@ class SubspaceConfig(PeftConfig):
 
     dim: int = 2**13
     max_dim: int | None = None
-    operator: str = "affd"
-    layout: str = "blocked"
+    operator: str | None = None
+    layout: str | None = None
     seed: int = 0
     target_parameters: Names = None
     exclude_parameters: Names = None
@@ -104,6 +108,12 @@ class SubspaceConfig(PeftConfig):
         check_count("dim", self.dim)
         check_count("max_dim", self.max_dim, optional=True)
         check_count("seed", self.seed, least=0)
+        grows = self.largest_dim > self.dim
+        if self.layout is None:
+            given = grows or self.operator is not None
+            self.layout = "blocked" if given else "grouped"
+        if self.operator is None:
+            self.operator = "affd" if grows else "srht"
         check_flag("base_on_disk", self.base_on_disk)
         check_flag("init_weights", self.init_weights)
         if self.target_modules == DUMMY_TARGET_MODULES:  # as older files have

@@ -1,4 +1,5 @@
 import copy
+import json
 import pickle
 
 import pytest
@@ -124,6 +125,25 @@ def test_weights_in_bfloat16_have_a_float32_omega():
     model(**batch).loss.backward()
     assert tuner.omega.dtype == torch.float32
     assert tuner.omega.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [
+        ({}, ("srht", "grouped")),
+        ({"max_dim": 2**13}, ("srht", "grouped")),
+        ({"max_dim": 2**14}, ("affd", "blocked")),
+        ({"operator": "afjl"}, ("afjl", "blocked")),
+        ({"operator": "qk", "layout": "flat"}, ("qk", "flat")),
+        ({"layout": "blocked"}, ("srht", "blocked")),
+    ],
+)
+def test_an_operator_and_a_layout_are_chosen_and_saved(settings, chosen, tmp_path):
+    config = SubspaceConfig(**settings)
+    assert (config.operator, config.layout) == chosen
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["operator"], saved["layout"]) == chosen
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ class SubspaceCostArguments(ReportArguments):
         default="gpt2", metadata={"help": "Default configuration with random weights."}
     )
     operators: str = field(
-        default="affd,srht,afjl,qk", metadata={"help": "Comma-separated."}
+        default="affd,srht,grouped,afjl,qk",
+        metadata={"help": "Comma-separated; grouped is srht in this layout."},
     )
     dim: int = field(default=2**13, metadata={"help": "Dimensions of the subspace."})
     batch_size: int = field(default=8, metadata={"help": "Sequences in a batch."})
@@ -81,7 +82,12 @@ def measure(arguments: SubspaceCostArguments) -> dict[str, dict[str, float]]:
     results: dict[str, dict[str, float]] = {}
     for name in arguments.operators.split(","):
         for on_disk in (False, True):
-            config = SubspaceConfig(dim=dim, operator=name, base_on_disk=on_disk)
+            config = SubspaceConfig(
+                dim=dim,
+                operator="srht" if name == "grouped" else name,
+                layout="grouped" if name == "grouped" else "blocked",
+                base_on_disk=on_disk,
+            )
             full = random_language_model(arguments.model_type, arguments.tiny).train()
             model = get_peft_model(
                 random_language_model(arguments.model_type, arguments.tiny), config
