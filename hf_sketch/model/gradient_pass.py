@@ -125,7 +125,7 @@ class WholeGradients:
             device: where the gradients are.
             witnesses: see `GradientPass`.
             rounding: see `GradientPass`.
-            parts: by name, which elements of each parameter are in this process; all by
+            parts: elements of each parameter that are in this process, by name; all by
                 default.
             join: see `GradientPass`.
         """

@@ -52,7 +52,7 @@ class GradientTensors:
         packed_sizes: elements of each packed vector, multiples of 1024.
         out_size: numbers per group of layers.
         groups: groups of layers.
-        scales: of each tensor and packed vector, factors of rows and of columns that
+        scales: factors of rows and of columns, of each tensor and packed vector, that
             its elements are multiplied by; none if they are not.
     """
 
@@ -206,13 +206,17 @@ def _chunks(part: range) -> Iterator[tuple[int, int]]:
 
 
 def scale_tables(of: GradientTensors, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the table of scales, (tensors and packed vectors, 3), and all factors."""
+    """Return the table of scales, (tensors and packed vectors, 3), and all factors.
+
+    The table has their addresses, so that they must live as long.
+    """
     sides = [side for both in of.scales for side in both]
     starts = _starts(torch.tensor([len(side) for side in sides], dtype=torch.int64))
     widths = torch.tensor([len(x) for _, x in of.scales], dtype=torch.int64)
-    table = torch.stack([starts[:-1:2], starts[1::2], widths], 1)
-    factors = torch.cat([torch.empty(0), *sides])
-    return table.to(device), factors.to(device)
+    factors = torch.cat([torch.empty(0), *sides]).to(device)
+    places = starts * factors.element_size() + factors.data_ptr()
+    table = torch.stack([places[:-1:2], places[1::2], widths], 1)
+    return table.to(device), factors
 
 
 def table_keys(operator: BlockedSketch) -> tuple[int, ...]:

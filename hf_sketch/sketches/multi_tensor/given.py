@@ -41,7 +41,7 @@ class AddressTable:
         packed_sizes: elements of each packed vector.
         device: where the tensors are.
         wide: whether packed vectors are in float32 beside any tensors.
-        firsts: of each tensor's elements, which one comes first, in a shard; zeros by
+        firsts: places of the first element that each tensor, a shard, has; zeros by
             default.
     """
 

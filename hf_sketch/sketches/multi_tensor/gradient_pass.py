@@ -77,7 +77,7 @@ class GradientPass:
         # Apart, since Triton compiles again for memory that is not aligned alike.
         self._before = torch.zeros(len(chunks), device=device)
         self._now = torch.zeros(len(chunks), device=device)
-        self._scales = scale_tables(tensors, device)
+        self._scales, self._factors = scale_tables(tensors, device)
         of = self._division = divide(tensors, device)
         # Numbers that no program sums stay zero.
         partial = torch.zeros(of.partial, device=device)
@@ -215,7 +215,7 @@ class GradientPass:
             of.runs,
             factors,
             leading,
-            *self._scales,
+            self._scales,
             self._whole,
             self._squares,
             self._tensors.out_size,
@@ -244,7 +244,7 @@ class GradientPass:
             of.runs,
             factors,
             leading,
-            *self._scales,
+            self._scales,
             self._scratch,
             self._long,
             self._squares,
@@ -271,7 +271,7 @@ class GradientPass:
             of.items,
             of.runs,
             of.orders,
-            *self._scales,
+            self._scales,
             self._whole,
             self._squares[len(self._division.blocks.runs) :],
             self._tensors.out_size,

@@ -187,10 +187,10 @@ def _divide(
     """Add the items of some matrices to `items`, and yield where a program's end.
 
     Args:
-        own: the matrices, by their rows of the table.
-        shape: theirs.
-        most: about how many elements a program reads.
-        items: those of matrices before.
+        own: matrices of one shape, by their rows of the table.
+        shape: shape of all.
+        most: elements that a program reads, about.
+        items: items of the matrices before.
     """
     tiles = sum(1 for _ in _tiles(shape))
     weight = 0

@@ -253,7 +253,7 @@ def test_gradients_of_other_sizes_are_refused():
     sketch = ModelSketch(SMALL, 64, "grouped")
     gradients = given(sketch, gradients_of(SMALL, FLOAT32))
     with pytest.raises(
-        ValueError, match=r"must have 40 elements, .*, got 20: pass whol"
+        ValueError, match=r"must have 40 elements, .*, got 20: pass them"
     ):
         begin(sketch).sketch([gradients[0], gradients[1][:20], gradients[2]])
 

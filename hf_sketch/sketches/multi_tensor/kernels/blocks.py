@@ -31,7 +31,6 @@ def sum_blocks(
     factors_ptr,
     leading_ptr,
     scales_ptr,
-    sides_ptr,
     partial_ptr,
     squares_ptr,
     width,
@@ -56,7 +55,7 @@ def sum_blocks(
         runs (programs, 5): the first unit, one past the last, the row of `partial`, the
             first number there, and the group
         factors (2, 32, 32), leading (LEADING, LEADING): the last one first
-        scales (tensors, 3), sides: what elements are multiplied by, if SCALED
+        scales (tensors, 3): what elements are multiplied by, if SCALED; see `scaled`
         partial (rows, width), squares (programs,)
     """
     run = tl.program_id(0)
@@ -79,7 +78,7 @@ def sum_blocks(
         x = read(given_ptr, tl.load(keys), start + where, where >= 0, KIND, ALIGNED)
         squares += x * x
         if SCALED:
-            x = scaled(x, scales_ptr, sides_ptr, tl.load(keys), start + where)
+            x = scaled(x, scales_ptr, tl.load(keys), start + where)
         signs = tl.reshape(signs, (1, LEADING, SIDE, 1))
         x = flip(x, signs, place[None, None, None, :])
         y = rotate(tl.sum(leading * x, 1), right, left, BFLOAT16)

@@ -35,7 +35,6 @@ def sum_long_blocks(
     factors_ptr,
     leading_ptr,
     scales_ptr,
-    sides_ptr,
     scratch_ptr,
     partial_ptr,
     squares_ptr,
@@ -61,16 +60,14 @@ def sum_long_blocks(
         runs (programs, 5): the first unit, one past the last, the row of `partial`,
             and last the sum, by which factors are chosen
         factors (sums, 3, 32, 32), leading (sums, LEADING, LEADING): the last one first
-        scales (tensors, 3), sides: what elements are multiplied by, if SCALED
+        scales (tensors, 3): what elements are multiplied by, if SCALED; see `scaled`
         scratch (programs, unit), partial (rows, unit), squares (programs,)
     """
     UNIT: tl.constexpr = LEADING * SIDE * TILE
     run = tl.program_id(0)
     runs_ptr += 5 * run
     factors_ptr += tl.load(runs_ptr + 4) * (3 * TILE)
-    leading_ptr += tl.load(runs_ptr + 4) * (LEADING * LEADING)
     scratch_ptr += run.to(tl.int64) * UNIT
-    partial_ptr += tl.load(runs_ptr + 2).to(tl.int64) * UNIT
     squares = tl.zeros((1, _TILES, SIDE, SIDE), tl.float32)
     # One stage: no load of the next unit may overtake what this one stores.
     for number in tl.range(tl.load(runs_ptr), tl.load(runs_ptr + 1), num_stages=1):
@@ -83,7 +80,6 @@ def sum_long_blocks(
             scratch_ptr,
             factors_ptr,
             scales_ptr,
-            sides_ptr,
             squares,
             before_1,
             before_2,
@@ -96,9 +92,9 @@ def sum_long_blocks(
         )
         _add_strips(
             scratch_ptr,
-            partial_ptr,
+            partial_ptr + tl.load(runs_ptr + 2).to(tl.int64) * UNIT,
             factors_ptr,
-            leading_ptr,
+            leading_ptr + tl.load(runs_ptr + 4) * (LEADING * LEADING),
             table_index(start, tl.load(keys + 3), tl.load(keys + 4), RUN),
             number > tl.load(runs_ptr),
             after_1,
@@ -117,7 +113,6 @@ def _rotate_tiles(
     scratch_ptr,
     factors_ptr,
     scales_ptr,
-    sides_ptr,
     squares,
     before_1,
     before_2,
@@ -141,7 +136,7 @@ def _rotate_tiles(
         x = read(given_ptr, tl.load(keys), start + at, at >= 0, KIND, ALIGNED)
         squares += x * x
         if SCALED:
-            x = scaled(x, scales_ptr, sides_ptr, tl.load(keys), start + at)
+            x = scaled(x, scales_ptr, tl.load(keys), start + at)
         x = flip(x, tl.reshape(signs, (1, _TILES, SIDE, 1)), place)
         y = rotate(tl.reshape(x, (_TILES, SIDE, SIDE)), right, left, BFLOAT16)
         to = tl.reshape(at, (_TILES, SIDE, SIDE))

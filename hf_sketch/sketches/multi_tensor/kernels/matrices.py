@@ -9,7 +9,7 @@
 import triton
 import triton.language as tl
 
-from hf_sketch.sketches.multi_tensor.kernels.reading import read
+from hf_sketch.sketches.multi_tensor.kernels.reading import factors, read
 from hf_sketch.sketches.transforms.kernel_parts import (
     LEFT,
     flip,
@@ -26,7 +26,6 @@ def sum_matrices(
     runs_ptr,
     orders_ptr,
     scales_ptr,
-    sides_ptr,
     partial_ptr,
     squares_ptr,
     width,
@@ -46,7 +45,7 @@ def sum_matrices(
         runs (programs, 7): the first item, one past the last, which of SHAPES its
             matrices have, the first p and q, the row of `partial`, and the group
         orders (n, 2, 64): by side, the rows of the Hadamard matrix
-        scales (tensors, 3), sides: what elements are multiplied by, if SCALED
+        scales (tensors, 3): what elements are multiplied by, if SCALED; see `scaled`
         partial (rows, width), squares (programs,)
     """
     run = runs_ptr + 7 * tl.program_id(0)
@@ -59,7 +58,6 @@ def sum_matrices(
                 run,
                 orders_ptr,
                 scales_ptr,
-                sides_ptr,
                 partial_ptr + tl.load(run + 5).to(tl.int64) * width,
                 SHAPES[number],
                 KIND,
@@ -78,7 +76,6 @@ def _sum_matrices(
     run,
     orders_ptr,
     scales_ptr,
-    sides_ptr,
     partial_ptr,
     SHAPE: tl.constexpr,
     KIND: tl.constexpr,
@@ -87,9 +84,6 @@ def _sum_matrices(
     BFLOAT16: tl.constexpr,
 ):
     """Sum the P x Q numbers of a run, of all groups, AT_ONCE places c at a time."""
-    GROUPS: tl.constexpr = SHAPE[0]
-    FIRST: tl.constexpr = SHAPE[1]
-    SECOND: tl.constexpr = SHAPE[2]
     P: tl.constexpr = SHAPE[3]
     Q: tl.constexpr = SHAPE[4]
     AT_ONCE: tl.constexpr = SHAPE[5]
@@ -101,18 +95,15 @@ def _sum_matrices(
     for number in tl.range(tl.load(run), tl.load(run + 1)):
         item = items_ptr + 5 * number
         matrix = matrices_ptr + 11 * tl.load(item)
-        orders = orders_ptr + 128 * tl.load(matrix + 10) + group
-        first = tl.load(orders, group < GROUPS, 0)
-        second = hadamard(tl.load(orders + 64, group < GROUPS, 0), group)
-        second = second.to(tl.bfloat16) if BFLOAT16 else second
+        orders = orders_ptr + 128 * tl.load(matrix + 10)
+        first, second = _rotations(orders, group, SHAPE[0], BFLOAT16)
         for c in tl.range(tl.load(item + 1), tl.load(item + 2), AT_ONCE):
-            row = (c + line // P) * FIRST + low_p + line % P
+            row = (c + line // P) * SHAPE[1] + low_p + line % P
             x, squared = _fold(
                 given_ptr,
                 matrix,
                 item,
                 scales_ptr,
-                sides_ptr,
                 row,
                 low_q,
                 SHAPE,
@@ -123,17 +114,24 @@ def _sum_matrices(
             squares += squared
             x = tl.permute(tl.reshape(x, (AT_ONCE * P, PADDED, Q)), (1, 0, 2))
             x = tl.reshape(x, (PADDED, AT_ONCE * P * Q))
-            turned = tl.reshape(
-                multiply(second, x, LEFT, BFLOAT16), (PADDED, AT_ONCE, P * Q)
-            )
+            turned = multiply(second, x, LEFT, BFLOAT16)
+            turned = tl.reshape(turned, (PADDED, AT_ONCE, P * Q))
             entries = hadamard(first, c + tl.arange(0, AT_ONCE))
             total += tl.sum(turned * entries[:, :, None], 1)
     inner = tl.arange(0, P * Q)
-    inner = (low_p + inner // Q) * SECOND + low_q + inner % Q
-    to = group[:, None] * (FIRST * SECOND) + inner[None, :]
+    inner = (low_p + inner // Q) * SHAPE[2] + low_q + inner % Q
+    to = group[:, None] * (SHAPE[1] * SHAPE[2]) + inner[None, :]
     inside = (group < SHAPE[6])[:, None] & (inner >= 0)[None, :]
     tl.store(partial_ptr + to, total * SHAPE[8], mask=inside)
     return tl.sum(squares)
+
+
+@triton.jit
+def _rotations(orders_ptr, group, GROUPS: tl.constexpr, BFLOAT16: tl.constexpr):
+    """The rows that groups of the first side have, and the second side's matrix."""
+    first = tl.load(orders_ptr + group, group < GROUPS, 0)
+    second = hadamard(tl.load(orders_ptr + 64 + group, group < GROUPS, 0), group)
+    return first, second.to(tl.bfloat16) if BFLOAT16 else second
 
 
 @triton.jit
@@ -142,7 +140,6 @@ def _fold(
     matrix,
     item,
     scales_ptr,
-    sides_ptr,
     row,
     low_q,
     SHAPE: tl.constexpr,
@@ -170,8 +167,9 @@ def _fold(
         inside = (below & (line < rows))[:, None]
         index = line + tl.load(matrix + 6)
         if SCALED:
-            of_line = sides_ptr + tl.load(scales_ptr + 3 * tensor) + index[:, None]
-            scale = tl.load(of_line, inside, 0.0)
+            scale = tl.load(
+                factors(scales_ptr, tensor, 0) + index[:, None], inside, 0.0
+            )
         signs = words(index, tl.load(matrix + 4), tl.load(matrix + 5))[:, None]
         base = start + line.to(tl.int64)[:, None] * columns
         for right in tl.range(0, columns, WIDTH):
@@ -180,7 +178,7 @@ def _fold(
             y = read(given_ptr, tensor, base + at, mask, KIND, ALIGNED)
             squares += y * y
             if SCALED:
-                of_column = sides_ptr + tl.load(scales_ptr + 3 * tensor + 1) + at
+                of_column = factors(scales_ptr, tensor, 1) + at
                 y *= scale * tl.load(of_column, at < columns, 0.0)
             place = at + tl.load(matrix + 9)
             flips = words(place, tl.load(matrix + 7), tl.load(matrix + 8))

@@ -49,19 +49,24 @@ def _of(address, at, mask, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def scaled(x, scales_ptr, sides_ptr, tensor, at):
-    """Elements of a tensor times the factors of their rows and columns.
+def factors(scales_ptr, tensor, side):
+    """Where the factors of a tensor's rows are, or those of its columns (side 1).
 
-    In the table `scales`, (tensors, 3), are where in `sides` each tensor's factors of
-    rows begin, and those of columns, and how many columns there are.
+    In the table `scales`, (tensors, 3), are the addresses of both, float32, and the
+    number of columns.
     """
-    row = scales_ptr + 3 * tensor
-    place, width = at.to(tl.uint32), tl.load(row + 2).to(tl.uint32)
+    return tl.load(scales_ptr + 3 * tensor + side).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def scaled(x, scales_ptr, tensor, at):
+    """Elements of a tensor times the factors of their rows and columns."""
+    place, width = at.to(tl.uint32), tl.load(scales_ptr + 3 * tensor + 2).to(tl.uint32)
     line = place // width
     column = place - line * width
     there = x != 0  # not behind the last element
-    x *= tl.load(sides_ptr + tl.load(row) + line, there, 0.0)
-    return x * tl.load(sides_ptr + tl.load(row + 1) + column, there, 0.0)
+    x *= tl.load(factors(scales_ptr, tensor, 0) + line, there, 0.0)
+    return x * tl.load(factors(scales_ptr, tensor, 1) + column, there, 0.0)
 
 
 @triton.jit
