@@ -35,7 +35,7 @@ class Grouped(SeededSketch):
     token with D multiply-adds for the products, as many as there are results, and
     (W_1 + W_2) r for the rotations.
 
-    E <S X, S Y> = <X, Y>. Where no side is longer than its width, the variance is about
+    `E <S X, S Y> = <X, Y>`. If no side is longer than its width, the variance is about
 
         (|X|^2 |Y|^2 + <X, Y>^2 + |X Y^T|^2 + |X^T Y|^2) / D
 

@@ -105,7 +105,7 @@ class Sketch(ABC):
 
     @property
     def cross_variance(self) -> float:
-        """The variance of <S x, S y> for orthogonal unit x and y, on average over y.
+        """The variance of `<S x, S y>` for orthogonal unit x and y, on average over y.
 
         By default that of a dense Gaussian matrix, 1 / out_size.
         """

@@ -38,8 +38,8 @@ class QK(SeededSketch):
     leaves factors with a single row, which is weaker still.
 
     With `rotation="signs"` coordinate j of factor i adds to coordinate j mod D_i with a
-    random sign instead (a count sketch with its buckets in turn). E <S x, S y> = <x, y>
-    holds as well, and projecting one side of an outer product costs reading it. One
+    random sign instead (a count sketch with its buckets in turn). Inner products have
+    the same mean, and projecting one side of an outer product costs reading it. One
     non-zero is then kept exactly, but two that meet in all factors' buckets cancel or
     double, whatever D.
 

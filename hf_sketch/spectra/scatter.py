@@ -47,7 +47,7 @@ def square_variance(model_sketch: ModelSketch, vector: Mapping[str, Tensor]) -> 
 
 
 def cross_variance(model_sketch: ModelSketch) -> float:
-    """Return the variance of <S x, S y> for orthogonal unit x and y, on average."""
+    """Return the variance of `<S x, S y>` for orthogonal unit x and y, on average."""
     operators = _operators(model_sketch).values()
     weighted = sum(of.shape[1] * of.cross_variance for of in operators)
     return weighted / model_sketch.in_size
