@@ -41,6 +41,7 @@ LONG = {"RUN": RUN}
 WHOLE = " % 16"  # of a number that is a multiple of 16
 ONE_SIDE = {"COUNT": 1, "SIDES": 1, "GROUPS": 64, "PADDED": 64, "SIZE": 8}
 ONE_SIDE |= {"AT_ONCE": 16, "stride": "i32 % 16", "length": "i32 % 16"}
+SOFTMAX = {name: x for name, x in ONE_SIDE.items() if name not in ("COUNT", "SIDES")}
 LEADING = {"LEADING": 2}
 # Of each kernel: arguments that it is compiled for, types of pointers, and warps.
 SPECIMENS = [
@@ -102,9 +103,20 @@ SPECIMENS = [
     (turn_kernels.turn_sides, ONE_SIDE | {"SIZE": 64, "AT_ONCE": 2}, 4),
     (turn_kernels.turn_sides, ONE_SIDE | {"GROUPS": 4, "PADDED": 16}, 4),
     (turn_kernels.turn_sides, ONE_SIDE | {"stride": "i32", "length": "i32"}, 4),
+    (turn_kernels.turn_softmax, SOFTMAX | {"x_ptr": "*bf16"}, 4),
+    (turn_kernels.turn_softmax, SOFTMAX, 4),
+    (turn_kernels.turn_softmax, SOFTMAX | {"SIZE": 64, "AT_ONCE": 2}, 4),
+    (turn_kernels.turn_softmax, SOFTMAX | {"stride": "i32", "length": "i32"}, 4),
 ]
 TABLES = ("given_ptr", "streams_ptr", "matrices_ptr", "chunks_ptr")
-TABLES += ("sums_ptr", "terms_ptr", "places_ptr", "base_ptr", "scales_ptr")
+TABLES += (
+    "chosen_ptr",
+    "sums_ptr",
+    "terms_ptr",
+    "places_ptr",
+    "base_ptr",
+    "scales_ptr",
+)
 WORDS = ("units_ptr", "runs_ptr", "items_ptr", "orders_ptr", "order_ptr", "bounds_ptr")
 WORDS += ("ranges_ptr", "signs_ptr", "parts_ptr")
 TYPES = {

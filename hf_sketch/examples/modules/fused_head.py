@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.calls import IGNORED, loss_of, next_labels
 from hf_sketch.sketches.operator import accumulation_dtype
+from hf_sketch.sketches.outer import Side
+from hf_sketch.sketches.two_sided.turning import OneSide, turn_softmax
 
 _HIDDEN = "last_hidden_state"
 _KINDS: tuple[Literal["log_probs", "entropy"], ...] = ("log_probs", "entropy")
-_ELEMENTS_AT_ONCE = 2**24  # logits
+_LOGITS_AT_ONCE = 2**24
+_LOGITS_OF_A_KERNEL = 2**26  # enough programs for a device
 _FITTED_TOKENS = 64
 _NEWTON_STEPS = 12
 
@@ -82,7 +85,8 @@ class FusedHead:
     head's weight by themselves. The gradient of a token's log-probability is its
     coefficient times (one-hot minus softmax), outer its hidden state. The coefficient
     is the gradient of the model's `log_probs`; where the model returns its loss alone,
-    each token has the same. Scores are computed again, a few tokens at a time.
+    each token has the same. Scores are computed again, a few tokens at a time, in the
+    precision that autocast gave the forward pass.
 
     Args:
         model: the model.
@@ -100,6 +104,7 @@ class FusedHead:
         }
         self._scores, self._is_fitted = _Scores.of(self._owner), False
         self._hidden: Tensor | None = None
+        self._autocast: torch.dtype | None = None
 
     def covers(self, module: nn.Module) -> bool:
         """Return whether this is the head, or a part of it that trains."""
@@ -127,7 +132,10 @@ class FusedHead:
         """Keep the last hidden states."""
         if current() is not None and torch.is_grad_enabled():
             hidden = output[0] if isinstance(output, tuple) else output[_HIDDEN]
-            self._hidden = hidden.detach()
+            self._hidden, kind = hidden.detach(), hidden.device.type
+            self._autocast = None
+            if torch.is_autocast_enabled(kind):
+                self._autocast = torch.get_autocast_dtype(kind)
 
     def _watch(
         self,
@@ -177,48 +185,67 @@ class FusedHead:
         dtype = accumulation_dtype(hidden.dtype)
         coefficients = _laid_out(batch, coefficients).to(dtype)
         coefficients = coefficients.where(labels != IGNORED, 0)
-        labels = labels.clamp(min=0)
-        each = max(1, _ELEMENTS_AT_ONCE // (len(labels) * len(self.head.weight)))
+        labels, score = labels.clamp(min=0), self._head()
+        side = self._side(batch, score(hidden[:0])) if kind == "log_probs" else None
+        at_once = _LOGITS_AT_ONCE if side is None else _LOGITS_OF_A_KERNEL
+        each = max(1, at_once // (len(labels) * len(self.head.weight)))
         for start in range(0, labels.shape[1], each):
             places = slice(start, start + each)
-            scores, slope = self._scores(self._logits(hidden[:, places]).to(dtype))
+            logits, chosen = score(hidden[:, places]), labels[:, places]
             # The factors per token join the hidden states, which are narrower.
-            left = _entropy_part(scores) if kind == "entropy" else scores.softmax(-1)
-            factors, chosen = coefficients[:, places], labels[:, places]
-            if isinstance(slope, Tensor):
-                left = left.mul_(slope)
-                at_label = slope.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+            factors = -coefficients[:, places]
+            if side is None:
+                left = self._derivatives(kind, logits.to(dtype), chosen)
             else:
-                factors, at_label = slope * factors, 1.0
-            self._add_product(batch, left, hidden[:, places], -factors)
-            if kind == "log_probs":
-                own = factors * at_label
-                self._add_product(batch, chosen, hidden[:, places], own)
+                scale = self._scores.scale / self._scores.temperature
+                turned = turn_softmax(logits, chosen, scale, side)
+                left = Side(turned, folded=True, turned=True)
+                factors = scale * factors
+            self._add_product(batch, left, hidden[:, places], factors)
+
+    def _side(self, batch: Batch, logits: Tensor) -> OneSide | None:
+        """Return the side that a kernel reads these logits for, if there is one."""
+        if self._scores.softcap is not None or "bias" in self.names:
+            return None
+        name, shared = self.names.get("weight"), batch.shared
+        if name is None or shared is None:
+            return None
+        return shared.side(name, 0, logits)
+
+    def _derivatives(
+        self, kind: Literal["log_probs", "entropy"], logits: Tensor, labels: Tensor
+    ) -> Tensor:
+        """Return minus the derivatives of a quantity per token by the logits."""
+        scores, slope = self._scores(logits)
+        if kind == "entropy":
+            left = _entropy_part(scores)
+        else:
+            left, place = scores.softmax(-1), labels.unsqueeze(-1)
+            left.scatter_(-1, place, left.gather(-1, place) - 1)
+        return left.mul_(slope) if isinstance(slope, Tensor) or slope != 1 else left
 
     def _add_product(
-        self, batch: Batch, left: Tensor, hidden: Tensor, factors: Tensor
+        self, batch: Batch, left: Tensor | Side, hidden: Tensor, factors: Tensor
     ) -> None:
-        """Add the sum over tokens of factor * left (x) hidden to the weight's rows.
-
-        Integer `left` stands for one-hot vectors.
-        """
+        """Add the sum over tokens of factor * left (x) hidden to the weight's rows."""
         sums, name = batch.sums, self.names.get("weight")
         if name is not None:
             right = hidden.to(factors) * factors.unsqueeze(-1)
             sums.add_outer(name, left, right)
-        if (name := self.names.get("bias")) is None:
-            return
-        if left.is_floating_point():
-            rows = torch.bmm(factors.unsqueeze(1), left).squeeze(1)
-        else:
-            rows = factors.new_zeros(len(left), len(self.head.weight))
-            rows.scatter_add_(1, left, factors)
-        sums.add(name, rows)
+        if (name := self.names.get("bias")) is not None:
+            assert isinstance(left, Tensor)
+            sums.add(name, torch.bmm(factors.unsqueeze(1), left).squeeze(1))
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        weight, bias = self.head.weight.detach(), self.head.bias
-        bias = None if bias is None else bias.detach()
-        return nn.functional.linear(hidden.to(weight), weight, bias)
+    def _head(self) -> Callable[[Tensor], Tensor]:
+        """Return what computes logits of hidden states."""
+        dtype = self._autocast or self.head.weight.dtype
+        weight, bias = self.head.weight.detach().to(dtype), self.head.bias
+        bias = None if bias is None else bias.detach().to(dtype)
+
+        def score(hidden: Tensor) -> Tensor:
+            return nn.functional.linear(hidden.to(dtype), weight, bias)
+
+        return score
 
     def _fit(self, hidden: Tensor, labels: Tensor, log_probs: Tensor) -> None:
         """Find the temperature by the log-probabilities of some tokens, once."""
@@ -228,7 +255,7 @@ class FusedHead:
         some = tuple(place[:_FITTED_TOKENS] for place in places)
         if not len(some[0]):
             return
-        logits = self._logits(hidden[some])
+        logits = self._head()(hidden[some])
         self._scores = self._scores.fitted(logits, labels[some], log_probs[some])
         self._is_fitted = True
 

@@ -35,6 +35,14 @@ class SharedInputs:
         """Let go of the last batch's tensors."""
         self._last = None
 
+    def side(self, name: str, side: int, x: Tensor) -> OneSide | None:
+        """Return the side of a weight that x is folded for; None without a kernel."""
+        operator = self._operators.get(name)
+        if self._scaled or not isinstance(operator, Grouped) or len(operator.sides) > 2:
+            return None
+        own: OneSide = operator, side
+        return own if can_turn(Side(x), own, self._like) else None
+
     def take(
         self,
         name: str,
@@ -52,11 +60,7 @@ class SharedInputs:
             tokens: lays it out, (b, t, length).
             kept: whether autograd keeps it as it is.
         """
-        operator = self._operators.get(name)
-        if self._scaled or not isinstance(operator, Grouped) or len(operator.sides) > 2:
-            return None
-        own: OneSide = operator, side
-        if not can_turn(Side(x), own, self._like):
+        if (own := self.side(name, side, x)) is None:
             return None
         last = self._last
         if last is None or not last.is_of(x, kept):

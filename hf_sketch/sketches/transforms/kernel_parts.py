@@ -16,7 +16,7 @@ _SHIFT_2, _FACTOR_2 = tl.constexpr(MIX[1][0]), tl.constexpr(MIX[1][1])
 _SHIFT_3, _FACTOR_3 = tl.constexpr(MIX[2][0]), tl.constexpr(MIX[2][1])
 _SHIFT_4 = tl.constexpr(LAST_SHIFT)
 _RUNS_IN_TABLE = tl.constexpr(RUNS_IN_TABLE)
-_PARTS = tl.constexpr(3)  # of 8 bits each: all of a float32
+ALL = tl.constexpr(3)  # parts of 8 bits: a float32 has no more
 LEFT, RIGHT = tl.constexpr(True), tl.constexpr(False)  # sides of a product
 SIDE = tl.constexpr(32)
 TILE = tl.constexpr(32 * 32)
@@ -78,13 +78,15 @@ def leading_part(x, BFLOAT16: tl.constexpr):
 
 
 @triton.jit
-def multiply(matrix, x, LEFT: tl.constexpr, BFLOAT16: tl.constexpr):
+def multiply(
+    matrix, x, LEFT: tl.constexpr, BFLOAT16: tl.constexpr, PARTS: tl.constexpr = ALL
+):
     """Matrix @ x if LEFT, x @ matrix if RIGHT, by products in bfloat16.
 
-    They are exact but for the sums in float32.
+    They are exact but for the sums in float32, if x has 8 * PARTS significant bits.
     """
     y = tl.zeros(x.shape, tl.float32)
-    for _ in tl.static_range(_PARTS):
+    for _ in tl.static_range(PARTS):
         part, x = leading_part(x, BFLOAT16)
         y = tl.dot(matrix, part, y) if LEFT else tl.dot(part, matrix, y)
     return y
@@ -101,10 +103,10 @@ def read_factor(factors_ptr, number, COPIES: tl.constexpr, BFLOAT16: tl.constexp
 
 
 @triton.jit
-def rotate(x, right, left, BFLOAT16: tl.constexpr):
+def rotate(x, right, left, BFLOAT16: tl.constexpr, PARTS: tl.constexpr = ALL):
     """Tiles times the last two factors: (n, rows, columns) -> (n, columns, rows).
 
-    `left` is transposed.
+    `left` is transposed, and x has 8 * PARTS significant bits.
     """
-    y = multiply(right, tl.permute(x, (0, 2, 1)), LEFT, BFLOAT16)
+    y = multiply(right, tl.permute(x, (0, 2, 1)), LEFT, BFLOAT16, PARTS)
     return multiply(left, y, RIGHT, BFLOAT16)

@@ -1,9 +1,10 @@
-"""The Triton kernel that folds and rotates one side of outer products."""
+"""Triton kernels that fold and rotate one side of outer products."""
 
 # Triton is not installed everywhere, and its language has no types.
 # pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false
 # pyright: reportMissingParameterType=false, reportUnknownVariableType=false
 # pyright: reportUnknownLambdaType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false
 
 import triton
 import triton.language as tl
@@ -43,7 +44,7 @@ def turn_sides(
     """
     WIDTH: tl.constexpr = GROUPS * SIZE
     example, first = tl.program_id(0), tl.program_id(1) * AT_ONCE
-    side, group = tl.arange(0, SIDES), tl.arange(0, PADDED)
+    side = tl.arange(0, SIDES)
     token, column = first + tl.arange(0, AT_ONCE), tl.arange(0, PADDED * SIZE)
     line = example.to(tl.int64) * tokens + token
     folded = tl.zeros((SIDES, AT_ONCE, PADDED * SIZE), tl.float32)
@@ -57,6 +58,113 @@ def turn_sides(
         signs = tl.load(place, mask, 0).to(tl.uint32)[:, None, :]
         bit = (at % BITS)[None, None, :]
         folded += flip(x.to(tl.float32)[None, :, :], signs, bit)
+    _rotate(
+        folded,
+        orders_ptr,
+        turned_ptr,
+        first,
+        tokens,
+        kept,
+        COUNT,
+        SIDES,
+        GROUPS,
+        PADDED,
+        SIZE,
+        AT_ONCE,
+        BFLOAT16,
+    )
+
+
+# As above.
+@triton.jit(do_not_specialize=("tokens", "kept"))
+def turn_softmax(
+    x_ptr,
+    stride,
+    tokens,
+    length,
+    scale,
+    chosen_ptr,
+    signs_ptr,
+    orders_ptr,
+    turned_ptr,
+    kept,
+    GROUPS: tl.constexpr,
+    PADDED: tl.constexpr,
+    SIZE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+):
+    """Do the same with softmax(scale * x) less a one-hot vector, for one side.
+
+    Scores are read once: sums over what was read so far are divided by exp(the highest
+    of these scores).
+
+    Shapes:
+        chosen (examples * tokens,): the place of each one-hot vector's 1
+        others as for `turn_sides`
+    """
+    WIDTH: tl.constexpr = GROUPS * SIZE
+    example, first = tl.program_id(0), tl.program_id(1) * AT_ONCE
+    token, column = first + tl.arange(0, AT_ONCE), tl.arange(0, PADDED * SIZE)
+    line = example.to(tl.int64) * tokens + token
+    highest = tl.full((AT_ONCE,), float("-inf"), tl.float32)
+    total = tl.zeros((AT_ONCE,), tl.float32)
+    folded = tl.zeros((AT_ONCE, PADDED * SIZE), tl.float32)
+    for low in tl.range(0, length, WIDTH):
+        at = low + column
+        inside = (column < WIDTH) & (at < length)
+        mask = (token < tokens)[:, None] & inside[None, :]
+        x = tl.load(x_ptr + line[:, None] * stride + at[None, :], mask, 0.0)
+        x = tl.where(inside[None, :], x.to(tl.float32) * scale, float("-inf"))
+        signs = tl.load(signs_ptr + at // BITS, inside, 0).to(tl.uint32)
+        now = tl.maximum(highest, tl.max(x, 1))
+        shift = tl.where(now == float("-inf"), 0.0, now)
+        x = tl.exp(x - shift[:, None])
+        rest = tl.exp(highest - shift)
+        total = total * rest + tl.sum(x, 1)
+        folded = folded * rest[:, None] + flip(x, signs[None, :], (at % BITS)[None, :])
+        highest = now
+    chosen = tl.load(chosen_ptr + line, token < tokens, 0)
+    signs = tl.load(signs_ptr + chosen // BITS).to(tl.uint32)
+    one = flip(tl.full((AT_ONCE,), 1.0, tl.float32), signs, chosen % BITS)
+    is_chosen = column[None, :] == (chosen % WIDTH)[:, None]
+    folded = folded / total[:, None] - tl.where(is_chosen, one[:, None], 0.0)
+    _rotate(
+        folded,
+        orders_ptr,
+        turned_ptr,
+        first,
+        tokens,
+        kept,
+        1,
+        1,
+        GROUPS,
+        PADDED,
+        SIZE,
+        AT_ONCE,
+        BFLOAT16,
+    )
+
+
+@triton.jit
+def _rotate(
+    folded,
+    orders_ptr,
+    turned_ptr,
+    first,
+    tokens,
+    kept,
+    COUNT: tl.constexpr,
+    SIDES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PADDED: tl.constexpr,
+    SIZE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+):
+    """Rotate folded vectors and store them; `first` is the first one's token."""
+    example = tl.program_id(0)
+    side, group = tl.arange(0, SIDES), tl.arange(0, PADDED)
     x = tl.reshape(folded, (SIDES, AT_ONCE, PADDED, SIZE))
     x = tl.reshape(tl.permute(x, (0, 2, 1, 3)), (SIDES, PADDED, AT_ONCE * SIZE))
     mask = (side < COUNT)[:, None] & (group < GROUPS)[None, :]

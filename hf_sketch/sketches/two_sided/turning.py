@@ -1,7 +1,7 @@
 """Folds and rotates sides of outer products, in one launch per tensor that is read."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -66,45 +66,95 @@ def turn(x: Tensor, sides: Sequence[OneSide]) -> list[Tensor]:
         x: the vectors, which `can_turn` allows for all sides.
         sides: sides with groups of equal sizes.
     """
-    operator, place = sides[0]
-    examples, tokens, length = x.shape
-    x = x.reshape(-1, length)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    shape = len(sides), examples * operator.kept, tokens, operator.group_sizes[place]
-    turned = torch.empty(shape, device=x.device)
     signs, orders = _tables(tuple(sides), x.device)
-    padded = max(operator.groups, _LEAST)
     count = 1 << (len(sides) - 1).bit_length()
-    least = -(-_LEAST // shape[3])
-    most = _NUMBERS // (count * padded * shape[3])
-    at_once = max(least, min(most, _MOST_TOKENS))
+    lines, turned, sizes = _shapes(x, sides, count)
     _launch(
-        (examples, -(-tokens // at_once)),
-        x,
-        x.stride(0),
-        tokens,
-        length,
+        "turn_sides",
+        _grid(x, sizes),
+        lines,
+        lines.stride(0),
+        *x.shape[1:],
         signs,
         signs.shape[1],
         orders,
         turned,
-        operator.kept,
+        sides[0][0].kept,
         COUNT=len(sides),
         SIDES=count,
-        GROUPS=operator.groups,
-        PADDED=padded,
-        SIZE=shape[3],
-        AT_ONCE=at_once,
+        **sizes,
         BFLOAT16=x.is_cuda,
     )
     return [*turned]
 
 
-def _launch(grid: tuple[int, int], x: Tensor, *args: Any, **constants: Any) -> None:
-    """Launch the kernel; its module needs Triton, so it is imported here."""
+def turn_softmax(scores: Tensor, chosen: Tensor, scale: float, side: OneSide) -> Tensor:
+    """Fold and rotate softmax(scale * scores) less one-hot vectors, as `turn` does.
+
+    Shapes:
+        scores (b, t, length), integer chosen (b, t)
+        returns (b * kept, t, size)
+
+    Args:
+        scores: of a dtype that `can_turn` allows.
+        chosen: the place of each one-hot vector's 1.
+        scale: a factor of the scores.
+        side: of which the vectors are.
+    """
+    signs, orders = _tables((side,), scores.device)
+    lines, turned, sizes = _shapes(scores, [side], 1)
+    _launch(
+        "turn_softmax",
+        _grid(scores, sizes),
+        lines,
+        lines.stride(0),
+        *scores.shape[1:],
+        scale,
+        chosen.contiguous(),
+        signs,
+        orders,
+        turned,
+        side[0].kept,
+        **sizes,
+        BFLOAT16=scores.is_cuda,
+    )
+    return turned[0]
+
+
+def _shapes(
+    x: Tensor, sides: Sequence[OneSide], count: int
+) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Return vectors one below the other, memory for results, and constants.
+
+    Args:
+        x: the vectors.
+        sides: the sides that they are folded for.
+        count: their number, rounded up to a power of two.
+    """
+    operator, place = sides[0]
+    examples, tokens, length = x.shape
+    lines = x.reshape(-1, length)
+    lines = lines if lines.stride(1) == 1 else lines.contiguous()
+    size, padded = operator.group_sizes[place], max(operator.groups, _LEAST)
+    shape = len(sides), examples * operator.kept, tokens, size
+    least, most = -(-_LEAST // size), _NUMBERS // (count * padded * size)
+    sizes = {"GROUPS": operator.groups, "PADDED": padded, "SIZE": size}
+    sizes["AT_ONCE"] = max(least, min(most, _MOST_TOKENS))
+    return lines, torch.empty(shape, device=x.device), sizes
+
+
+def _grid(x: Tensor, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Return the numbers of programs: of each example, and of its tokens."""
+    return len(x), -(-x.shape[1] // sizes["AT_ONCE"])
+
+
+def _launch(
+    name: str, grid: tuple[int, int], x: Tensor, *args: Any, **constants: Any
+) -> None:
+    """Launch a kernel; its module needs Triton, so it is imported here."""
     kernels = importlib.import_module(f"{__package__}.turn_kernels")
     with torch.cuda.device_of(x):
-        kernels.turn_sides[grid](x, *args, **constants)
+        getattr(kernels, name)[grid](x, *args, **constants)
 
 
 def together(sides: Sequence[OneSide]) -> list[list[int]]:

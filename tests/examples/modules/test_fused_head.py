@@ -9,8 +9,10 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
 
+from hf_sketch.examples.modules import fused_head
 from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.model.sketch import ModelSketch
+from tests.helpers.folded_sides import launch_everywhere
 
 SIZE = 256
 IDS = torch.arange(36).view(3, 12).mul(7).remainder(50)
@@ -86,8 +88,8 @@ def test_rows_are_those_of_single_examples(caplog, temperature, softcap, bias, b
         torch.testing.assert_close(row, sketch.sketch(gradients), rtol=1e-6, atol=1e-8)
 
 
-def test_scores_are_computed_again_in_full_precision_under_autocast():
-    """Also if the backward pass runs there, as the whole of `sketch` may."""
+def test_scores_are_computed_again_in_the_precision_of_the_forward_pass():
+    """Also if the backward pass runs under autocast, as the whole of `sketch` may."""
     model = fused_llama(0.7, None, True).float()
     sketch = ModelSketch.from_model(model, SIZE)
     inputs = {"input_ids": IDS, "labels": IDS}
@@ -104,6 +106,30 @@ def test_scores_are_computed_again_in_full_precision_under_autocast():
             got = sketcher.sketch(inputs, losses)
     rows, wanted = (x.weights.unsqueeze(1) * x.rows for x in (got, expected))
     torch.testing.assert_close(rows, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_read_the_scores(monkeypatch):
+    """In several parts, with a temperature; entropies are left to the plain path."""
+    pytest.importorskip("triton")
+    model = fused_llama(0.7, None, False).float()
+    sketch = ModelSketch.from_model(model, SIZE, "grouped")
+    inputs = {"input_ids": IDS, "labels": IDS.where(IDS > 4, -100)}
+    bonus = torch.rand(3, 11)
+
+    def losses(output, inputs):
+        return (bonus * output.entropy - output.log_probs).sum(1)
+
+    with ExampleSketcher(model, sketch) as sketcher:
+        expected = sketcher.sketch(inputs, losses)
+    launches = launch_everywhere(monkeypatch)
+    monkeypatch.setattr(fused_head, "_LOGITS_OF_A_KERNEL", 5 * 3 * 50)
+    with ExampleSketcher(model, sketch) as sketcher:
+        for _ in range(2):  # the first batch is tried without kernels, too
+            launches.clear()
+            got = sketcher.sketch(inputs, losses)
+    assert launches.count(("turn_softmax", 1)) == 3
+    error = got.rows - expected.rows
+    assert (error.norm(dim=1) < 1e-5 * expected.rows.norm(dim=1)).all()
 
 
 def ratio(log_probs):

@@ -12,7 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[3]
 KERNELS = {"gather", "add_rows", "finish_row", "sum_blocks", "sum_matrices"}
 KERNELS |= {"sum_long_blocks", "sum_whole", "rotate_tiles", "sum_strips", "turn_sides"}
-KERNELS |= {"spread", "lift_blocks", "lift_long_blocks", "lift_matrices"}
+KERNELS |= {
+    "turn_softmax",
+    "spread",
+    "lift_blocks",
+    "lift_long_blocks",
+    "lift_matrices",
+}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton"
@@ -34,7 +40,7 @@ def run(cache, helper, *arguments):
 @pytest.mark.parametrize(
     ("capability", "which"),
     [
-        (90, "once"),
+        *((x, "once") for x in (80, 90, 100)),
         *(pytest.param(x, "all", marks=pytest.mark.full) for x in (80, 90, 100)),
     ],
 )

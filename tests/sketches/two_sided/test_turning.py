@@ -6,7 +6,7 @@ import torch
 from hf_sketch import Grouped
 from hf_sketch.sketches.outer import Side
 from hf_sketch.sketches.two_sided import turning
-from hf_sketch.sketches.two_sided.turning import can_turn, together, turn
+from hf_sketch.sketches.two_sided.turning import can_turn, together, turn, turn_softmax
 from tests.helpers.folded_sides import launch_everywhere
 
 pytest.importorskip("triton")
@@ -166,3 +166,45 @@ def test_what_the_kernel_does_not_know_is_left_to_the_plain_path():
 
 def test_the_cpu_launches_no_kernel():
     assert not turning.launches(torch.device("cpu"))
+
+
+def softmax_less_one_hot(scores, chosen, scale):
+    """In float64."""
+    vectors = (scale * scores.double()).softmax(-1)
+    return vectors - torch.nn.functional.one_hot(chosen, vectors.shape[-1])
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=repr)
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_scores_are_folded_as_the_gradients_of_their_losses(operator, scale):
+    scores = 10 * vectors(operator, 0)
+    chosen = torch.arange(38, device=DEVICE).view(2, 19) * 5 % scores.shape[-1]
+    got = turn_softmax(scores, chosen, scale, (operator, 0))
+    x = softmax_less_one_hot(scores, chosen, scale)
+    assert_plain(got, operator, 0, x)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
+@pytest.mark.parametrize("tokens", [1, 16, 35])
+def test_scores_of_any_size_are_read_as_they_are(dtype, tokens):
+    """Exponentials of some would be zero, or infinite."""
+    operator = OPERATORS[2]
+    scores = vectors(operator, 0, dtype, tokens=tokens)
+    scores[0] += 3000
+    scores[1] -= 3000
+    scores[:, :, :-3] = -torch.inf  # whole tiles, and first
+    chosen = torch.full(scores.shape[:2], scores.shape[2] - 2, device=DEVICE)
+    chosen[0] += 1
+    got = turn_softmax(scores, chosen, 1.0, (operator, 0))
+    assert_plain(got, operator, 0, softmax_less_one_hot(scores, chosen, 1.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_a_device_folds_scores_of_many_tokens(dtype):
+    operator = operator_of((50257, 64), (512, 64), 2**12)
+    scores = 5 * vectors(operator, 0, dtype, examples=3, tokens=65)
+    chosen = torch.arange(3 * 65, device=DEVICE).view(3, 65) * 257
+    got = turn_softmax(scores, chosen, 1.0, (operator, 0))
+    assert_plain(got, operator, 0, softmax_less_one_hot(scores, chosen, 1.0))

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from hf_sketch.sketches.multi_tensor.kernels.reading import read, scaled
 from hf_sketch.sketches.transforms.kernel_parts import (
+    ALL,
     SIDE,
     TILE,
     flip,
@@ -58,6 +59,8 @@ def sum_blocks(
         scales (tensors, 3): what elements are multiplied by, if SCALED; see `scaled`
         partial (rows, width), squares (programs,)
     """
+    # bfloat16 (KIND 1) has 8 significant bits, float16 (KIND 2) has 11.
+    PARTS: tl.constexpr = ALL if LEADING > 1 or SCALED or KIND == 0 else KIND
     run = tl.program_id(0)
     right = read_factor(factors_ptr, 0, LEADING, BFLOAT16)
     left = tl.permute(read_factor(factors_ptr, 1, LEADING, BFLOAT16), (0, 2, 1))
@@ -81,7 +84,8 @@ def sum_blocks(
             x = scaled(x, scales_ptr, tl.load(keys), start + where)
         signs = tl.reshape(signs, (1, LEADING, SIDE, 1))
         x = flip(x, signs, place[None, None, None, :])
-        y = rotate(tl.sum(leading * x, 1), right, left, BFLOAT16)
+        x = tl.sum(leading * x, 1) if LEADING > 1 else tl.reshape(x, total.shape)
+        y = rotate(x, right, left, BFLOAT16, PARTS)
         first = table_index(start, tl.load(keys + 3), tl.load(keys + 4), RUN)
         signs = packed_signs(first + at.to(tl.uint32), after_1, after_2)
         total += flip(y, tl.reshape(signs, (LEADING, 1, SIDE)), place[None, :, None])

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from hf_sketch.sketches.multi_tensor.kernels.reading import read, scaled
 from hf_sketch.sketches.transforms.kernel_parts import (
+    ALL,
     LEFT,
     SIDE,
     TILE,
@@ -124,6 +125,8 @@ def _rotate_tiles(
     BFLOAT16: tl.constexpr,
 ):
     """Apply the last two factors to a unit's tiles; return the sums of squares."""
+    # bfloat16 (KIND 1) has 8 significant bits, float16 (KIND 2) has 11.
+    PARTS: tl.constexpr = ALL if SCALED or KIND == 0 else KIND
     right = read_factor(factors_ptr, 0, _TILES, BFLOAT16)
     left = tl.permute(read_factor(factors_ptr, 1, _TILES, BFLOAT16), (0, 2, 1))
     first = table_index(start, tl.load(keys + 1), tl.load(keys + 2), RUN)
@@ -138,7 +141,7 @@ def _rotate_tiles(
         if SCALED:
             x = scaled(x, scales_ptr, tl.load(keys), start + at)
         x = flip(x, tl.reshape(signs, (1, _TILES, SIDE, 1)), place)
-        y = rotate(tl.reshape(x, (_TILES, SIDE, SIDE)), right, left, BFLOAT16)
+        y = rotate(tl.reshape(x, (_TILES, SIDE, SIDE)), right, left, BFLOAT16, PARTS)
         to = tl.reshape(at, (_TILES, SIDE, SIDE))
         tl.store(scratch_ptr + to, tl.permute(y, (0, 2, 1)))
     return squares
