@@ -172,3 +172,16 @@ def loss_of(output: Any) -> Tensor | None:
     else:
         loss = output[0] if isinstance(output, tuple) and output else None
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
+
+
+def penalty_of(model: nn.Module, output: Any) -> Tensor | None:
+    """Return the term of a model's loss that no example owns: its routers' balance."""
+    config = getattr(model, "config", None)
+    if not isinstance(output, Mapping) or config is None:
+        return None
+    fields: Mapping[str, Any] = output
+    penalty, text = fields.get("aux_loss"), config.get_text_config()
+    factor = getattr(text, "router_aux_loss_coef", None)
+    if factor is None or not isinstance(penalty, Tensor) or not penalty.requires_grad:
+        return None
+    return factor * penalty

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sketch.examples.calls import IGNORED, next_labels
+from hf_sketch.examples.calls import (
+    IGNORED,
+    ModelCall,
+    loss_of,
+    next_labels,
+    penalty_of,
+)
 from hf_sketch.examples.rounding import agree
 from hf_sketch.examples.rules.base import answers_of
 from hf_sketch.examples.rules.nearest_loss import (
@@ -195,6 +201,17 @@ def own_losses_of(
     return None
 
 
+def knows_loss(model: nn.Module, output: Any, call: ModelCall) -> bool:
+    """Return whether the loss in a model's output is of a known form, or not there."""
+    loss = loss_of(output)
+    if loss is None or not loss.requires_grad:
+        return True
+    penalty = penalty_of(model, output)
+    parts = (loss,) if penalty is None else (loss, loss - penalty)
+    given = output, call.inputs, call.split, "mean"
+    return any(own_losses_of(model, part, *given) is not None for part in parts)
+
+
 def _of_spans(
     loss: Tensor,
     scores: Sequence[Tensor],
@@ -223,19 +240,6 @@ def token_counts(
     if labels is None or split.within(labels) is None:
         return None
     return per_example(labels != IGNORED, split)
-
-
-def penalty_of(model: nn.Module, output: Any) -> Tensor | None:
-    """Return the term of a model's loss that no example owns: its routers' balance."""
-    config = getattr(model, "config", None)
-    if not isinstance(output, Mapping) or config is None:
-        return None
-    fields: Mapping[str, Any] = output
-    penalty, text = fields.get("aux_loss"), config.get_text_config()
-    factor = getattr(text, "router_aux_loss_coef", None)
-    if factor is None or not isinstance(penalty, Tensor) or not penalty.requires_grad:
-        return None
-    return factor * penalty
 
 
 def is_causal(model: nn.Module) -> bool:

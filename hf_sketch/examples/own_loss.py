@@ -7,11 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_sketch.examples.batch import Batch
-from hf_sketch.examples.calls import IGNORED, ModelCall, loss_of, next_labels
+from hf_sketch.examples.calls import (
+    IGNORED,
+    ModelCall,
+    loss_of,
+    next_labels,
+    penalty_of,
+)
 from hf_sketch.examples.losses import (
     ExampleLosses,
     own_losses_of,
-    penalty_of,
     per_example,
     reduced_losses,
     token_counts,

@@ -227,6 +227,13 @@ def test_a_process_that_runs_out_of_memory_as_rules_are_tried_ends_the_others(tm
     assert seconds < 300  # the others would wait for half an hour
 
 
+@pytest.mark.in_processes(2, "fsdp/fused")
+def test_losses_of_an_unknown_form_are_found_out_together(launched):
+    """A row is the gradient of its example's own loss, and not of its share."""
+    for name in ("tied False", "tied True", "rows"):
+        assert max(results(launched / "fused", name)) < 1e-6
+
+
 @pytest.mark.full
 @pytest.mark.in_processes(2, "fsdp/families", "fsdp/units")
 def test_models_in_shards_that_have_no_rows_are_refused(launched):

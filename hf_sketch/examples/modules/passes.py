@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_sketch.examples.calls import ModelCall, loss_of
-from hf_sketch.model.fsdp import WholeParameters
+from hf_sketch.model.fsdp import WholeParameters, in_shards
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.model.zero import in_partitions
+from hf_sketch.processes import of_first
 
 Read = Callable[[str, Tensor], None]
 
@@ -89,13 +90,18 @@ class Passes:
         model_sketch: ModelSketch,
         output_gradients: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Return the sketch of what `backward` reads, on the CPU."""
+        """Return the sketch of what `backward` reads, on the CPU.
+
+        Where parameters are in shards, it is the first process's, so that all of them
+        draw the same conclusions.
+        """
         total = model_sketch.sketch_sum()
 
         def add(name: str, gradient: Tensor) -> None:
             total.add(name, gradient.reshape(1, -1))
 
         self.backward(outputs, add, output_gradients)
-        if not total.names:
-            return torch.zeros(model_sketch.row_size, dtype=torch.float64)
-        return total.result().squeeze(0).to("cpu", torch.float64)
+        found = torch.zeros(model_sketch.row_size, dtype=torch.float64)
+        if total.names:
+            found = total.result().squeeze(0).to("cpu", torch.float64)
+        return of_first(found) if in_shards(self.parameters.values()) else found

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_sketch.examples.attempt import RefusalError
 from hf_sketch.examples.calls import ModelCall, loss_of
-from hf_sketch.examples.losses import token_counts
+from hf_sketch.examples.losses import knows_loss, token_counts
 from hf_sketch.examples.modules.passes import Passes
 from hf_sketch.examples.named_sums import NamedSums
 from hf_sketch.examples.rounding import agree, autocast_dtype, tolerance
@@ -37,6 +37,7 @@ class Reference:
         called: paths of the modules that were called.
         examples: number of examples.
         dtype: the precision in which the model computes.
+        knows_loss: whether the model's loss is of a known form.
     """
 
     call: ModelCall
@@ -46,6 +47,7 @@ class Reference:
     called: frozenset[str]
     examples: int
     dtype: torch.dtype
+    knows_loss: bool
 
     @property
     def is_of_loss(self) -> bool:
@@ -99,7 +101,8 @@ def reference_of(
         for path, module in passes.model.named_modules():
             note = partial(_note, called, path, computed, first.device)
             hooks.callback(module.register_forward_pre_hook(note).remove)
-        answers = answers_in(passes.forward(call), call.split)
+        output = passes.forward(call)
+    answers = answers_in(output, call.split)
     if not answers:
         return None
     if not answers[0].dim() and call.split.size > EXAMPLES:
@@ -118,7 +121,10 @@ def reference_of(
     examples = size if uneven else min(EXAMPLES, size)
     kept = [answer.detach() for answer in answers]
     dtype = next(iter(computed), passes.dtype)
-    reference = Reference(call, kept, probes, sums, frozenset(called), examples, dtype)
+    known = knows_loss(passes.model, output, call)
+    reference = Reference(
+        call, kept, probes, sums, frozenset(called), examples, dtype, known
+    )
     weights = torch.ones(call.split.size)
     if reference.is_of_loss:
         weights = _loss_weights(passes, call, model_sketch, dtype)

@@ -82,7 +82,7 @@ class Reading:
         self.dtype = first.dtype
         self.known_losses = KnownLosses()
         self.shared = SharedInputs(model_sketch, accumulation_dtype(first.dtype))
-        self._loss_form: LossForm | None = None
+        self.found_form: LossForm | None = None  # of a loss that is not known
         self._undo: list[Callable[[], object]] = []
         # Kinds of modules, in verified calls of each kind.
         self._situations: dict[object, set[str]] = {}
@@ -162,14 +162,15 @@ class Reading:
     @property
     def penalised(self) -> bool:
         """Whether the model's loss is known to have a penalty on weights."""
-        return self._loss_form == "penalty"
+        return self.found_form == "penalty"
 
     def loss_form(self, call: ModelCall) -> LossForm:
-        """Return how a loss of unknown form adds up over examples; see `loss_form`."""
-        if not self.verifies or self.in_shards:  # of one process, which others miss
-            return "shares"
-        if self._loss_form is None:
-            self._loss_form = "shares"
+        """Return how a loss of unknown form adds up over examples; see `loss_form`.
+
+        In shards, all processes have found that out as they tried the rules.
+        """
+        if self.found_form is None and self.verifies and not self.in_shards:
+            self.found_form = "shares"
             call, sketch = call.without_cache(self.model), self.model_sketch
             with (
                 attempt(),  # some models have no gradients in evaluation mode
@@ -177,8 +178,8 @@ class Reading:
                 evaluation_mode(self.model),
                 torch.enable_grad(),
             ):
-                self._loss_form = loss_form(self.passes, call, sketch, self.dtype)
-        return self._loss_form
+                self.found_form = loss_form(self.passes, call, sketch, self.dtype)
+        return self.found_form or "shares"
 
     def rescue(self, batch: Batch, call: ModelCall, output: Any) -> None:
         """Run the model again for modules that did what no call before has shown.

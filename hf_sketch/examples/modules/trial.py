@@ -19,8 +19,10 @@ from hf_sketch.examples.modules.jointly import (
 from hf_sketch.examples.modules.position_biases import PositionBiases
 from hf_sketch.examples.modules.probe import (
     EXAMPLES,
+    LossForm,
     Reference,
     answers_in,
+    loss_form,
     reference_of,
     same_answers,
 )
@@ -84,6 +86,7 @@ class Trial:
             self._demote(failed, reference)
         if self._reading.in_shards:
             self._reading.zeros.note(self._agreed(reference.nonzero()))
+            self._find_loss_form(reference)
         return {kind_of(path) for path in reference.called}
 
     def _reference(self, call: ModelCall) -> Reference | None:
@@ -149,6 +152,18 @@ class Trial:
         if head.names and not self._reading.tried_head:
             self._reading.tried_head = True
             self._reading.readers.append(head)
+
+    def _find_loss_form(self, reference: Reference) -> None:
+        """Find out how a loss of unknown form adds up, while all processes may try."""
+        reading = self._reading
+        if reading.found_form is not None or self._agreed(reference.knows_loss):
+            return
+        form: LossForm = "shares"
+        with attempt() as tried:
+            given = reference.call, reading.model_sketch, reading.dtype
+            form = loss_form(reading.passes, *given)
+        check_others(tried, reading.in_shards)
+        reading.found_form = "shares" if form == "penalty" else form
 
     def _agreed(self, value: Value) -> Value:
         """Return the first process's value where all try together."""

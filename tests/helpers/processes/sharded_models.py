@@ -5,8 +5,11 @@ from collections import Counter
 from accelerate.state import PartialState
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn import functional
+from transformers.utils import ModelOutput
 
 from hf_sketch import ExampleSketcher, ModelSketch, sketch_dataset
+from hf_sketch.recipes.tables.gpu.fused_head import leave_out_logits
 from tests.helpers.processes.joint_trainers import SIZE, leave
 from tests.helpers.trained.tiny_models import NAMES, tiny_inputs, tiny_model
 from tests.helpers.trained.training import tiny_dataset
@@ -57,11 +60,37 @@ def units(directory):
         leave(directory, vit=str(error))
 
 
-def distance_in_shards(name, shard):
+def fused(directory):
+    """The same of models that return their loss alone, of tokens and of rows."""
+    PartialState(cpu=True, backend="gloo")
+    for tied in (False, True):
+        distance, _ = distance_in_shards(
+            "llama", sharded, leave_out_logits, tie_word_embeddings=tied
+        )
+        leave(directory, **{f"tied {tied}": distance})
+    distance, _ = distance_in_shards("llama", sharded, return_mean_of_rows)
+    leave(directory, rows=distance)
+
+
+def return_mean_of_rows(model):
+    """Make a model return the mean of its rows' mean losses, and nothing else."""
+    forward = model.forward
+
+    def mean_of_rows(input_ids, labels, attention_mask=None):
+        scores = forward(input_ids, attention_mask).logits[:, :-1].mT
+        losses = functional.cross_entropy(scores, labels[:, 1:], reduction="none")
+        counted = (labels[:, 1:] != -100).sum(1)
+        return ModelOutput(loss=(losses.sum(1) / counted).mean())
+
+    model.forward = mean_of_rows
+
+
+def distance_in_shards(name, shard, change=lambda model: None, **settings):
     """Of rows from those of whole parameters; and the model in shards."""
     rank = PartialState().process_index
     inputs = {n: x[2 * rank :][:2] for n, x in tiny_inputs(name).items()}
-    model = tiny_model(name, use_cache=False)
+    model = tiny_model(name, use_cache=False, **settings)
+    change(model)
     wanted = rows_of(model, inputs)
     got = rows_of(shard(model), inputs)
     each = (got - wanted).norm(dim=1) / wanted.norm(dim=1)
@@ -86,4 +115,6 @@ def rows_of(model, inputs):
 
 
 IN_MANY_UNITS = ("gpt2", "llama", "gemma", "mixtral", "bert", "bart", "t5")
-SCENARIOS = {f"fsdp/{scenario.__name__}": scenario for scenario in (families, units)}
+SCENARIOS = {
+    f"fsdp/{scenario.__name__}": scenario for scenario in (families, fused, units)
+}
