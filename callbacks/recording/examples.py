@@ -58,13 +58,14 @@ class ExampleReader:
         self.sketcher = ExampleSketcher(
             model, header.model_sketch, header.loss, bool(measured), early
         )
-        self._ids = followed_ids(loader, self._args, trainer.state.global_step)
         self._origins = OriginFinder(trainer, loader, self.sketcher)
         self._losses = LossCheck(trainer, self.sketcher)
         self._first = FirstBatches(measured)
         self._answers: Answers | None = None
         self._find: FindOrigins | None = None  # whose rows calls' batches are
         self.drawn: Sequence[int | None] | None = None  # ids of the present batch
+        # Last, since nothing gives the sampler back if something fails here.
+        self._ids = followed_ids(loader, self._args, trainer.state.global_step)
 
     def follow_answers(self, trainer: Trainer) -> Callable[[], None]:
         """Add columns of the answers that a Trainer generates; return what ends it."""

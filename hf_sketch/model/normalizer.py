@@ -109,7 +109,7 @@ class Normalizer:
         sides, length = self._scales[name], rows.shape[1]
         if len(sides) == 1 or length != math.prod(map(len, sides)):
             return rows * self.elements(name, start, start + length, rows)
-        left, right = (x.to(rows) for x in sides)
+        left, right = (self.side(name, side, rows) for side in range(2))
         matrix = rows.unflatten(1, (len(left), len(right)))
         return (matrix * left.unsqueeze(1)).mul_(right).flatten(1)
 
@@ -123,7 +123,10 @@ class Normalizer:
 
         Those of experts' sides lie one after the other.
         """
-        return self._scales[name][side].to(like)
+        key = name, side, like.device, like.dtype
+        if key not in self._placed:  # each copy there is waited for
+            self._placed[key] = self._scales[name][side].to(like)
+        return self._placed[key]
 
     def scale_outer(
         self, name: str, left: Tensor, right: Tensor
@@ -135,7 +138,7 @@ class Normalizer:
         found = self._scales[name]
         if len(found) == 1 or right.shape[-1] != len(found[1]):
             return None
-        rows, columns = (x.to(right) for x in found)
+        rows, columns = (self.side(name, side, right) for side in range(2))
         right = right * columns
         if left.is_floating_point():
             return left * rows, right
@@ -151,6 +154,11 @@ class Normalizer:
         found = torch.outer(rows[0][first:last], columns).flatten()
         found = found[start - first * width : stop - first * width]
         return found.to(like.device, like.dtype)
+
+    @cached_property
+    def _placed(self) -> dict[tuple[str, int, torch.device, torch.dtype], Tensor]:
+        """Factors of sides, by device and type."""
+        return {}
 
     @cached_property
     def digest(self) -> str:

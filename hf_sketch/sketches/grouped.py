@@ -213,7 +213,8 @@ class Grouped(SeededSketch):
         if x.turned:
             return x.numbers
         if can_turn(x, (self, side), like):
-            return turn(x.numbers, [(self, side)])[0]
+            scales = [] if x.scale is None else [x.scale]
+            return turn(x.numbers, [(self, side)], scales)[0]
         of = self._sides_at(like)[side]
         return of.turn(of.fold(x))
 

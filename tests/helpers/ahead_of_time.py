@@ -40,8 +40,9 @@ LIFTED = TENSORS | {"LEADING": 1, "BLOCK": 1024, "RUN": RUN}
 LONG = {"RUN": RUN}
 WHOLE = " % 16"  # of a number that is a multiple of 16
 ONE_SIDE = {"COUNT": 1, "SIDES": 1, "GROUPS": 64, "PADDED": 64, "SIZE": 8}
-ONE_SIDE |= {"AT_ONCE": 16, "stride": "i32 % 16", "length": "i32 % 16"}
-SOFTMAX = {name: x for name, x in ONE_SIDE.items() if name not in ("COUNT", "SIDES")}
+ONE_SIDE |= {"SCALED": False, "AT_ONCE": 16, "stride": "i32 % 16", "length": "i32 % 16"}
+TURNED = ("COUNT", "SIDES", "SCALED")  # not arguments of `turn_softmax`
+SOFTMAX = {name: x for name, x in ONE_SIDE.items() if name not in TURNED}
 LEADING = {"LEADING": 2}
 # Of each kernel: arguments that it is compiled for, types of pointers, and warps.
 SPECIMENS = [
@@ -101,6 +102,7 @@ SPECIMENS = [
     (turn_kernels.turn_sides, ONE_SIDE, 4),
     (turn_kernels.turn_sides, ONE_SIDE | {"COUNT": 3, "SIDES": 4, "AT_ONCE": 4}, 4),
     (turn_kernels.turn_sides, ONE_SIDE | {"SIZE": 64, "AT_ONCE": 2}, 4),
+    (turn_kernels.turn_sides, ONE_SIDE | {"x_ptr": "*bf16", "SCALED": True}, 4),
     (turn_kernels.turn_sides, ONE_SIDE | {"GROUPS": 4, "PADDED": 16}, 4),
     (turn_kernels.turn_sides, ONE_SIDE | {"stride": "i32", "length": "i32"}, 4),
     (turn_kernels.turn_softmax, SOFTMAX | {"x_ptr": "*bf16"}, 4),

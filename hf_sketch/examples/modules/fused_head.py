@@ -208,7 +208,7 @@ class FusedHead:
         if self._scores.softcap is not None or "bias" in self.names:
             return None
         name, shared = self.names.get("weight"), batch.shared
-        if name is None or shared is None:
+        if name is None or shared is None or shared.is_scaled:
             return None
         return shared.side(name, 0, logits)
 

@@ -25,7 +25,8 @@ class SharedInputs:
 
     def __init__(self, model_sketch: ModelSketch, dtype: torch.dtype) -> None:
         self._operators = model_sketch.operators
-        self._scaled = model_sketch.normalizer is not None
+        self._normalizer = model_sketch.normalizer
+        self._names: dict[OneSide, str] = {}
         self._like = torch.empty(0, dtype=dtype)
         self._last: _Input | None = None
         # Sides that took the same input as another, right after it.
@@ -38,10 +39,28 @@ class SharedInputs:
     def side(self, name: str, side: int, x: Tensor) -> OneSide | None:
         """Return the side of a weight that x is folded for; None without a kernel."""
         operator = self._operators.get(name)
-        if self._scaled or not isinstance(operator, Grouped) or len(operator.sides) > 2:
+        if not isinstance(operator, Grouped) or len(operator.sides) > 2:
             return None
         own: OneSide = operator, side
-        return own if can_turn(Side(x), own, self._like) else None
+        if not can_turn(Side(x), own, self._like):
+            return None
+        self._names[own] = name
+        return own
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether sides are multiplied by factors before they are folded."""
+        return self._normalizer is not None
+
+    def _turn(self, x: Tensor, sides: Sequence[OneSide]) -> list[Tensor]:
+        """Fold and rotate vectors for several sides, with their factors."""
+        scales: list[Tensor] = []
+        if self._normalizer is not None:
+            like = self._like.to(x.device)
+            scales = [
+                self._normalizer.side(self._names[own], own[1], like) for own in sides
+            ]
+        return turn(x, sides, scales)
 
     def take(
         self,
@@ -65,11 +84,12 @@ class SharedInputs:
         last = self._last
         if last is None or not last.is_of(x, kept):
             sides = [own] if kept else [own, *self._followers.get(own, ())]
-            last = self._last = _Input(x, tokens, kept, sides)
+            last = self._last = _Input(x, tokens, kept, sides, self._turn)
         elif own not in last.sides:
             if not kept:
                 self._followers.setdefault(last.sides[0], []).append(own)
-                return SharedSide(_Input(x, tokens, kept, [own]), 0)
+                alone = _Input(x, tokens, kept, [own], self._turn)
+                return SharedSide(alone, 0)
             last.sides.append(own)
         return SharedSide(last, last.sides.index(own))
 
@@ -99,9 +119,11 @@ class _Input:
         tokens: Callable[[Tensor], Tensor],
         kept: bool,
         sides: Sequence[OneSide],
+        turn: Callable[[Tensor, Sequence[OneSide]], list[Tensor]],
     ) -> None:
         self._x: Tensor | None = x
         self._tokens, self._kept, self._version = tokens, kept, x._version
+        self._turn_together = turn
         self.sides = [*sides]
         self._turned: list[Tensor] = []
         if not kept:
@@ -130,6 +152,6 @@ class _Input:
         x = self._tokens(x)
         found: dict[int, Tensor] = {}
         for places in together(self.sides):
-            turned = turn(x, [self.sides[place] for place in places])
+            turned = self._turn_together(x, [self.sides[place] for place in places])
             found |= dict(zip(places, turned, strict=True))
         self._turned = [found[place] for place in range(len(self.sides))]

@@ -21,6 +21,7 @@ def turn_sides(
     stride,
     tokens,
     length,
+    factors_ptr,
     signs_ptr,
     words,
     orders_ptr,
@@ -32,12 +33,14 @@ def turn_sides(
     PADDED: tl.constexpr,
     SIZE: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    SCALED: tl.constexpr,
     BFLOAT16: tl.constexpr,
 ):
     """Fold and rotate AT_ONCE vectors of an example, read once, for COUNT sides.
 
     Shapes:
         x (examples * tokens, length), the first dimension with a stride
+        factors (COUNT, length): what coordinates are multiplied by, if SCALED
         signs (COUNT, words): bit i of word j flips coordinate 32 j + i
         orders (COUNT, GROUPS): the rows of the Hadamard matrix
         turned (COUNT, examples, kept, tokens, SIZE)
@@ -56,8 +59,11 @@ def turn_sides(
         mask = (side < COUNT)[:, None] & inside[None, :]
         place = signs_ptr + side[:, None] * words + at[None, :] // BITS
         signs = tl.load(place, mask, 0).to(tl.uint32)[:, None, :]
-        bit = (at % BITS)[None, None, :]
-        folded += flip(x.to(tl.float32)[None, :, :], signs, bit)
+        x = x.to(tl.float32)[None, :, :]
+        if SCALED:
+            place = factors_ptr + side[:, None] * length + at[None, :]
+            x = x * tl.load(place, mask, 0.0)[:, None, :]
+        folded += flip(x, signs, (at % BITS)[None, None, :])
     _rotate(
         folded,
         orders_ptr,

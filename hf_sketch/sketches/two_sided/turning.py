@@ -49,13 +49,16 @@ def can_turn(side: Side, of: OneSide, like: Tensor) -> bool:
     x, (operator, place) = side.numbers, of
     if not launches(x.device):
         return False
-    plain = not side.folded and side.expert is None and side.scale is None
+    plain = not side.folded and side.expert is None
     fits = operator.groups <= _MOST_GROUPS and _width(operator, place) <= _NUMBERS
-    known = x.dtype in _DTYPES and like.dtype == torch.float32
+    scaled = side.scale is None or side.scale.dtype == torch.float32
+    known = x.dtype in _DTYPES and like.dtype == torch.float32 and scaled
     return plain and fits and known
 
 
-def turn(x: Tensor, sides: Sequence[OneSide]) -> list[Tensor]:
+def turn(
+    x: Tensor, sides: Sequence[OneSide], scales: Sequence[Tensor] = ()
+) -> list[Tensor]:
     """Fold and rotate vectors for several sides that take the same.
 
     Shapes:
@@ -65,16 +68,21 @@ def turn(x: Tensor, sides: Sequence[OneSide]) -> list[Tensor]:
     Args:
         x: the vectors, which `can_turn` allows for all sides.
         sides: sides with groups of equal sizes.
+        scales: factors of the vectors' elements for each side, (length,); none by
+            default.
     """
     signs, orders = _tables(tuple(sides), x.device)
     count = 1 << (len(sides) - 1).bit_length()
     lines, turned, sizes = _shapes(x, sides, count)
+    # Without scales any memory will do, as it is not read.
+    factors = torch.cat([*scales]) if len(scales) > 1 else next(iter(scales), turned)
     _launch(
         "turn_sides",
         _grid(x, sizes),
         lines,
         lines.stride(0),
         *x.shape[1:],
+        factors,
         signs,
         signs.shape[1],
         orders,
@@ -83,6 +91,7 @@ def turn(x: Tensor, sides: Sequence[OneSide]) -> list[Tensor]:
         COUNT=len(sides),
         SIDES=count,
         **sizes,
+        SCALED=bool(scales),
         BFLOAT16=x.is_cuda,
     )
     return [*turned]

@@ -72,7 +72,7 @@ def activation_bytes(model: PreTrainedModel, ids: Tensor) -> int:
 
 
 def measure(arguments: SubspaceCostArguments) -> dict[str, dict[str, float]]:
-    """All ways to train, each beside full fine-tuning in the same rounds."""
+    """Measure all ways to train, each beside full fine-tuning, and save each."""
     sizes = (2, 16) if arguments.tiny else (arguments.batch_size, arguments.length)
     dim = 64 if arguments.tiny else arguments.dim
     base = random_language_model(arguments.model_type, arguments.tiny).train()
@@ -110,13 +110,17 @@ def measure(arguments: SubspaceCostArguments) -> dict[str, dict[str, float]]:
                 "model_bytes": size,
                 "activation_bytes": kept,
             }
+            path = save_report(
+                arguments.output_dir, "subspace_cost", arguments, results
+            )
+            print("saved", path)
             del full, model, full_step, step
             gc.collect()
     return results
 
 
 def run_subspace_cost(arguments: SubspaceCostArguments) -> dict[str, dict[str, float]]:
-    """Measure, print and save."""
+    """Measure and save, then print."""
     results = measure(arguments)
     print(
         "ratio to full fine-tuning: median (least..greatest); peak MiB; beside full "
@@ -130,8 +134,6 @@ def run_subspace_cost(arguments: SubspaceCostArguments) -> dict[str, dict[str, f
             f"{cost['peak_bytes'] / cost['full_peak_bytes']:.2f}  "
             f"{beyond / cost['model_bytes']:.2f}"
         )
-    path = save_report(arguments.output_dir, "subspace_cost", arguments, results)
-    print("saved", path)
     return results
 
 

@@ -110,16 +110,19 @@ def test_inputs_are_folded_together_if_they_are_one(
     assert max(sides for _, sides in launches) == together
 
 
-def test_scaled_inputs_take_the_plain_path(monkeypatch):
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_scaled_inputs_are_folded_together_too(autocast, monkeypatch):
     batches = [numbers_of(seed) for seed in (1, 2)]
     moments = {
         name: tuple(0.1 + torch.rand(size) for size in parameter.shape)
         for name, parameter in Taking().named_parameters()
     }
     normalizer = Normalizer(moments, 1)
-    expected = rows_of(Taking(), batches, normalizer=normalizer)
-    launch_everywhere(monkeypatch)
-    assert_near(rows_of(Taking(), batches, normalizer=normalizer), expected)
+    expected = rows_of(Taking(), batches, autocast, normalizer=normalizer)
+    launches = launch_everywhere(monkeypatch)
+    got = rows_of(Taking(), batches, autocast, normalizer=normalizer)
+    assert_near(got, expected)
+    assert ("turn_sides", 2) in launches
 
 
 def test_an_input_that_others_followed_may_come_alone(monkeypatch):

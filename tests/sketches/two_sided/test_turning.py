@@ -107,6 +107,17 @@ def test_several_sides_take_one_input_in_one_launch(count):
         assert_plain(got, *side, x)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_sides_have_scales_of_their_own(count):
+    sides = [(operator_of((24, 70), (32, 32), stream=str(i)), 1) for i in range(count)]
+    x = vectors(*sides[0], BFLOAT16)
+    scales = [
+        (3 * vectors(*side, seed=5 + i)[0, 0]).exp() for i, side in enumerate(sides)
+    ]
+    for got, scale, side in zip(turn(x, sides, scales), scales, sides, strict=True):
+        assert_plain(got, *side, x.double() * scale)
+
+
 def test_sides_of_other_sizes_are_launched_apart():
     small, large = operator_of((24, 70), (32, 32)), operator_of((24, 70), (64, 64))
     sides = [(small, 1), (large, 1), (small, 1)]
@@ -159,7 +170,7 @@ def test_what_the_kernel_does_not_know_is_left_to_the_plain_path():
     assert not can_turn(Side(torch.ones_like(x[..., 0]).long()), of, like)
     assert not can_turn(Side(x, folded=True), of, like)
     assert not can_turn(Side(x, expert=x[..., 0].long()), of, like)
-    assert not can_turn(Side(x, scale=x[0, 0]), of, like)
+    assert not can_turn(Side(x, scale=x[0, 0].double()), of, like)
     many = operator_of((128, 128), (128, 128), 128)
     assert not can_turn(Side(vectors(many, 1)), (many, 1), like)
 
