@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
 
 from hf_sketch.examples.modules import fused_head
+from hf_sketch.examples.modules.fused_head import FusedHead
 from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.model.sketch import ModelSketch
 from tests.helpers.folded_sides import launch_everywhere
@@ -88,8 +89,15 @@ def test_rows_are_those_of_single_examples(caplog, temperature, softcap, bias, b
         torch.testing.assert_close(row, sketch.sketch(gradients), rtol=1e-6, atol=1e-8)
 
 
-def test_scores_are_computed_again_in_the_precision_of_the_forward_pass():
+def test_scores_are_computed_again_in_the_precision_of_the_forward_pass(monkeypatch):
     """Also if the backward pass runs under autocast, as the whole of `sketch` may."""
+    logits, plain = [], FusedHead._derivatives
+
+    def noted(head, kind, some, labels):
+        logits.append(some)
+        return plain(head, kind, some, labels)
+
+    monkeypatch.setattr(FusedHead, "_derivatives", noted)
     model = fused_llama(0.7, None, True).float()
     sketch = ModelSketch.from_model(model, SIZE)
     inputs = {"input_ids": IDS, "labels": IDS}
@@ -104,6 +112,10 @@ def test_scores_are_computed_again_in_the_precision_of_the_forward_pass():
         expected = sketcher.take()
         with torch.autocast("cpu", torch.bfloat16):
             got = sketcher.sketch(inputs, losses)
+        assert all(torch.equal(x, x.bfloat16().float()) for x in logits)
+        logits.clear()
+        sketcher.sketch(inputs, losses)
+        assert not torch.equal(logits[0], logits[0].bfloat16().float())
     rows, wanted = (x.weights.unsqueeze(1) * x.rows for x in (got, expected))
     torch.testing.assert_close(rows, wanted, rtol=1e-4, atol=1e-5)
 
