@@ -22,7 +22,7 @@ from hf_sketch.examples.losses import (
     token_counts,
     unread_losses,
 )
-from hf_sketch.examples.modules.probe import LossForm
+from hf_sketch.examples.modules.loss_forms import LossForm
 from hf_sketch.examples.modules.reading import Reading
 from hf_sketch.examples.rounding import tolerance
 from hf_sketch.examples.rules.base import answers_of

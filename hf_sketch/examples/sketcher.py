@@ -15,7 +15,7 @@ from hf_sketch.examples.calls import ModelCall, known_loss, loss_of
 from hf_sketch.examples.coverage import ModuleCoverage
 from hf_sketch.examples.losses import check_reduction
 from hf_sketch.examples.media import placeholders_of
-from hf_sketch.examples.modules.probe import answers_in
+from hf_sketch.examples.modules.passes import answers_in
 from hf_sketch.examples.modules.reading import Reading
 from hf_sketch.examples.modules.trial import learn
 from hf_sketch.examples.own_loss import TokenMeans, adds_penalty, split_loss

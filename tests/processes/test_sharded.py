@@ -232,6 +232,7 @@ def test_losses_of_an_unknown_form_are_found_out_together(launched):
     """A row is the gradient of its example's own loss, and not of its share."""
     for name in ("tied False", "tied True", "rows"):
         assert max(results(launched / "fused", name)) < 1e-6
+    assert max(results(launched / "fused", "autocast")) < 0.02
 
 
 @pytest.mark.full

@@ -134,7 +134,7 @@ class FusedHead:
             hidden = output[0] if isinstance(output, tuple) else output[_HIDDEN]
             self._hidden, kind = hidden.detach(), hidden.device.type
             self._autocast = None
-            if torch.is_autocast_enabled(kind):
+            if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
                 self._autocast = torch.get_autocast_dtype(kind)
 
     def _watch(

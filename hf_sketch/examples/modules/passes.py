@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sketch.examples.calls import ModelCall, loss_of
+from hf_sketch.examples.rules.base import answers_of
+from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.fsdp import WholeParameters, in_shards
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.model.zero import in_partitions
@@ -105,3 +107,12 @@ class Passes:
         if total.names:
             found = total.result().squeeze(0).to("cpu", torch.float64)
         return of_first(found) if in_shards(self.parameters.values()) else found
+
+
+def answers_in(output: Any, split: ExampleSplit) -> list[Tensor]:
+    """Return the answers that train and divide into examples; else the loss."""
+    some = [x for x in answers_of(output) if x.requires_grad]
+    divided = [x for x in some if split.within(x) is not None]
+    loss = loss_of(output)
+    alone = [] if loss is None or not loss.requires_grad else [loss]
+    return divided or alone

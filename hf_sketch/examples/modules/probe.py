@@ -8,19 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_sketch.examples.attempt import RefusalError
-from hf_sketch.examples.calls import ModelCall, loss_of
-from hf_sketch.examples.losses import knows_loss, token_counts
-from hf_sketch.examples.modules.passes import Passes
+from hf_sketch.examples.calls import ModelCall
+from hf_sketch.examples.losses import knows_loss
+from hf_sketch.examples.modules.loss_forms import EXAMPLES, loss_weights
+from hf_sketch.examples.modules.passes import Passes, answers_in
 from hf_sketch.examples.named_sums import NamedSums
 from hf_sketch.examples.rounding import agree, autocast_dtype, tolerance
-from hf_sketch.examples.rules.base import answers_of
-from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.sketch import ModelSketch
 from hf_sketch.sketches.operator import accumulation_dtype
 
-LossForm = Literal["tokens", "mean", "sum", "shares", "penalty"]
-EXAMPLES = 2
 _SMALL = 1e-3  # of the largest norm: less has no direction to compare
 
 
@@ -127,7 +123,7 @@ def reference_of(
     )
     weights = torch.ones(call.split.size)
     if reference.is_of_loss:
-        weights = _loss_weights(passes, call, model_sketch, dtype)
+        weights = loss_weights(passes, call, model_sketch, dtype)
     _read_examples(passes, reference, answers, weights)
     return reference
 
@@ -151,15 +147,6 @@ def _read_examples(
         passes.backward(answers, add, masked)
 
 
-def answers_in(output: Any, split: ExampleSplit) -> list[Tensor]:
-    """Return the answers that train and divide into examples; else the loss."""
-    some = [x for x in answers_of(output) if x.requires_grad]
-    divided = [x for x in some if split.within(x) is not None]
-    loss = loss_of(output)
-    alone = [] if loss is None or not loss.requires_grad else [loss]
-    return divided or alone
-
-
 def same_answers(
     got: list[Tensor], expected: list[Tensor], of: Literal["rule", "output"] = "output"
 ) -> bool:
@@ -176,112 +163,6 @@ def _probe_of(answer: Tensor) -> Tensor:
         return torch.ones_like(answer)
     probe = (1.7 * count).cos().view(answer.shape)
     return (probe / max(1, answer[0].numel()) ** 0.5).to(answer.dtype)
-
-
-def loss_form(
-    passes: Passes, call: ModelCall, model_sketch: ModelSketch, dtype: torch.dtype
-) -> LossForm:
-    """Return how the loss that a model computes adds up over examples.
-
-    Returns:
-        "tokens" for the mean over the tokens that a causal model predicts; "mean" or
-        "sum" of the examples' own; "penalty" where a penalty on weights comes
-        on top of what the model's scores give; "shares" for all others.
-
-    Raises:
-        RefusalError: it is no weighted sum of the examples' own losses.
-    """
-    call = call.part(0, min(EXAMPLES, call.split.size))
-    if call.split.size == 1:
-        one = _is_over_tokens(passes, call, model_sketch, dtype)
-        return "tokens" if one else "shares"
-    if _has_penalty(passes, call, model_sketch, dtype):
-        return "penalty"
-    try:
-        weights = _loss_weights(passes, call, model_sketch, dtype)
-    except RefusalError:  # one of several terms may be divided by the tokens of a batch
-        call = call.without("num_items_in_batch")
-        _loss_weights(passes, call, model_sketch, dtype)
-        return "shares"
-    if _is_over_tokens(passes, call, model_sketch, dtype):
-        return "tokens"
-    forms: dict[LossForm, float] = {"mean": 1 / EXAMPLES, "sum": 1.0}
-    for form, weight in forms.items():
-        if bool(((weights - weight).abs() < 10 * tolerance(dtype, "row")).all()):
-            return form
-    return "shares"
-
-
-def _is_over_tokens(
-    passes: Passes, call: ModelCall, model_sketch: ModelSketch, dtype: torch.dtype
-) -> bool:
-    """Return whether the loss is the mean over the tokens that a causal model predicts.
-
-    Where the Trainer passes the number of the step's tokens, that divides their sum.
-    One example alone shows nothing else.
-    """
-    counted = token_counts(passes.model, call.inputs, call.split)
-    items, near = call.kwargs.get("num_items_in_batch"), tolerance(dtype, "row")
-    if counted is None or (items is None and call.split.size == 1):
-        return False
-    plain, total = call.without("num_items_in_batch"), counted.sum()
-    if items is not None:
-        of_sum = total * passes.loss_sketch(plain, model_sketch)
-        found = items * passes.loss_sketch(call, model_sketch)
-        distance = torch.linalg.vector_norm(found - of_sum)
-        if not distance <= near * torch.linalg.vector_norm(of_sum):
-            return False
-    if call.split.size == 1:
-        return True
-    weights = _loss_weights(passes, plain, model_sketch, dtype)
-    return bool(((weights - counted / total).abs() < 10 * near).all())
-
-
-def _has_penalty(
-    passes: Passes, call: ModelCall, model_sketch: ModelSketch, dtype: torch.dtype
-) -> bool:
-    """Return whether the loss has a gradient past the scores, equal for all batches."""
-    if passes.graphs_serve_once:
-        return False
-    past: list[Tensor] = []
-    norm = 0.0
-    for some in (call, *(call.part(i, 1) for i in range(EXAMPLES))):
-        output = passes.forward(some)
-        loss, scores = loss_of(output), answers_in(output, some.split)
-        if loss is None or len(scores) != 1 or not scores[0].dim():
-            return False
-        (by_scores,) = torch.autograd.grad(
-            loss, scores, retain_graph=True, materialize_grads=True
-        )
-        whole = passes.sketch([loss], model_sketch)
-        past.append(whole - passes.sketch(scores, model_sketch, [by_scores]))
-        norm = max(norm, float(torch.linalg.vector_norm(whole)))
-    least = tolerance(dtype, "row") * norm
-    apart = [float(torch.linalg.vector_norm(x - past[0])) for x in past]
-    return max(apart) <= least < float(torch.linalg.vector_norm(past[0]))
-
-
-def _loss_weights(
-    passes: Passes, call: ModelCall, model_sketch: ModelSketch, dtype: torch.dtype
-) -> Tensor:
-    """Return the weights with which examples' own losses add up to their batch's.
-
-    The gradient of the batch's loss is compared with those of the examples alone.
-    """
-    together = passes.loss_sketch(call, model_sketch)
-    parts = [call.part(index, 1) for index in range(call.split.size)]
-    each = [passes.loss_sketch(part, model_sketch) for part in parts]
-    alone = torch.stack(each, dim=1)
-    weights = torch.linalg.lstsq(alone, together.unsqueeze(1)).solution.squeeze(1)
-    rest = torch.linalg.vector_norm(together - alone @ weights)
-    if rest > tolerance(dtype, "row") * torch.linalg.vector_norm(together):
-        raise RefusalError(
-            "per-example gradients need a loss that is a weighted sum of the examples' "
-            f"own losses, but {type(passes.model).__name__} computes one that compares "
-            "them, or has a term of the whole batch: leave that out, or pass "
-            "per_example=False."
-        )
-    return weights
 
 
 def _note(

@@ -16,14 +16,10 @@ from hf_sketch.examples.calls import ModelCall
 from hf_sketch.examples.modules.fused_head import FusedHead
 from hf_sketch.examples.modules.hooks import refusal, replay_later, watch_module
 from hf_sketch.examples.modules.known_losses import KnownLosses
-from hf_sketch.examples.modules.passes import Passes
+from hf_sketch.examples.modules.loss_forms import LossForm, loss_form
+from hf_sketch.examples.modules.passes import Passes, answers_in
 from hf_sketch.examples.modules.plan import Plan, joined
 from hf_sketch.examples.modules.position_biases import PositionBiases
-from hf_sketch.examples.modules.probe import (
-    LossForm,
-    answers_in,
-    loss_form,
-)
 from hf_sketch.examples.modules.zeros import ZeroGradients
 from hf_sketch.examples.rules.base import NoRule, Rule, kind_of
 from hf_sketch.examples.rules.shared_inputs import SharedInputs
@@ -82,7 +78,7 @@ class Reading:
         self.dtype = first.dtype
         self.known_losses = KnownLosses()
         self.shared = SharedInputs(model_sketch, accumulation_dtype(first.dtype))
-        self.found_form: LossForm | None = None  # of a loss that is not known
+        self.found_form: LossForm | None = None  # of the model's loss, if unknown
         self._undo: list[Callable[[], object]] = []
         # Kinds of modules, in verified calls of each kind.
         self._situations: dict[object, set[str]] = {}

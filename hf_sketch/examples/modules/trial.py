@@ -16,13 +16,11 @@ from hf_sketch.examples.modules.jointly import (
     check_others,
     failed_alone,
 )
+from hf_sketch.examples.modules.loss_forms import EXAMPLES, LossForm, loss_form
+from hf_sketch.examples.modules.passes import answers_in
 from hf_sketch.examples.modules.position_biases import PositionBiases
 from hf_sketch.examples.modules.probe import (
-    EXAMPLES,
-    LossForm,
     Reference,
-    answers_in,
-    loss_form,
     reference_of,
     same_answers,
 )
@@ -86,7 +84,7 @@ class Trial:
             self._demote(failed, reference)
         if self._reading.in_shards:
             self._reading.zeros.note(self._agreed(reference.nonzero()))
-            self._find_loss_form(reference)
+            self._find_loss_form(call, reference)
         return {kind_of(path) for path in reference.called}
 
     def _reference(self, call: ModelCall) -> Reference | None:
@@ -153,15 +151,14 @@ class Trial:
             self._reading.tried_head = True
             self._reading.readers.append(head)
 
-    def _find_loss_form(self, reference: Reference) -> None:
+    def _find_loss_form(self, call: ModelCall, reference: Reference) -> None:
         """Find out how a loss of unknown form adds up, while all processes may try."""
         reading = self._reading
         if reading.found_form is not None or self._agreed(reference.knows_loss):
             return
         form: LossForm = "shares"
         with attempt() as tried:
-            given = reference.call, reading.model_sketch, reading.dtype
-            form = loss_form(reading.passes, *given)
+            form = loss_form(reading.passes, call, reading.model_sketch, reading.dtype)
         check_others(tried, reading.in_shards)
         reading.found_form = "shares" if form == "penalty" else form
 

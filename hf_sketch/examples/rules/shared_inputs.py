@@ -56,9 +56,11 @@ class SharedInputs:
         """Fold and rotate vectors for several sides, with their factors."""
         scales: list[Tensor] = []
         if self._normalizer is not None:
-            like = self._like.to(x.device)
+            if self._like.device != x.device:
+                self._like = self._like.to(x.device)
             scales = [
-                self._normalizer.side(self._names[own], own[1], like) for own in sides
+                self._normalizer.side(self._names[own], own[1], self._like)
+                for own in sides
             ]
         return turn(x, sides, scales)
 

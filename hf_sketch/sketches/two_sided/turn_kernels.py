@@ -100,10 +100,9 @@ def turn_softmax(
     AT_ONCE: tl.constexpr,
     BFLOAT16: tl.constexpr,
 ):
-    """Do the same with softmax(scale * x) less a one-hot vector, for one side.
+    """Fold and rotate softmax(scale * x) minus a one-hot vector, for one side.
 
-    Scores are read once: sums over what was read so far are divided by exp(the highest
-    of these scores).
+    Scores are read once: sums are kept in units of the highest exponential so far.
 
     Shapes:
         chosen (examples * tokens,): the place of each one-hot vector's 1
@@ -131,12 +130,8 @@ def turn_softmax(
         folded = folded * rest[:, None] + flip(x, signs[None, :], (at % BITS)[None, :])
         highest = now
     chosen = tl.load(chosen_ptr + line, token < tokens, 0)
-    signs = tl.load(signs_ptr + chosen // BITS).to(tl.uint32)
-    one = flip(tl.full((AT_ONCE,), 1.0, tl.float32), signs, chosen % BITS)
-    is_chosen = column[None, :] == (chosen % WIDTH)[:, None]
-    folded = folded / total[:, None] - tl.where(is_chosen, one[:, None], 0.0)
     _rotate(
-        folded,
+        folded / total[:, None] - _one_hot(chosen, signs_ptr, column, WIDTH),
         orders_ptr,
         turned_ptr,
         first,
@@ -150,6 +145,15 @@ def turn_softmax(
         AT_ONCE,
         BFLOAT16,
     )
+
+
+@triton.jit
+def _one_hot(chosen, signs_ptr, column, WIDTH: tl.constexpr):
+    """Fold one-hot vectors, whose 1 is at `chosen`, to these columns."""
+    signs = tl.load(signs_ptr + chosen // BITS).to(tl.uint32)
+    one = flip((chosen >= 0).to(tl.float32), signs, chosen % BITS)
+    is_chosen = column[None, :] == (chosen % WIDTH)[:, None]
+    return tl.where(is_chosen, one[:, None], 0.0)
 
 
 @triton.jit

@@ -105,10 +105,10 @@ def turn_softmax(scores: Tensor, chosen: Tensor, scale: float, side: OneSide) ->
         returns (b * kept, t, size)
 
     Args:
-        scores: of a dtype that `can_turn` allows.
+        scores: logits in a dtype that `can_turn` allows.
         chosen: the place of each one-hot vector's 1.
         scale: a factor of the scores.
-        side: of which the vectors are.
+        side: the side that they are folded for.
     """
     signs, orders = _tables((side,), scores.device)
     lines, turned, sizes = _shapes(scores, [side], 1)

@@ -1,7 +1,7 @@
 """What a step in a subspace costs beside one of full fine-tuning."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -71,6 +71,16 @@ def activation_bytes(model: PreTrainedModel, ids: Tensor) -> int:
     return peak_extra_bytes(step)
 
 
+def ratios_of(ours: Sequence[float], full: Sequence[float]) -> dict[str, float]:
+    """Our seconds in those of full fine-tuning, round by round."""
+    ratios = [a / b for a, b in zip(ours, full, strict=True)]
+    return {
+        "ratio_to_full": median(ratios),
+        "least_ratio": min(ratios),
+        "greatest_ratio": max(ratios),
+    }
+
+
 def measure(arguments: SubspaceCostArguments) -> dict[str, dict[str, float]]:
     """Measure all ways to train, each beside full fine-tuning, and save each."""
     sizes = (2, 16) if arguments.tiny else (arguments.batch_size, arguments.length)
@@ -80,6 +90,7 @@ def measure(arguments: SubspaceCostArguments) -> dict[str, dict[str, float]]:
     ids = torch.randint(0, base.config.vocab_size, sizes).to(device())
     kept = activation_bytes(base, ids)
     results: dict[str, dict[str, float]] = {}
+    report = arguments.output_dir, "subspace_cost", arguments, results
     for name in arguments.operators.split(","):
         for on_disk in (False, True):
             config = SubspaceConfig(
@@ -97,23 +108,16 @@ def measure(arguments: SubspaceCostArguments) -> dict[str, dict[str, float]]:
             held += 0 if on_disk else size
             rounds = 1 if arguments.tiny else arguments.rounds
             seconds = timed({"full": full_step, "ours": step}, rounds)
-            pairs = zip(seconds["ours"], seconds["full"], strict=True)
-            ratios = [a / b for a, b in pairs]
             results[name + (" on disk" if on_disk else "")] = {
                 **spread(seconds["ours"]),
-                "ratio_to_full": median(ratios),
-                "least_ratio": min(ratios),
-                "greatest_ratio": max(ratios),
+                **ratios_of(seconds["ours"], seconds["full"]),
                 "peak_bytes": held + peak_extra_bytes(step),
                 "full_peak_bytes": full_held + peak_extra_bytes(full_step),
                 "full_median_seconds": median(seconds["full"]),
                 "model_bytes": size,
                 "activation_bytes": kept,
             }
-            path = save_report(
-                arguments.output_dir, "subspace_cost", arguments, results
-            )
-            print("saved", path)
+            print("saved", save_report(*report))
             del full, model, full_step, step
             gc.collect()
     return results

@@ -4,9 +4,7 @@ import logging
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
 
 from hf_sketch.examples.modules import fused_head
@@ -14,49 +12,9 @@ from hf_sketch.examples.modules.fused_head import FusedHead
 from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.model.sketch import ModelSketch
 from tests.helpers.folded_sides import launch_everywhere
+from tests.helpers.trained.fused_models import IDS, FusedLlama, fused_llama
 
 SIZE = 256
-IDS = torch.arange(36).view(3, 12).mul(7).remainder(50)
-
-
-class FusedLlama(LlamaForCausalLM):
-    """Returns log-probabilities of its labels and no logits, as fused losses do."""
-
-    temperature, bias = 1.0, False
-
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-        hidden = self.model(input_ids, attention_mask).last_hidden_state[:, :-1]
-        labels = labels[:, 1:]
-        scores = functional.linear(hidden, self.lm_head.weight, self.lm_head.bias)
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        scores = scores if cap is None else cap * torch.tanh(scores / cap)
-        log_probs = (scores / self.temperature).log_softmax(-1)
-        own = log_probs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-        masked = labels == -100
-        return ModelOutput(
-            log_probs=own.masked_fill(masked, 0), entropy=entropy.masked_fill(masked, 0)
-        )
-
-
-def fused_llama(temperature, softcap, bias):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        final_logit_softcapping=softcap,
-    )
-    model = FusedLlama(config).double()
-    model.temperature = temperature
-    if bias:
-        model.lm_head.bias = nn.Parameter(torch.randn(50, dtype=torch.float64))
-    with torch.no_grad():  # scores that differ from token to token
-        for parameter in model.parameters():
-            parameter.mul_(10)
-    return model
 
 
 @pytest.mark.parametrize(
@@ -170,7 +128,7 @@ def test_own_losses_are_known_where_the_loss_is_a_mean_over_tokens(
     rows, loss_of, is_mean
 ):
     """Elsewhere rows are shares, whatever the first batch's coefficients are."""
-    model = fused_llama(1.0, None, False)
+    model = fused_llama()
     sketch = ModelSketch.from_model(model, SIZE)
     labels = IDS[:rows].clone()
     labels[0, :4] = -100
@@ -221,11 +179,8 @@ class FusedLlamaWithLoss(FusedLlama):
         return ModelOutput(loss=-output.log_probs.mean(), **output)
 
 
-def test_outputs_without_a_gradient_are_left_out(monkeypatch):
-    monkeypatch.setattr(
-        "tests.examples.modules.test_fused_head.FusedLlama", FusedLlamaWithLoss
-    )
-    model = fused_llama(1.0, None, False)
+def test_outputs_without_a_gradient_are_left_out():
+    model = fused_llama(kind=FusedLlamaWithLoss)
     sketch = ModelSketch.from_model(model, SIZE)
     with ExampleSketcher(model, sketch) as sketcher:
         output = model(input_ids=IDS, labels=IDS)
@@ -240,20 +195,9 @@ def test_outputs_without_a_gradient_are_left_out(monkeypatch):
     torch.testing.assert_close(batch.weights @ batch.rows, sketch.sketch(gradients))
 
 
-class LossOfTokens(FusedLlama):
-    """Returns nothing but the mean over tokens, as other fused losses do."""
-
-    def forward(self, *args, labels=None, num_items_in_batch=None, **kwargs):
-        log_probs = super().forward(*args, labels=labels, **kwargs).log_probs
-        items = (labels[:, 1:] != -100).sum()
-        if num_items_in_batch is not None:
-            items = num_items_in_batch
-        return ModelOutput(loss=-log_probs.sum() / items)
-
-
 def test_later_batches_may_weigh_examples_otherwise():
     """Their rows are those of the own losses all the same."""
-    model = fused_llama(1.0, None, False)
+    model = fused_llama()
     sketch = ModelSketch.from_model(model, SIZE)
     factors = torch.tensor([0.2, 0.0, 1.7], dtype=torch.float64)
     with ExampleSketcher(model, sketch) as sketcher:
@@ -269,52 +213,4 @@ def test_later_batches_may_weigh_examples_otherwise():
         some = slice(index, index + 1)
         (-model(input_ids=IDS[some], labels=IDS[some]).log_probs.mean()).backward()
         row = sketch.sketch({name: p.grad for name, p in model.named_parameters()})
-        assert (batch.rows[index] - row).norm() < 2e-6 * row.norm()
-
-
-class LossOfRows(FusedLlama):
-    """Returns the mean of its rows' means, or the sum by what the Trainer passes."""
-
-    def forward(self, *args, labels=None, num_items_in_batch=None, **kwargs):
-        log_probs = super().forward(*args, labels=labels, **kwargs).log_probs
-        means = -log_probs.sum(1) / (labels[:, 1:] != -100).sum(1)
-        items = len(means) if num_items_in_batch is None else num_items_in_batch
-        return ModelOutput(loss=means.sum() / items)
-
-
-def made_alone(model, sketch, labels, index):
-    """The sketched gradient of an example's own mean loss."""
-    model.zero_grad()
-    some = slice(index, index + 1)
-    model(input_ids=IDS[some], labels=labels[some]).loss.backward()
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return sketch.sketch({name: p.grad for name, p in trained.items()})
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("items", [None, 40])
-@pytest.mark.parametrize("kind", [LossOfTokens, LossOfRows])
-def test_a_loss_alone_shows_what_it_is_a_mean_of(monkeypatch, rows, items, kind):
-    monkeypatch.setattr("tests.examples.modules.test_fused_head.FusedLlama", kind)
-    model = fused_llama(1.0, None, False)
-    model.lm_head.requires_grad_(False)  # its own rule takes no other loss
-    sketch = ModelSketch.from_model(model, SIZE)
-    labels = IDS[:rows].clone()
-    labels[0, :4] = -100
-    given = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
-    with ExampleSketcher(model, sketch) as sketcher:
-        model(input_ids=IDS[:rows], labels=labels, **given).loss.backward()
-        batch = sketcher.take()
-    divisor = 1.0
-    if kind is LossOfTokens:
-        counts = (labels[:, 1:] != -100).sum(1).double()
-        weights = counts / (counts.sum() if items is None else items)
-    elif items is None:
-        weights = torch.full((rows,), 1 / rows, dtype=torch.float64)
-    else:  # a sum, and who knows of what the items are the number
-        weights, divisor = torch.ones(rows, dtype=torch.float64), items
-    torch.testing.assert_close(batch.weights, weights)
-    for index in range(rows):
-        row = made_alone(model, sketch, labels, index) / divisor
-        # The model computes parts in float32.
         assert (batch.rows[index] - row).norm() < 2e-6 * row.norm()

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import torch
 from accelerate.state import PartialState
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -70,6 +71,9 @@ def fused(directory):
         leave(directory, **{f"tied {tied}": distance})
     distance, _ = distance_in_shards("llama", sharded, return_mean_of_rows)
     leave(directory, rows=distance)
+    with torch.autocast("cpu", torch.bfloat16):
+        distance, _ = distance_in_shards("llama", sharded, return_mean_of_rows)
+    leave(directory, autocast=distance)
 
 
 def return_mean_of_rows(model):

@@ -24,6 +24,8 @@ from tests.helpers.whole_gradients import (
 
 pytest.importorskip("triton")
 
+FULL = pytest.mark.full
+
 
 @pytest.fixture
 def little_work_each(monkeypatch):
@@ -94,6 +96,13 @@ def test_short_dtypes_are_read_as_they_are(dtypes):
     shapes = (*SHAPES[:-1], ("vector", (2**16 + 8,)))
     sketch = ModelSketch(shapes, 64, "grouped")
     assert_plain(sketch, gradients_of(shapes, *dtypes))
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, pytest.param(FLOAT16, marks=FULL)])
+def test_sums_of_short_numbers_have_all_their_digits(dtype):
+    """Blocks longer than a tile add tiles up before they are multiplied."""
+    sketch = ModelSketch(BLOCKED[1:], 2100, "blocked")
+    assert_plain(sketch, gradients_of(sketch.shapes, dtype))
 
 
 def test_gradients_may_be_missing_move_and_lie_apart():

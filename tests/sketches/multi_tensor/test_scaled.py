@@ -63,9 +63,10 @@ def test_a_scaled_gradient_has_the_plain_sketch(sketch, dtypes):
 
 
 @pytest.mark.usefixtures("shorter_blocks")
-def test_long_blocks_are_scaled():
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_long_blocks_are_scaled(dtype):
     sketch = scaled(BLOCKED[1:], 100, "blocked", operator="affd")
-    assert_plain(sketch, gradients_of(sketch.shapes, FLOAT32))
+    assert_plain(sketch, gradients_of(sketch.shapes, dtype))
 
 
 def test_norms_are_those_of_the_gradient_itself():
