@@ -111,11 +111,17 @@ def interval_of(interval: DimensionInterval) -> str:
         f"{trial.dim:,}: " + ", ".join(f"{best:.4f}" for best in trial.best)
         for trial in interval.trials
     )
-    where = f"above {interval.low:,} and " if interval.low else ""
-    return (
-        f"The least dimension is {where}at most {interval.high:,}: most trainings "
-        f"reach the target there, and not below. Tried: {tried}."
-    )
+    if interval.low:
+        found = (
+            f"above {interval.low:,} and at most {interval.high:,}: most trainings "
+            f"reach the target in {interval.high:,}, and not in {interval.low:,}."
+        )
+    else:
+        found = (
+            f"at most {interval.high:,}, where most trainings reach the target. "
+            "Nothing smaller was tried: pass more --bisections."
+        )
+    return f"The least dimension is {found} Tried: {tried}."
 
 
 def _save_card(

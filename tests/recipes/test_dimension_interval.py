@@ -1,6 +1,7 @@
 import pytest
 
 from hf_sketch.recipes.dimension.interval import Trial, bisect
+from hf_sketch.recipes.dimension.report import interval_of
 
 
 def interval(found, least, bisections):
@@ -27,3 +28,19 @@ def test_half_of_the_dimension_is_tried_first():
 def test_nothing_is_tried_below_one_dimension():
     assert interval(1, 1, 5).trials == ()
     assert interval(4, 1, 9).high == 1
+
+
+def test_sentences_say_what_was_tried_and_no_more():
+    def sentences(least):
+        trials = bisect(16, lambda dim: Trial(dim, (dim / 16,), dim >= least), 2)
+        return interval_of(trials)
+
+    tried = " Tried: 8: 0.5000; 4: 0.2500."
+    assert sentences(7) == (
+        "The least dimension is above 4 and at most 8: most trainings reach the target "
+        "in 8, and not in 4." + tried
+    )
+    assert sentences(1) == (
+        "The least dimension is at most 4, where most trainings reach the target. "
+        "Nothing smaller was tried: pass more --bisections." + tried
+    )

@@ -98,7 +98,7 @@ def test_smaller_dimensions_are_tried_with_three_seeds(xsum_run):
 def test_the_model_card_has_the_path_and_no_folder_of_this_machine(xsum_run):
     card = (xsum_run / "README.md").read_text()
     assert "| 2 | 16 | 0.0000 | reached |" in card
-    assert "The least dimension is at most 4: most trainings reach" in card
+    assert "The least dimension is at most 4, where most trainings reach" in card
     assert "Tried: 8: 0.0000, 0.0000, 0.0000; 4: 0.0000" in card
     assert "base_model:" not in card
     assert card.startswith("---\nlibrary_name: peft\ntags:\n- hf-sketch\n- intrin")
