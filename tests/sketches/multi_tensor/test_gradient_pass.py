@@ -7,6 +7,7 @@ import torch
 
 from hf_sketch import ModelSketch
 from hf_sketch.model import gradient_pass
+from hf_sketch.sketches import by_name
 from hf_sketch.sketches.multi_tensor import blocks, division, matrices
 from hf_sketch.sketches.multi_tensor.gradient_pass import GradientPass
 from tests.helpers.whole_gradients import (
@@ -99,8 +100,9 @@ def test_short_dtypes_are_read_as_they_are(dtypes):
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, pytest.param(FLOAT16, marks=FULL)])
-def test_sums_of_short_numbers_have_all_their_digits(dtype):
-    """Blocks longer than a tile add tiles up before they are multiplied."""
+def test_sums_of_short_numbers_have_all_their_digits(dtype, monkeypatch):
+    """Blocks longer than a tile, as none is by default, add tiles up at first."""
+    monkeypatch.setattr(by_name, "_ROTATED_BLOCK_SIZE", 2**12)
     sketch = ModelSketch(BLOCKED[1:], 2100, "blocked")
     assert_plain(sketch, gradients_of(sketch.shapes, dtype))
 
