@@ -30,7 +30,7 @@ def test_nothing_is_tried_below_one_dimension():
     assert interval(4, 1, 9).high == 1
 
 
-def test_sentences_say_what_was_tried_and_no_more():
+def test_sentences_claim_only_what_was_tried():
     def sentences(least):
         trials = bisect(16, lambda dim: Trial(dim, (dim / 16,), dim >= least), 2)
         return interval_of(trials)
