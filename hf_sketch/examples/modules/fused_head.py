@@ -86,7 +86,7 @@ class FusedHead:
     coefficient times (one-hot minus softmax), outer its hidden state. The coefficient
     is the gradient of the model's `log_probs`; where the model returns its loss alone,
     each token has the same. Scores are computed again, a few tokens at a time, in the
-    precision that autocast gave the forward pass.
+    precision of the forward pass.
 
     Args:
         model: the model.

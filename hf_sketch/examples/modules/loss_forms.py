@@ -27,7 +27,7 @@ def loss_form(
         "tokens" for the mean over the tokens that a causal model predicts; "mean" or
         "sum" of the examples' own; "penalty" where a penalty on weights comes
         on top of what the model's scores give; "shares" for all others, and where the
-        examples do not tell, having equally many tokens.
+        examples have equally many tokens, so that "tokens" and "mean" look the same.
 
     Raises:
         RefusalError: it is no weighted sum of the examples' own losses.
@@ -102,13 +102,14 @@ def _is_over_items(
     items = call.kwargs.get(_ITEMS)
     if items is None or counts is None:
         return None
-    total, plain = counts.sum(), call.without(_ITEMS)
+    # Numbers of Python, since sketches are on the CPU and counts on any device.
+    items, total, plain = int(items), int(counts.sum()), call.without(_ITEMS)
     of_sum = total * passes.loss_sketch(plain, model_sketch)
     found = items * passes.loss_sketch(call, model_sketch)
     distance = torch.linalg.vector_norm(found - of_sum)
     if not distance <= tolerance(dtype, "row") * torch.linalg.vector_norm(of_sum):
         return False
-    return True if call.split.size == 1 or int(items) != int(total) else None
+    return True if call.split.size == 1 or items != total else None
 
 
 def _has_penalty(

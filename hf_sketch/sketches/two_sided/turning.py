@@ -98,7 +98,7 @@ def turn(
 
 
 def turn_softmax(scores: Tensor, chosen: Tensor, scale: float, side: OneSide) -> Tensor:
-    """Fold and rotate softmax(scale * scores) less one-hot vectors, as `turn` does.
+    """Fold and rotate softmax(scale * scores) minus one-hot vectors, as `turn` does.
 
     Shapes:
         scores (b, t, length), integer chosen (b, t)

@@ -71,3 +71,22 @@ def test_forms_are_found_in_16_bits(kind, even):
     is_token_mean = kind is LossOfTokens and not even
     weights = counts / counts.sum() if is_token_mean else torch.full((3,), 1 / 3)
     torch.testing.assert_close(batch.weights, weights)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("items", [None, 40])
+def test_forms_are_found_on_a_device(items):
+    """There, tokens are counted, while gradients are compared on the CPU."""
+    model = fused_llama(kind=LossOfTokens).float().cuda()
+    model.lm_head.requires_grad_(False)
+    sketch = ModelSketch.from_model(model, SIZE)
+    ids, labels = IDS.cuda(), IDS.cuda()
+    labels[2, :7] = -100
+    given = {} if items is None else {"num_items_in_batch": torch.tensor(items).cuda()}
+    with ExampleSketcher(model, sketch) as sketcher:
+        model(input_ids=ids, labels=labels, **given).loss.backward()
+        batch = sketcher.take()
+    counts = torch.tensor([11.0, 11.0, 5.0])
+    weights = counts / (counts.sum() if items is None else items)
+    torch.testing.assert_close(batch.weights.cpu(), weights)
