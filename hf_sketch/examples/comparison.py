@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_sketch.examples.attempt import RefusalError
 from hf_sketch.examples.batch import Batch
+from hf_sketch.model.gradient_hooks import unhooked
 
 _LEAST = 1e-5  # of the second derivatives' norm; of a sum over examples it is zero
 
@@ -29,9 +30,21 @@ def check_comparison(
     Raises:
         RefusalError: it compares them.
     """
-    answers = _first_met(loss, [answer for call in calls for answer in call.answers])
+    answers = first_met(loss, [answer for call in calls for answer in call.answers])
     if not answers:
         return
+    with unhooked(answers):
+        _compare(loss, answers, calls, owners, name)
+
+
+def _compare(
+    loss: Tensor,
+    answers: Sequence[Tensor],
+    calls: Sequence[Batch],
+    owners: Sequence[int | None],
+    name: str,
+) -> None:
+    """As `check_comparison`, given the outputs that the loss is made of."""
     first: Any = torch.autograd.grad(
         loss, answers, create_graph=True, allow_unused=True
     )
@@ -68,7 +81,7 @@ def comparison_error(name: str) -> RefusalError:
     )
 
 
-def _first_met(loss: Tensor, answers: Sequence[Tensor]) -> list[Tensor]:
+def first_met(loss: Tensor, answers: Sequence[Tensor]) -> list[Tensor]:
     """Return the answers on which a loss depends other than through others of them.
 
     Those of inner layers lie before the last one's: derivatives by them would go back

@@ -26,6 +26,7 @@ from hf_sketch.examples.modules.loss_forms import LossForm
 from hf_sketch.examples.modules.reading import Reading
 from hf_sketch.examples.rounding import tolerance
 from hf_sketch.examples.rules.base import answers_of
+from hf_sketch.model.gradient_hooks import unhooked
 from hf_sketch.sketches.operator import accumulation_dtype
 
 
@@ -153,9 +154,10 @@ def _is_mean(
     Each has the same coefficient, then: one over their number in the batch or in the
     step, times the number of processes that share them.
     """
-    (gradient,) = torch.autograd.grad(
-        loss, log_probs, retain_graph=True, materialize_grads=True
-    )
+    with unhooked([log_probs]):
+        (gradient,) = torch.autograd.grad(
+            loss, log_probs, retain_graph=True, materialize_grads=True
+        )
     # On the CPU, since not every device has float64.
     own, values, whole = (
         x.detach().to("cpu", torch.float64)

@@ -1,6 +1,7 @@
 """Hooks on the gradients of parameters, as those that train some rows only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,3 +22,21 @@ def changes_gradient(parameter: Tensor) -> bool:
         changed = hook(gradient.clone())
         gradient = gradient if changed is None else changed
     return not torch.equal(gradient, plain)
+
+
+@contextmanager
+def unhooked(outputs: Sequence[Tensor]) -> Generator[None]:
+    """Within, gradients reach a model's outputs as they are, and no hook runs.
+
+    DeepSpeed's hooks on outputs divide gradients and begin its own backward pass.
+    """
+    tensors: Sequence[Any] = outputs
+    hooks = [tensor._backward_hooks for tensor in tensors if tensor._backward_hooks]
+    kept = [{**own} for own in hooks]
+    for own in hooks:
+        own.clear()
+    try:
+        yield
+    finally:
+        for own, earlier in zip(hooks, kept, strict=True):
+            own.update(earlier)

@@ -23,11 +23,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_sketch import DimensionSearch, SubspaceConfig, load_dimension_search
 from hf_sketch.callbacks import IntrinsicDimensionCallback
+from hf_sketch.durable import replace_file
 from hf_sketch.recipes.dimension.interval import DimensionInterval, Trial, bisect
 from hf_sketch.recipes.options.dimension import DimensionArguments
 from hf_sketch.recipes.setups import Setup
 
 _BASELINE = "baseline.json"
+_BEST = "best.json"
 
 
 @dataclass(frozen=True)
@@ -117,20 +119,27 @@ def full_fine_tuning(
     print(f"full fine-tuning for {changed.max_steps:,} steps")
     trainer = _train(task, copy.deepcopy(task.setup.model), changed)
     metrics = trainer.evaluate()
-    saved.write_text(json.dumps({**settings, "metrics": metrics}, indent=1))
+    _save_metrics(saved, settings, metrics)
     print(f"full fine-tuning: {arguments.metric} {metrics[arguments.metric]:.4g}")
     return float(metrics[arguments.metric])
 
 
-def _saved_metric(path: Path, metric: str, settings: dict[str, float]) -> float:
-    """Of full fine-tuning that has ended, with these settings."""
+def _save_metrics(
+    path: Path, settings: dict[str, Any], metrics: dict[str, float]
+) -> None:
+    """Of a training that has ended, for `_saved_metric`."""
+    content = json.dumps({**settings, "metrics": metrics}, indent=1)
+    replace_file(path, content.encode())
+
+
+def _saved_metric(path: Path, metric: str, settings: dict[str, Any]) -> float:
+    """Of a training that has ended, with these settings."""
     content = json.loads(path.read_text())
     found = {name: content[name] for name in settings}
     if found != settings:
         raise ValueError(
-            f"full fine-tuning in {path.parent} must have had {settings}, got {found}: "
-            "pass these as --baseline_steps and --baseline_learning_rate, or delete "
-            "that folder."
+            f"the training in {path.parent} must have had {settings}, got {found}: "
+            "pass the settings that it had, or delete that folder."
         )
     return float(content["metrics"][metric])
 
@@ -171,11 +180,16 @@ def find_interval(
 ) -> DimensionInterval:
     """Train in dimensions below the one that a search found, in output_dir/interval.
 
+    A run that is resumed takes the figures of the trainings that have ended.
+
     Args:
         task: what was learned.
         arguments: arguments of the search.
         training: arguments of the Trainer in the search; seeds count from theirs.
         search: search that found a dimension.
+
+    Raises:
+        ValueError: those trainings had other settings.
     """
 
     def trial_at(dim: int) -> Trial:
@@ -197,10 +211,22 @@ def _best(
     seed: int,
 ) -> float:
     """The best metric of one training in a subspace of `dim` dimensions."""
+    directory = Path(training.output_dir) / "interval" / f"{dim}-{seed}"
+    saved = directory / _BEST
+    settings = {
+        "steps": training.max_steps,
+        "learning_rate": training.learning_rate,
+        "stage_steps": arguments.stage_steps,
+        "operator": arguments.operator,
+        "layout": arguments.sketch_layout,
+        "max_dim": arguments.max_dim,
+    }
+    if training.resume_from_checkpoint and saved.is_file():
+        return _saved_metric(saved, search.metric, settings)
     changed = dataclasses.replace(
         training,
         seed=seed,
-        output_dir=str(Path(training.output_dir) / "interval" / f"{dim}-{seed}"),
+        output_dir=str(directory),
         eval_strategy="steps",
         eval_steps=min(arguments.stage_steps, training.max_steps),
         save_strategy="no",
@@ -210,7 +236,9 @@ def _best(
     trainer = _train(task, _in_subspace(task, arguments, changed, dim), changed)
     history = trainer.state.log_history
     metrics = [line[search.metric] for line in history if search.metric in line]
-    return max(metrics) if search.greater_is_better else min(metrics)
+    best = max(metrics) if search.greater_is_better else min(metrics)
+    _save_metrics(saved, settings, {search.metric: best})
+    return best
 
 
 def _in_subspace(

@@ -128,7 +128,7 @@ class SnliArguments(DimensionArguments):
     read as 0.1 points, 0.001: otherwise all stages that gain under 10 points double.
 
     --resume_from_checkpoint true resumes the search from its last checkpoint, and does
-    not repeat full fine-tuning that has ended.
+    not repeat full fine-tuning, or trainings of a bisection, that have ended.
     """
 
     max_length: int | None = field(
@@ -145,7 +145,7 @@ class XsumArguments(DimensionArguments):
     lengths. ROUGE counts from 0 to 100.
 
     --resume_from_checkpoint true resumes the search from its last checkpoint, and does
-    not repeat full fine-tuning that has ended.
+    not repeat full fine-tuning, or trainings of a bisection, that have ended.
     """
 
     start_dim: int = field(

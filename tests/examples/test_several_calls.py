@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from hf_sketch import ExampleSketcher, ModelSketch
+from hf_sketch.examples.comparison import check_comparison
 from tests.helpers.tiers import full
 from tests.helpers.trained.tiny_models import (
     EXAMPLES,
@@ -62,6 +63,25 @@ def test_rows_of_two_calls_follow_one_another(name):
     )
     assert float(got.weights[:EXAMPLES].sum()) == pytest.approx(2.0)
     assert float(got.weights[EXAMPLES:].sum()) == pytest.approx(3.0)
+
+
+def test_hooks_of_outputs_do_not_run_while_a_loss_is_checked():
+    """DeepSpeed's would begin its own backward pass."""
+    model, ran = tiny_model("bert"), []
+    sketch = ModelSketch.from_model(model, SIZE)
+    inputs = tiny_inputs("bert")
+    owners = range(EXAMPLES)
+    with ExampleSketcher(model, sketch) as sketcher:
+        sketcher.keeps_answers = True
+        logits = model(**inputs).logits
+        logits.register_hook(ran.append)
+        calls = sketcher.backward_pass.calls
+        check_comparison(logits.square().sum(), calls, owners, "a sum")
+        with pytest.raises(ValueError, match="a contrast compares"):
+            check_comparison(logits.logsumexp(0).sum(), calls, owners, "a contrast")
+        assert not ran
+        logits.square().sum().backward()
+    assert len(ran) == 1
 
 
 def test_a_call_that_the_loss_does_not_come_of_has_no_rows():

@@ -1,6 +1,7 @@
 """The rule of output embeddings that a fused loss uses without calling them."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.calls import IGNORED, loss_of, next_labels
+from hf_sketch.examples.comparison import first_met
+from hf_sketch.model.zero import gathered
 from hf_sketch.sketches.operator import accumulation_dtype
 from hf_sketch.sketches.outer import Side
 from hf_sketch.sketches.two_sided.turning import OneSide, turn_softmax
@@ -105,6 +108,9 @@ class FusedHead:
         self._scores, self._is_fitted = _Scores.of(self._owner), False
         self._hidden: Tensor | None = None
         self._autocast: torch.dtype | None = None
+        # Whether the loss is not of the log-probabilities beside it: DeepSpeed puts a
+        # function of its own before each output.
+        self._is_apart: bool | None = None
 
     def covers(self, module: nn.Module) -> bool:
         """Return whether this is the head, or a part of it that trains."""
@@ -155,11 +161,15 @@ class FusedHead:
             hidden = hidden[:, -labels.shape[1] - 1 : -1]
         loss, log_probs = loss_of(output), output.get("log_probs")
         if isinstance(log_probs, Tensor) and log_probs.requires_grad:
-            self._fit(hidden, labels, log_probs.detach())
+            with self._whole():  # by all processes, also where one has no labels
+                self._fit(hidden, labels, log_probs.detach())
             for kind in _KINDS:
                 if isinstance(x := output.get(kind), Tensor) and x.requires_grad:
                     batch.watch(x, partial(self._add, batch, hidden, labels, kind))
-        elif loss is not None:
+            if self._is_apart is None and loss is not None:
+                self._is_apart = not first_met(loss, [log_probs])
+            loss = loss if self._is_apart else None
+        if loss is not None and loss.requires_grad:
             read = partial(self._add_evenly, batch, hidden, labels)
             batch.watch(loss, read)
 
@@ -185,7 +195,19 @@ class FusedHead:
         dtype = accumulation_dtype(hidden.dtype)
         coefficients = _laid_out(batch, coefficients).to(dtype)
         coefficients = coefficients.where(labels != IGNORED, 0)
-        labels, score = labels.clamp(min=0), self._head()
+        with self._whole():
+            self._add_rows(batch, hidden, labels.clamp(min=0), kind, coefficients)
+
+    def _add_rows(
+        self,
+        batch: Batch,
+        hidden: Tensor,
+        labels: Tensor,
+        kind: Literal["log_probs", "entropy"],
+        coefficients: Tensor,
+    ) -> None:
+        """As `_add`, for one row per example and a head that is whole."""
+        score = self._head()
         side = self._side(batch, score(hidden[:0])) if kind == "log_probs" else None
         at_once = _LOGITS_AT_ONCE if side is None else _LOGITS_OF_A_KERNEL
         each = max(1, at_once // (len(labels) * len(self.head.weight)))
@@ -195,7 +217,7 @@ class FusedHead:
             # The factors per token join the hidden states, which are narrower.
             factors = -coefficients[:, places]
             if side is None:
-                left = self._derivatives(kind, logits.to(dtype), chosen)
+                left = self._derivatives(kind, logits.to(factors), chosen)
             else:
                 scale = self._scores.scale / self._scores.temperature
                 turned = turn_softmax(logits, chosen, scale, side)
@@ -235,6 +257,10 @@ class FusedHead:
         if (name := self.names.get("bias")) is not None:
             assert isinstance(left, Tensor)
             sums.add(name, torch.bmm(factors.unsqueeze(1), left).squeeze(1))
+
+    def _whole(self) -> AbstractContextManager[Any]:
+        """Return a context in which the head's parameters are whole, under ZeRO-3."""
+        return gathered([] if self.head is None else self.head.parameters())
 
     def _head(self) -> Callable[[Tensor], Tensor]:
         """Return what computes logits of hidden states."""

@@ -102,6 +102,49 @@ def test_kernels_read_the_scores(monkeypatch):
     assert (error.norm(dim=1) < 1e-5 * expected.rows.norm(dim=1)).all()
 
 
+class Apart(FusedLlama):
+    """Returns a loss that does not come of its log-probabilities, as in DeepSpeed."""
+
+    def forward(self, *args, labels=None, **kwargs):
+        log_probs = super().forward(*args, labels=labels, **kwargs).log_probs
+        loss = -log_probs.sum() / (labels[:, 1:] != -100).sum()
+        return ModelOutput(loss=loss, log_probs=log_probs.view_as(log_probs))
+
+
+@pytest.mark.parametrize("used", ["loss", "log_probs"])
+def test_a_loss_apart_from_the_log_probabilities_has_the_heads_gradients(used):
+    """Whichever of the two is trained on, and with nothing twice."""
+    model = fused_llama(kind=Apart)
+    sketch = ModelSketch.from_model(model, SIZE)
+    with ExampleSketcher(model, sketch) as sketcher:
+        output = model(input_ids=IDS, labels=IDS)
+        (output.loss if used == "loss" else -output.log_probs.mean()).backward()
+        batch = sketcher.take()
+    total = (batch.weights.unsqueeze(1) * batch.rows).sum(0)
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    torch.testing.assert_close(total, sketch.sketch(gradients), rtol=1e-6, atol=1e-8)
+
+
+def test_hooks_of_outputs_run_in_the_backward_pass_alone():
+    """DeepSpeed's divide gradients elsewhere, and begin its own backward pass."""
+    model, is_training, ran = fused_llama(), False, []
+
+    def halve_elsewhere(gradient):
+        ran.append(is_training)
+        return gradient if is_training else gradient / 2
+
+    with ExampleSketcher(model, ModelSketch.from_model(model, SIZE)) as sketcher:
+        log_probs = model(input_ids=IDS, labels=IDS).log_probs
+        log_probs.register_hook(halve_elsewhere)
+        loss = -log_probs.mean()
+        sketcher.note_loss(loss, None)
+        is_training = True
+        loss.backward()
+        batch = sketcher.take()
+    assert ran == [True]
+    torch.testing.assert_close(batch.losses, -log_probs.mean(1))
+
+
 def ratio(log_probs):
     """The loss of policy gradients with an advantage of 1."""
     return -(log_probs - log_probs.detach()).exp().sum() / (log_probs != 0).sum()

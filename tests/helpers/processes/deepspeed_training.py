@@ -2,14 +2,20 @@
 
 import math
 from functools import partial
+from importlib import import_module
+from unittest.mock import patch
 
 import torch
 from accelerate.state import PartialState
+from datasets import Dataset
+from transformers import Trainer
 
 from hf_sketch.callbacks import GradientSketchCallback
 from hf_sketch.model.zero import whole_shape
 from tests.helpers.processes.failing_trials import adapted
 from tests.helpers.processes.joint_trainers import SIZE, even, train
+from tests.helpers.trained.fused_models import IDS
+from tests.helpers.trained.tiny_models import tiny_model
 from tests.helpers.wrong_rules import wrong_first_factors
 
 STAGES = (0, 1, 2, 3)
@@ -71,7 +77,43 @@ def adapters_without(directory):
     without(micro_batches_of(3), directory, **of_adapters())
 
 
+def of_a_fused_head():
+    """A model whose loss takes its head's weight and never calls the head."""
+    model = tiny_model("llama", torch.float32, tie_word_embeddings=False).train()
+    utils = import_module("trl.trainer.utils")
+    utils.add_fused_lm_head(model)
+    rows = Dataset.from_dict({"input_ids": IDS, "labels": IDS})
+    return {"model": model, "dataset": rows.repeat(8)}
+
+
+def of_log_probs(trainer, model, inputs, *_, **__):
+    """The mean over tokens, as TRL's SFTTrainer computes it."""
+    log_probs = model(**inputs, fused_lm_head=True).log_probs
+    return -log_probs.sum() / (inputs["labels"][:, 1:] != -100).sum()
+
+
+def of_model(trainer, model, inputs, *_, **__):
+    """The same as the model computes it."""
+    return model(**inputs, fused_lm_head=True).loss
+
+
+FUSED_LOSSES = {"log_probs": of_log_probs, "loss": of_model}
+
+
+def fused(loss, stage, watched, directory):
+    """By DeepSpeed, or by DDP."""
+    settings = of_a_fused_head()
+    with patch.object(Trainer, "compute_loss", FUSED_LOSSES[loss]):
+        if stage is None:
+            without(micro_batches_of(3), directory, **settings)
+        else:
+            in_stage(stage, watched, directory, **settings)
+
+
 SCENARIOS = {
+    "deepspeed/fused-without": partial(fused, "log_probs", None, True),
+    **{f"deepspeed/fused-{x}": partial(fused, x, 3, True) for x in FUSED_LOSSES},
+    **{f"deepspeed/plain-{x}": partial(fused, x, 3, False) for x in FUSED_LOSSES},
     "deepspeed/adapters": adapters,
     "deepspeed/adapters-without": adapters_without,
     **{f"deepspeed/without-{n}": partial(without, n) for n in MICRO_BATCHES},
