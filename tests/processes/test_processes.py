@@ -107,6 +107,13 @@ def test_the_weighted_rows_of_all_processes_are_the_step_gradient(launched, scen
     torch.testing.assert_close(steps["clip_factor"], expected)
 
 
+@pytest.mark.in_processes(2, "ddp/pairs")
+def test_a_batch_of_nothing_but_examples_that_were_used_before_has_no_rows(launched):
+    store = load_sketches(launched / "pairs")
+    assert_once(store, 6)
+    assert len(store.steps) == 4
+
+
 @in_two_and_four("ddp/padded")
 def test_examples_that_fill_up_batches_have_no_row_and_count_in_the_step(
     launched, processes

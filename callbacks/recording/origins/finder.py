@@ -26,7 +26,8 @@ class Origins:
     """The examples of a batch, and which of them each row belongs to.
 
     Args:
-        places: each row's example, counted within the batch; None for padding.
+        places: each row's example, counted within the batch; None for padding, and for
+            rows of a batch whose examples were all used before.
         ids: each example's row number in the training set; None for one that fills up
             the batch and was used before.
     """
@@ -99,6 +100,8 @@ class OriginFinder:
         sizes = [call.split.size for call in calls]
         if drawn is None:
             return self._of_stream(calls, collated)
+        if not any(i is not None for i in drawn):  # it only fills up the last step
+            return Origins([None] * sum(sizes), drawn)
         splits = [call.split for call in calls if isinstance(call.split, Packed)]
         if len(splits) == len(calls) and max(sizes) > len(drawn):
             places = [p for split in splits for p in self._documents(split, drawn)]

@@ -58,6 +58,29 @@ def watched(directory):
     torch.save(notes.gradients, directory / "gradients.pt")
 
 
+def twice(items):
+    """A batch with two rows of each example, all of them first and then all again."""
+    batch = {name: torch.tensor([x[name] for x in items * 2]) for name in items[0]}
+    batch["labels"] = batch.pop("label")
+    batch["input_ids"][len(items) :, 1:] += 1
+    batch["attention_mask"][:] = 1
+    return batch
+
+
+def pairs(directory):
+    """One process's second batch consists of examples that were used before."""
+    trainer = trainer_of(
+        directory,
+        GradientSketchCallback(SIZE),
+        rows=6,
+        gradient_accumulation_steps=1,
+        save_strategy="no",
+    )
+    trainer.train_dataset = trainer.train_dataset.remove_columns("text")
+    trainer.data_collator = twice
+    trainer.train()
+
+
 def interrupted(directory):
     """As watched, with an interruption."""
     stopped(directory)
@@ -202,6 +225,7 @@ SCENARIOS = {
     for scenario in (
         plain,
         watched,
+        pairs,
         interrupted,
         divides,
         ledger,
