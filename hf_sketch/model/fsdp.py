@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from hf_sketch.model.zero import in_partitions
+from hf_sketch.model.zero import gathered, in_partitions
 
 
 def in_row_shards(parameters: Iterable[Tensor]) -> bool:
@@ -38,6 +38,18 @@ def check_whole(user: str, parameters: Iterable[Tensor]) -> None:
             f"{user} needs whole parameters, got them in shards: load the checkpoint "
             "into a model that is not sharded."
         )
+
+
+@contextmanager
+def made_whole(parameters: Iterable[Tensor]) -> Generator[list[Tensor]]:
+    """Yield each parameter in one piece, detached; all processes must enter it.
+
+    Parameters that are whole already are not copied.
+    """
+    parameters = list(parameters)
+    with gathered(parameters):
+        own = [parameter.detach() for parameter in parameters]
+        yield [x.full_tensor() if isinstance(x, DTensor) else x for x in own]
 
 
 def own_part(x: Tensor) -> tuple[Tensor, int]:
@@ -83,7 +95,8 @@ class WholeParameters:
     """The tensors that stand for a model's parameters in the graphs of its calls.
 
     They are the parameters themselves but under FSDP2, which puts whole ones in their
-    places while a module runs.
+    places while a module runs. Those of a module that does not run, as of a head whose
+    weight a fused loss takes by itself, may stay in shards.
 
     Args:
         model: the model, not within a call.
@@ -116,6 +129,9 @@ class WholeParameters:
             for unit in self._places:  # before it gives them up again
                 hooks.callback(unit.register_forward_hook(note, prepend=True).remove)
             yield whole
+        for unit, places in self._places.items():
+            for path, name in places:
+                whole.setdefault(name, unit.get_parameter(path))
 
 
 def call_with(

@@ -230,7 +230,8 @@ def test_a_process_that_runs_out_of_memory_as_rules_are_tried_ends_the_others(tm
 @pytest.mark.in_processes(2, "fsdp/fused")
 def test_losses_of_an_unknown_form_are_found_out_together(launched):
     """A row is the gradient of its example's own loss, and not of its share."""
-    for name in ("tied False", "tied True", "rows"):
+    names = ["tied False", "tied True", "rows", "tail"]
+    for name in [*names, *(["unit"] if find_spec("trl") else [])]:
         assert max(results(launched / "fused", name)) < 1e-6
     assert max(results(launched / "fused", "autocast")) < 0.02
 

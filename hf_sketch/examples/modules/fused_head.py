@@ -1,8 +1,7 @@
 """The rule of output embeddings that a fused loss uses without calling them."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.calls import IGNORED, loss_of, next_labels
 from hf_sketch.examples.comparison import first_met
-from hf_sketch.model.zero import gathered
+from hf_sketch.examples.modules.head_scores import HeadScores
+from hf_sketch.model.fsdp import in_shards, made_whole
+from hf_sketch.processes import of_each
 from hf_sketch.sketches.operator import accumulation_dtype
 from hf_sketch.sketches.outer import Side
 from hf_sketch.sketches.two_sided.turning import OneSide, turn_softmax
@@ -22,63 +23,6 @@ _KINDS: tuple[Literal["log_probs", "entropy"], ...] = ("log_probs", "entropy")
 _LOGITS_AT_ONCE = 2**24
 _LOGITS_OF_A_KERNEL = 2**26  # enough programs for a device
 _FITTED_TOKENS = 64
-_NEWTON_STEPS = 12
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """What makes scores of logits: softcap * tanh(scale * logits / softcap) / T.
-
-    Args:
-        scale: a factor of the logits.
-        softcap: bound of the scores before the temperature divides them; None for none.
-        temperature: T.
-    """
-
-    scale: float
-    softcap: float | None
-    temperature: float = 1.0
-
-    @classmethod
-    def of(cls, model: Any) -> "_Scores":
-        config: Any = getattr(model, "config", None)
-        config = None if config is None else config.get_text_config()
-        scale = 1.0
-        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-            value = getattr(config, name, None)
-            scale = value if isinstance(value, float) else scale
-        divisor = getattr(config, "logits_scaling", None)
-        scale = 1 / divisor if isinstance(divisor, (int, float)) else scale
-        return cls(scale, getattr(config, "final_logit_softcapping", None))
-
-    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Return scores and their derivatives."""
-        scale = self.scale / self.temperature
-        if self.softcap is None:
-            return logits if scale == 1 else scale * logits, scale
-        bounded = torch.tanh(logits * (self.scale / self.softcap))
-        slope = (1 - bounded.square()).mul_(scale)
-        return bounded.mul_(self.softcap / self.temperature), slope
-
-    def fitted(self, logits: Tensor, labels: Tensor, log_probs: Tensor) -> "_Scores":
-        """Return the same with the temperature that the log-probabilities tell.
-
-        Fit by Gauss-Newton, and left at 1 where rounding explains the difference.
-
-        Shapes:
-            logits (t, vocabulary), labels (t,), log_probs (t,)
-        """
-        scores, _ = self(logits.double())
-        inverse, deviation = 1.0, 0.0
-        for _ in range(_NEWTON_STEPS):
-            got = (inverse * scores).log_softmax(-1)
-            error = got.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - log_probs
-            own = scores.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-            slope = own - (got.exp_() * scores).sum(-1)
-            inverse -= float(slope @ error / (slope @ slope))
-            deviation = float(error.norm() / slope.norm() / len(error) ** 0.5)
-        is_one = not abs(inverse - 1) > 3 * deviation + 1e-5
-        return self if is_one else replace(self, temperature=1 / inverse)
 
 
 class FusedHead:
@@ -105,9 +49,10 @@ class FusedHead:
             for attribute in ("weight", "bias")
             if id(value := getattr(self.head, attribute, None)) in names
         }
-        self._scores, self._is_fitted = _Scores.of(self._owner), False
+        self._scores, self._is_fitted = HeadScores.of(self._owner), False
         self._hidden: Tensor | None = None
         self._autocast: torch.dtype | None = None
+        self._in_shards = in_shards(parameters.values())
         # Whether the loss is not of the log-probabilities beside it: DeepSpeed puts a
         # function of its own before each output.
         self._is_apart: bool | None = None
@@ -161,17 +106,20 @@ class FusedHead:
             hidden = hidden[:, -labels.shape[1] - 1 : -1]
         loss, log_probs = loss_of(output), output.get("log_probs")
         if isinstance(log_probs, Tensor) and log_probs.requires_grad:
-            with self._whole():  # by all processes, also where one has no labels
-                self._fit(hidden, labels, log_probs.detach())
+            self._fit(hidden, labels, log_probs.detach())
             for kind in _KINDS:
                 if isinstance(x := output.get(kind), Tensor) and x.requires_grad:
                     batch.watch(x, partial(self._add, batch, hidden, labels, kind))
-            if self._is_apart is None and loss is not None:
-                self._is_apart = not first_met(loss, [log_probs])
-            loss = loss if self._is_apart else None
+            loss = self._apart(loss, log_probs)
         if loss is not None and loss.requires_grad:
             read = partial(self._add_evenly, batch, hidden, labels)
             batch.watch(loss, read)
+
+    def _apart(self, loss: Tensor | None, log_probs: Tensor) -> Tensor | None:
+        """Return the loss if it does not come of the log-probabilities beside it."""
+        if self._is_apart is None and loss is not None:
+            self._is_apart = not first_met(loss, [log_probs])
+        return loss if self._is_apart else None
 
     def _add_evenly(
         self, batch: Batch, hidden: Tensor, labels: Tensor, gradient: Tensor
@@ -195,22 +143,23 @@ class FusedHead:
         dtype = accumulation_dtype(hidden.dtype)
         coefficients = _laid_out(batch, coefficients).to(dtype)
         coefficients = coefficients.where(labels != IGNORED, 0)
-        with self._whole():
-            self._add_rows(batch, hidden, labels.clamp(min=0), kind, coefficients)
+        labels = labels.clamp(min=0)
+        with self._scoring(hidden) as score:
+            self._add_rows(batch, score, hidden, labels, kind, coefficients)
 
     def _add_rows(
         self,
         batch: Batch,
+        score: Callable[[Tensor], Tensor],
         hidden: Tensor,
         labels: Tensor,
         kind: Literal["log_probs", "entropy"],
         coefficients: Tensor,
     ) -> None:
-        """As `_add`, for one row per example and a head that is whole."""
-        score = self._head()
+        """As `_add`, for one row per example, given what computes logits."""
         side = self._side(batch, score(hidden[:0])) if kind == "log_probs" else None
         at_once = _LOGITS_AT_ONCE if side is None else _LOGITS_OF_A_KERNEL
-        each = max(1, at_once // (len(labels) * len(self.head.weight)))
+        each = max(1, at_once // (len(labels) * score(hidden[:0]).shape[-1]))
         for start in range(0, labels.shape[1], each):
             places = slice(start, start + each)
             logits, chosen = score(hidden[:, places]), labels[:, places]
@@ -258,20 +207,16 @@ class FusedHead:
             assert isinstance(left, Tensor)
             sums.add(name, torch.bmm(factors.unsqueeze(1), left).squeeze(1))
 
-    def _whole(self) -> AbstractContextManager[Any]:
-        """Return a context in which the head's parameters are whole, under ZeRO-3."""
-        return gathered([] if self.head is None else self.head.parameters())
-
-    def _head(self) -> Callable[[Tensor], Tensor]:
-        """Return what computes logits of hidden states."""
-        dtype = self._autocast or self.head.weight.dtype
-        weight, bias = self.head.weight.detach().to(dtype), self.head.bias
-        bias = None if bias is None else bias.detach().to(dtype)
-
-        def score(hidden: Tensor) -> Tensor:
-            return nn.functional.linear(hidden.to(dtype), weight, bias)
-
-        return score
+    @contextmanager
+    def _scoring(self, hidden: Tensor) -> Generator[Callable[[Tensor], Tensor]]:
+        """Yield what computes logits of hidden states; all processes must enter it."""
+        own = [self.head.weight, *([] if self.head.bias is None else [self.head.bias])]
+        # FSDP2 has parameters in another precision than modules use them in.
+        plain = hidden.dtype if self._in_shards else self.head.weight.dtype
+        dtype = self._autocast or plain
+        with made_whole(own) as whole:
+            weight, *bias = (x.to(dtype) for x in whole)
+            yield lambda some: nn.functional.linear(some.to(dtype), weight, *bias)
 
     def _fit(self, hidden: Tensor, labels: Tensor, log_probs: Tensor) -> None:
         """Find the temperature by the log-probabilities of some tokens, once."""
@@ -279,11 +224,15 @@ class FusedHead:
             return
         places = (labels != IGNORED).nonzero(as_tuple=True)
         some = tuple(place[:_FITTED_TOKENS] for place in places)
-        if not len(some[0]):
-            return
-        logits = self._head()(hidden[some])
-        self._scores = self._scores.fitted(logits, labels[some], log_probs[some])
-        self._is_fitted = True
+        with self._scoring(hidden) as score:
+            if len(some[0]):
+                logits = score(hidden[some])
+                self._scores = self._scores.fitted(
+                    logits, labels[some], log_probs[some]
+                )
+                self._is_fitted = True
+        if self._in_shards:  # else some would wait for others to score
+            self._is_fitted = all(of_each(self._is_fitted))
 
 
 def _entropy_part(scores: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_sketch.examples.calls import ModelCall, loss_of
 from hf_sketch.examples.rules.base import answers_of
@@ -58,8 +59,10 @@ class Passes:
         The last call of `forward` must have given the outputs.
         """
 
-        def hook(name: str, gradient: Tensor) -> Tensor:
+        def hook(name: str, gradient: Tensor) -> Tensor | None:
             with torch.no_grad():
+                if isinstance(gradient, DTensor):  # the same in all processes
+                    return read(name, gradient.full_tensor())
                 read(name, gradient)
             return gradient.new_zeros(()).expand(gradient.shape)  # takes no memory
 

@@ -74,6 +74,7 @@ class Reading:
         self.readers: list[PositionBiases | FusedHead] = (
             [biases] if biases.names else []
         )
+        self.fused_head = FusedHead(model, self.parameters)
         self.tried_head = False
         self.dtype = first.dtype
         self.known_losses = KnownLosses()

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from hf_sketch.examples.attempt import RefusalError, attempt
 from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.calls import ModelCall
-from hf_sketch.examples.modules.fused_head import FusedHead
 from hf_sketch.examples.modules.jointly import (
     calls_to_try,
     check_others,
@@ -138,7 +137,7 @@ class Trial:
 
     def _find_fused_head(self, reference: Reference) -> None:
         """Read the head by other means if the model did not call it."""
-        head = FusedHead(self._reading.model, self._reading.parameters)
+        head = self._reading.fused_head
         skipped = [
             rule
             for rule in self._reading.plan.rules

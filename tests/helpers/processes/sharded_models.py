@@ -1,6 +1,9 @@
 """Rows of models in shards (FSDP2), no Trainer: scenarios of tests/processes."""
 
 from collections import Counter
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from accelerate.state import PartialState
@@ -40,6 +43,12 @@ def in_many_units(model):
     return fully_shard(model)
 
 
+def with_a_tail(model):
+    """The last norm and the head in one unit, as Accelerate has them."""
+    fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False)
+    return sharded(model)
+
+
 def families(directory):
     """Rows of models of every kind, each process with a half of the examples."""
     PartialState(cpu=True, backend="gloo")
@@ -69,11 +78,23 @@ def fused(directory):
             "llama", sharded, leave_out_logits, tie_word_embeddings=tied
         )
         leave(directory, **{f"tied {tied}": distance})
+    untied = {"tie_word_embeddings": False}
+    distance, _ = distance_in_shards("llama", with_a_tail, leave_out_logits, **untied)
+    leave(directory, tail=distance)
+    if find_spec("trl") is not None:
+        distance, _ = distance_in_shards("llama", in_many_units, fused_by_trl, **untied)
+        leave(directory, unit=distance)
     distance, _ = distance_in_shards("llama", sharded, return_mean_of_rows)
     leave(directory, rows=distance)
     with torch.autocast("cpu", torch.bfloat16):
         distance, _ = distance_in_shards("llama", sharded, return_mean_of_rows)
     leave(directory, autocast=distance)
+
+
+def fused_by_trl(model):
+    """Let TRL compute the loss, which makes the head's weight whole by itself."""
+    import_module("trl.trainer.utils").add_fused_lm_head(model)
+    model.forward = partial(model.forward, fused_lm_head=True)
 
 
 def return_mean_of_rows(model):
