@@ -24,6 +24,7 @@ from tests.helpers.trained.tiny_models import NAMES
 from tests.helpers.trained.training import tiny_dataset, tiny_trainer
 
 pytestmark = pytest.mark.xdist_group("processes")
+UNITS = ("sharded", "with_a_tail")
 
 
 def single(directory, model=None, **options):
@@ -230,8 +231,8 @@ def test_a_process_that_runs_out_of_memory_as_rules_are_tried_ends_the_others(tm
 @pytest.mark.in_processes(2, "fsdp/fused")
 def test_losses_of_an_unknown_form_are_found_out_together(launched):
     """A row is the gradient of its example's own loss, and not of its share."""
-    names = ["tied False", "tied True", "rows", "tail"]
-    for name in [*names, *(["unit"] if find_spec("trl") else [])]:
+    shards = [f"{shard} {tied}" for shard in UNITS for tied in (False, True)]
+    for name in [*shards, "rows", *(["unit"] if find_spec("trl") else [])]:
         assert max(results(launched / "fused", name)) < 1e-6
     assert max(results(launched / "fused", "autocast")) < 0.02
 

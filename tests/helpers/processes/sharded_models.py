@@ -45,7 +45,10 @@ def in_many_units(model):
 
 def with_a_tail(model):
     """The last norm and the head in one unit, as Accelerate has them."""
-    fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False)
+    tail, embeddings = [model.model.norm, model.lm_head], model.model.embed_tokens
+    if embeddings.weight is model.lm_head.weight:
+        tail.append(embeddings)
+    fully_shard(tail, reshard_after_forward=False)
     return sharded(model)
 
 
@@ -74,15 +77,16 @@ def fused(directory):
     """The same of models that return their loss alone, of tokens and of rows."""
     PartialState(cpu=True, backend="gloo")
     for tied in (False, True):
-        distance, _ = distance_in_shards(
-            "llama", sharded, leave_out_logits, tie_word_embeddings=tied
-        )
-        leave(directory, **{f"tied {tied}": distance})
-    untied = {"tie_word_embeddings": False}
-    distance, _ = distance_in_shards("llama", with_a_tail, leave_out_logits, **untied)
-    leave(directory, tail=distance)
+        settings = {"tie_word_embeddings": tied}
+        for shard in (sharded, with_a_tail):
+            distance, _ = distance_in_shards(
+                "llama", shard, leave_out_logits, **settings
+            )
+            leave(directory, **{f"{shard.__name__} {tied}": distance})
     if find_spec("trl") is not None:
-        distance, _ = distance_in_shards("llama", in_many_units, fused_by_trl, **untied)
+        distance, _ = distance_in_shards(
+            "llama", in_many_units, fused_by_trl, tie_word_embeddings=False
+        )
         leave(directory, unit=distance)
     distance, _ = distance_in_shards("llama", sharded, return_mean_of_rows)
     leave(directory, rows=distance)
