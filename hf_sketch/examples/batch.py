@@ -90,18 +90,17 @@ class Batch:
         called: paths of the modules whose calls gave something that trains.
         seen: paths of all modules with trainable parameters that were called.
         reached: parameters that the backward pass came to.
-        random_states: random states before the last call of each module that is run
-            again, by path.
+        random_states: those before the last call of each module that is run again.
         replays: calls to be run again, with the gradients of their outputs.
         unclear: rules of calls whose outputs do not divide into the examples.
         expanded: rules of calls whose output was given to each example.
         blamed: rules that failed, and how; None to raise their errors.
         ends: the nodes of autograd at which the model's outputs were made.
+        numbers: outputs that are one number each, as a loss.
         penalised: the loss has a penalty on weights.
         apart: gradients were read in a backward pass of the examples' losses alone.
         shared: finds layers that take the same input.
-        rescued: parameters whose gradients come from running the model again, and not
-            from their rules.
+        rescued: parameters whose gradients come from running the model again.
     """
 
     call: ModelCall
@@ -126,6 +125,7 @@ class Batch:
     expanded: list[Rule] = field(default_factory=list[Rule])
     blamed: dict[Rule, str] | None = None
     ends: list[Any] = field(default_factory=list[Any])
+    numbers: list[Tensor] = field(default_factory=list[Tensor])
     penalised: bool = False
     apart: bool = False
     shared: SharedInputs | None = None
@@ -174,7 +174,11 @@ class Batch:
                     if self.failure is None:
                         reader(gradient)
 
-        tensor.register_hook(hook)
+        place, node = tensor.output_nr, tensor.grad_fn
+        if tensor.dim() or node is None:
+            tensor.register_hook(hook)
+        else:  # after the hooks of a loss, of which DeepSpeed's may divide its gradient
+            node.register_prehook(lambda gradients: hook(gradients[place]))
         if self.outputs is not None:
             self.outputs.append(tensor)
 
@@ -192,6 +196,7 @@ class Batch:
             self.begin_backward()
 
         self.phase, self.ends = "loss", [output.grad_fn for output in outputs]
+        self.numbers = [output for output in outputs if not output.dim()]
         for output in outputs:
             if output.requires_grad:
                 output.register_hook(arrive)
@@ -220,8 +225,8 @@ class Batch:
             self.on_gradient(self)
         if self.phase == "loss":
             self.phase = "backward"
-            self.ends.clear()  # which would keep the graph, as would these
-            self.log_probs = None
+            # All of which would keep the graph.
+            self.ends, self.numbers, self.log_probs = [], [], None
             # There is no public hook for the end of a backward pass.
             variable: Any = torch.autograd.Variable
             variable._execution_engine.queue_callback(self._end_backward)

@@ -33,7 +33,8 @@ def check_comparison(
     answers = first_met(loss, [answer for call in calls for answer in call.answers])
     if not answers:
         return
-    with unhooked(answers):
+    numbers = [number for call in calls for number in call.numbers]
+    with unhooked([loss, *answers, *numbers]):
         _compare(loss, answers, calls, owners, name)
 
 

@@ -125,7 +125,8 @@ class TokenMeans:
             return
         log_probs, counted = found
         if bool(counted.any()):
-            self._found = _is_mean(loss, log_probs, counted, items)
+            with unhooked([loss, log_probs, *calls[0].numbers]):
+                self._found = _is_mean(loss, log_probs, counted, items)
             if self._found:
                 _watch_tokens(calls[0], log_probs, counted, reduction)
 
@@ -154,10 +155,9 @@ def _is_mean(
     Each has the same coefficient, then: one over their number in the batch or in the
     step, times the number of processes that share them.
     """
-    with unhooked([log_probs]):
-        (gradient,) = torch.autograd.grad(
-            loss, log_probs, retain_graph=True, materialize_grads=True
-        )
+    (gradient,) = torch.autograd.grad(
+        loss, log_probs, retain_graph=True, materialize_grads=True
+    )
     # On the CPU, since not every device has float64.
     own, values, whole = (
         x.detach().to("cpu", torch.float64)

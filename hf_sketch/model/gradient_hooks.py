@@ -26,9 +26,10 @@ def changes_gradient(parameter: Tensor) -> bool:
 
 @contextmanager
 def unhooked(outputs: Sequence[Tensor]) -> Generator[None]:
-    """Within, gradients reach a model's outputs as they are, and no hook runs.
+    """Within, gradients reach tensors as they are, and none of their hooks runs.
 
-    DeepSpeed's hooks on outputs divide gradients and begin its own backward pass.
+    DeepSpeed's hooks on a model's outputs divide gradients and begin its own backward
+    pass.
     """
     tensors: Sequence[Any] = outputs
     hooks = [tensor._backward_hooks for tensor in tensors if tensor._backward_hooks]

@@ -119,7 +119,8 @@ def full_fine_tuning(
     print(f"full fine-tuning for {changed.max_steps:,} steps")
     trainer = _train(task, copy.deepcopy(task.setup.model), changed)
     metrics = trainer.evaluate()
-    _save_metrics(saved, settings, metrics)
+    if trainer.is_world_process_zero():
+        _save_metrics(saved, settings, metrics)
     print(f"full fine-tuning: {arguments.metric} {metrics[arguments.metric]:.4g}")
     return float(metrics[arguments.metric])
 
@@ -135,7 +136,7 @@ def _save_metrics(
 def _saved_metric(path: Path, metric: str, settings: dict[str, Any]) -> float:
     """Of a training that has ended, with these settings."""
     content = json.loads(path.read_text())
-    found = {name: content[name] for name in settings}
+    found = {name: content.get(name) for name in settings}
     if found != settings:
         raise ValueError(
             f"the training in {path.parent} must have had {settings}, got {found}: "
@@ -216,6 +217,10 @@ def _best(
     settings = {
         "steps": training.max_steps,
         "learning_rate": training.learning_rate,
+        "batch_size": training.per_device_train_batch_size,
+        "model": arguments.model_name_or_path,
+        "train_file": arguments.train_file,
+        "metric": search.metric,
         "stage_steps": arguments.stage_steps,
         "operator": arguments.operator,
         "layout": arguments.sketch_layout,
@@ -237,7 +242,8 @@ def _best(
     history = trainer.state.log_history
     metrics = [line[search.metric] for line in history if search.metric in line]
     best = max(metrics) if search.greater_is_better else min(metrics)
-    _save_metrics(saved, settings, {search.metric: best})
+    if trainer.is_world_process_zero():
+        _save_metrics(saved, settings, {search.metric: best})
     return best
 
 

@@ -73,15 +73,16 @@ def test_hooks_of_outputs_do_not_run_while_a_loss_is_checked():
     owners = range(EXAMPLES)
     with ExampleSketcher(model, sketch) as sketcher:
         sketcher.keeps_answers = True
-        logits = model(**inputs).logits
-        logits.register_hook(ran.append)
-        calls = sketcher.backward_pass.calls
-        check_comparison(logits.square().sum(), calls, owners, "a sum")
+        output = model(**inputs)
+        for x in (output.loss, output.logits):
+            x.register_hook(ran.append)
+        calls, logits = sketcher.backward_pass.calls, output.logits
+        check_comparison(2 * output.loss, calls, owners, "a sum")
         with pytest.raises(ValueError, match="a contrast compares"):
             check_comparison(logits.logsumexp(0).sum(), calls, owners, "a contrast")
         assert not ran
-        logits.square().sum().backward()
-    assert len(ran) == 1
+        output.loss.backward()
+    assert len(ran) == 2
 
 
 def test_a_call_that_the_loss_does_not_come_of_has_no_rows():

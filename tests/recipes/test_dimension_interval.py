@@ -1,7 +1,10 @@
+import json
+
 import pytest
 
 from hf_sketch.recipes.dimension.interval import Trial, bisect
 from hf_sketch.recipes.dimension.report import interval_of
+from tests.helpers.trained.recipe_runs import barely_trained, small_xsum
 
 
 def interval(found, least, bisections):
@@ -44,3 +47,30 @@ def test_sentences_claim_only_what_was_tried():
         "The least dimension is at most 4, where most trainings reach the target. "
         "Nothing smaller was tried: pass more --bisections." + tried
     )
+
+
+@barely_trained
+@pytest.mark.full
+def test_a_resumed_run_keeps_the_trainings_of_its_bisection(tmp_path, capsys):
+    settings = {"baseline_steps": 1, "baseline_learning_rate": 0.0, "target": None}
+    settings |= {"baseline": True, "bisections": 1, "bisection_seeds": 2}
+    small_xsum(tmp_path, settings, max_steps=1)
+    assert "8 dimensions with seed 42" in capsys.readouterr().out
+    last = tmp_path / "interval" / "8-43"
+    (last / "best.json").unlink()  # as if the run had been stopped before it
+    first = tmp_path / "interval" / "8-42" / "best.json"
+    kept = json.loads(first.read_text())
+    first.write_text(json.dumps({**kept, "metrics": {"eval_rouge1": 0.25}}))
+    settings["bisections"] = 2
+    small_xsum(tmp_path, settings, max_steps=1, resume_from_checkpoint="true")
+    assert "8 dimensions with seed 42" not in (printed := capsys.readouterr().out)
+    assert "8 dimensions with seed 43" in printed
+    saved = json.loads((tmp_path / "results.json").read_text())
+    dims = [trial["dim"] for trial in saved["results"]["interval"]["trials"]]
+    assert dims == [8, 4]
+    assert saved["results"]["interval"]["trials"][0]["best"] == [0.25, 0.0]
+    other = {"max_steps": 2, "resume_from_checkpoint": "true"}
+    with pytest.raises(ValueError, match=r"8-42 must have had .* got \{'steps': 1, "):
+        small_xsum(tmp_path, settings, **other)
+    small_xsum(tmp_path, settings, max_steps=1)
+    assert json.loads(first.read_text()) == kept

@@ -20,24 +20,15 @@ from hf_sketch.recipes.tables.paper.table10 import (
     settings_of,
 )
 from hf_sketch.recipes.texts.minilm import embedded_model_path
-from hf_sketch.recipes.xsum import XsumArguments, XsumTrainingArguments, run_xsum
-from tests.helpers.trained.recipe_runs import assert_saved, make_absent, write_lines
-from tests.helpers.trained.tiny_models import tiny_model
-
-barely_trained = pytest.mark.filterwarnings(
-    "ignore:.* must be worse than the target of .* before training:UserWarning"
+from hf_sketch.recipes.xsum import XsumArguments, XsumTrainingArguments
+from tests.helpers.trained.recipe_runs import (
+    assert_saved,
+    barely_trained,
+    make_absent,
+    small_xsum,
+    write_lines,
 )
-
-
-def small_xsum(directory, settings=None, **training):
-    """The small run on our documents, with a target that it does not reach."""
-    changes = {"target": 99.0, **(settings or {})}
-    return run_xsum(
-        XsumArguments(small=True, stage_steps=1, max_dim=64, **changes),
-        XsumTrainingArguments(
-            output_dir=str(directory), save_steps=1, disable_tqdm=True, **training
-        ),
-    )
+from tests.helpers.trained.tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -136,33 +127,6 @@ def test_a_resumed_run_keeps_the_figure_of_full_fine_tuning(tmp_path):
         small_xsum(tmp_path, other, max_steps=1, resume_from_checkpoint="true")
     small_xsum(tmp_path, baseline, max_steps=1)
     assert "mark" not in json.loads(saved.read_text())
-
-
-@barely_trained
-@pytest.mark.full
-def test_a_resumed_run_keeps_the_trainings_of_its_bisection(tmp_path, capsys):
-    settings = {"baseline_steps": 1, "baseline_learning_rate": 0.0, "target": None}
-    settings |= {"baseline": True, "bisections": 1, "bisection_seeds": 2}
-    small_xsum(tmp_path, settings, max_steps=1)
-    assert "8 dimensions with seed 42" in capsys.readouterr().out
-    last = tmp_path / "interval" / "8-43"
-    (last / "best.json").unlink()  # as if the run had been stopped before it
-    first = tmp_path / "interval" / "8-42" / "best.json"
-    kept = json.loads(first.read_text())
-    first.write_text(json.dumps({**kept, "metrics": {"eval_rouge1": 0.25}}))
-    settings["bisections"] = 2
-    small_xsum(tmp_path, settings, max_steps=1, resume_from_checkpoint="true")
-    assert "8 dimensions with seed 42" not in (printed := capsys.readouterr().out)
-    assert "8 dimensions with seed 43" in printed
-    saved = json.loads((tmp_path / "results.json").read_text())
-    dims = [trial["dim"] for trial in saved["results"]["interval"]["trials"]]
-    assert dims == [8, 4]
-    assert saved["results"]["interval"]["trials"][0]["best"] == [0.25, 0.0]
-    other = {"max_steps": 2, "resume_from_checkpoint": "true"}
-    with pytest.raises(ValueError, match=r"8-42 must have had .* got \{'steps': 1, "):
-        small_xsum(tmp_path, settings, **other)
-    small_xsum(tmp_path, settings, max_steps=1)
-    assert json.loads(first.read_text()) == kept
 
 
 @pytest.mark.parametrize(

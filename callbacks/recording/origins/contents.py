@@ -236,3 +236,9 @@ def _in_order(ours: Tensor, theirs: Tensor) -> bool:
 
 def _bytes(x: Tensor) -> bytes:
     return x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def length_of(item: Any, main_input: str) -> int | None:
+    """Return the number of tokens of an item; None if that is not known."""
+    tokens: Any = item.get(main_input) if isinstance(item, Mapping) else None
+    return len(tokens) if isinstance(tokens, (list, Tensor)) else None

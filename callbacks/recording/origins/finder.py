@@ -13,7 +13,7 @@ from hf_sketch.examples.calls import ModelCall
 from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.examples.split import Packed
 
-from .contents import Content, Items, contents_of, in_place, rows_of
+from .contents import Content, Items, contents_of, in_place, length_of, rows_of
 from .ids import content_ids
 from .prompts import Prompts
 
@@ -26,8 +26,7 @@ class Origins:
     """The examples of a batch, and which of them each row belongs to.
 
     Args:
-        places: each row's example, counted within the batch; None for padding, and for
-            rows of a batch whose examples were all used before.
+        places: each row's example, counted within the batch; None for no example.
         ids: each example's row number in the training set; None for one that fills up
             the batch and was used before.
     """
@@ -100,7 +99,7 @@ class OriginFinder:
         sizes = [call.split.size for call in calls]
         if drawn is None:
             return self._of_stream(calls, collated)
-        if not any(i is not None for i in drawn):  # it only fills up the last step
+        if {*drawn} == {None}:  # it only fills up the last step
             return Origins([None] * sum(sizes), drawn)
         splits = [call.split for call in calls if isinstance(call.split, Packed)]
         if len(splits) == len(calls) and max(sizes) > len(drawn):
@@ -223,7 +222,7 @@ class OriginFinder:
         """Return the places of documents, by the lengths of the items they are in."""
         with self._items.unnoticed():
             items = [None if i is None else self._items.read(i) for i in drawn]
-        lengths = [_length(item, self._main_input) for item in items]
+        lengths = [length_of(item, self._main_input) for item in items]
         known = [length for length in lengths if length is not None]
         if len(known) < len(lengths):
             raise self._unknown(split.size, len(drawn))
@@ -294,9 +293,3 @@ def _least_used(fits: Sequence[Sequence[int]]) -> list[int]:
     for own in filter(None, fits):
         places.append(min(own, key=places.count))
     return places
-
-
-def _length(item: Any, main_input: str) -> int | None:
-    """Return the number of tokens of an item; None if that is not known."""
-    tokens: Any = item.get(main_input) if isinstance(item, Mapping) else None
-    return len(tokens) if isinstance(tokens, (list, Tensor)) else None

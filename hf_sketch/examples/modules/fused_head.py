@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hf_sketch.examples.attempt import OUT_OF_MEMORY
 from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.calls import IGNORED, loss_of, next_labels
 from hf_sketch.examples.comparison import first_met
@@ -31,9 +32,9 @@ class FusedHead:
     Such losses (TRL's, Liger's, cut cross-entropy) call the model's body and take the
     head's weight by themselves. The gradient of a token's log-probability is its
     coefficient times (one-hot minus softmax), outer its hidden state. The coefficient
-    is the gradient of the model's `log_probs`; where the model returns its loss alone,
-    each token has the same. Scores are computed again, a few tokens at a time, in the
-    precision of the forward pass.
+    is the gradient of the model's `log_probs`; of a loss that comes without them, or
+    not of them, each token has the same. Scores are computed again, a few tokens at a
+    time, in the precision of the forward pass.
 
     Args:
         model: the model.
@@ -117,7 +118,7 @@ class FusedHead:
 
     def _apart(self, loss: Tensor | None, log_probs: Tensor) -> Tensor | None:
         """Return the loss if it does not come of the log-probabilities beside it."""
-        if self._is_apart is None and loss is not None:
+        if self._is_apart is None and loss is not None and loss.requires_grad:
             self._is_apart = not first_met(loss, [log_probs])
         return loss if self._is_apart else None
 
@@ -144,8 +145,17 @@ class FusedHead:
         coefficients = _laid_out(batch, coefficients).to(dtype)
         coefficients = coefficients.where(labels != IGNORED, 0)
         labels = labels.clamp(min=0)
-        with self._scoring(hidden) as score:
-            self._add_rows(batch, score, hidden, labels, kind, coefficients)
+        try:
+            with self._scoring(hidden) as score:
+                self._add_rows(batch, score, hidden, labels, kind, coefficients)
+        except OUT_OF_MEMORY as error:
+            if not self._in_shards:
+                raise
+            # Others would wait for this process to make the head whole the next time.
+            raise RuntimeError(
+                f"the gradients of the head did not fit into memory ({error}): pass a "
+                "smaller per_device_train_batch_size, or per_example=False."
+            ) from None
 
     def _add_rows(
         self,

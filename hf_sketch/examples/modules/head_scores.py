@@ -62,4 +62,4 @@ class HeadScores:
             inverse -= float(slope @ error / (slope @ slope))
             deviation = float(error.norm() / slope.norm() / len(error) ** 0.5)
         is_one = not abs(inverse - 1) > 3 * deviation + 1e-5
-        return self if is_one else replace(self, temperature=1 / inverse)
+        return self if is_one else replace(self, temperature=self.temperature / inverse)

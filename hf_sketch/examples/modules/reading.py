@@ -74,7 +74,8 @@ class Reading:
         self.readers: list[PositionBiases | FusedHead] = (
             [biases] if biases.names else []
         )
-        self.fused_head = FusedHead(model, self.parameters)
+        # Before the first call, which may put other tensors in the parameters' places.
+        self.fused_head = FusedHead(model, self.parameters) if self.verifies else None
         self.tried_head = False
         self.dtype = first.dtype
         self.known_losses = KnownLosses()

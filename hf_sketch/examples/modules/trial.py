@@ -138,6 +138,7 @@ class Trial:
     def _find_fused_head(self, reference: Reference) -> None:
         """Read the head by other means if the model did not call it."""
         head = self._reading.fused_head
+        assert head is not None
         skipped = [
             rule
             for rule in self._reading.plan.rules

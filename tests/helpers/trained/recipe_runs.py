@@ -4,7 +4,14 @@ import gzip
 import importlib.util
 import json
 
+import pytest
 import torch
+
+from hf_sketch.recipes.xsum import XsumArguments, XsumTrainingArguments, run_xsum
+
+barely_trained = pytest.mark.filterwarnings(
+    "ignore:.* must be worse than the target of .* before training:UserWarning"
+)
 
 
 def make_absent(monkeypatch, *packages):
@@ -30,3 +37,14 @@ def write_lines(path, rows):
     data = text.encode()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return str(path)
+
+
+def small_xsum(directory, settings=None, **training):
+    """The small run on our documents, with a target that it does not reach."""
+    changes = {"target": 99.0, **(settings or {})}
+    return run_xsum(
+        XsumArguments(small=True, stage_steps=1, max_dim=64, **changes),
+        XsumTrainingArguments(
+            output_dir=str(directory), save_steps=1, disable_tqdm=True, **training
+        ),
+    )
