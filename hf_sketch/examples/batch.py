@@ -90,7 +90,7 @@ class Batch:
         called: paths of the modules whose calls gave something that trains.
         seen: paths of all modules with trainable parameters that were called.
         reached: parameters that the backward pass came to.
-        random_states: those before the last call of each module that is run again.
+        random_states: random states before the last call of modules that run again.
         replays: calls to be run again, with the gradients of their outputs.
         unclear: rules of calls whose outputs do not divide into the examples.
         expanded: rules of calls whose output was given to each example.
