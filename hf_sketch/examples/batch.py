@@ -17,6 +17,7 @@ from hf_sketch.examples.rules.base import Rule
 from hf_sketch.examples.rules.shared_inputs import SharedInputs
 from hf_sketch.examples.split import ExampleSplit
 from hf_sketch.model.accumulator import Accumulator
+from hf_sketch.model.gradient_hooks import read_last
 from hf_sketch.model.state import RandomState
 from hf_sketch.sketches.transforms.precision import without_autocast
 
@@ -174,11 +175,10 @@ class Batch:
                     if self.failure is None:
                         reader(gradient)
 
-        place, node = tensor.output_nr, tensor.grad_fn
-        if tensor.dim() or node is None:
+        if tensor.dim() or tensor.grad_fn is None:
             tensor.register_hook(hook)
-        else:  # after the hooks of a loss, of which DeepSpeed's may divide its gradient
-            node.register_prehook(lambda gradients: hook(gradients[place]))
+        else:  # a loss
+            read_last(tensor, hook)
         if self.outputs is not None:
             self.outputs.append(tensor)
 
@@ -205,17 +205,13 @@ class Batch:
 
     def _watch_scale(self, loss: Tensor) -> None:
         """Note with which factor the loss enters the backward pass."""
-        place = loss.output_nr
 
-        def keep_scale(gradients: tuple[Tensor | None, ...]) -> None:
-            gradient = gradients[place]  # None under DDP if the loss is unused
+        def keep_scale(gradient: Tensor | None) -> None:
             if not self.muted and gradient is not None:
                 self.begin_backward()
                 self.scale = gradient.detach().clone()
 
-        # After all hooks of the loss itself: DeepSpeed's may divide its gradient.
-        assert loss.grad_fn is not None
-        loss.grad_fn.register_prehook(keep_scale)
+        read_last(loss, keep_scale)
 
     def begin_backward(self) -> None:
         """Note that the backward pass runs, and when it ends without an error."""

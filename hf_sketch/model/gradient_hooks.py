@@ -41,3 +41,17 @@ def unhooked(outputs: Sequence[Tensor]) -> Generator[None]:
     finally:
         for own, earlier in zip(hooks, kept, strict=True):
             own.update(earlier)
+
+
+def read_last(output: Tensor, read: Callable[[Tensor | None], None]) -> None:
+    """Call `read` with the gradient that the tensor's own hooks have left.
+
+    DeepSpeed's divide that of a loss. DDP passes None on to outputs that nobody uses.
+    """
+    place = output.output_nr
+
+    def hook(gradients: tuple[Tensor | None, ...]) -> None:
+        read(gradients[place])
+
+    assert output.grad_fn is not None
+    output.grad_fn.register_prehook(hook)
