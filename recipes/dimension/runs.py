@@ -128,13 +128,13 @@ def full_fine_tuning(
 def _save_metrics(
     path: Path, settings: dict[str, Any], metrics: dict[str, float]
 ) -> None:
-    """Of a training that has ended, for `_saved_metric`."""
+    """Keep the metrics of a training that has ended, with its settings."""
     content = json.dumps({**settings, "metrics": metrics}, indent=1)
     replace_file(path, content.encode())
 
 
 def _saved_metric(path: Path, metric: str, settings: dict[str, Any]) -> float:
-    """Of a training that has ended, with these settings."""
+    """Return the metric of a training that has ended, if it had these settings."""
     content = json.loads(path.read_text())
     found = {name: content.get(name) for name in settings}
     if found != settings:
