@@ -6,17 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hf_sketch.examples.attempt import RefusalError, attempt
+from hf_sketch.examples.attempt import attempt
 from hf_sketch.examples.rounding import agree, autocast_dtype
 from hf_sketch.examples.rules.base import Rule
 from hf_sketch.examples.split import ExampleSplit
-from hf_sketch.model.fsdp import call_with
+from hf_sketch.model.fsdp import call_with, gathered_within
 from hf_sketch.model.gradient_hooks import hooks_of
 from hf_sketch.model.state import RandomState, kept_random_state, random_state
-from hf_sketch.model.zero import in_partitions
 
 
 @dataclass(frozen=True)
@@ -87,25 +85,12 @@ class Replay:
     def keep_parameters(self) -> "Replay":
         """Return the same with copies of all parameters, which do not stay whole.
 
-        Raises:
-            RefusalError: modules within get and give up their own, by hooks.
+        All processes must call it: they gather what modules within have given up.
         """
         module = self.rule.module
-        within = [part for part in module.modules() if part is not module]
-        if any(isinstance(part, FSDPModule) for part in within):
-            raise RefusalError(
-                "fully_shard must not be called within a module that is run again "
-                f"for each example, got {self.rule}: call it on the module, or on one "
-                "around it, or pass per_example=False."
-            )
-        if any(in_partitions(part.parameters(recurse=False)) for part in within):
-            raise RefusalError(
-                "ZeRO-3 must not split parameters within a module that is run again "
-                f"for each example, got {self.rule}: train in stage 2, or pass "
-                "per_example=False."
-            )
-        everything = module.named_parameters(remove_duplicate=False)
-        others = {name: p.detach().clone() for name, p in everything}
+        with gathered_within(module):
+            everything = module.named_parameters(remove_duplicate=False)
+            others = {name: p.detach().clone() for name, p in everything}
         parameters = {name: others.pop(name) for name in self.parameters}
         return replace(self, parameters=parameters, others=others)
 

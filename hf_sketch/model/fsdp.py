@@ -3,7 +3,7 @@
 import math
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from hf_sketch.model.zero import gathered, in_partitions
+
+_SHARDERS: Final = ("deepspeed.", "torch.distributed.")
 
 
 def in_row_shards(parameters: Iterable[Tensor]) -> bool:
@@ -50,6 +52,27 @@ def made_whole(parameters: Iterable[Tensor]) -> Generator[list[Tensor]]:
     with gathered(parameters):
         own = [parameter.detach() for parameter in parameters]
         yield [x.full_tensor() if isinstance(x, DTensor) else x for x in own]
+
+
+@contextmanager
+def gathered_within(module: nn.Module) -> Generator[None]:
+    """Within, all parameters of a module are as its calls see them, after such a call.
+
+    All processes must enter it.
+    """
+    units = [
+        part
+        for part in module.modules()
+        if part is not module
+        and isinstance(part, FSDPModule)
+        and any(isinstance(p, DTensor) for p in part.parameters())
+    ]
+    with gathered(module.parameters()):
+        for unit in units:
+            unit.unshard()
+        yield
+        for unit in units:
+            unit.reshard()
 
 
 def own_part(x: Tensor) -> tuple[Tensor, int]:
@@ -142,26 +165,48 @@ def call_with(
 ) -> Any:
     """Call a module with other parameters, those of its own that are given.
 
-    Where hooks of FSDP2 or DeepSpeed would gather its own, it is called past them.
+    It is called past the hooks by which FSDP2 and DeepSpeed would gather the parameters
+    of the module and of those within.
     """
-    own = module.parameters(recurse=False)
-    if isinstance(module, FSDPModule) or in_partitions(own):
-        parameters = {f"module.{name}": p for name, p in parameters.items()}
-        module = _Hookless(module)
-    return torch.func.functional_call(
-        module, dict(parameters), args, dict(kwargs), tie_weights=False
-    )
+    with without_shard_hooks(module):
+        return torch.func.functional_call(
+            module, dict(parameters), args, dict(kwargs), tie_weights=False
+        )
 
 
-class _Hookless(nn.Module):
-    """Calls the forward of a module, and none of its hooks."""
+@contextmanager
+def without_shard_hooks(module: nn.Module, forward: bool = True) -> Generator[None]:
+    """Within, no hook of FSDP2 or DeepSpeed runs in the backward pass of a module.
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
+    DeepSpeed's reduce the gradients of a mixture of experts after it has run.
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module.forward(*args, **kwargs)
+    Args:
+        module: the module, with all modules within it.
+        forward: whether their hooks on its forward pass are off, too. These gather and
+            split its parameters.
+    """
+    kept: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    for part in module.modules():
+        hooks: list[Any] = [part._backward_hooks, part._backward_pre_hooks]
+        if forward:
+            hooks += [part._forward_hooks, part._forward_pre_hooks]
+        for registered in hooks:
+            others = {k: h for k, h in registered.items() if not _is_of_shards(h)}
+            if len(others) < len(registered):
+                kept.append((registered, dict(registered)))
+                registered.clear()
+                registered.update(others)
+    try:
+        yield
+    finally:
+        for registered, earlier in kept:
+            registered.clear()
+            registered.update(earlier)
+
+
+def _is_of_shards(hook: Any) -> bool:
+    """Return whether FSDP2 or DeepSpeed registered a hook."""
+    return str(getattr(hook, "__module__", "")).startswith(_SHARDERS)
 
 
 def _is_in_rows(x: DTensor) -> bool:

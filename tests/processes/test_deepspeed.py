@@ -9,6 +9,7 @@ import torch
 
 from hf_sketch import load_sketches
 from tests.helpers.processes.deepspeed_training import (
+    FAMILIES,
     FUSED_LOSSES,
     MICRO_BATCHES,
     STAGES,
@@ -45,6 +46,18 @@ def test_rows_are_those_of_ddp_and_training_is_what_it_was(stage, without, tmp_p
     wanted = without[micro_batches_of(stage)]
     assert min(columns(wanted.steps)["clip_factor"]) < 0.7  # it is clipped
     assert_same_rows(load_sketches(watched), wanted)
+    header = json.loads((watched / "sketches" / "header.json").read_text())
+    assert header["unverified"] is None
+    assert_same_training(watched, plain)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_models_in_stage_3_have_the_rows_of_ddp(name, on_the_cpu, tmp_path):
+    names = [f"deepspeed/{kind}{name}" for kind in ("", "plain-", "without-")]
+    for scenario in names:
+        launch(2, tmp_path, [scenario])
+    watched, plain, wanted = (tmp_path / scenario for scenario in names)
+    assert_same_rows(load_sketches(watched), load_sketches(wanted))
     header = json.loads((watched / "sketches" / "header.json").read_text())
     assert header["unverified"] is None
     assert_same_training(watched, plain)

@@ -21,7 +21,7 @@ class PositionBiases:
     Args:
         model: the model.
         parameters: its trainable parameters, by name.
-        in_shards: layers get their inputs as aliases (FSDP2).
+        in_shards: layers get their inputs as aliases (FSDP2, ZeRO-3).
     """
 
     def __init__(
@@ -69,7 +69,9 @@ class PositionBiases:
         for layer in self._layers if self.tables else ():
             give = partial(self._give, current)
             hook = layer.register_forward_pre_hook(give, with_kwargs=True)
-            undo += [hook.remove, layer.register_forward_hook(self._take_back).remove]
+            # Before the hook by which ZeRO-3 gives every output another place.
+            take = layer.register_forward_hook(self._take_back, prepend=self._in_shards)
+            undo += [hook.remove, take.remove]
         return undo
 
     def _note_ids(self, module: nn.Module, args: Any, output: Tensor) -> None:

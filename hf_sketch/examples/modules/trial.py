@@ -27,7 +27,7 @@ from hf_sketch.examples.modules.reading import Reading
 from hf_sketch.examples.named_sums import NamedSums
 from hf_sketch.examples.rules.base import Rule, kind_of
 from hf_sketch.examples.split import Packed, Rows
-from hf_sketch.model.fsdp import begin_again
+from hf_sketch.model.fsdp import begin_again, without_shard_hooks
 from hf_sketch.model.state import evaluation_mode, without_zeros
 from hf_sketch.processes import of_first
 
@@ -269,6 +269,7 @@ def learn(reading: Reading, call: ModelCall) -> None:
         with (
             reading.rest(),
             evaluation_mode(reading.model),
+            without_shard_hooks(reading.model, forward=False),
             without_zeros(zeros),
             torch.enable_grad(),
         ):

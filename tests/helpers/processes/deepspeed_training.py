@@ -15,10 +15,13 @@ from hf_sketch.model.zero import whole_shape
 from tests.helpers.processes.failing_trials import adapted
 from tests.helpers.processes.joint_trainers import SIZE, even, train
 from tests.helpers.trained.fused_models import IDS
-from tests.helpers.trained.tiny_models import tiny_model
+from tests.helpers.trained.tiny_models import tiny_inputs, tiny_model
 from tests.helpers.wrong_rules import wrong_first_factors
 
 STAGES = (0, 1, 2, 3)
+# With biases that layers pass on, a module of modules that is run again, and experts,
+# whose gradients DeepSpeed reduces after the backward pass of their block.
+FAMILIES = {"t5": {"dropout_rate": 0.0}, "vit": {}, "mixtral": {}}
 SETTINGS = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
@@ -60,6 +63,24 @@ def without(micro_batches, directory, **changes):
     training = {**even(), **TRAINING, "gradient_accumulation_steps": micro_batches}
     training |= changes
     train(directory, GradientSketchCallback(SIZE), **training)
+
+
+def of_family(name):
+    """A model, with its examples several times."""
+    inputs = {column: x.tolist() for column, x in tiny_inputs(name).items()}
+    dataset = Dataset.from_dict(inputs).repeat(4)
+    return {
+        "model": tiny_model(name, torch.float32, **FAMILIES[name]).train(),
+        "dataset": dataset,
+    }
+
+
+def family(name, watched, directory):
+    in_stage(3, watched, directory, **of_family(name))
+
+
+def family_without(name, directory):
+    without(micro_batches_of(3), directory, **of_family(name))
 
 
 def of_adapters():
@@ -114,6 +135,9 @@ SCENARIOS = {
     "deepspeed/fused-without": partial(fused, "log_probs", None, True),
     **{f"deepspeed/fused-{x}": partial(fused, x, 3, True) for x in FUSED_LOSSES},
     **{f"deepspeed/plain-{x}": partial(fused, x, 3, False) for x in FUSED_LOSSES},
+    **{f"deepspeed/{name}": partial(family, name, True) for name in FAMILIES},
+    **{f"deepspeed/plain-{name}": partial(family, name, False) for name in FAMILIES},
+    **{f"deepspeed/without-{name}": partial(family_without, name) for name in FAMILIES},
     "deepspeed/adapters": adapters,
     "deepspeed/adapters-without": adapters_without,
     **{f"deepspeed/without-{n}": partial(without, n) for n in MICRO_BATCHES},

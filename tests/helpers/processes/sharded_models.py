@@ -67,10 +67,6 @@ def units(directory):
     for name in IN_MANY_UNITS:
         distance, _ = distance_in_shards(name, in_many_units)
         leave(directory, **{name: distance})
-    try:
-        distance_in_shards("vit", in_many_units)
-    except ValueError as error:
-        leave(directory, vit=str(error))
 
 
 def fused(directory):
@@ -143,7 +139,7 @@ def rows_of(model, inputs):
         return sketcher.take().rows
 
 
-IN_MANY_UNITS = ("gpt2", "llama", "gemma", "mixtral", "bert", "bart", "t5")
+IN_MANY_UNITS = ("gpt2", "llama", "gemma", "mixtral", "bert", "bart", "t5", "vit")
 SCENARIOS = {
     f"fsdp/{scenario.__name__}": scenario for scenario in (families, fused, units)
 }
