@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sketch.examples.attempt import RefusalError
 from hf_sketch.examples.batch import Batch
 from hf_sketch.examples.calls import (
     IGNORED,
@@ -44,6 +45,12 @@ def split_loss(
     model, known = reading.model, reading.known_losses
     given = output, batch.inputs, batch.split, reduction
     penalty = penalty_of(model, output)
+    if penalty is not None and reading.in_shards:  # it takes a backward pass of its own
+        raise RefusalError(
+            "per-example gradients of sharded parameters do not support the balancing "
+            "loss of routers: set model.config.output_router_logits = False, train "
+            "without FSDP or ZeRO-3, or pass per_example=False."
+        )
     rest = () if penalty is None else (loss - penalty,)
     if not rest and known.has(call, loss):
         batch.losses = unread_losses(model, loss, *given)

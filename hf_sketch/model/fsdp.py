@@ -63,16 +63,25 @@ def gathered_within(module: nn.Module) -> Generator[None]:
     units = [
         part
         for part in module.modules()
-        if part is not module
-        and isinstance(part, FSDPModule)
-        and any(isinstance(p, DTensor) for p in part.parameters())
+        if isinstance(part, FSDPModule) and part is not module and _is_in_shards(part)
     ]
     with gathered(module.parameters()):
-        for unit in units:
-            unit.unshard()
-        yield
-        for unit in units:
-            unit.reshard()
+        try:
+            for unit in units:
+                unit.unshard()
+            yield
+        finally:
+            for unit in units:
+                unit.reshard()
+
+
+def _is_in_shards(unit: nn.Module) -> bool:
+    """Return whether the parameters of a unit of FSDP2, without units within, are."""
+    within = [part for part in unit.modules() if part is not unit]
+    units = [part for part in within if isinstance(part, FSDPModule)]
+    others = {id(p) for part in units for p in part.parameters()}
+    own = [p for p in unit.parameters() if id(p) not in others]
+    return any(isinstance(parameter, DTensor) for parameter in own)
 
 
 def own_part(x: Tensor) -> tuple[Tensor, int]:
@@ -186,8 +195,9 @@ def without_shard_hooks(module: nn.Module, forward: bool = True) -> Generator[No
             split its parameters.
     """
     kept: list[tuple[dict[int, Any], dict[int, Any]]] = []
-    for part in module.modules():
-        hooks: list[Any] = [part._backward_hooks, part._backward_pre_hooks]
+    parts: Iterable[Any] = module.modules()
+    for part in parts:
+        hooks = [part._backward_hooks, part._backward_pre_hooks]
         if forward:
             hooks += [part._forward_hooks, part._forward_pre_hooks]
         for registered in hooks:

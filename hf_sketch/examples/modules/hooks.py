@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from hf_sketch.examples.batch import Batch, Holding
 from hf_sketch.examples.replay import Replay
 from hf_sketch.examples.rules.base import Call, NoRule, Rule, tensors_of
 from hf_sketch.examples.split import ExampleSplit, Packed
+from hf_sketch.model.fsdp import gathered_within
 from hf_sketch.model.state import RandomState, draws_elsewhere, random_state
 from hf_sketch.sketches.outer import Routed
 
@@ -33,14 +35,19 @@ def watch_module(
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         batch = current()
-        if batch is None or batch.failure is not None:
+        if batch is None:
             return None
-        batch.seen.add(rule.path)
-        if not any(x.requires_grad for x in tensors_of(output)):
-            return None
-        batch.called.add(rule.path)
-        with Holding(batch, rule):
-            return _watch(rule, batch, args, kwargs, output)
+        gathers = in_shards and rule.runs_again
+        # Also if memory ran out before, since other processes gather.
+        with gathered_within(module) if gathers else nullcontext():
+            if batch.failure is not None:
+                return None
+            batch.seen.add(rule.path)
+            if not any(x.requires_grad for x in tensors_of(output)):
+                return None
+            batch.called.add(rule.path)
+            with Holding(batch, rule):
+                return _watch(rule, batch, args, kwargs, output)
         return None
 
     elsewhere = isinstance(rule, NoRule) and draws_elsewhere(rule.module)

@@ -188,6 +188,8 @@ class Reading:
         Raises:
             ValueError: the gradients of their parameters cannot be read.
         """
+        if batch.failure is not None:  # hooks have stopped since
+            return
         strange = [
             rule
             for rule in self.plan.rules

@@ -83,6 +83,8 @@ class Rule(ABC):
         self.expands = True
         # Whether it reads gradients within the module, whatever that returns.
         self.within = False
+        # Whether the module is known to be run again for each example.
+        self.runs_again = False
 
     def forget(self) -> None:  # noqa: B027
         """Forget what the first call has shown of the module, if it shows anything."""
@@ -129,6 +131,10 @@ class Rule(ABC):
 
 class NoRule(Rule):
     """A module of an unknown kind, which is run again for each example."""
+
+    def __init__(self, module: nn.Module, path: str, names: dict[str, str]) -> None:
+        super().__init__(module, path, names)
+        self.runs_again = True
 
     def forward(self, call: Call) -> None:
         return None

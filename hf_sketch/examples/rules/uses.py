@@ -69,7 +69,6 @@ class Uses(Rule):
         self.expands = False
         self.within = True
         self._trace: UseTrace | None = None
-        self._applies = True
 
     def open(self, current: Callable[[], object]) -> list[Callable[[], object]]:
         module: Any = self.module
@@ -79,7 +78,7 @@ class Uses(Rule):
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._trace = None
             x = next(iter((*args, *kwargs.values())), None)
-            if not (self._applies and current() and isinstance(x, Tensor)):
+            if self.runs_again or not current() or not isinstance(x, Tensor):
                 return plain(*args, **kwargs)
             parameters = {name: module.get_parameter(name) for name in self.names}
             with UseTrace(parameters, x) as trace:
@@ -98,7 +97,7 @@ class Uses(Rule):
     def forward(self, call: Call) -> list[_Uses] | None:
         trace, self._trace = self._trace, None
         found = [] if trace is None else trace.found()
-        self._applies = self._applies and bool(found)
+        self.runs_again = self.runs_again or not found
         by_attribute: dict[str, list[Use]] = {}
         for use in found:
             if call.split.within(use.token.new_empty(use.tokens)) is None:

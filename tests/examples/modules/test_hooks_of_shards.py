@@ -7,8 +7,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 from hf_sketch import ExampleSketcher, ModelSketch
-from hf_sketch.examples.modules import reading
-from hf_sketch.model.fsdp import call_with
+from hf_sketch.examples.modules import hooks, reading
+from hf_sketch.model.fsdp import call_with, gathered_within
 from tests.helpers.trained.tiny_models import tiny_inputs, tiny_model
 
 
@@ -18,8 +18,8 @@ def in_shards():
         yield
 
 
-def rows_of(name, change=lambda model: None):
-    model, inputs = tiny_model(name), tiny_inputs(name)
+def rows_of(name, change=lambda model: None, **settings):
+    model, inputs = tiny_model(name, **settings), tiny_inputs(name)
     change(model)
     sketch = ModelSketch.from_model(model, 64, "grouped")
     with ExampleSketcher(model, sketch) as sketcher:
@@ -65,6 +65,36 @@ def test_gradients_of_experts_are_reduced_in_their_backward_pass_alone():
     torch.testing.assert_close(rows, rows_of("mixtral"), rtol=1e-9, atol=1e-12)
 
 
+def test_a_process_without_memory_gathers_as_the_others_do():
+    """The others would wait for it."""
+    gathered, watch = [], hooks._watch
+
+    def note(module):
+        gathered.append(type(module).__name__)
+        return gathered_within(module)
+
+    def fail(rule, batch, *call):
+        if batch.blamed is None:  # no trial
+            raise torch.OutOfMemoryError("the device is full")
+        return watch(rule, batch, *call)
+
+    with patch.object(hooks, "gathered_within", note):
+        rows_of("vit")
+        wanted = gathered.copy()
+        gathered.clear()
+        with (
+            patch.object(hooks, "_watch", fail),
+            pytest.raises(MemoryError, match="the device is full"),
+        ):
+            rows_of("vit")
+    assert gathered == wanted != []
+
+
+def test_a_balancing_loss_is_refused():
+    with pytest.raises(ValueError, match="output_router_logits = False"):
+        rows_of("mixtral", output_router_logits=True)
+
+
 def test_a_call_past_shards_keeps_other_hooks_and_their_order():
     module, calls = torch.nn.Linear(2, 2), []
 
@@ -78,8 +108,12 @@ def test_a_call_past_shards_keeps_other_hooks_and_their_order():
     owners = ["deepspeed.runtime", "mine", "torch.distributed.fsdp", "yours"]
     for owner in owners:
         module.register_forward_pre_hook(hook(owner))
-    call_with(module, dict(module.named_parameters()), (torch.ones(1, 2),), {})
+    parameters = dict(module.named_parameters())
+    call_with(module, parameters, (torch.ones(1, 2),), {})
     assert calls == ["mine", "yours"]
+    calls.clear()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        call_with(module, parameters, (torch.ones(1, 3),), {})
     calls.clear()
     module(torch.ones(1, 2))
     assert calls == owners
