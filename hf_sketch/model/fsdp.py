@@ -195,11 +195,11 @@ def without_shard_hooks(module: nn.Module, forward: bool = True) -> Generator[No
             split its parameters.
     """
     kept: list[tuple[dict[int, Any], dict[int, Any]]] = []
-    parts: Iterable[Any] = module.modules()
-    for part in parts:
-        hooks = [part._backward_hooks, part._backward_pre_hooks]
+    for part in module.modules():
+        own: Any = part  # no public way leads to hooks
+        hooks = [own._backward_hooks, own._backward_pre_hooks]
         if forward:
-            hooks += [part._forward_hooks, part._forward_pre_hooks]
+            hooks += [own._forward_hooks, own._forward_pre_hooks]
         for registered in hooks:
             others = {k: h for k, h in registered.items() if not _is_of_shards(h)}
             if len(others) < len(registered):
