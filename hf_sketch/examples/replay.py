@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_sketch.examples.attempt import attempt
@@ -89,8 +89,11 @@ class Replay:
         """
         module = self.rule.module
         with gathered_within(module):
-            everything = module.named_parameters(remove_duplicate=False)
-            others = {name: p.detach().clone() for name, p in everything}
+            # Parameters, as PEFT registers parametrizations of them in each call.
+            others: dict[str, Tensor] = {
+                name: nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                for name, parameter in module.named_parameters(remove_duplicate=False)
+            }
         parameters = {name: others.pop(name) for name in self.parameters}
         return replace(self, parameters=parameters, others=others)
 

@@ -4,6 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils._pytree import tree_map
 
 from hf_sketch import ExampleSketcher, ModelSketch
@@ -12,19 +13,29 @@ from hf_sketch.model.fsdp import call_with, gathered_within
 from tests.helpers.trained.tiny_models import tiny_inputs, tiny_model
 
 
-@pytest.fixture(autouse=True)
-def in_shards():
-    with patch.object(reading, "in_shards", return_value=True):
-        yield
-
-
-def rows_of(name, change=lambda model: None, **settings):
-    model, inputs = tiny_model(name, **settings), tiny_inputs(name)
-    change(model)
-    sketch = ModelSketch.from_model(model, 64, "grouped")
-    with ExampleSketcher(model, sketch) as sketcher:
+def rows_of(name, change=lambda model: model, shards=True, **settings):
+    """The rows of a batch, with parameters that are taken to be in shards."""
+    model, inputs = change(tiny_model(name, **settings)), tiny_inputs(name)
+    sketch, names = ModelSketch.from_model(model, 64, "grouped"), names_of(model)
+    with (
+        patch.object(reading, "in_shards", return_value=shards),
+        ExampleSketcher(model, sketch) as sketcher,
+    ):
         model(**inputs).loss.backward()
-        return sketcher.take().rows
+        rows = sketcher.take().rows
+    assert names_of(model) == names
+    return rows
+
+
+def names_of(model):
+    return [
+        {name for name, _ in f()} for f in (model.named_parameters, model.named_buffers)
+    ]
+
+
+def assert_rows_stay(name, change, reference=lambda model: model):
+    rows, wanted = rows_of(name, change), rows_of(name, reference, shards=False)
+    torch.testing.assert_close(rows, wanted, rtol=1e-9, atol=1e-12)
 
 
 def give_outputs_another_place(model):
@@ -35,11 +46,25 @@ def give_outputs_another_place(model):
 
     for module in model.modules():
         module.register_forward_hook(lambda m, args, output: tree_map(alias, output))
+    return model
 
 
 def test_position_biases_are_found_again_in_another_place():
-    rows = rows_of("t5", give_outputs_another_place)
-    torch.testing.assert_close(rows, rows_of("t5"), rtol=1e-9, atol=1e-12)
+    assert_rows_stay("t5", give_outputs_another_place)
+
+
+def with_adapters(model):
+    """Put LoRA on the experts, too: PEFT parametrizes their weights in each call."""
+    torch.manual_seed(1)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
+    adapter = LoraConfig(
+        r=2, target_modules=[], target_parameters=targets, init_lora_weights=False
+    )
+    return get_peft_model(model, adapter)
+
+
+def test_experts_with_adapters_are_run_again_with_their_copies():
+    assert_rows_stay("mixtral", with_adapters, with_adapters)
 
 
 def count_calls(block, calls, owner):
@@ -59,10 +84,10 @@ def test_gradients_of_experts_are_reduced_in_their_backward_pass_alone():
         blocks.extend(layer.mlp for layer in model.model.layers)
         for block in blocks:
             count_calls(block, calls, "deepspeed.runtime.zero.stage3")
+        return model
 
-    rows = rows_of("mixtral", add_hooks)
+    assert_rows_stay("mixtral", add_hooks)
     assert sorted(map(id, calls)) == sorted(map(id, blocks))
-    torch.testing.assert_close(rows, rows_of("mixtral"), rtol=1e-9, atol=1e-12)
 
 
 def test_a_process_without_memory_gathers_as_the_others_do():
