@@ -76,6 +76,8 @@ def test_a_small_run_is_saved_and_not_repeated(tmp_path, capsys):
         run_subspace_peers(arguments)
 
 
+# EncoderDecoderModel warns of a change in 4.12 whenever it is given labels.
+@pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces:FutureWarning")
 @pytest.mark.full
 def test_a_small_run_on_summaries_is_saved(tmp_path):
     arguments = SubspacePeersArguments(
