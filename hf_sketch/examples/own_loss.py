@@ -45,11 +45,12 @@ def split_loss(
     model, known = reading.model, reading.known_losses
     given = output, batch.inputs, batch.split, reduction
     penalty = penalty_of(model, output)
-    if penalty is not None and reading.in_shards:  # it takes a backward pass of its own
+    # Leaving it out takes a second backward pass, which graphs in shards do not allow.
+    if penalty is not None and reading.in_shards:
         raise RefusalError(
-            "per-example gradients of sharded parameters do not support the balancing "
-            "loss of routers: set model.config.output_router_logits = False, train "
-            "without FSDP or ZeRO-3, or pass per_example=False."
+            "Rows of examples do not support the balancing loss of a model's routers "
+            "when its parameters are sharded. Set model.config.output_router_logits = "
+            "False, train without FSDP and ZeRO-3, or pass per_example=False."
         )
     rest = () if penalty is None else (loss - penalty,)
     if not rest and known.has(call, loss):

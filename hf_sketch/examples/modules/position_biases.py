@@ -69,7 +69,7 @@ class PositionBiases:
         for layer in self._layers if self.tables else ():
             give = partial(self._give, current)
             hook = layer.register_forward_pre_hook(give, with_kwargs=True)
-            # Before the hook by which ZeRO-3 gives every output another place.
+            # Before the hook of ZeRO-3 that replaces every output by an alias.
             take = layer.register_forward_hook(self._take_back, prepend=self._in_shards)
             undo += [hook.remove, take.remove]
         return undo

@@ -38,8 +38,8 @@ def assert_rows_stay(name, change, reference=lambda model: model):
     torch.testing.assert_close(rows, wanted, rtol=1e-9, atol=1e-12)
 
 
-def give_outputs_another_place(model):
-    """Put an alias in the place of each output, as the pre-backward hooks do."""
+def replace_outputs_by_aliases(model):
+    """Replace each output, as the pre-backward hooks of ZeRO-3 do."""
 
     def alias(x):
         return x.view_as(x) if isinstance(x, torch.Tensor) else x
@@ -49,8 +49,8 @@ def give_outputs_another_place(model):
     return model
 
 
-def test_position_biases_are_found_again_in_another_place():
-    assert_rows_stay("t5", give_outputs_another_place)
+def test_position_biases_are_found_again_if_they_are_aliases():
+    assert_rows_stay("t5", replace_outputs_by_aliases)
 
 
 def with_adapters(model):
