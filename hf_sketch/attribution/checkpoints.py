@@ -32,7 +32,7 @@ def sketch_checkpoints(
         load: returns the model of a checkpoint's folder, as
             `AutoModelForSequenceClassification.from_pretrained`.
         checkpoints: folders `checkpoint-<step>` of a Trainer.
-        dataset: tokenised examples, as for `sketch_dataset`.
+        dataset: tokenized examples, as for `sketch_dataset`.
         model_sketch: the map.
         options: for `sketch_dataset`.
 

@@ -40,7 +40,7 @@ def sketch_dataset(
     Args:
         model: the model, with the same parameters trainable as when `model_sketch` was
             made.
-        dataset: tokenised examples, as for `Trainer(eval_dataset=...)`; columns that
+        dataset: tokenized examples, as for `Trainer(eval_dataset=...)`; columns that
             the model does not take are ignored.
         model_sketch: the map; for queries of a store, `store.model_sketch`. With a
             `trainer` it defaults to the map of the store in its `output_dir`.

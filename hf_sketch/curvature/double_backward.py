@@ -45,7 +45,7 @@ def obstacle_to_double_backward(model: nn.Module) -> str | None:
                 "which computes gradients in the forward pass"
             )
     if getattr(model, "is_quantized", False):
-        return "the weights are quantised, and their kernels have no double backward"
+        return "the weights are quantized, and their kernels have no double backward"
     return None
 
 

@@ -99,7 +99,7 @@ def _relative_change(ahead: list[Tensor], behind: list[Tensor]) -> float:
 class _Before:
     """A tensor as it was before it moved a little, in half of its memory.
 
-    Read as integers, float32 numbers and their near neighbours differ by few units,
+    Read as integers, float32 numbers and their near neighbors differ by few units,
     which fit 16 bits. The elements that moved further are kept whole.
 
     Args:

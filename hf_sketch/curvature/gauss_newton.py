@@ -15,7 +15,7 @@ from hf_sketch.model.sketch import ModelSketch
 
 
 class GaussNewtonOperator(CurvatureOperator):
-    """The generalised Gauss-Newton matrix J.T H_loss J of the mean loss.
+    """The generalized Gauss-Newton matrix J.T H_loss J of the mean loss.
 
     J is the derivative of the model's logits, H_loss the Hessian of the loss with
     respect to them. It is positive semi-definite where the loss is convex in the

@@ -38,7 +38,7 @@ class CurvatureOperator(ABC):
         mode: "autograd" differentiates the gradient (about 4 times its time, 2.6 times
             its memory); "finite_difference" takes the gradient at two near points (2
             times, 1.1 times; any attention kernel, float32 parameters); "auto" is
-            autograd unless the model is compiled, quantised or runs Liger kernels.
+            autograd unless the model is compiled, quantized or runs Liger kernels.
         unit: the loss is the mean over all "tokens" with a label, or over "examples",
             each the mean over its own tokens. With a `loss_fn`, batches weigh as much
             as they have labels other than -100, or examples.

@@ -197,7 +197,7 @@ def _search(directory: Path) -> dict[str, Any]:
 
 
 def _svg(name: str, drawn: Any) -> Markup:
-    """A picture of `hf_sketch.report.plots` in the page's own colours."""
+    """A picture of `hf_sketch.report.plots` in the page's own colors."""
     plots = importlib.import_module("hf_sketch.report.plots")
     matplotlib = importlib.import_module("matplotlib")
     buffer = io.StringIO()

@@ -20,7 +20,7 @@ class AFJL(MixedSketch):
     inputs for which it fails: the rows of H1 that are kept repeat the same signs on
     coordinates one leading stride apart, so that two of them cancel or double
     (tests/sketches/test_operator_limits.py). With mix="fft" the kept rows are
-    neighbours, and coordinates near both ends of a block are kept with weights that
+    neighbors, and coordinates near both ends of a block are kept with weights that
     vary with the seed.
 
     Args and errors are those of AFFD.

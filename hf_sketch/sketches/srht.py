@@ -28,7 +28,7 @@ class SRHT(BlockedSketch):
     `out_size`. docs/srht.md derives this.
 
     With longer blocks (or one, the default) only the first coordinates of the rotated
-    block are kept: the subsampled randomised Hadamard transform, whose rows are chosen
+    block are kept: the subsampled randomized Hadamard transform, whose rows are chosen
     by the permutations within the transform's factors.
 
     Args:

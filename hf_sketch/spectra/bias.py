@@ -23,7 +23,7 @@ def unbiased_eigenvalues(
 
         1 / l = (1 + p sum_j s_j / (s - s_j)) / s
 
-    over all but s itself. A neighbour within the sketch's scatter, s * sqrt(v), pushes
+    over all but s itself. A neighbor within the sketch's scatter, s * sqrt(v), pushes
     less than its distance says. The scatter of l grows by the slope of this map.
 
     Within the bulk, where the slope is steep, only p tr(H) is subtracted.

@@ -91,7 +91,7 @@ def spectral_density(
     Reference:
         Ghorbani, Krishnan, Xiao 2019, arXiv:1901.10159, Algorithm 1; differs in the
         default width (their code's, sqrt(1e-5 range) for ranges above 1, shows single
-        Ritz values and depends on the unit), and normalises no grid.
+        Ritz values and depends on the unit), and normalizes no grid.
     """
     check_count("probes", probes)
     _check_width(width)
@@ -225,7 +225,7 @@ class _Products:
 
 
 def _fill_range(multiply: _Products, basis: Basis, seed: int) -> int:
-    """Orthonormalise products with random signs; return how many are independent."""
+    """Orthonormalize products with random signs; return how many are independent."""
     rank, largest = 0, 0.0
     for number in range(len(basis.rows)):
         vector = multiply(_signs(multiply.operator, seed, "trace-sketch", number))

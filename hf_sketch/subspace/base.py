@@ -105,7 +105,7 @@ def draw_subspace(config: SubspaceConfig, base: BaseModel) -> ModelSketch:
 
     Raises:
         ValueError: no parameter is covered, `max_dim` is above their number, the base
-            model is quantised, in shards, spread over devices or has recurrent layers,
+            model is quantized, in shards, spread over devices or has recurrent layers,
             or it is not the one that the adapter was trained on.
     """
     loaded = config.base_fingerprint is not None
@@ -158,11 +158,11 @@ def _check_covered(
             f"dim and max_dim must be at most {elements}, the number of parameters, "
             f"got {config.largest_dim}: pass a smaller one."
         )
-    quantised = [n for n, p in covered.items() if not p.is_floating_point()]
-    if quantised or getattr(base.model, "is_quantized", False):
+    quantized = [n for n, p in covered.items() if not p.is_floating_point()]
+    if quantized or getattr(base.model, "is_quantized", False):
         raise ValueError(
-            "a subspace needs parameters in floating point, got a quantised model "
-            f"({', '.join(quantised[:3]) or 'is_quantized'}): load it without a "
+            "a subspace needs parameters in floating point, got a quantized model "
+            f"({', '.join(quantized[:3]) or 'is_quantized'}): load it without a "
             "quantization_config."
         )
     check_whole("a subspace", covered.values())

@@ -46,8 +46,8 @@ class AttributeArguments:
     layers: str | None = field(
         default=None,
         metadata={
-            "help": "Groups of layers that scores are of, comma-separated, each with a "
-            "weight after = if it is not 1 (hf-sketch info names them); by default all."
+            "help": "Groups of layers to score, comma-separated, each with a weight "
+            "after = if it is not 1 (hf-sketch info names them); by default all."
         },
     )
     top_k: int = field(default=5, metadata={"help": "Proponents per query."})

@@ -38,8 +38,8 @@ class DimensionArguments:
     layout: str | None = field(
         default=None,
         metadata={
-            "help": "blocked, factored or flat. By default flat for qk, ffd and dense, "
-            "whose sketch must not be larger than a block, else blocked."
+            "help": "grouped, blocked, factored or flat. By default flat for qk, ffd, "
+            "and dense, whose sketch must not be larger than a block, else blocked."
         },
     )
     start_dim: int = field(
@@ -125,7 +125,8 @@ class SnliArguments(DimensionArguments):
     Defaults follow Schioppa (2024). The paper does not state where the search starts
     and ends: 2^10 and 2^14 are the dimensions its 10,000 steps have stages for.
     Accuracy is a fraction. The paper's smallest improvement of 0.1 has no unit and is
-    read as 0.1 points, 0.001: otherwise all stages that gain under 10 points double.
+    taken as 0.1 percentage points, 0.001. As a fraction, it would double the dimension
+    after each stage that gains under 10 points.
 
     --resume_from_checkpoint true resumes the search from its last checkpoint, and does
     not repeat full fine-tuning, or trainings of a bisection, that have ended.

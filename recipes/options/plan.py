@@ -57,7 +57,7 @@ class PlanArguments:
         default=1, metadata={"help": "Record every `every_steps`-th step."}
     )
     per_step: bool = field(
-        default=True, metadata={"help": "Record one row per step as well."}
+        default=True, metadata={"help": "Whether one row per step is recorded as well."}
     )
     spectrum_out_size: int = field(
         default=2**14, metadata={"help": "Numbers per sketch of the Hessian."}
@@ -67,7 +67,9 @@ class PlanArguments:
     )
     measure: bool = field(
         default=False,
-        metadata={"help": "Measure on this machine how fast it sketches (seconds)."},
+        metadata={
+            "help": "Measure how fast this machine sketches; takes a few seconds."
+        },
     )
     numbers_per_second: float | None = field(
         default=None,

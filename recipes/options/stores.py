@@ -41,7 +41,7 @@ class UpgradeArguments:
 
 @dataclass
 class CompactArguments:
-    """Join small files of stores into files of at least 256 MiB, in place."""
+    """Join small files of stores into files of about 0.9 GiB, in place."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ class ExportArguments:
 
 @dataclass
 class UploadArguments:
-    """Add to a store at a URL what it lacks of one here, also while a run writes it."""
+    """Upload a store to a URL, sending only what is new, also while a run writes it."""
 
     url: str = field(
         metadata={"help": "Directory for the store, such as s3://bucket/run/sketches."}

@@ -41,7 +41,7 @@ class Bergson(TrainingRecorder):
         self._adam = adam
         if adam:
             self.note += (
-                "; normalised by Adam's second moments from the second step on, so "
+                "; normalized by Adam's second moments from the second step on, so "
                 "that r, of the first batch, is that of rows as they are without"
             )
 

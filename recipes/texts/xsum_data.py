@@ -22,7 +22,7 @@ _BESIDES = (
     "nobody had announced it",
     "a dog watches from afar",
     "two children stop and stare",
-    "the neighbours have seen it before",
+    "the neighbors have seen it before",
     "a clock strikes somewhere",
     "one passer-by asks why and gets no answer",
     "it takes longer than planned",

@@ -85,10 +85,10 @@ def test_liger_kernels_get_finite_differences(part, monkeypatch, bf16_accelerato
     assert HessianOperator(model, [batch]).mode == FINITE
 
 
-def test_quantised_models_get_finite_differences():
+def test_quantized_models_get_finite_differences():
     model = Head()
     model.is_quantized = True
-    assert_only_finite_differences(model, head_batch(), "the weights are quantised")
+    assert_only_finite_differences(model, head_batch(), "the weights are quantized")
 
 
 def test_what_only_shows_in_the_second_backward_pass_gets_them_with_a_warning():

@@ -20,23 +20,23 @@ CONFIG = LlamaConfig(
 
 
 def four_bits(model):
-    quantised = pytest.importorskip("bitsandbytes").nn
+    quantized = pytest.importorskip("bitsandbytes").nn
 
     def layer(linear):
         sizes = linear.in_features, linear.out_features
         settings = {"compute_dtype": torch.float32, "quant_type": "nf4"}
-        return quantised.Linear4bit(*sizes, bias=False, **settings)
+        return quantized.Linear4bit(*sizes, bias=False, **settings)
 
     replace_layers(model, layer)
     model.is_loaded_in_4bit = True
 
 
 def eight_bits(model):
-    quantised = pytest.importorskip("bitsandbytes").nn
+    quantized = pytest.importorskip("bitsandbytes").nn
 
     def layer(linear):
         sizes = linear.in_features, linear.out_features
-        return quantised.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+        return quantized.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
 
     replace_layers(model, layer)
     model.is_loaded_in_8bit = True
@@ -51,17 +51,17 @@ def replace_layers(model, layer):
     for path, module in list(model.model.named_modules()):
         if isinstance(module, nn.Linear):
             around, _, name = path.rpartition(".")
-            quantised = layer(module)
-            quantised.load_state_dict(module.state_dict())
-            setattr(model.model.get_submodule(around), name, quantised.to("cpu"))
+            quantized = layer(module)
+            quantized.load_state_dict(module.state_dict())
+            setattr(model.model.get_submodule(around), name, quantized.to("cpu"))
 
 
 @pytest.mark.filterwarnings("ignore")  # of the packages
-@pytest.mark.parametrize("quantise", [four_bits, eight_bits, eight_bits_of_torchao])
-def test_rows_are_those_of_single_examples(quantise):
+@pytest.mark.parametrize("quantize", [four_bits, eight_bits, eight_bits_of_torchao])
+def test_rows_are_those_of_single_examples(quantize):
     torch.manual_seed(0)
     base = LlamaForCausalLM(CONFIG).requires_grad_(False)
-    quantise(base)
+    quantize(base)
     config = peft.LoraConfig(
         r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
     )

@@ -235,8 +235,8 @@ def test_weights_that_multiply_outputs_are_no_penalty(tmp_path):
 
 def test_batch_normalisation_is_refused(tmp_path):
     model = tiny_bert().eval()  # as from_pretrained gives it; training starts later
-    normalised = torch.nn.BatchNorm1d(32).eval()
-    model.classifier = torch.nn.Sequential(normalised, model.classifier)
+    normalized = torch.nn.BatchNorm1d(32).eval()
+    model.classifier = torch.nn.Sequential(normalized, model.classifier)
     trainer = tiny_trainer(tmp_path, GradientSketchCallback(SIZE), model=model)
     with pytest.raises(ValueError, match="got BatchNorm1d in training mode"):
         trainer.train()

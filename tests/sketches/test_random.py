@@ -53,7 +53,7 @@ def test_bits_of_a_word_are_independent(words, shift):
     assert_uncorrelated(words, rotated)
 
 
-def test_neighbouring_indices_are_independent(words):
+def test_neighboring_indices_are_independent(words):
     assert_uncorrelated(words[1:], words[:-1])
     assert_uncorrelated(words[2**16 :], words[: -(2**16)])
 

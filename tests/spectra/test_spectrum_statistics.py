@@ -58,7 +58,7 @@ def test_eigenvalues_that_push_each_other_are_put_back():
         error = float(spectrum.standard_errors[place]) ** 2 - float(residuals[place])
         assert error > 2 / SIZE * value**2 * gain
     alone, _ = undone(sketched, [*counts[:3], 0, 1], SIZE)[4]
-    assert wanted[4][0] < alone - 25 / SIZE  # its neighbour pushed it outwards
+    assert wanted[4][0] < alone - 25 / SIZE  # its neighbor pushed it outwards
 
 
 def test_within_the_bulk_only_the_shift_is_taken_off():

@@ -32,7 +32,7 @@ class Perceptron(nn.Module):
 
 
 class Convolution(nn.Module):
-    """A convolution of embeddings, normalised, and a head."""
+    """A convolution of embeddings, normalized, and a head."""
 
     def __init__(self) -> None:
         super().__init__()

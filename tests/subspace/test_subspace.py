@@ -176,10 +176,10 @@ def test_operators_that_do_not_fit_a_parameter_are_refused():
     assert len(get_peft_model(nn.Linear(300, 300), config).base_model.omega) == 1000
 
 
-def test_quantised_models_are_refused():
+def test_quantized_models_are_refused():
     model = tiny_model("gpt2", torch.float32)
     model.is_quantized = True
-    with pytest.raises(ValueError, match=r"quantised model.*quantization_config"):
+    with pytest.raises(ValueError, match=r"quantized model.*quantization_config"):
         get_peft_model(model, SubspaceConfig(dim=8))
 
 

@@ -11,7 +11,7 @@ def test_a_config_says_how_attention_is_computed():
     assert model.config._attn_implementation == "eager"
 
 
-def test_a_model_that_is_loaded_for_quantisation_says_so(monkeypatch):
+def test_a_model_that_is_loaded_for_quantization_says_so(monkeypatch):
     monkeypatch.setattr(HfQuantizer, "__abstractmethods__", frozenset())
     model = GPT2LMHeadModel(GPT2Config(**SMALL))
     config = BitsAndBytesConfig(load_in_8bit=True)

@@ -1,4 +1,4 @@
-"""The rules of normalising layers."""
+"""The rules of normalizing layers."""
 
 import dataclasses
 import operator
@@ -21,7 +21,7 @@ _PLAIN: Final = {1.0: 1.0}  # the slope of y = w * n
 
 
 class LayerNorm(Rule):
-    """y = W * normalised(x) + b."""
+    """y = W * normalized(x) + b."""
 
     def forward(self, call: Call) -> tuple[ExampleSplit, Tensor] | None:
         return (call.split, call.input) if call.has_input else None
@@ -32,8 +32,8 @@ class LayerNorm(Rule):
         split, x = saved
         module: Any = self.module
         shape = list(module.normalized_shape)
-        normalised = functional.layer_norm(x.to(gradient), shape, eps=module.eps)
-        for name, part in (("weight", gradient * normalised), ("bias", gradient)):
+        normalized = functional.layer_norm(x.to(gradient), shape, eps=module.eps)
+        for name, part in (("weight", gradient * normalized), ("bias", gradient)):
             yield name, over_tokens(split, part, len(shape)), None
 
 

@@ -27,12 +27,12 @@ def token_losses(
         labels = functional.pad(labels, (virtual, 0), value=_IGNORED)
     if classes and labels.numel() == logits[..., 0].numel():
         labels = labels.view(logits.shape[:-1]).to(logits.device)
-        normalisers = _log_sum_exp(logits)
+        normalizers = _log_sum_exp(logits)
         choices = [labels]
         if logits.dim() == 3:
             choices.append(functional.pad(labels[:, 1:], (0, 1), value=_IGNORED))
         for chosen in reversed(choices) if causal else choices:
-            yield _cross_entropy(logits, chosen, normalisers)
+            yield _cross_entropy(logits, chosen, normalizers)
     elif logits.dim() == 2 and labels.numel() == logits.numel():
         labels = labels.view_as(logits)
         if problem_type == "regression" or logits.shape[1] == 1:
@@ -76,10 +76,10 @@ def _log_sum_exp(logits: Tensor) -> Tensor:
 
 
 def _cross_entropy(
-    logits: Tensor, labels: Tensor, normalisers: Tensor
+    logits: Tensor, labels: Tensor, normalizers: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every label that is not ignored."""
     counted = labels != _IGNORED
     chosen = logits.gather(-1, (labels * counted).unsqueeze(-1)).squeeze(-1)
-    losses = (normalisers - chosen).where(counted, 0)
+    losses = (normalizers - chosen).where(counted, 0)
     return losses, counted.to(losses)

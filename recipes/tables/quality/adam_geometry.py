@@ -1,4 +1,4 @@
-"""Inner products of Adam-normalised gradients: exact, of rank-one moments, sketched.
+"""Inner products of Adam-normalized gradients: exact, of rank-one moments, sketched.
 
 What `GradientSketchCallback(normalize="adam")` records is the last. With `--lora_rank`,
 only adapters train, as in LESS (Xia et al. 2024), which ranks by the cosine.

@@ -134,7 +134,7 @@ def checkpoint(directory: Path, place: int, steps: int) -> Path:
 
 
 def residuals(directory: Path, steps: int) -> dict[str, Any]:
-    """Return the residuals over the whole run, and between neighbours."""
+    """Return the residuals over the whole run, and between neighbors."""
     ends = [checkpoint(directory, place, steps) for place in range(_CHECKPOINTS + 1)]
     whole = verify_training(directory, ends[0], ends[-1])
     parts = [verify_training(directory, *pair) for pair in pairwise(ends)]
