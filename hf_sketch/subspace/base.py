@@ -25,7 +25,9 @@ class BaseModel:
         self.model = model
         self.parameters: dict[str, nn.Parameter] = {}
         self.find_parameters()
-        self.frozen = [n for n, p in self.parameters.items() if not p.requires_grad]
+        frozen = [n for n, p in self.parameters.items() if not p.requires_grad]
+        # PEFT freezes all of a model's, and leaves them so when it unloads.
+        self.frozen = frozen if len(frozen) < len(self.parameters) else []
         self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def find_parameters(self) -> None:

@@ -1,7 +1,7 @@
 """The coordinates of subspace adapters, and their gradient, folded as it appears."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,18 +15,26 @@ from hf_sketch.subspace.config import SubspaceConfig
 _RANDOM: Final = 0.02  # of what omega is drawn at random with
 
 
-class Coordinates(nn.Module, BaseTunerLayer):
-    """The coordinates omega of all adapters; what PEFT takes for the adapter's layer.
+class Omega(nn.Module):
+    """The coordinates of one adapter, named as those of LoRA's layers are.
 
     Shapes:
-        subspace_omega[name] (dim,)
+        weight (dim,)
     """
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values)
+
+
+class Coordinates(nn.Module, BaseTunerLayer):
+    """The coordinates of all adapters; what PEFT takes for the adapter's layer."""
 
     adapter_layer_names = ("subspace_omega",)
 
     def __init__(self) -> None:
         super().__init__()
-        self.subspace_omega = nn.ParameterDict()
+        self.subspace_omega = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._like: tuple[Tensor, ...] = ()  # in a tuple, so as not to register it
 
@@ -46,7 +54,11 @@ class Coordinates(nn.Module, BaseTunerLayer):
         omega = torch.zeros(config.dim, dtype=like.dtype, device=like.device)
         if not config.init_weights:
             omega.normal_(std=_RANDOM)
-        self.subspace_omega[adapter_name] = nn.Parameter(omega)
+        self.subspace_omega[adapter_name] = Omega(omega)
+
+    def of(self, adapter_name: str) -> Omega:
+        """The coordinates of an adapter."""
+        return cast(Omega, self.subspace_omega[adapter_name])
 
 
 class OmegaGradient:

@@ -1,6 +1,9 @@
 """Forward and backward passes of a base model at theta0 + S.T omega."""
 
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,6 +15,16 @@ from hf_sketch.subspace.omega import OmegaGradient
 from hf_sketch.subspace.weights import MovedWeights
 
 Adapter = tuple[str, ModelSketch, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """A forward pass for training: its adapter, and where which tensors were used."""
+
+    sketch: ModelSketch
+    omega: Tensor
+    uses: list[tuple[nn.Module, str, str]]
+    tensors: list[tuple[str, Tensor]]
 
 
 class Theta:
@@ -32,7 +45,7 @@ class Theta:
         self._active = active
         self._now: tuple[str, Tensor] | None = None  # adapter and omega of theta
         self._depth = 0
-        self._recomputes = False
+        self._awaited: list[_Pass] = []  # their backward passes call modules again
         own = cast(Any, self)  # the decorator's types hide that these are methods
         self._handles = [
             handle
@@ -42,9 +55,18 @@ class Theta:
                 module.register_forward_hook(own._after, always_call=True),
             )
         ]
+        hooks = [model.register_load_state_dict_pre_hook(own._before_loading)]
+        if on_disk:
+            hooks.append(model.register_state_dict_pre_hook(own._before_saving))
+        self._handles += hooks
 
     def restore(self) -> None:
-        """Leave the base model at theta0."""
+        """Leave the base model at theta0.
+
+        Raises:
+            RuntimeError: theta0 is on disk, and a backward pass still needs theta.
+        """
+        self._check_free()
         self.base.put_back()
         self._weights.restore()
         self._now = None
@@ -53,7 +75,7 @@ class Theta:
         """Leave the active adapter's theta in the parameters."""
         adapter = self._active()
         assert adapter is not None
-        self.base.put_back()
+        self._leave()
         self._compute(*adapter)
         self._weights.exchange()
 
@@ -63,7 +85,7 @@ class Theta:
 
     def close(self, keep: bool) -> None:
         """Let the model go: at theta0, or at theta if that was merged and is kept."""
-        self.base.put_back()
+        self._leave()
         if not keep:
             self.restore()
         for handle in self._handles:
@@ -71,8 +93,15 @@ class Theta:
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Follow parameters that were moved to a device or cast."""
+        self._leave()
         self._weights.apply(function)
+        self._now = None
         self.base.find_parameters()
+
+    def _leave(self) -> None:
+        """Put the parameters back, whatever backward passes are still to come."""
+        self._awaited.clear()
+        self.base.put_back()
 
     def _compute(self, name: str, sketch: ModelSketch, omega: Tensor) -> None:
         """Compute theta, unless omega is as it was when that was done last."""
@@ -85,6 +114,8 @@ class Theta:
             torch.inference_mode(False),
             torch.autocast(omega.device.type, None, False),
         ):
+            if self._now is not None and self._now[0] != name:
+                self.restore()  # a backward pass may still need the other's theta
             self._now = name, omega.clone()
             if not omega.any():
                 self._weights.restore()
@@ -110,17 +141,61 @@ class Theta:
             (use[2], self._weights.at(use[2], self.base.parameters[use[2]]))
             for use in uses
         ]
-        trains = torch.is_grad_enabled() and omega.requires_grad
-        self._recomputes = trains and self.base.recomputes()
-        if trains:
-            gradient = OmegaGradient(sketch, omega, self.base.put_back)
-            self.base.put(uses, gradient.uses(tensors))
-        else:
+        if not (torch.is_grad_enabled() and omega.requires_grad):
             self.base.put(uses, (tensor for _, tensor in tensors))
+            return
+        own = _Pass(sketch, omega, uses, tensors)
+        gradient = OmegaGradient(sketch, omega, partial(self._forget, own))
+        self.base.put(uses, gradient.uses(tensors))
+        if self.base.recomputes():
+            self._awaited.append(own)
+            # Also where the loss is dropped without a backward pass.
+            weakref.finalize(gradient, self._forget, own).atexit = False
 
     @torch.compiler.disable
     def _after(self, *_: Any) -> None:
-        """After it: the parameters, unless the backward pass calls modules again."""
+        """After it: the parameters, or what a backward pass calls modules again with.
+
+        Other forward passes may come before it, as of a reference model.
+        """
         self._depth -= 1
-        if self._depth == 0 and not self._recomputes:
-            self.base.put_back()
+        if self._depth == 0:
+            self._put_awaited()
+
+    def _put_awaited(self) -> None:
+        self.base.put_back()
+        if not self._awaited:
+            return
+        own = self._awaited[-1]
+        with torch.inference_mode(False), torch.enable_grad():
+            # Of a graph of their own: only what modules save is used, and training's
+            # must not be kept here. PEFT freezes the omega of a disabled adapter.
+            omega = own.omega.detach().requires_grad_()
+            again = OmegaGradient(own.sketch, omega, self.base.put_back)
+            self.base.put(own.uses, again.uses(own.tensors))
+
+    def _forget(self, own: _Pass) -> None:
+        """After a pass's backward pass, or if there will be none."""
+        if own in self._awaited:
+            self._awaited.remove(own)
+            if self._depth == 0:
+                self._put_awaited()
+
+    def _check_free(self) -> None:
+        if self._weights.on_disk and self._awaited:
+            raise RuntimeError(
+                "With base_on_disk=True and activation checkpointing, the backward "
+                "pass must come before another adapter, or none, is used. Pass "
+                "base_on_disk=False, or switch checkpointing off."
+            )
+
+    def _before_saving(self, *_: Any) -> None:
+        """Let the state dict have theta0, as without `on_disk`."""
+        if self._now is not None and self._active() is not None:
+            self.restore()
+
+    def _before_loading(self, *_: Any) -> None:
+        """Make way for another theta0."""
+        if self._active() is not None:
+            self.restore()
+            self._weights.forget()

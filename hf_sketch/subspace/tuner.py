@@ -150,7 +150,7 @@ class SubspaceModel(BaseTuner):
     @property
     def omega(self) -> nn.Parameter:
         """The active adapter's coordinates: (dim,)."""
-        return self.coordinates.subspace_omega[self.active_adapters[0]]
+        return self.coordinates.of(self.active_adapters[0]).weight
 
     @property
     def model_sketch(self) -> ModelSketch:
@@ -166,18 +166,19 @@ class SubspaceModel(BaseTuner):
 
     def replace_omega(self, adapter_name: str, values: Tensor) -> nn.Parameter:
         """Give an adapter a new omega, which may have another length."""
-        omegas = self.coordinates.subspace_omega
-        trains = omegas[adapter_name].requires_grad
-        omegas[adapter_name] = nn.Parameter(values, requires_grad=trains)
+        omega = self.coordinates.of(adapter_name)
+        trains = omega.weight.requires_grad
+        omega.weight = nn.Parameter(values, requires_grad=trains)
         self.config_of(adapter_name).dim = len(values)
-        return omegas[adapter_name]
+        return omega.weight
 
     def _fit_to_loaded(
         self, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
     ) -> None:
         """Give omega the length of the one that is loaded, up to `max_dim`."""
-        for name, omega in list(self.coordinates.subspace_omega.items()):
-            loaded = state_dict.get(prefix + name)
+        for name in list(self.coordinates.subspace_omega):
+            loaded = state_dict.get(f"{prefix}{name}.weight")
+            omega = self.coordinates.of(name).weight
             config = self.config_of(name)
             if loaded is None or loaded.numel() == omega.numel():
                 continue

@@ -22,7 +22,7 @@ class MovedWeights:
     """
 
     def __init__(self, on_disk: bool = False) -> None:
-        self._on_disk = on_disk
+        self.on_disk = on_disk
         self._beside: dict[str, Tensor] = {}  # theta; theta0 on disk or while merged
         self._moved: dict[str, nn.Parameter] = {}
 
@@ -56,11 +56,11 @@ class MovedWeights:
         if name not in self._beside:
             self._beside[name] = self._copy(parameter.detach())
         here, beside = parameter.detach(), self._beside[name]
-        return (beside, here) if self._on_disk else (here, beside)
+        return (beside, here) if self.on_disk else (here, beside)
 
     def at(self, name: str, parameter: nn.Parameter) -> Tensor:
         """Return where a parameter has moved to; itself if it has not."""
-        if self._on_disk or name not in self._moved:
+        if self.on_disk or name not in self._moved:
             return parameter
         return self._beside[name]
 
@@ -69,14 +69,18 @@ class MovedWeights:
         """Leave all parameters but those `kept` at theta0, bit for bit."""
         for name in set(self._moved).difference(kept):
             parameter = self._moved.pop(name)
-            if self._on_disk:
+            if self.on_disk:
                 parameter.copy_(self._beside[name])
             else:
                 del self._beside[name]
 
+    def forget(self) -> None:
+        """Forget theta0, which is to change in the parameters."""
+        self._beside.clear()
+
     def exchange(self) -> None:
         """Merge theta into the parameters, or take it out again; nothing is copied."""
-        if self._on_disk:
+        if self.on_disk:
             return
         for name, parameter in self._moved.items():
             theirs = parameter.data
@@ -87,11 +91,11 @@ class MovedWeights:
         for name, tensor in self._beside.items():
             changed = function(tensor)
             if changed is not tensor:
-                self._beside[name] = self._copy(changed) if self._on_disk else changed
+                self._beside[name] = self._copy(changed) if self.on_disk else changed
 
     def _copy(self, tensor: Tensor) -> Tensor:
         """A copy in memory, or on the CPU in a file without a name."""
-        if not self._on_disk:
+        if not self.on_disk:
             return tensor.clone()
         with NamedTemporaryFile(prefix="hf-sketch-") as file:
             size, dtype = tensor.numel(), tensor.dtype

@@ -10,7 +10,7 @@ from tests.helpers.processes.distributed_training import subspace_settings
 from tests.helpers.processes.launching import results
 from tests.helpers.trained.training import tiny_trainer
 
-OMEGA = "base_model.coordinates.subspace_omega.default"
+OMEGA = "base_model.coordinates.subspace_omega.default.weight"
 
 pytestmark = pytest.mark.xdist_group("processes")
 

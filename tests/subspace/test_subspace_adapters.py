@@ -159,6 +159,25 @@ def test_frozen_and_excluded_parameters_stay(tmp_path):
     assert torch.equal(again(**batch).logits, logits)
 
 
+def test_all_of_a_frozen_model_moves():
+    model, tuner = adapted(tiny_model("gpt2", torch.float32))
+    merged = model.merge_and_unload()
+    assert not any(p.requires_grad for p in merged.parameters())
+    _, again = adapted(merged)
+    assert again.model_sketch.shapes == tuner.model_sketch.shapes
+
+
+def test_names_of_omega_end_as_those_of_lora_do(tmp_path):
+    """TRL copies an adapter by names with `.default.` in them."""
+    model, tuner = adapted(tiny_model("gpt2", torch.float32))
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            reference = model.get_parameter(name.replace(".default.", ".ref."))
+            reference.data.copy_(parameter.data)
+    assert torch.equal(tuner.coordinates.of("ref").weight, tuner.omega)
+
+
 def test_only_the_named_parameters_move():
     _, tuner = adapted(
         tiny_model("gpt2", torch.float32), target_parameters=["c_attn.weight"]
@@ -179,7 +198,8 @@ def test_modules_to_save_are_trained_in_full(tmp_path):
     plain = copy.deepcopy(base)
     model, tuner = adapted(base, task_type="SEQ_CLS")
     names = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert {name.split(".")[-2] for name in names} == {"default", "subspace_omega"}
+    kinds = {name.split(".")[-3] for name in names}
+    assert kinds == {"modules_to_save", "subspace_omega"}
     assert not any("classifier" in n for n, _ in tuner.model_sketch.shapes)
     model(**batch).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,136 @@
+"""Forward passes, saving and loading between a forward and its backward pass."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_sketch import SubspaceConfig
+from tests.helpers.adapters import adapted
+from tests.helpers.trained.tiny_models import tiny_inputs, tiny_model
+
+BATCH = tiny_inputs("llama")
+
+
+def disabled(model):
+    """As for the reference of preference training."""
+    with torch.no_grad(), model.disable_adapter():
+        model(**BATCH)
+    return 0
+
+
+def of_another_adapter(model):
+    """As for a frozen copy of the adapter that training began with."""
+    model.set_adapter("other")
+    with torch.no_grad():
+        model(**BATCH)
+    model.set_adapter("default")
+    return 0
+
+
+def without_gradients(model):
+    with torch.no_grad():
+        model(**BATCH)
+    return 0
+
+
+def in_inference_mode(model):
+    with torch.inference_mode():
+        model(**BATCH)
+    return 0
+
+
+def of_the_same_loss(model):
+    return model(**BATCH).loss
+
+
+OTHER_PASSES = [
+    disabled,
+    of_another_adapter,
+    without_gradients,
+    in_inference_mode,
+    of_the_same_loss,
+]
+
+
+def two_adapters(checkpointing, **settings):
+    model, tuner = adapted(tiny_model("llama"), **settings)
+    config = SubspaceConfig(dim=16, seed=4, init_weights=False, **settings)
+    model.add_adapter("other", config)
+    inner = model.get_base_model()
+    inner.config.use_cache = False
+    if checkpointing:
+        inner.activation_checkpointing_enable({"use_reentrant": False})
+    return model, tuner
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("other_pass", OTHER_PASSES)
+def test_other_passes_may_come_before_the_backward_pass(other_pass, checkpointing):
+    model, tuner = two_adapters(False)
+    model(**BATCH).loss.backward()
+    times = 2 if other_pass is of_the_same_loss else 1
+    expected = times * tuner.omega.grad
+    model, tuner = two_adapters(checkpointing)
+    for _ in range(2):
+        tuner.omega.grad = None
+        loss = model(**BATCH).loss
+        (loss + other_pass(model)).backward()
+        torch.testing.assert_close(tuner.omega.grad, expected)
+    del loss
+    assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("other_pass", [disabled, of_another_adapter])
+def test_with_theta0_on_disk_other_weights_are_refused(other_pass, checkpointing):
+    model, _ = two_adapters(checkpointing, base_on_disk=True)
+    loss = model(**BATCH).loss
+    message = "base_on_disk=False" if checkpointing else "modified by an inplace"
+    with pytest.raises(RuntimeError, match=message):
+        (loss + other_pass(model)).backward()
+
+
+def test_a_loss_without_a_backward_pass_leaves_theta0():
+    base = tiny_model("llama")
+    expected = copy.deepcopy(base.state_dict())
+    model, _ = adapted(base)
+    base.config.use_cache = False
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    loss = model(**BATCH).loss
+    assert not all(isinstance(p, nn.Parameter) for p in base.parameters())
+    del loss
+    assert all(isinstance(p, nn.Parameter) for p in base.parameters())
+    torch.testing.assert_close(base.state_dict(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_saved_weights_are_theta0_also_after_a_forward_pass(on_disk):
+    base = tiny_model("llama")
+    expected = copy.deepcopy(base.state_dict())
+    model, _ = adapted(base, base_on_disk=on_disk)
+    logits = model(**BATCH).logits
+    torch.testing.assert_close(base.state_dict(), expected, rtol=0, atol=0)
+    assert torch.equal(model(**BATCH).logits, logits)
+    model.merge_adapter()
+    merged = base.state_dict()
+    assert not torch.equal(merged["lm_head.weight"], expected["lm_head.weight"])
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_loaded_weights_replace_theta0_also_after_a_forward_pass(on_disk):
+    model, tuner = adapted(tiny_model("llama"), base_on_disk=on_disk)
+    model(**BATCH)
+    torch.manual_seed(9)
+    other = {n: p + 0.01 * torch.randn_like(p) for n, p in model.state_dict().items()}
+    model.load_state_dict(other)
+    fresh, _ = adapted(tiny_model("llama"), base_on_disk=on_disk)
+    fresh.load_state_dict(other)
+    expected = fresh(**BATCH).logits
+    assert torch.equal(model(**BATCH).logits, expected)
+    with torch.no_grad():
+        tuner.omega.mul_(2)
+        model(**BATCH)
+        tuner.omega.div_(2)
+    assert torch.equal(model(**BATCH).logits, expected)
