@@ -178,10 +178,13 @@ def best_groups(
 def best_places(scores: Tensor, top: int, bottom: int) -> tuple[BestRows, BestRows]:
     """Return where the greatest scores are, and the least (least first, negated).
 
+    Means over no finite row, which are NaN, are passed over.
+
     Shapes:
         scores (queries, n)
     """
-    none, places = BestRows.none(len(scores)), torch.arange(scores.shape[1])
+    places = scores.isnan().all(0).logical_not().nonzero().squeeze(1)
+    scores, none = scores[:, places], BestRows.none(len(scores))
     return none.and_of(scores, places, top), none.and_of(-scores, places, bottom)
 
 

@@ -3,7 +3,12 @@ import copy
 import pytest
 import torch
 
-from hf_sketch import ModelSketch, load_sketches, sketch_dataset
+from hf_sketch import (
+    ModelSketch,
+    concatenate_sketches,
+    load_sketches,
+    sketch_dataset,
+)
 from hf_sketch.callbacks import GradientSketchCallback
 from tests.helpers.rows_in_memory import SKETCH, random_matrix, rows_of
 from tests.helpers.trained.training import tiny_bert, tiny_dataset, tiny_trainer
@@ -77,6 +82,18 @@ def test_rows_that_are_not_finite_are_passed_over():
     with pytest.warns(UserWarning, match="Skipped 1 rows with a NaN .* finite=False"):
         top = store.attribute(rows_of(random_matrix(1, 1)), 10)
     assert sorted(top["example_id"]) == [100, 101, 103, 104]
+
+
+def test_examples_without_a_finite_row_have_no_mean_score():
+    rows, queries = random_matrix(5, 0), rows_of(random_matrix(2, 1))
+    expected = rows_of(rows).where(example_id=[100, 101, 103, 104])
+    expected = expected.attribute(queries, 2, "cosine", bottom_k=2)
+    rows[2, 1] = float("nan")
+    twice = concatenate_sketches([rows_of(rows)] * 2)
+    with pytest.warns(UserWarning, match="Skipped 2 rows with a NaN"):
+        top = twice.attribute(queries, 2, "cosine", bottom_k=2)
+    assert top["example_id"][:] == expected["example_id"][:]
+    assert top["score"][:] == pytest.approx(expected["score"][:], rel=1e-5)
 
 
 def test_where_picks_rows_by_columns():

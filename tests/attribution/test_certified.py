@@ -184,3 +184,54 @@ def test_quantiles_of_students_t_are_those_of_tables():
     assert _student(0.999, 60) == pytest.approx(3.232, abs=2e-3)
     assert _student(0.99, 30) == pytest.approx(2.457, abs=2e-3)
     assert _student(0.999, 16) == pytest.approx(3.686, abs=5e-3)
+
+
+def blank(data, numbers):
+    """The same examples, but some with a gradient of zero."""
+    x = data["x"][:].clone()
+    x[numbers] = 0
+    columns = {"x": x.tolist(), "labels": data["labels"][:].tolist()}
+    return Dataset.from_dict(columns).with_format("torch")
+
+
+@pytest.mark.parametrize("method", ["dot", "cosine"])
+def test_rows_of_zero_are_not_at_the_top(model, method):
+    data, x, labels = examples(40, 0)
+    data, x[[5, 9]] = blank(data, [5, 9]), 0
+    queries, *of_queries = examples(2, 1)
+    store = sketched(model, data, 0)
+    found = store.certified_top(
+        model, data, queries, TOP, method=method, sample=40, loss_fn=loss_fn
+    )
+    rows, asked = gradients(model, x, labels), gradients(model, *of_queries)
+    scores = asked @ rows.T
+    if method == "cosine":
+        norms = asked.norm(dim=1, keepdim=True) * rows.norm(dim=1)
+        scores = scores / norms.clamp(min=1e-30)
+    assert found.lines["example_id"][:] == scores.topk(TOP).indices.flatten().tolist()
+    assert bool(found.errors.isfinite().all())
+
+
+def test_queries_and_weights_that_say_nothing_are_refused(model):
+    data, *_ = examples(40, 0)
+    queries = blank(examples(3, 1)[0], [1])
+    store = sketched(model, data, 0)
+    with pytest.raises(ValueError, match=r"not zero, got others for the queries \[1\]"):
+        store.certified_top(model, data, queries, loss_fn=loss_fn)
+    with pytest.raises(ValueError, match="got 40 rows and 0 queries"):
+        store.certified_top(model, data, queries.select([]), loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("place", [0, -1], ids=["in the sample", "later"])
+def test_an_example_whose_gradient_is_not_finite_is_named(model, place):
+    data, x, _ = examples(40, 0)
+    store = sketched(model, data, 0)
+    number = int(CounterRandom(0, "certified").permutation(40)[place])
+
+    def broken(output, batch):
+        found = (batch["x"] == x[number]).all(1)
+        return loss_fn(output, batch) * found.float().mul(torch.nan).where(found, 1)
+
+    settings = {"top_k": 40, "sample": 16, "loss_fn": broken}
+    with pytest.raises(ValueError, match=f"of example {number} is not .*checkpoint"):
+        store.certified_top(model, data, examples(1, 1)[0], **settings)

@@ -1,6 +1,7 @@
 """The rows with the greatest exact scores, found by way of their sketches."""
 
 import heapq
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import NormalDist
@@ -108,9 +109,10 @@ def certified_top(
         the rows of each query with exact scores, and how many were computed.
 
     Raises:
-        ValueError: an example has several rows, a row is not finite, or a row is not
-            the sketch of its example's gradient at the model's weights; or a setting is
-            out of range.
+        ValueError: there are no rows or no queries, an example has several rows, a row
+            is not finite, a query's gradient is zero, a gradient is not finite, or a
+            row is not the sketch of its example's gradient at the model's weights; or a
+            setting is out of range.
 
     Examples:
         >>> import torch
@@ -198,17 +200,21 @@ class _Search:
                 f"{len(ids)} rows of {len(np.unique(ids))} examples. Keep those of one "
                 "state of the model with where(step=..., finite=True)."
             )
+        if not len(ids) or not len(queries):
+            raise ValueError(
+                f"Exact scores need rows and queries, got {len(ids)} rows and "
+                f"{len(queries)} queries."
+            )
         exact = [gradients.of(query) for query in queries]
         sketches = torch.stack([rows.model_sketch.sketch(x) for x in exact]).cpu()
         matrix = QueryMatrix((sketches.float(),))
         cosines = dense_scores(RowShare(rows.dataset), matrix, Cosine()).double()
         held = gradients.held(exact)
+        norms = _usable(held.norms())
         scale = torch.ones(len(ids), dtype=torch.float64)
         if method == "dot":
             scale = torch.from_numpy(column(rows.dataset, "gradient_norm")).double()
-        return cls(
-            rows, gradients, dataset, held, held.norms(), cosines, scale, ids, method
-        )
+        return cls(rows, gradients, dataset, held, norms, cosines, scale, ids, method)
 
     def compute(self, place: int, check: bool = False) -> None:
         """Compute the exact scores of a row, unless they are known."""
@@ -218,8 +224,15 @@ class _Search:
         if check:
             self._check(place, gradient)
         products, norm = self.gradients.products(self.held, gradient)
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"The gradient of example {self.ids[place]} is not finite at the "
+                "model's weights. Pass the checkpoint that the rows were sketched at."
+            )
         scores = products / self.norms
-        self.scores[:, place] = scores / norm if self.method == "cosine" else scores
+        if self.method == "cosine" and norm > 0:  # a zero's cosine is 0, as sketched
+            scores = scores / norm
+        self.scores[:, place] = scores
         self.known[place] = True
 
     def errors(self, places: Tensor) -> Tensor:
@@ -273,13 +286,29 @@ class _Search:
         row = sketch_matrix(self.rows.dataset.select([place])).squeeze(0)
         expected = self.rows.model_sketch.sketch(gradient).cpu()
         distance = float((row - expected).norm() / expected.norm().clamp(min=1e-30))
-        if distance > _OFF:
+        if not distance <= _OFF:
             raise ValueError(
                 f"The row of example {self.ids[place]} is not the sketch of its "
                 f"gradient at the model's weights, but off by {distance:.3g} of its "
                 "norm. Pass the checkpoint that the rows were sketched at, or sketch "
                 "them with sketch_dataset."
             )
+
+
+def _usable(norms: Tensor) -> Tensor:
+    """Return the norms of queries' gradients, unless one says nothing.
+
+    Raises:
+        ValueError: a gradient is zero or not finite.
+    """
+    unusable = (~norms.isfinite() | (norms == 0)).nonzero().squeeze(1).tolist()
+    if unusable:
+        raise ValueError(
+            "Each query needs a finite gradient that is not zero, got others for the "
+            f"queries {unusable}. Leave them out, and check that their labels are not "
+            "all -100."
+        )
+    return norms
 
 
 def _student(probability: float, degrees: int) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_sketch.examples.own_loss import own_part
 from hf_sketch.examples.sketcher import ExampleLossFunction
 from hf_sketch.model.sketch import ModelSketch
+from hf_sketch.sketches.operator import accumulation_dtype
 
 _ELEMENTS_AT_ONCE = 2**16  # in float32, before float64 takes over
 
@@ -97,5 +98,6 @@ class HeldGradients:
             for part, other in zip(
                 parts, gradient[name].split(_ELEMENTS_AT_ONCE), strict=True
             ):
-                total += (part @ other).double().cpu()
+                dtype = accumulation_dtype(part.dtype)
+                total += (part.to(dtype) @ other.to(dtype)).double().cpu()
         return total
