@@ -1,6 +1,6 @@
 """The examples that a guard protects."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,10 +9,11 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_sketch.attribution.methods import Cosine
+from hf_sketch.attribution.sketching import evaluation_loader
 from hf_sketch.examples.calls import IGNORED
 from hf_sketch.examples.sketcher import ExampleSketcher
 from hf_sketch.model.state import evaluation_mode
@@ -50,21 +51,11 @@ class GuardSet:
                 "dataset with a length, like eval_dataset."
             )
         self._args, self._model, self._sketcher = trainer.args, model, sketcher
-        given: Any = queries
-        loader: Any = trainer.get_eval_dataloader(given)
-        rows, size = loader.dataset, trainer.args.per_device_eval_batch_size
-        self._count = len(rows)
+        self._count, size = len(queries), trainer.args.per_device_eval_batch_size
         rank, ranks = trainer.args.process_index, trainer.args.world_size
         own = range(rank, self._count, ranks)
         self._places = [list(own[i : i + size]) for i in range(0, len(own), size)]
-        with evaluation_mode(model):  # a collator may draw random numbers
-            self._batches = [
-                send_to_device(
-                    dict(loader.collate_fn([rows[i] for i in places])),
-                    trainer.args.device,
-                )
-                for places in self._places
-            ]
+        self._batches = _collated(trainer, model, queries, self._places)
 
     def sketched(self) -> Tensor:
         """Return the sketches, each divided by its norm; all processes call together.
@@ -80,7 +71,7 @@ class GuardSet:
         like = next(iter(self._sketcher.parameters.values()))
         size = self._sketcher.model_sketch.row_size
         found = torch.zeros(self._count, size, device=like.device)
-        with self._ready():
+        with _ready(self._args, self._model, self._sketcher):
             for places, batch in zip(self._places, self._batches, strict=True):
                 rows = self._sketcher.sketch(batch).rows
                 if len(rows) != len(places):
@@ -92,51 +83,72 @@ class GuardSet:
         found = Cosine().transform(found.where(found.isfinite().all(1, True), 0.0))
         return reduced(found, "sum")
 
-    def check_ignored_labels(self) -> None:
-        """Raise unless a label of -100 takes an example out of the loss.
 
-        Raises:
-            ValueError: it does not, or there are no such labels.
-        """
-        batch = dict(self._batches[0]) if self._batches else {}
-        labels = batch.get("labels")
-        if not batch:
-            return
-        if not isinstance(labels, Tensor) or labels.is_floating_point():
-            raise ValueError(
-                'action="quarantine" sets labels to -100, but the batches of '
-                f"{[*batch]} have no integer labels. Pass action='skip'."
-            )
-        batch["labels"] = labels.clone()
-        batch["labels"][0] = IGNORED
-        with self._ready():
-            found = self._sketcher.sketch(batch)
-        if len(labels) > 1 and bool(found.weights[0] != 0):
-            raise ValueError(
-                'action="quarantine" sets labels to -100, but the loss of this model '
-                "counts such examples. Pass action='skip'."
-            )
+def check_ignored_labels(
+    trainer: Trainer, model: nn.Module, sketcher: ExampleSketcher
+) -> None:
+    """Raise unless a label of -100 takes an example out of the loss.
 
-    @contextmanager
-    def _ready(self) -> Generator[None]:
-        """Sketch nothing but what is asked for, in evaluation mode."""
-        with (
-            uncompiled(self._args),
-            evaluation_mode(self._model),
-            self._sketcher,
-            self._sketcher.paused(),
-        ):
-            yield
+    Every process tries it on the first two examples of the training set.
 
-
-def first_two(dataset: Any) -> Any:
-    """Return the first two examples of a training set, or its only one."""
+    Raises:
+        ValueError: it does not, or examples have no numbers, or no labels of their own.
+    """
+    dataset: Any = trainer.train_dataset
     if not has_length(dataset):
         raise ValueError(
             f'action="quarantine" needs numbered examples, got a '
             f"{type(dataset).__name__}. Pass action='skip'."
         )
-    places = range(min(2, len(dataset)))
-    given: Any = dataset
-    own = isinstance(dataset, Dataset)
-    return given.select(places) if own else Subset(given, places)
+    places = list(range(min(2, len(dataset))))
+    some = (
+        dataset.select(places)
+        if isinstance(dataset, Dataset)
+        else Subset(dataset, places)
+    )
+    (batch,) = _collated(trainer, model, some, [places])
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        raise ValueError(
+            'action="quarantine" sets labels to -100, but the batches of '
+            f"{[*batch]} have no integer labels. Pass action='skip'."
+        )
+    if len(labels) != len(places):
+        raise ValueError(
+            'action="quarantine" sets the labels of examples to -100, but a batch of '
+            f"{len(places)} has labels of shape {tuple(labels.shape)}. Pass a collator "
+            "that gives one row per example, or action='skip'."
+        )
+    batch["labels"] = labels.clone()
+    batch["labels"][0] = IGNORED
+    with _ready(trainer.args, model, sketcher):
+        found = sketcher.sketch(batch)
+    if len(labels) > 1 and bool(found.weights[0] != 0):
+        raise ValueError(
+            'action="quarantine" sets labels to -100, but the loss of this model '
+            "counts such examples. Pass action='skip'."
+        )
+
+
+def _collated(
+    trainer: Trainer, model: nn.Module, dataset: Any, places: Sequence[Sequence[int]]
+) -> list[dict[str, Any]]:
+    """Return batches of a dataset on the device, as the Trainer makes them."""
+    loader = evaluation_loader(trainer, dataset)
+    with evaluation_mode(model):  # a collator may draw random numbers
+        return [
+            send_to_device(
+                dict(loader.collate_fn([loader.dataset[i] for i in own])),
+                trainer.args.device,
+            )
+            for own in places
+        ]
+
+
+@contextmanager
+def _ready(
+    args: TrainingArguments, model: nn.Module, sketcher: ExampleSketcher
+) -> Generator[None]:
+    """Sketch nothing but what is asked for, in evaluation mode."""
+    with uncompiled(args), evaluation_mode(model), sketcher, sketcher.paused():
+        yield

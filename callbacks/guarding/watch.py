@@ -25,7 +25,7 @@ from hf_sketch.processes import of_each, of_first, reduced
 
 from ..recording.run import Run
 from ..recording.trainers import wrap_method
-from .guard_set import GuardSet, first_two
+from .guard_set import GuardSet, check_ignored_labels
 
 Line = dict[str, Any]
 NOT_FINITE: Final = "not finite"
@@ -81,8 +81,7 @@ class Watch:
             self._note(line)
         run.followers.append(self._add)
         if settings.action == "quarantine":
-            some = first_two(trainer.train_dataset)
-            GuardSet(trainer, some, model, run.sketcher).check_ignored_labels()
+            check_ignored_labels(trainer, model, run.sketcher)
             undo = wrap_method(trainer, "compute_loss", self._compute_loss)
             run.closing.callback(undo)
         undo = wrap_method(trainer, "log", self._log)
@@ -98,8 +97,12 @@ class Watch:
 
     def end_gradient(self) -> None:
         """Judge the step whose gradient is complete; all processes call together."""
-        if not self._run.is_recorded:
-            return
+        if self._run.is_recorded:
+            self._judge()
+        elif self._quarantined and bool(reduced(self._sums(), "sum")[-1]):
+            forget_gradients(self._parameters, self._optimizer, self._args)
+
+    def _judge(self) -> None:
         weight, *sums, broken, lost = reduced(self._sums(), "sum").tolist()
         if not (weight or broken or lost):
             return  # no example has a label
@@ -160,7 +163,20 @@ class Watch:
         return compute(model, inputs, *args, **kwargs)
 
     def _add(self, columns: Mapping[str, Tensor]) -> None:
-        """Note the rows of a micro-batch's examples."""
+        """Note the rows of a micro-batch's examples.
+
+        Raises:
+            ValueError: they are to be quarantined, and lie in another order than that
+                in which the sampler drew them.
+        """
+        drawn = [one for one in self._run.drawn or () if one is not None]
+        quarantines = self._settings.action == "quarantine"
+        if quarantines and columns["example_id"].tolist() != drawn:
+            raise ValueError(
+                'action="quarantine" needs examples in the order in which the sampler '
+                "drew them, but the collator or the Trainer gives another. Pass "
+                "action='skip'."
+            )
         names = ("example_id", "weight", "loss", "finite")
         kept = {name: columns[name] for name in names}
         if self._queries is None:

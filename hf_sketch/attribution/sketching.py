@@ -67,8 +67,7 @@ def rows_by_trainer(
     model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
     sketcher = ExampleSketcher(model, model_sketch, loss)
     check_whole("sketch_dataset", sketcher.parameters.values())
-    # Its own loader may sort by length, drop examples or share them with processes.
-    loader = trainer.get_eval_dataloader(dataset)
+    loader = evaluation_loader(trainer, dataset)
 
     def rows_of(batch: Mapping[str, Any], first: bool) -> ExampleBatch:
         with _kept_gradients(sketcher.parameters.values()):
@@ -90,6 +89,21 @@ def rows_by_trainer(
     size, collate = trainer.args.eval_batch_size, loader.collate_fn
     with evaluation_mode(model), sketcher:
         return _joined(sketcher, loader.dataset, size, collate, rows_of)
+
+
+def evaluation_loader(trainer: Any, dataset: Any) -> Any:
+    """Return a Trainer's loader of a dataset, for its `dataset` and its `collate_fn`.
+
+    The loader itself may sort by length, drop examples or share them with processes.
+    With persistent workers the Trainer keeps one loader for all its evaluations, which
+    must not be this one.
+    """
+    args = trainer.args
+    kept, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
+    try:
+        return trainer.get_eval_dataloader(dataset)
+    finally:
+        args.dataloader_persistent_workers = kept
 
 
 def collate_for(

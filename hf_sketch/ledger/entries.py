@@ -65,9 +65,10 @@ class Entries:
             total += block.kept.sum(0, dtype=torch.float64)
         return total
 
-    def walk(self, last: int) -> float:
-        """Return the root of the sum of squared norms up to a row."""
-        return float(np.linalg.norm(np.nan_to_num(self.columns["norm"][: last + 1])))
+    def walk(self, first: int, last: int) -> float:
+        """Return the root of the sum of squared norms after `first`, up to `last`."""
+        norms = self.columns["norm"][first + 1 : last + 1]
+        return float(np.linalg.norm(np.nan_to_num(norms)))
 
     def problems(
         self, first: int, last: int, start: Array, steps: range, slack: float

@@ -111,6 +111,9 @@ def test_settings_and_stores_that_do_not_fit_are_refused(still):
     twice = replace(store, steps=concatenate_datasets([store.steps, store.steps]))
     with pytest.raises(ValueError, match=r"several rows of one step.*each run"):
         twice.noise_scale()
+    parts = store.dataset.add_column("part", np.zeros(len(store), dtype=np.int64))
+    with pytest.raises(ValueError, match=r"one row per example.*per_row=False"):
+        replace(store, dataset=parts).noise_scale()
 
 
 @pytest.mark.parametrize("signal", [1.0, 0.1])

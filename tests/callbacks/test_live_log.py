@@ -166,6 +166,13 @@ def test_a_process_that_sees_half_of_the_examples_knows_their_number():
     trace = (float(rows[:3].square().sum(1).mean()) - square) * 6 / 5
     found = trainer.logged["sketch/noise_scale"]
     assert found == pytest.approx(trace / (square - trace / 6), rel=1e-4)
+    parts = {"part": torch.zeros(3), "example_id": torch.arange(3), "weight": weights}
+    live.start_step()
+    live.add_examples({**parts, "sketch": rows[:3]})
+    live.end_step(step)
+    trainer.log({"loss": 1.0})
+    assert "sketch/top_share" in trainer.logged
+    assert "sketch/noise_scale" not in trainer.logged  # parts of one are not apart
     end()
     trainer.log({"loss": 1.0})
     assert trainer.logged == {"loss": 1.0}

@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from hf_sketch import ExampleSketcher, ModelSketch
@@ -99,6 +100,34 @@ def test_regression_with_one_output(layout):
     batch["labels"] = torch.rand(5, dtype=torch.float64)
     # A batch of one is squeezed to a scalar by the model, which is the same loss.
     assert_rows_match(model, batch, layout, 1e-9)
+
+
+@pytest.mark.parametrize("examples", [1, 5])
+@pytest.mark.parametrize("shape", [(-1, 1), (-1,)], ids=["column", "vector"])
+def test_one_score_per_example_with_labels_of_zero_and_one(shape, examples):
+    class Scored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 1)
+
+        def forward(self, x, labels):
+            scores = self.linear(x).view(shape)
+            loss = functional.binary_cross_entropy_with_logits(
+                scores.flatten(), labels.to(scores.dtype)
+            )
+            return {"loss": loss, "logits": scores}
+
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(examples, 4).double(), "labels": torch.arange(examples)}
+    batch["labels"] %= 2
+    model = Scored().double()
+    sketch = ModelSketch.from_model(model, 4)
+    with ExampleSketcher(model, sketch) as sketcher:
+        got = sketcher.sketch(batch)
+    for index in range(examples):
+        row, loss = own_row(model, batch, sketch, index)
+        torch.testing.assert_close(got.rows[index], row, rtol=1e-9, atol=1e-12)
+        assert float(got.losses[index]) == pytest.approx(loss, rel=1e-9)
 
 
 def test_examples_without_a_label_weigh_nothing():

@@ -87,6 +87,27 @@ def test_weights_of_a_checkpoint_that_were_changed_are_found(run, tmp_path):
     assert any("after step 2" in problem for problem in problems)
 
 
+def test_small_changes_late_in_training_are_found(tmp_path):
+    """Compared with the steps between the checkpoints, not with all before them."""
+    callback = GradientSketchCallback(64, per_example=False, updates=True)
+
+    class Slow(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            if state.global_step >= 4:
+                for group in optimizer.param_groups:
+                    group["lr"] *= 1e-5
+
+    tiny_trainer(tmp_path, callback, Slow(), learning_rate=1e-2).train()
+    first, last = ends(tmp_path, 4, 6)
+    check = verify_training(tmp_path, first, last)
+    assert check.problems == ()
+    weights = load_file(last / "model.safetensors")
+    altered = {name: tensor.clone() for name, tensor in weights.items()}
+    altered["classifier.weight"] += 0.1 * check.change / 96**0.5
+    problems = verify_training(tmp_path, first, altered).problems
+    assert any("do not add up" in problem for problem in problems)
+
+
 def test_a_checkpoint_that_was_changed_before_training_resumed_is_located(tmp_path):
     callback = GradientSketchCallback(64, per_example=False, updates=True)
     with pytest.raises(KeyboardInterrupt):

@@ -96,6 +96,11 @@ def noise_scale(
             "The store has several rows of one step, perhaps of several runs. Call "
             "noise_scale on the store of each run."
         )
+    if "part" in self.dataset.column_names:
+        raise ValueError(
+            "The noise scale needs one row per example, got several parts of each. "
+            "Record with GradientSketchCallback(per_row=False)."
+        )
     if train_rows is None and self.directory is not None:
         train_rows = read_header(self.directory).train_rows
     places, counts, mean_squares = _contributions(self.dataset, self.steps)

@@ -19,7 +19,10 @@ def token_losses(
     Shapes:
         yields (b,) or (b, t), twice
     """
+    if logits.dim() == 1:  # one score per example
+        logits = logits.unsqueeze(1)
     classes = not labels.is_floating_point() and problem_type != "regression"
+    classes = classes and logits.shape[-1] > 1
     virtual = (
         logits.shape[1] - labels.shape[1] if logits.dim() > labels.dim() > 1 else 0
     )
@@ -34,15 +37,7 @@ def token_losses(
         for chosen in reversed(choices) if causal else choices:
             yield _cross_entropy(logits, chosen, normalizers)
     elif logits.dim() == 2 and labels.numel() == logits.numel():
-        labels = labels.view_as(logits)
-        if problem_type == "regression" or logits.shape[1] == 1:
-            losses = (logits - labels).square().mean(1)
-        else:
-            losses = functional.binary_cross_entropy_with_logits(
-                logits, labels, reduction="none"
-            ).mean(1)
-        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-        yield losses, torch.ones_like(losses)
+        yield from _score_losses(logits, labels.view_as(logits), problem_type)
 
 
 def span_losses(
@@ -66,6 +61,27 @@ def span_losses(
         yield losses.mean(1), counted[:, 0]
 
 
+def _score_losses(
+    logits: Tensor, labels: Tensor, problem_type: str | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield losses of a number or of a yes or no per score."""
+    if problem_type == "regression" or logits.shape[1] == 1:
+        yield _mean((logits - labels).square())
+    if problem_type != "regression":
+        yield _mean(
+            functional.binary_cross_entropy_with_logits(
+                logits, labels.to(logits.dtype), reduction="none"
+            )
+        )
+
+
+def _mean(losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over an example's scores, which counts once."""
+    mean = losses.mean(1)
+    mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
+    return mean, torch.ones_like(mean)
+
+
 def _log_sum_exp(logits: Tensor) -> Tensor:
     """Sum over the classes, a few rows at a time: all at once would be copied."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -80,6 +96,8 @@ def _cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every label that is not ignored."""
     counted = labels != _IGNORED
-    chosen = logits.gather(-1, (labels * counted).unsqueeze(-1)).squeeze(-1)
+    # Labels that are no classes make no loss that fits, and must not end the program.
+    classes = labels.clamp(0, logits.shape[-1] - 1)
+    chosen = logits.gather(-1, classes.unsqueeze(-1)).squeeze(-1)
     losses = (normalizers - chosen).where(counted, 0)
     return losses, counted.to(losses)

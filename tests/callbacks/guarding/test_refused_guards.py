@@ -1,10 +1,17 @@
 """What cannot be guarded is refused before a step is made."""
 
+import warnings
+
 import pytest
 import torch
 
 from hf_sketch.callbacks import GradientSketchCallback, GuardCallback
-from tests.helpers.trained.guarded_training import guard_of, guarded_trainer, recorder
+from tests.helpers.trained.guarded_training import (
+    STEPS,
+    guard_of,
+    guarded_trainer,
+    recorder,
+)
 
 
 def fails(directory, match, *callbacks, **arguments):
@@ -41,8 +48,10 @@ def test_losses_outside_the_model_need_a_guard_set(tmp_path):
         trainer.train()
 
 
-def test_a_loss_that_counts_labels_of_minus_100_has_no_quarantine(tmp_path):
-    trainer = guarded_trainer(tmp_path, recorder(), guard_of("quarantine"))
+@pytest.mark.parametrize("size", [1, 8])
+def test_a_loss_that_counts_labels_of_minus_100_has_no_quarantine(tmp_path, size):
+    options = {"per_device_eval_batch_size": size}
+    trainer = guarded_trainer(tmp_path, recorder(), guard_of("quarantine"), **options)
 
     def forward(x, labels):
         logits = trainer.model.layers(x)
@@ -53,6 +62,39 @@ def test_a_loss_that_counts_labels_of_minus_100_has_no_quarantine(tmp_path):
     trainer.args.measure_error = False
     with pytest.raises(ValueError, match="counts such examples"):
         trainer.train()
+
+
+def collated(rows):
+    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
+def test_labels_of_whole_batches_have_no_quarantine(tmp_path):
+    trainer = guarded_trainer(tmp_path, recorder(), guard_of("quarantine"))
+
+    def flat(rows):
+        batch = collated(rows)
+        return {**batch, "labels": batch["labels"][None]}
+
+    trainer.data_collator = flat
+    with pytest.raises(ValueError, match=r"a batch of 2 has labels of shape \(1, 2\)"):
+        trainer.train()
+
+
+def test_examples_in_another_order_have_no_quarantine(tmp_path):
+    def train(action):
+        trainer = guarded_trainer(tmp_path / action, recorder(), guard_of(action))
+        trainer.model.main_input_name = "x"
+        trainer.data_collator = lambda rows: collated(
+            sorted(rows, key=lambda row: row["x"][1])
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Step .* stands out", UserWarning)
+            trainer.train()
+        return trainer
+
+    with pytest.raises(ValueError, match="in the order in which the sampler drew them"):
+        train("quarantine")
+    assert train("skip").state.global_step == STEPS
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,21 @@ def test_a_batch_of_quarantined_examples_is_skipped(tmp_path):
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
+def test_steps_without_rows_leave_quarantined_examples_out(tmp_path):
+    guard, around, step = guard_of("quarantine", threshold=1e9), Around(), 23
+
+    class Quarantining(TrainerCallback):
+        def on_train_begin(self, *event, **kwargs):
+            guard._watch._quarantined |= {*range(BATCH * (step - 1), BATCH * step)}
+
+    callbacks = recorder(every_steps=2), guard, Quarantining(), around
+    run(tmp_path, *callbacks, bad=())
+    assert_same(around.before[step], around.after[step])
+    for other in (step - 1, step + 1):
+        moved = zip(around.before[other], around.after[other], strict=True)
+        assert not any(torch.equal(a, b) for a, b in moved)
+
+
 def test_evaluation_counts_quarantined_examples(tmp_path):
     """It comes right after a batch from which training has left some out."""
     last = BAD_STEP + STEPS

@@ -89,6 +89,24 @@ def test_measures_are_those_of_the_rows_and_of_the_guard_set(tmp_path):
         assert line["loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
+def test_evaluation_keeps_its_own_examples_with_persistent_workers(tmp_path):
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = guarded_trainer(
+        tmp_path, recorder(), guard_of("quarantine"), max_steps=2, **options
+    )
+    trainer.eval_dataset = separable(40, 3)
+    trainer.compute_metrics = lambda found: {"examples": len(found.label_ids)}
+    trainer.train()
+    assert trainer.evaluate()["eval_examples"] == 40
+    sketch = load_sketches(tmp_path).model_sketch
+    queries = sketch_dataset(
+        trainer=trainer, dataset=separable(6, 4), model_sketch=sketch
+    )
+    assert len(queries) == 6
+    assert trainer.evaluate()["eval_examples"] == 40
+    assert trainer.args.dataloader_persistent_workers
+
+
 def test_the_guard_set_is_sketched_again_at_the_steps_that_are_asked_for(tmp_path):
     """With queries of the first step only, cosines of later steps are others."""
     values = {}

@@ -71,8 +71,8 @@ def guard_of(action="warn", **options):
     return GuardCallback(separable(12, 2), **{**settings, **options})
 
 
-def recorder():
-    return GradientSketchCallback(48)
+def recorder(every_steps=1):
+    return GradientSketchCallback(48, every_steps=every_steps)
 
 
 def run(directory, *callbacks, resume=None, **arguments):
