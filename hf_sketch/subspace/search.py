@@ -129,8 +129,8 @@ def target_of(
     Where less is better, the baseline is divided by the share.
 
     Raises:
-        ValueError: both are None, one is not a number, or full fine-tuning itself does
-            not reach the target.
+        ValueError: both are None, one is not a number, the baseline is negative without
+            a target, or full fine-tuning itself does not reach the target.
     """
     check_number("target", target, optional=True)
     check_number("baseline", baseline, optional=True)
@@ -141,6 +141,11 @@ def target_of(
         )
     if target is None:
         assert baseline is not None
+        if baseline < 0:
+            raise ValueError(
+                f"90% of the baseline is a target if it is at least 0, got {baseline}: "
+                "pass the target instead."
+            )
         return baseline * share if greater_is_better else baseline / share
     sign = 1 if greater_is_better else -1
     if baseline is not None and sign * (target - baseline) > 0:

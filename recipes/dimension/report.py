@@ -111,16 +111,14 @@ def interval_of(interval: DimensionInterval) -> str:
         f"{trial.dim:,}: " + ", ".join(f"{best:.4f}" for best in trial.best)
         for trial in interval.trials
     )
+    above = f"above {interval.low:,} and " if interval.low else ""
+    trained = any(trial.dim == interval.high for trial in interval.trials)
+    reach = "most trainings reach" if trained else "the search reached"
+    found = f"{above}at most {interval.high:,}: {reach} the target in {interval.high:,}"
     if interval.low:
-        found = (
-            f"above {interval.low:,} and at most {interval.high:,}: most trainings "
-            f"reach the target in {interval.high:,}, and not in {interval.low:,}."
-        )
+        found += f", and most trainings do not in {interval.low:,}."
     else:
-        found = (
-            f"at most {interval.high:,}, where most trainings reach the target. "
-            "Nothing smaller was tried: pass more --bisections."
-        )
+        found += ". Nothing smaller was tried: pass more --bisections."
     return f"The least dimension is {found} Tried: {tried}."
 
 

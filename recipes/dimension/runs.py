@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,10 +22,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_sketch import DimensionSearch, SubspaceConfig, load_dimension_search
 from hf_sketch.callbacks import IntrinsicDimensionCallback
-from hf_sketch.durable import replace_file
 from hf_sketch.recipes.dimension.interval import DimensionInterval, Trial, bisect
+from hf_sketch.recipes.dimension.saved import save_metrics, saved_metric, settings_of
 from hf_sketch.recipes.options.dimension import DimensionArguments
 from hf_sketch.recipes.setups import Setup
+from hf_sketch.sketches.choices import check_count
 
 _BASELINE = "baseline.json"
 _BEST = "best.json"
@@ -75,6 +75,8 @@ def run_dimension(
     Raises:
         ValueError: an argument is bad, or full fine-tuning does not reach the target.
     """
+    check_count("bisections", arguments.bisections, least=0)
+    check_count("bisection_seeds", arguments.bisection_seeds)
     baseline = None
     if arguments.baseline:
         baseline = full_fine_tuning(task, arguments, training)
@@ -103,12 +105,6 @@ def full_fine_tuning(
         )
     directory = Path(training.output_dir) / "baseline"
     saved = directory / _BASELINE
-    settings = {
-        "steps": arguments.baseline_steps,
-        "learning_rate": arguments.baseline_learning_rate,
-    }
-    if training.resume_from_checkpoint and saved.is_file():
-        return _saved_metric(saved, arguments.metric, settings)
     changed = dataclasses.replace(
         training,
         output_dir=str(directory),
@@ -116,33 +112,16 @@ def full_fine_tuning(
         max_steps=arguments.baseline_steps,
         resume_from_checkpoint=training.resume_from_checkpoint and "true",
     )
+    settings = {**settings_of(arguments, changed), "seed": training.seed}
+    if training.resume_from_checkpoint and saved.is_file():
+        return saved_metric(saved, arguments.metric, settings)
     print(f"full fine-tuning for {changed.max_steps:,} steps")
     trainer = _train(task, copy.deepcopy(task.setup.model), changed)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
-        _save_metrics(saved, settings, metrics)
+        save_metrics(saved, settings, metrics)
     print(f"full fine-tuning: {arguments.metric} {metrics[arguments.metric]:.4g}")
     return float(metrics[arguments.metric])
-
-
-def _save_metrics(
-    path: Path, settings: dict[str, Any], metrics: dict[str, float]
-) -> None:
-    """Keep the metrics of a training that has ended, with its settings."""
-    content = json.dumps({**settings, "metrics": metrics}, indent=1)
-    replace_file(path, content.encode())
-
-
-def _saved_metric(path: Path, metric: str, settings: dict[str, Any]) -> float:
-    """Return the metric of a training that has ended, if it had these settings."""
-    content = json.loads(path.read_text())
-    found = {name: content.get(name) for name in settings}
-    if found != settings:
-        raise ValueError(
-            f"the training in {path.parent} must have had {settings}, got {found}: "
-            "pass the settings that it had, or delete that folder."
-        )
-    return float(content["metrics"][metric])
 
 
 def timed_search(
@@ -215,19 +194,14 @@ def _best(
     directory = Path(training.output_dir) / "interval" / f"{dim}-{seed}"
     saved = directory / _BEST
     settings = {
-        "steps": training.max_steps,
-        "learning_rate": training.learning_rate,
-        "batch_size": training.per_device_train_batch_size,
-        "model": arguments.model_name_or_path,
-        "train_file": arguments.train_file,
-        "metric": search.metric,
+        **settings_of(arguments, training),
         "stage_steps": arguments.stage_steps,
         "operator": arguments.operator,
         "layout": arguments.sketch_layout,
         "max_dim": arguments.max_dim,
     }
     if training.resume_from_checkpoint and saved.is_file():
-        return _saved_metric(saved, search.metric, settings)
+        return saved_metric(saved, search.metric, settings)
     changed = dataclasses.replace(
         training,
         seed=seed,
@@ -243,7 +217,7 @@ def _best(
     metrics = [line[search.metric] for line in history if search.metric in line]
     best = max(metrics) if search.greater_is_better else min(metrics)
     if trainer.is_world_process_zero():
-        _save_metrics(saved, settings, {search.metric: best})
+        save_metrics(saved, settings, {search.metric: best})
     return best
 
 

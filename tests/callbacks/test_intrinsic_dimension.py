@@ -77,6 +77,9 @@ def test_the_target_is_a_share_of_full_fine_tuning():
         target_of(0.85, 0.8)
     with pytest.raises(ValueError, match="neither target nor baseline: pass"):
         target_of(None, None)
+    with pytest.raises(ValueError, match=r"got -2.0: pass the target"):
+        target_of(None, -2.0)
+    assert target_of(-1.5, -1.0) == -1.5
 
 
 @pytest.mark.parametrize(

@@ -41,12 +41,28 @@ def test_sentences_claim_only_what_was_tried():
     tried = " Tried: 8: 0.5000; 4: 0.2500."
     assert sentences(7) == (
         "The least dimension is above 4 and at most 8: most trainings reach the target "
-        "in 8, and not in 4." + tried
+        "in 8, and most trainings do not in 4." + tried
     )
     assert sentences(1) == (
-        "The least dimension is at most 4, where most trainings reach the target. "
+        "The least dimension is at most 4: most trainings reach the target in 4. "
         "Nothing smaller was tried: pass more --bisections." + tried
     )
+    assert sentences(16) == (
+        "The least dimension is above 11 and at most 16: the search reached the target "
+        "in 16, and most trainings do not in 11. Tried: 8: 0.5000; 11: 0.6875."
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [({"bisections": -1}, "bisections must"), ({"bisection_seeds": 0}, "_seeds must")],
+)
+def test_bad_numbers_of_bisections_are_refused_before_training(
+    tmp_path, settings, match
+):
+    with pytest.raises(ValueError, match=match):
+        small_xsum(tmp_path, settings, max_steps=1)
+    assert not any(tmp_path.iterdir())
 
 
 @barely_trained
@@ -70,7 +86,9 @@ def test_a_resumed_run_keeps_the_trainings_of_its_bisection(tmp_path, capsys):
     assert dims == [8, 4]
     assert saved["results"]["interval"]["trials"][0]["best"] == [0.25, 0.0]
     other = {"max_steps": 2, "resume_from_checkpoint": "true"}
-    with pytest.raises(ValueError, match=r"8-42 must have had .* got \{'steps': 1, "):
+    with pytest.raises(
+        ValueError, match=r"8-42 must have had .* got \{'max_steps': 1\}"
+    ):
         small_xsum(tmp_path, settings, **other)
     small_xsum(tmp_path, settings, max_steps=1)
     assert json.loads(first.read_text()) == kept

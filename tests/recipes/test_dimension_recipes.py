@@ -89,7 +89,7 @@ def test_smaller_dimensions_are_tried_with_three_seeds(xsum_run):
 def test_the_model_card_has_the_path_and_no_folder_of_this_machine(xsum_run):
     card = (xsum_run / "README.md").read_text()
     assert "| 2 | 16 | 0.0000 | reached |" in card
-    assert "The least dimension is at most 4, where most trainings reach" in card
+    assert "The least dimension is at most 4: most trainings reach" in card
     assert "Tried: 8: 0.0000, 0.0000, 0.0000; 4: 0.0000" in card
     assert "base_model:" not in card
     assert card.startswith("---\nlibrary_name: peft\ntags:\n- hf-sketch\n- intrin")
@@ -123,7 +123,10 @@ def test_a_resumed_run_keeps_the_figure_of_full_fine_tuning(tmp_path):
     small_xsum(tmp_path, baseline, max_steps=1, resume_from_checkpoint="true")
     assert "mark" in json.loads(saved.read_text())
     other = {**baseline, "baseline_steps": 2}
-    with pytest.raises(ValueError, match=r"got \{'steps': 1, .*delete that folder"):
+    with pytest.raises(ValueError, match=r"got \{'max_steps': 1\}: .*delete that"):
+        small_xsum(tmp_path, other, max_steps=1, resume_from_checkpoint="true")
+    other = {**baseline, "max_target_length": 5}
+    with pytest.raises(ValueError, match=r"must have had \{'max_target_length': 5\}"):
         small_xsum(tmp_path, other, max_steps=1, resume_from_checkpoint="true")
     small_xsum(tmp_path, baseline, max_steps=1)
     assert "mark" not in json.loads(saved.read_text())
