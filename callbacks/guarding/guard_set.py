@@ -101,11 +101,9 @@ def check_ignored_labels(
             f"{type(dataset).__name__}. Pass action='skip'."
         )
     places = list(range(min(2, len(dataset))))
-    some = (
-        dataset.select(places)
-        if isinstance(dataset, Dataset)
-        else Subset(dataset, places)
-    )
+    given: Any = dataset
+    own = isinstance(dataset, Dataset)
+    some = given.select(places) if own else Subset(given, places)
     (batch,) = _collated(trainer, model, some, [places])
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
@@ -135,14 +133,12 @@ def _collated(
 ) -> list[dict[str, Any]]:
     """Return batches of a dataset on the device, as the Trainer makes them."""
     loader = evaluation_loader(trainer, dataset)
+    batches: list[dict[str, Any]] = []
     with evaluation_mode(model):  # a collator may draw random numbers
-        return [
-            send_to_device(
-                dict(loader.collate_fn([loader.dataset[i] for i in own])),
-                trainer.args.device,
-            )
-            for own in places
-        ]
+        for own in places:
+            batch = loader.collate_fn([loader.dataset[i] for i in own])
+            batches.append(dict(send_to_device(dict(batch), trainer.args.device)))
+    return batches
 
 
 @contextmanager

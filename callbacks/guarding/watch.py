@@ -4,7 +4,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,16 +19,13 @@ from hf_sketch.attribution.questions.opposition import (
     culprits,
     opposition,
 )
-from hf_sketch.durable import replace_file
 from hf_sketch.examples.calls import IGNORED
 from hf_sketch.processes import of_each, of_first, reduced
 
 from ..recording.run import Run
 from ..recording.trainers import wrap_method
 from .guard_set import GuardSet, check_ignored_labels
-
-Line = dict[str, Any]
-NOT_FINITE: Final = "not finite"
+from .lines import NOT_FINITE, Line, finite_values, lines_before, sentence_of
 
 
 class GuardSettings(Protocol):
@@ -77,7 +74,7 @@ class Watch:
         self._quarantined = set[int]()
         self._alarms, self._since_log = 0, list[float]()
         self._path = Path(trainer.args.output_dir or ".").resolve() / FILE
-        for line in of_first(self._kept_lines()):
+        for line in of_first(lines_before(self._path, trainer)):
             self._note(line)
         run.followers.append(self._add)
         if settings.action == "quarantine":
@@ -119,8 +116,10 @@ class Watch:
                 "The losses of examples are not known: they are computed outside the "
                 "model. Pass queries to GuardCallback, which it judges gradients by."
             )
-        line: Line = {"step": self.state.global_step + 1, **_finite(values)}
-        line |= _finite({f"{name}_deviation": x for name, x in deviations.items()})
+        line: Line = {"step": self.state.global_step + 1, **finite_values(values)}
+        line |= finite_values(
+            {f"{name}_deviation": x for name, x in deviations.items()}
+        )
         line |= {"action": None, "reasons": reasons, "examples": []}
         if reasons or lost:
             line["action"] = self._settings.action
@@ -231,7 +230,7 @@ class Watch:
             for place in culprits(values, weights, usual).tolist():
                 found.setdefault(place, {**everyone[place], "reasons": []})
                 found[place]["reasons"].append(reason)
-        return [_finite(line) for line in found.values()]
+        return [finite_values(line) for line in found.values()]
 
     def _act(self, line: Line) -> None:
         """Do what the callback is to do about a step that stands out."""
@@ -239,7 +238,7 @@ class Watch:
         if self._settings.action in ("skip", "quarantine"):
             forget_gradients(self._parameters, self._optimizer, self._args)
         if self._settings.action != "log" and self._args.process_index == 0:
-            warnings.warn(_sentence(line), stacklevel=2)
+            warnings.warn(sentence_of(line), stacklevel=2)
 
     def _note(self, line: Line) -> None:
         """Keep what later steps need of a line."""
@@ -248,21 +247,6 @@ class Watch:
             self._history.add(values)
         if line["action"] == "quarantine":
             self._quarantined |= {one["example_id"] for one in line["examples"]}
-
-    def _kept_lines(self) -> list[Line]:
-        """Return the lines of steps before this run's, and drop all others."""
-        if self._args.process_index or not self._path.exists():
-            return []
-        lines: list[Line] = []
-        for text in self._path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break  # the last one, which a kill has cut off
-        lines = [line for line in lines if line["step"] <= self.state.global_step]
-        data = "".join(json.dumps(line) + "\n" for line in lines)
-        replace_file(self._path, data.encode())
-        return lines
 
 
 def forget_gradients(
@@ -284,29 +268,3 @@ def forget_gradients(
         scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
     for parameter in parameters:
         parameter.grad = None
-
-
-def _finite(values: Mapping[str, Any]) -> Line:
-    """Return values with None for those that are not finite, as JSON has it."""
-    return {
-        name: None if isinstance(x, float) and not np.isfinite(x) else x
-        for name, x in values.items()
-    }
-
-
-def _sentence(line: Line) -> str:
-    """Return a line of the file as a sentence."""
-    parts: list[str] = []
-    for name in line["reasons"]:
-        if name == NOT_FINITE:
-            parts.append("rows are NaN or infinite")
-        else:
-            far = line[f"{name}_deviation"]
-            parts.append(f"its {name} is {line[name]:.3g}, {far:.1f} deviations above")
-    done = {"warn": "", "skip": " The optimizer made no step."}
-    done["quarantine"] = " The optimizer made no step; they get no label from now on."
-    why = " and ".join(parts) or "a batch holds nothing but quarantined examples"
-    ids = [one["example_id"] for one in line["examples"]]
-    shown = ", ".join(map(str, ids[:8])) + ", ..." * (len(ids) > 8)
-    named = f" Examples {shown} ({len(ids)} in all)." if ids else ""
-    return f"Step {line['step']} stands out: {why}.{named}{done[line['action']]}"

@@ -86,25 +86,11 @@ def noise_scale(
     check_count("window", window, least=LEAST)
     check_count("train_rows", train_rows, least=2, optional=True)
     check_setting("confidence", 0 < confidence < 1, "in (0, 1)", confidence)
-    if self.steps is None or not len(self.steps) or "step" not in self.dataset.features:
-        raise ValueError(
-            "The noise scale needs rows of steps and of examples, recorded together. "
-            "Record with GradientSketchCallback(per_step=True, per_example=True)."
-        )
-    if len(np.unique(column(self.steps, "step"))) < len(self.steps):
-        raise ValueError(
-            "The store has several rows of one step, perhaps of several runs. Call "
-            "noise_scale on the store of each run."
-        )
-    if "part" in self.dataset.column_names:
-        raise ValueError(
-            "The noise scale needs one row per example, got several parts of each. "
-            "Record with GradientSketchCallback(per_row=False)."
-        )
+    steps = _steps_of(self)
     if train_rows is None and self.directory is not None:
         train_rows = read_header(self.directory).train_rows
-    places, counts, mean_squares = _contributions(self.dataset, self.steps)
-    squares = _squares(self.steps)[places]
+    places, counts, mean_squares = _contributions(self.dataset, steps)
+    squares = _squares(steps)[places]
     noise = (mean_squares - squares) * counts / (counts - 1)
     signal = squares - noise * (1 / counts - (1 / train_rows if train_rows else 0))
     finite = np.isfinite(noise) & np.isfinite(signal)
@@ -118,15 +104,38 @@ def noise_scale(
         ]
     ).reshape(-1, 3)
     lines = {
-        **{
-            n: column(self.steps, n)[places] for n in ("step", "epoch", "learning_rate")
-        },
+        **{n: column(steps, n)[places] for n in ("step", "epoch", "learning_rate")},
         "step_examples": counts,
         "noise": pairs[0],
         "signal": pairs[1],
         **dict(zip(("noise_scale", "low", "high"), smoothed.T, strict=True)),
     }
     return Dataset(InMemoryTable(pa.table(lines)))
+
+
+def _steps_of(rows: RowsOfSteps) -> Dataset:
+    """Return the rows of steps, if they give the noise scale.
+
+    Raises:
+        ValueError: rows of steps or of examples are missing, a step has two rows, or an
+            example several parts.
+    """
+    if rows.steps is None or not len(rows.steps) or "step" not in rows.dataset.features:
+        raise ValueError(
+            "The noise scale needs rows of steps and of examples, recorded together. "
+            "Record with GradientSketchCallback(per_step=True, per_example=True)."
+        )
+    if len(np.unique(column(rows.steps, "step"))) < len(rows.steps):
+        raise ValueError(
+            "The store has several rows of one step, perhaps of several runs. Call "
+            "noise_scale on the store of each run."
+        )
+    if "part" in rows.dataset.column_names:
+        raise ValueError(
+            "The noise scale needs one row per example, got several parts of each. "
+            "Record with GradientSketchCallback(per_row=False)."
+        )
+    return rows.steps
 
 
 def ratio_of_means(pairs: Array, quantile: float) -> tuple[float, float, float]:
