@@ -157,6 +157,8 @@ class Watch:
                 self._lost = True  # a mean over no labels is NaN
             else:
                 labels = inputs["labels"].clone()
+                if len(labels) != len(drawn):
+                    raise _disordered()
                 labels[out] = IGNORED
                 inputs = {**inputs, "labels": labels}
         return compute(model, inputs, *args, **kwargs)
@@ -171,11 +173,7 @@ class Watch:
         drawn = [one for one in self._run.drawn or () if one is not None]
         quarantines = self._settings.action == "quarantine"
         if quarantines and columns["example_id"].tolist() != drawn:
-            raise ValueError(
-                'action="quarantine" needs examples in the order in which the sampler '
-                "drew them, but the collator or the Trainer gives another. Pass "
-                "action='skip'."
-            )
+            raise _disordered()
         names = ("example_id", "weight", "loss", "finite")
         kept = {name: columns[name] for name in names}
         if self._queries is None:
@@ -247,6 +245,14 @@ class Watch:
             self._history.add(values)
         if line["action"] == "quarantine":
             self._quarantined |= {one["example_id"] for one in line["examples"]}
+
+
+def _disordered() -> ValueError:
+    return ValueError(
+        'action="quarantine" needs one row per example, in the order in which the '
+        "sampler drew them, but the collator or the Trainer gives others. Pass "
+        "action='skip'."
+    )
 
 
 def forget_gradients(

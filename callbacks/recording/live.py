@@ -90,7 +90,8 @@ class LiveLog:
             example = torch.where(larger, example, self._top[1])
         self._top = share, example
         count = len(rows) * self._processes
-        if count > 1 and "part" not in self._batches[0]:  # parts are no examples
+        parts = any(bool(x["part"].any()) for x in self._batches if "part" in x)
+        if count > 1 and not parts:
             self._add("noise_scale", *noise_and_signal(rows, weights, gradient, count))
 
     def _add(self, name: str, above: Tensor, below: Tensor) -> None:

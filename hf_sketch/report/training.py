@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_sketch.attribution.collection import GradientRows
 from hf_sketch.attribution.columns import column
-from hf_sketch.attribution.questions.noise import LEAST
+from hf_sketch.attribution.questions.noise import LEAST, has_parts
 
 _WORST = 100
 _SPIKES = 50
@@ -79,9 +79,10 @@ def noise_course(store: GradientRows) -> dict[str, Any] | None:
         lines (see `noise_scale`), batch (the median number of examples per step), last
         (the line of the last step) and free_from (the first step after which the lower
         end of the interval stays at 9 batches or more; None if there is none). None if
-        fewer than ten steps have a noise scale, or the store is of several runs.
+        fewer than ten steps have a noise scale, or the store is of several runs or has
+        parts of examples.
     """
-    if not _is_of_one_run(store):
+    if not _is_of_one_run(store) or has_parts(store.dataset):
         return None
     lines = store.noise_scale()
     if len(lines) < LEAST:

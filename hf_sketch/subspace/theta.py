@@ -45,6 +45,8 @@ class Theta:
         self._active = active
         self._now: tuple[str, Tensor] | None = None  # adapter and omega of theta
         self._depth = 0
+        self._merged = False
+        self._running: _Pass | None = None
         self._awaited: list[_Pass] = []  # their backward passes call modules again
         own = cast(Any, self)  # the decorator's types hide that these are methods
         self._handles = [
@@ -53,12 +55,10 @@ class Theta:
             for handle in (
                 module.register_forward_pre_hook(own._before),
                 module.register_forward_hook(own._after, always_call=True),
+                module.register_load_state_dict_pre_hook(own._before_loading),
+                module.register_state_dict_pre_hook(own._before_saving),
             )
         ]
-        hooks = [model.register_load_state_dict_pre_hook(own._before_loading)]
-        if on_disk:
-            hooks.append(model.register_state_dict_pre_hook(own._before_saving))
-        self._handles += hooks
 
     def restore(self) -> None:
         """Leave the base model at theta0.
@@ -78,10 +78,12 @@ class Theta:
         self._leave()
         self._compute(*adapter)
         self._weights.exchange()
+        self._merged = True
 
     def unmerge(self) -> None:
         """Undo `merge`."""
         self._weights.exchange()
+        self._merged = False
 
     def close(self, keep: bool) -> None:
         """Let the model go: at theta0, or at theta if that was merged and is kept."""
@@ -116,13 +118,14 @@ class Theta:
         ):
             if self._now is not None and self._now[0] != name:
                 self.restore()  # a backward pass may still need the other's theta
-            self._now = name, omega.clone()
-            if not omega.any():
+            self._now = None  # if memory runs out
+            if omega.any():
+                vector = omega.new_zeros(sketch.out_size)
+                vector[: len(omega)] = omega
+                self._weights.move(self.base.parameters, sketch, vector)
+            else:
                 self._weights.restore()
-                return
-            vector = omega.new_zeros(sketch.out_size)
-            vector[: len(omega)] = omega
-            self._weights.move(self.base.parameters, sketch, vector)
+            self._now = name, omega.clone()
 
     @torch.compiler.disable
     def _before(self, *_: Any) -> None:
@@ -131,6 +134,7 @@ class Theta:
         if self._depth > 1:
             return
         self.base.put_back()
+        self._running = None
         adapter = self._active()
         if adapter is None:
             return
@@ -148,19 +152,23 @@ class Theta:
         gradient = OmegaGradient(sketch, omega, partial(self._forget, own))
         self.base.put(uses, gradient.uses(tensors))
         if self.base.recomputes():
+            self._running = own
             self._awaited.append(own)
             # Also where the loss is dropped without a backward pass.
             weakref.finalize(gradient, self._forget, own).atexit = False
 
     @torch.compiler.disable
-    def _after(self, *_: Any) -> None:
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         """After it: the parameters, or what a backward pass calls modules again with.
 
         Other forward passes may come before it, as of a reference model.
         """
         self._depth -= 1
-        if self._depth == 0:
-            self._put_awaited()
+        if self._depth:
+            return
+        if output is None and self._running in self._awaited:  # it has failed
+            self._awaited.remove(self._running)
+        self._put_awaited()
 
     def _put_awaited(self) -> None:
         self.base.put_back()
@@ -190,12 +198,12 @@ class Theta:
             )
 
     def _before_saving(self, *_: Any) -> None:
-        """Let the state dict have theta0, as without `on_disk`."""
-        if self._now is not None and self._active() is not None:
+        """Let the state dict have theta0, also with `on_disk`."""
+        if self._weights.on_disk and not self._merged:
             self.restore()
 
     def _before_loading(self, *_: Any) -> None:
         """Make way for another theta0."""
-        if self._active() is not None:
+        if not self._merged:
             self.restore()
             self._weights.forget()

@@ -185,6 +185,23 @@ class SubspaceModel(BaseTuner):
             if loaded.dim() == 1 and 1 <= loaded.numel() <= config.largest_dim:
                 self.replace_omega(name, omega.new_zeros(loaded.numel()))
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Read adapters of earlier commits, too, whose omega had no `.weight`."""
+        named = {
+            f"{key}.weight" if key.endswith("subspace_omega") else key: tensor
+            for key, tensor in state_dict.items()
+        }
+        return super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, named
+        )
+
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
         self.coordinates.enable_adapters(enabled)

@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, vmap
 from hf_sketch import load_sketches
 from hf_sketch.attribution.questions.noise import ratio_of_means
 from hf_sketch.callbacks import GradientSketchCallback
+from hf_sketch.report.training import noise_course
 from tests.helpers.trained.training import tiny_trainer
 
 ROWS, BATCH = 96, 8
@@ -111,9 +112,13 @@ def test_settings_and_stores_that_do_not_fit_are_refused(still):
     twice = replace(store, steps=concatenate_datasets([store.steps, store.steps]))
     with pytest.raises(ValueError, match=r"several rows of one step.*each run"):
         twice.noise_scale()
-    parts = store.dataset.add_column("part", np.zeros(len(store), dtype=np.int64))
+    one_each = np.zeros(len(store), dtype=np.int64)
+    same = replace(store, dataset=store.dataset.add_column("part", one_each))
+    assert same.noise_scale().to_pandas().equals(store.noise_scale().to_pandas())
+    parts = replace(store, dataset=store.dataset.add_column("part", one_each + 1))
     with pytest.raises(ValueError, match=r"one row per example.*per_row=False"):
-        replace(store, dataset=parts).noise_scale()
+        parts.noise_scale()
+    assert noise_course(parts) is None
 
 
 @pytest.mark.parametrize("signal", [1.0, 0.1])

@@ -166,7 +166,7 @@ def test_a_process_that_sees_half_of_the_examples_knows_their_number():
     trace = (float(rows[:3].square().sum(1).mean()) - square) * 6 / 5
     found = trainer.logged["sketch/noise_scale"]
     assert found == pytest.approx(trace / (square - trace / 6), rel=1e-4)
-    parts = {"part": torch.zeros(3), "example_id": torch.arange(3), "weight": weights}
+    parts = {"part": torch.arange(3), "example_id": torch.arange(3), "weight": weights}
     live.start_step()
     live.add_examples({**parts, "sketch": rows[:3]})
     live.end_step(step)

@@ -1,12 +1,14 @@
 """Forward passes, saving and loading between a forward and its backward pass."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 from hf_sketch import SubspaceConfig
+from hf_sketch.subspace.weights import MovedWeights
 from tests.helpers.adapters import adapted
 from tests.helpers.trained.tiny_models import tiny_inputs, tiny_model
 
@@ -106,6 +108,34 @@ def test_a_loss_without_a_backward_pass_leaves_theta0():
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
+def test_a_pass_that_fails_is_forgotten(on_disk):
+    model, tuner = two_adapters(True, base_on_disk=on_disk)
+    expected = copy.deepcopy(model.state_dict())
+    wrong = {**BATCH, "input_ids": BATCH["input_ids"] + 10**6}
+    with pytest.raises(IndexError) as kept:
+        model(**wrong)
+    assert kept.traceback  # which holds on to the pass
+    torch.testing.assert_close(model.state_dict(), expected, rtol=0, atol=0)
+    model(**BATCH).loss.backward()
+    assert bool(tuner.omega.grad.any())
+
+
+def test_theta_is_computed_again_where_memory_has_run_out(monkeypatch):
+    model, tuner = adapted(tiny_model("llama"))
+    expected = model(**BATCH).logits
+    tuner._theta.restore()
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MovedWeights, "move", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(**BATCH)
+    assert torch.equal(model(**BATCH).logits, expected)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
 def test_saved_weights_are_theta0_also_after_a_forward_pass(on_disk):
     base = tiny_model("llama")
     expected = copy.deepcopy(base.state_dict())
@@ -113,18 +143,28 @@ def test_saved_weights_are_theta0_also_after_a_forward_pass(on_disk):
     logits = model(**BATCH).logits
     torch.testing.assert_close(base.state_dict(), expected, rtol=0, atol=0)
     assert torch.equal(model(**BATCH).logits, logits)
+    inner = {name.removeprefix("model."): x for name, x in expected.items()}
+    del inner["lm_head.weight"]
+    torch.testing.assert_close(base.model.state_dict(), inner, rtol=0, atol=0)
+    model(**BATCH)
+    model.to("cpu")
+    torch.testing.assert_close(base.state_dict(), expected, rtol=0, atol=0)
     model.merge_adapter()
     merged = base.state_dict()
     assert not torch.equal(merged["lm_head.weight"], expected["lm_head.weight"])
+    model.unmerge_adapter()
+    torch.testing.assert_close(base.state_dict(), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("disabled", [False, True])
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_loaded_weights_replace_theta0_also_after_a_forward_pass(on_disk):
+def test_loaded_weights_replace_theta0_also_after_a_forward_pass(on_disk, disabled):
     model, tuner = adapted(tiny_model("llama"), base_on_disk=on_disk)
     model(**BATCH)
     torch.manual_seed(9)
     other = {n: p + 0.01 * torch.randn_like(p) for n, p in model.state_dict().items()}
-    model.load_state_dict(other)
+    with model.disable_adapter() if disabled else nullcontext():
+        model.load_state_dict(other)
     fresh, _ = adapted(tiny_model("llama"), base_on_disk=on_disk)
     fresh.load_state_dict(other)
     expected = fresh(**BATCH).logits

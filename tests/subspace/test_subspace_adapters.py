@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from hf_sketch import ModelSketch, SubspaceConfig
 from hf_sketch.subspace.weights import MovedWeights
@@ -176,6 +177,16 @@ def test_names_of_omega_end_as_those_of_lora_do(tmp_path):
             reference = model.get_parameter(name.replace(".default.", ".ref."))
             reference.data.copy_(parameter.data)
     assert torch.equal(tuner.coordinates.of("ref").weight, tuner.omega)
+
+
+def test_adapters_that_were_saved_under_an_older_name_load(tmp_path):
+    model, tuner = adapted(tiny_model("gpt2", torch.float32))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    ((name, omega),) = load_file(path).items()
+    save_file({name.removesuffix(".weight"): omega}, path)
+    again = PeftModel.from_pretrained(tiny_model("gpt2", torch.float32), tmp_path)
+    assert torch.equal(again.base_model.omega, tuner.omega)
 
 
 def test_only_the_named_parameters_move():

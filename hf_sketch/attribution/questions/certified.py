@@ -16,7 +16,6 @@ from hf_sketch.attribution.questions.exact_search import ExactSearch
 from hf_sketch.attribution.sketching import collate_for
 from hf_sketch.examples.sketcher import ExampleLossFunction
 from hf_sketch.model.state import evaluation_mode
-from hf_sketch.sketches import CounterRandom
 from hf_sketch.sketches.choices import check_choice, check_count, check_setting
 
 METHODS = ("dot", "cosine")
@@ -132,7 +131,7 @@ def certified_top(
     with evaluation_mode(model):
         search = ExactSearch.of(self, gradients, dataset, queries, method)
         count = len(search.ids)
-        order = CounterRandom(seed, "certified").permutation(count)[:sample]
+        order = search.sample(sample, seed)
         for place in tqdm(order.tolist(), desc="Measuring the error", unit="row"):
             search.compute(place, check=True)
         errors = search.errors(order)

@@ -16,6 +16,7 @@ from hf_sketch.attribution.queries import SketchedRows
 from hf_sketch.attribution.questions.exact_products import ExactGradients, HeldGradients
 from hf_sketch.attribution.scores import QueryMatrix, best_places, dense_scores
 from hf_sketch.attribution.shares import RowShare
+from hf_sketch.sketches import CounterRandom
 from hf_sketch.store.blocks import sketch_matrix
 
 _OFF = 0.1  # relative distance of a row from its gradient's sketch, int8 included
@@ -29,7 +30,8 @@ class ExactSearch:
     `scale`. The variance of a cosine c grows like 1 + c^2, as with a Gaussian matrix.
 
     Shapes:
-        cosines, scores (queries, rows); ids, scale, known (rows,); norms (queries,)
+        cosines, scores (queries, rows); ids, lengths, scale, known (rows,); norms
+        (queries,)
     """
 
     rows: SketchedRows
@@ -38,13 +40,16 @@ class ExactSearch:
     held: HeldGradients
     norms: Tensor
     cosines: Tensor
-    scale: Tensor
+    lengths: Tensor
     ids: np.ndarray[Any, Any]
     method: str
+    scale: Tensor = field(init=False)
     scores: Tensor = field(init=False)
     known: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        dot = self.method == "dot"
+        self.scale = self.lengths if dot else torch.ones_like(self.lengths)
         self.scores = torch.full_like(self.cosines, -torch.inf)
         self.known = torch.zeros(len(self.ids), dtype=torch.bool)
 
@@ -65,10 +70,11 @@ class ExactSearch:
                 f"{len(ids)} rows of {len(np.unique(ids))} examples. Keep those of one "
                 "state of the model with where(step=..., finite=True)."
             )
-        if not len(ids) or not len(queries):
+        lengths = torch.from_numpy(column(rows.dataset, "gradient_norm")).double()
+        if not lengths.any() or not len(queries):
             raise ValueError(
-                f"Exact scores need rows and queries, got {len(ids)} rows and "
-                f"{len(queries)} queries."
+                "Exact scores need queries, and rows that are not all zero, got "
+                f"{len(queries)} queries and {int(lengths.count_nonzero())} such rows."
             )
         exact = [gradients.of(query) for query in queries]
         sketches = torch.stack([rows.model_sketch.sketch(x) for x in exact]).cpu()
@@ -76,10 +82,16 @@ class ExactSearch:
         cosines = dense_scores(RowShare(rows.dataset), matrix, Cosine()).double()
         held = gradients.held(exact)
         norms = _usable(held.norms())
-        scale = torch.ones(len(ids), dtype=torch.float64)
-        if method == "dot":
-            scale = torch.from_numpy(column(rows.dataset, "gradient_norm")).double()
-        return cls(rows, gradients, dataset, held, norms, cosines, scale, ids, method)
+        return cls(rows, gradients, dataset, held, norms, cosines, lengths, ids, method)
+
+    def sample(self, size: int, seed: int) -> Tensor:
+        """Draw rows to measure the error on. Those of zero have none.
+
+        Shapes:
+            returns (at most size,)
+        """
+        order = CounterRandom(seed, "certified").permutation(len(self.ids))
+        return order[self.lengths[order] > 0][:size]
 
     def compute(self, place: int, check: bool = False) -> None:
         """Compute the exact scores of a row, unless they are known."""

@@ -113,6 +113,12 @@ def noise_scale(
     return Dataset(InMemoryTable(pa.table(lines)))
 
 
+def has_parts(examples: Dataset) -> bool:
+    """Return whether rows are of parts of examples, as with `per_row=True`."""
+    known = "part" in examples.column_names
+    return known and bool(column(examples, "part").any())
+
+
 def _steps_of(rows: RowsOfSteps) -> Dataset:
     """Return the rows of steps, if they give the noise scale.
 
@@ -130,7 +136,7 @@ def _steps_of(rows: RowsOfSteps) -> Dataset:
             "The store has several rows of one step, perhaps of several runs. Call "
             "noise_scale on the store of each run."
         )
-    if "part" in rows.dataset.column_names:
+    if has_parts(rows.dataset):
         raise ValueError(
             "The noise scale needs one row per example, got several parts of each. "
             "Record with GradientSketchCallback(per_row=False)."
