@@ -1,16 +1,24 @@
 """Forward passes, saving and loading between a forward and its backward pass."""
 
 import copy
+import math
 from contextlib import nullcontext
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
 from hf_sketch import SubspaceConfig
 from hf_sketch.subspace.weights import MovedWeights
 from tests.helpers.adapters import adapted
 from tests.helpers.trained.tiny_models import tiny_inputs, tiny_model
+from tests.helpers.trained.trl_training import (
+    needs_trl,
+    pairs,
+    tiny_llama,
+    trl_trainer,
+)
 
 BATCH = tiny_inputs("llama")
 
@@ -174,3 +182,37 @@ def test_loaded_weights_replace_theta0_also_after_a_forward_pass(on_disk, disabl
         model(**BATCH)
         tuner.omega.div_(2)
     assert torch.equal(model(**BATCH).logits, expected)
+
+
+@needs_trl
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+@pytest.mark.parametrize("again", [False, True], ids=["new", "trained"])
+def test_preferences_are_learned_as_without_activation_checkpointing(tmp_path, again):
+    """TRL's reference is the base model, or a copy of an adapter that has trained."""
+
+    def losses(checkpointing):
+        config, model = SubspaceConfig(dim=16, seed=2), tiny_llama()
+        if again:
+            model = get_peft_model(model, config)
+            torch.nn.init.normal_(model.base_model.omega, std=0.1)
+        trainer = trl_trainer(
+            tmp_path / str(checkpointing),
+            "DPO",
+            pairs(),
+            model=model,
+            more={} if again else {"peft_config": config},
+            gradient_checkpointing=checkpointing,
+            learning_rate=0.05,
+            max_steps=3,
+            logging_strategy="steps",
+            logging_steps=1,
+        )
+        torch.manual_seed(0)
+        trainer.train()
+        return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+    first, *later = found = losses(checkpointing=False)
+    assert first == pytest.approx(math.log(2), abs=1e-5)  # the reference's own loss
+    assert all(abs(loss - first) > 1e-3 for loss in later)
+    assert losses(checkpointing=True) == pytest.approx(found, abs=1e-6)

@@ -1,5 +1,4 @@
 import copy
-import math
 
 import pytest
 import torch
@@ -12,12 +11,6 @@ from tests.helpers.trained.training import (
     tiny_bert,
     tiny_dataset,
     tiny_trainer,
-)
-from tests.helpers.trained.trl_training import (
-    needs_trl,
-    pairs,
-    tiny_llama,
-    trl_trainer,
 )
 
 STEPS = 6
@@ -270,37 +263,3 @@ def undropped_bert_of_a_million():
     model = tiny_bert(**settings)
     assert sum(p.numel() for p in model.parameters()) > 2**20
     return model
-
-
-@needs_trl
-@pytest.mark.full
-@pytest.mark.filterwarnings("ignore")  # TRL's own
-@pytest.mark.parametrize("again", [False, True], ids=["new", "trained"])
-def test_preferences_are_learned_as_without_activation_checkpointing(tmp_path, again):
-    """TRL's reference is the base model, or a copy of an adapter that has trained."""
-
-    def losses(checkpointing):
-        config, model = SubspaceConfig(dim=16, seed=2), tiny_llama()
-        if again:
-            model = get_peft_model(model, config)
-            torch.nn.init.normal_(model.base_model.omega, std=0.1)
-        trainer = trl_trainer(
-            tmp_path / str(checkpointing),
-            "DPO",
-            pairs(),
-            model=model,
-            more={} if again else {"peft_config": config},
-            gradient_checkpointing=checkpointing,
-            learning_rate=0.05,
-            max_steps=3,
-            logging_strategy="steps",
-            logging_steps=1,
-        )
-        torch.manual_seed(0)
-        trainer.train()
-        return [log["loss"] for log in trainer.state.log_history if "loss" in log]
-
-    first, *later = found = losses(checkpointing=False)
-    assert first == pytest.approx(math.log(2), abs=1e-5)  # the reference's own loss
-    assert all(abs(loss - first) > 1e-3 for loss in later)
-    assert losses(checkpointing=True) == pytest.approx(found, abs=1e-6)
