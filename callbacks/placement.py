@@ -46,8 +46,8 @@ def check_processes(
     trainable = [p for p in model.parameters() if p.requires_grad]
     split = in_shards and bool(trainable) and in_row_shards(trainable)
     refused = {
-        "several GPUs in one process (start it with `accelerate launch`, or set "
-        "CUDA_VISIBLE_DEVICES=0)": args.n_gpu > 1,
+        "several GPUs in one process (start one process per GPU with `accelerate "
+        "launch`, or set CUDA_VISIBLE_DEVICES=0)": args.n_gpu > 1,
         "torch_compile=True": args.torch_compile and not compiled,
         _sharding(kind, in_shards): kind in _SHARDED and not split,
         "several processes of torch_xla": kind == DistributedType.XLA

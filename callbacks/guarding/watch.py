@@ -250,7 +250,7 @@ class Watch:
 def _disordered() -> ValueError:
     return ValueError(
         'action="quarantine" needs one row per example, in the order in which the '
-        "sampler drew them, but the collator or the Trainer gives others. Pass "
+        "sampler drew them, but the collator or the Trainer changes the rows. Pass "
         "action='skip'."
     )
 

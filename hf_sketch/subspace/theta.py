@@ -159,9 +159,9 @@ class Theta:
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After it: the parameters, or what a backward pass calls modules again with.
+        """After it: the parameters, or theta if a backward pass calls modules again.
 
-        Other forward passes may come before it, as of a reference model.
+        Between a forward and its backward pass there may be others, as of a reference.
         """
         self._depth -= 1
         if self._depth:
@@ -192,9 +192,9 @@ class Theta:
     def _check_free(self) -> None:
         if self._weights.on_disk and self._awaited:
             raise RuntimeError(
-                "With base_on_disk=True and activation checkpointing, the backward "
-                "pass must come before another adapter, or none, is used. Pass "
-                "base_on_disk=False, or switch checkpointing off."
+                "With base_on_disk=True and activation checkpointing, run the backward "
+                "pass before you switch, disable or save adapters. Or pass "
+                "base_on_disk=False."
             )
 
     def _before_saving(self, *_: Any) -> None:

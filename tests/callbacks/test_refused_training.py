@@ -131,6 +131,15 @@ def test_a_model_that_no_process_has_whole_is_refused(tmp_path, monkeypatch):
     refused(tmp_path, message.format("FSDP of version 1"))
 
 
+def test_several_gpus_in_one_process_are_refused_with_what_to_do(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"accelerate launch`, or set CUDA_VISIBLE"):
+        processes_module.check_processes(
+            trainer.args, trainer.model, "GradientSketchCallback"
+        )
+
+
 def test_a_model_on_several_devices_is_refused(tmp_path):
     trainer = tiny_trainer(tmp_path)
     trainer.model.classifier.to("meta")

@@ -73,8 +73,9 @@ class ExactSearch:
         lengths = torch.from_numpy(column(rows.dataset, "gradient_norm")).double()
         if not lengths.any() or not len(queries):
             raise ValueError(
-                "Exact scores need queries, and rows that are not all zero, got "
-                f"{len(queries)} queries and {int(lengths.count_nonzero())} such rows."
+                "Exact scores need queries, and rows other than zero, got "
+                f"{len(queries)} queries and {int(lengths.count_nonzero())} rows other "
+                "than zero. Check that the examples have labels."
             )
         exact = [gradients.of(query) for query in queries]
         sketches = torch.stack([rows.model_sketch.sketch(x) for x in exact]).cpu()
@@ -173,7 +174,7 @@ class ExactSearch:
 
 
 def _usable(norms: Tensor) -> Tensor:
-    """Return the norms of queries' gradients, unless one says nothing.
+    """Return the norms of queries' gradients, if all of them can be compared.
 
     Raises:
         ValueError: a gradient is zero or not finite.
@@ -181,8 +182,7 @@ def _usable(norms: Tensor) -> Tensor:
     unusable = (~norms.isfinite() | (norms == 0)).nonzero().squeeze(1).tolist()
     if unusable:
         raise ValueError(
-            "Each query needs a finite gradient that is not zero, got others for the "
-            f"queries {unusable}. Leave them out, and check that their labels are not "
-            "all -100."
+            f"The gradients of the queries {unusable} are zero or not finite. Leave "
+            "these queries out, or check that their labels are not all -100."
         )
     return norms
