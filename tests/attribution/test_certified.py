@@ -209,6 +209,11 @@ def test_rows_of_zero_are_not_at_the_top(model, method):
         norms = asked.norm(dim=1, keepdim=True) * rows.norm(dim=1)
         scores = scores / norms.clamp(min=1e-30)
     assert found.lines["example_id"][:] == scores.topk(TOP).indices.flatten().tolist()
+    everything = store.certified_top(
+        model, data, queries, 40, method=method, loss_fn=loss_fn
+    )
+    ranked = scores.sort(dim=1, descending=True).values.flatten()
+    assert everything.lines["score"][:] == pytest.approx(ranked.tolist(), abs=1e-5)
     # The error is that of the others: zeros would make it look smaller.
     others = [number for number in range(40) if number not in (5, 9)]
     expected = sketched(model, data.select(others), 0).certified_top(

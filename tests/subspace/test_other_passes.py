@@ -68,7 +68,7 @@ def two_adapters(checkpointing, **settings):
     model, tuner = adapted(tiny_model("llama"), **settings)
     config = SubspaceConfig(dim=16, seed=4, init_weights=False, **settings)
     model.add_adapter("other", config)
-    inner = model.get_base_model()
+    inner = model.train().get_base_model()  # in evaluation nothing is checkpointed
     inner.config.use_cache = False
     if checkpointing:
         inner.activation_checkpointing_enable({"use_reentrant": False})
